@@ -1,0 +1,39 @@
+# `make demo` runs the whole project once; `make test` checks it. Both set up .venv first, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+
+.PHONY: help setup demo test test-slow lint clean
+
+help:
+	@echo "make demo       set up, then run everything: about eight minutes, ends with the path of the report"
+	@echo "make test       set up, then lint, types and tests"
+	@echo "make test-slow  the long forms of the tests"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("rushes needs Python 3.11 or newer, this is %s. Run: make PYTHON=python3.11 ..." % sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	$(OFFLINE) $(BIN)/rushes demo
+
+test: lint
+	$(OFFLINE) $(BIN)/python -m pytest -p no:cacheprovider -m "not slow"
+
+test-slow: $(READY)
+	$(OFFLINE) $(BIN)/python -m pytest -p no:cacheprovider -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/mypy --cache-dir=/dev/null
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info
