@@ -1,0 +1,142 @@
+"""Weights on disk: safetensors and nothing else, written whole or not at all.
+
+A pickle can run code when it is opened, so it is refused by what the file contains, whatever its name says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from torch import Tensor
+
+from base_model.errors import UserError
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+ZIP, TAR_AT_257, HEADER_LIMIT = b"PK\x03\x04", b"ustar", 100_000_000
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """An OSError while writing `path` becomes a UserError of one line; a full disk says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise UserError(f"the disk is full, while writing {path}. Free some space or choose another --out, then go on with --resume") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to") from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Writes and fsyncs `path` in place: for files inside a folder that is itself renamed into place."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content`: a reader sees the old file or the new one, never half of it. Raises UserError (full disk, no permission)."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            write_synced(partial, content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+
+
+def weights_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The safetensors file of `tensors`; views and tied tensors are written out in full, each under its own name."""
+    import safetensors.torch
+
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous()
+        storage = flat.untyped_storage().data_ptr()
+        own[name] = flat.clone() if storage in seen else flat
+        seen.add(storage)
+    return bytes(safetensors.torch.save(own, metadata=dict(metadata) or None))
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes {name: tensor} and string metadata as one safetensors file, atomically. Raises UserError (full disk, no permission)."""
+    atomic_write(path, weights_bytes(tensors, metadata))
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors on the CPU, metadata) of a safetensors file.
+
+    Raises UserError for a missing, truncated or damaged file and for anything pickled (torch.save, zip, pickle), judged by content.
+    """
+    import safetensors
+
+    check_is_safetensors(path)
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise UserError(f"damaged weights, {path}: {error}. Make or download the file again") from error
+
+
+def check_is_safetensors(path: Path) -> None:
+    """Raises UserError, saying what the file is instead, unless `path` is a whole safetensors file."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(512)
+            header = _header(file, start, size)
+    except FileNotFoundError as error:
+        raise UserError(f"no such weights file, {path}. Check the path, or make the file with the recipe that writes it") from error
+    except OSError as error:
+        raise UserError(f"cannot read the weights {path}: {error.strerror}. Give a safetensors file that you may read") from error
+    if header is None:
+        raise UserError(_what_it_is(start, path))
+    needed = 8 + struct.unpack("<Q", start[:8])[0] + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if size != needed:
+        problem = "truncated" if size < needed else "damaged"
+        raise UserError(f"{problem} weights, {path}: {size} bytes where its header promises {needed}. Make or download the file again")
+
+
+def _header(file: BinaryIO, start: bytes, size: int) -> dict[str, dict[str, list[int]]] | None:
+    if len(start) < 9 or start[8:9] != b"{":
+        return None
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > min(size - 8, HEADER_LIMIT):
+        return None
+    file.seek(8)
+    try:
+        header = json.loads(file.read(length))
+    except ValueError:
+        return None
+    whole = all("data_offsets" in entry for name, entry in header.items() if name != "__metadata__")
+    return header if whole else None
+
+
+def _what_it_is(start: bytes, path: Path) -> str:
+    pickled = start[:4] == ZIP or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")) or start[257:262] == TAR_AT_257
+    if pickled:
+        return f"refused to open a pickled checkpoint, {path}: a pickle can run code. Convert it to safetensors where you trust its source (safetensors.torch.save_file)"
+    if not start:
+        return f"empty weights file, {path}. Make or download the file again"
+    if start[8:9] == b"{":
+        return f"truncated or damaged weights, {path}: its header is cut short. Make or download the file again"
+    return f"not a safetensors file, {path}. Weights are read from safetensors only"

@@ -1,0 +1,50 @@
+"""LoRA through peft: add an adapter, look at the model without it, merge it for good."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+LORA_TARGETS = ("qkv", "q", "kv", "out", "mlp_in", "mlp_out")
+
+
+def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...] = LORA_TARGETS, seed: int = 0) -> Any:
+    """Wraps `network` so that only low-rank updates B A of the target linears train (Hu et al. 2021, arXiv 2106.09685, eq. 3); B = 0 at the start."""
+    import torch
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which warns of an optional kernel of 4-bit inference
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(network, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets)))
+
+
+@contextmanager
+def reference(network: Any) -> Iterator[None]:
+    """The same network with its adapter switched off: the policy that training started from."""
+    with network.disable_adapter():
+        yield
+
+
+def merge(network: Any) -> nn.Module:
+    """Adds the adapter into the weights it adapts and returns the plain network."""
+    merged: nn.Module = network.merge_and_unload()
+    return merged.requires_grad_(True)
+
+
+def adapter_state(network: Any) -> dict[str, Tensor]:
+    """The adapter's tensors under peft's file names."""
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(network))
+
+
+def load_adapter_state(network: Any, tensors: dict[str, Tensor]) -> None:
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(network, tensors)

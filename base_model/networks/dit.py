@@ -1,0 +1,167 @@
+"""A diffusion transformer for packed video latents (Peebles & Xie 2022, arXiv 2212.09748), in one file.
+
+adaLN-zero blocks, factorised 3-D rotary positions, RMS-normalised queries and keys, cross-attention to text tokens. It knows tokens, not clips: whoever calls it
+packs (`packing.pack`) and unpacks. Letters: N tokens of all clips together, S clips (segments), c values of a token, w width, h heads, d head width,
+M text tokens of all clips together, D text width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, silu
+
+from base_model.networks.attention import packed_attention, rotary_table, rotate
+from base_model.networks.packing import Patch, Segments
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    channels: int = 16
+    patch: Patch = (1, 2, 2)
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    text_width: int = 384
+    rotary_axes: tuple[int, int, int] = (8, 12, 12)
+    mlp_ratio: int = 4
+
+    @property
+    def token_width(self) -> int:
+        return self.channels * math.prod(self.patch)
+
+
+def time_features(t: Tensor, width: int) -> Tensor:
+    """Sinusoids of 1000 t: [..] -> [.., width] (Vaswani et al. 2017, section 3.5)."""
+    frequency = torch.exp(-math.log(10_000) * torch.arange(width // 2, dtype=torch.float32, device=t.device) / (width // 2))
+    angle = 1000 * t.float()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate of both branches from the condition vector, zero at the start (adaLN-zero)."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(width, parts * width)
+
+    def forward(self, c: Tensor, segments: Segments) -> tuple[Tensor, ...]:
+        """c [S,w] (or [N,w] with one noise level a token) -> `parts` tensors [R,w]: R = S for equal segments, else N."""
+        parts = self.linear(silu(c))  # [S,parts w] or [N,parts w]
+        if len(c) == len(segments) and len(segments.stretches) > 1:
+            parts = segments.spread(parts)  # [N,parts w]
+        return parts.chunk(self.parts, dim=-1)
+
+
+def rows(x: Tensor, condition_rows: int) -> Tensor:
+    """[N,w] -> [R,n,w] where R equal segments share a condition row, or [N,w] where every token has its own."""
+    return x.unflatten(0, (condition_rows, -1)) if len(x) != condition_rows else x
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without parameters, then x (1 + scale) + shift; x [N,w], shift and scale [R,w]."""
+    grouped = rows(layer_norm(x, x.shape[-1:], eps=1e-6), len(shift))
+    if grouped.dim() == 3:
+        shift, scale = shift[:, None], scale[:, None]
+    return torch.addcmul(grouped + shift, grouped, scale).reshape(x.shape)
+
+
+def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x + gate * branch, all [N,w] but gate [R,w]."""
+    branch = rows(branch, len(gate))
+    return x + (branch * (gate[:, None] if branch.dim() == 3 else gate)).reshape(x.shape)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(width // heads)
+        self.k_norm = nn.RMSNorm(width // heads)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [N,h,d] each
+        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
+        return self.out(packed_attention(q, k, v, segments, segments).flatten(1))  # [N,w]
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.q_norm = nn.RMSNorm(width // heads)
+        self.k_norm = nn.RMSNorm(width // heads)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, text: Tensor, segments: Segments, text_segments: Segments) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1))  # [N,h,d]
+        k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).unbind(1)  # [M,h,d] each
+        return self.out(packed_attention(self.q_norm(q), self.k_norm(k), v, segments, text_segments).flatten(1))  # [N,w]
+
+
+class Block(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        w = config.width
+        self.modulation = Modulation(w, 6)
+        self.attention = SelfAttention(w, config.heads)
+        self.text_norm = nn.LayerNorm(w)
+        self.text_attention = CrossAttention(w, config.heads)
+        self.mlp_in = nn.Linear(w, config.mlp_ratio * w)
+        self.mlp_out = nn.Linear(config.mlp_ratio * w, w)
+
+    def forward(self, x: Tensor, c: Tensor, text: Tensor, table: tuple[Tensor, Tensor], segments: Segments, text_segments: Segments) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c, segments)
+        x = gated(x, gate_a, self.attention(modulate(x, shift_a, scale_a), table, segments))  # [N,w]
+        x = x + self.text_attention(self.text_norm(x), text, segments, text_segments)  # [N,w]
+        hidden = nn.functional.gelu(self.mlp_in(modulate(x, shift_m, scale_m)), approximate="tanh")  # [N,4w]
+        return gated(x, gate_m, self.mlp_out(hidden))  # [N,w]
+
+
+class DiT(nn.Module):
+    """tokens (N,c), positions (N,3), segments, t (S,) or (N,), text (M,D), text segments -> velocity (N,c)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        w = config.width
+        if sum(config.rotary_axes) != w // config.heads:
+            raise ValueError(f"rotary_axes {config.rotary_axes} must add up to the head width {w // config.heads}")
+        self.tokens_in = nn.Linear(config.token_width, w)
+        self.time_in = nn.Sequential(nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w))
+        self.text_in = nn.Sequential(nn.LayerNorm(config.text_width), nn.Linear(config.text_width, w))
+        self.text_pooled = nn.Linear(w, w)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.modulation_out = Modulation(w, 2)
+        self.tokens_out = nn.Linear(w, config.token_width)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Every block is the identity and the output is zero at the start."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        zeroed = [m.linear for m in self.modules() if isinstance(m, Modulation)] + [m.out for m in self.modules() if isinstance(m, CrossAttention)]
+        for linear in [*zeroed, self.tokens_out]:
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments) -> Tensor:
+        table = rotary_table(positions, self.config.rotary_axes)  # 2 x [N,1,d/2]
+        text = self.text_in(text)  # [M,w]
+        pooled = self.text_pooled(text_segments.mean(text))  # [S,w]
+        c = self.time_in(time_features(t, self.config.width))  # [S,w] or [N,w]
+        c = c + (pooled if len(t) == len(segments) else segments.spread(pooled))
+        x = self.tokens_in(tokens)  # [N,w]
+        for block in self.blocks:
+            x = block(x, c, text, table, segments, text_segments)  # [N,w]
+        shift, scale = self.modulation_out(c, segments)
+        return self.tokens_out(modulate(x, shift, scale))  # [N,c]

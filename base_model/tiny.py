@@ -1,0 +1,149 @@
+"""The built-in video model: MiniLM text, a causal video VAE and a packed DiT on the rectified path. Small enough to train on a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from base_model.checkpoint import load_weights, save_weights
+from base_model.errors import UserError
+from base_model.networks.dit import DiT, DiTConfig
+from base_model.networks.packing import Segments, grid_positions, patchify, token_grid, unpatchify
+from base_model.networks.vae import VAEConfig, VideoVAE
+from base_model.paths import Path, RectifiedFlow
+from base_model.prompts.text import TextEncoder
+from base_model.types import Conditioning, LatentSpec
+
+WEIGHTS = FilePath(__file__).parent / "weights"
+
+
+class LatentNormaliser(nn.Module):
+    """Per-channel mean and standard deviation of the encoder's latents, measured once after VAE training."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1, 1))
+
+
+class LatentCodec(nn.Module):
+    """VAE and latent statistics: pixels [B,T,3,H,W] in [0,1] <-> latents [B,C,F,H,W] of about unit variance."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.vae = VideoVAE(config)
+        self.normaliser = LatentNormaliser(config.channels)
+
+    def encode(self, video: Tensor) -> Tensor:
+        mean, _ = self.vae.encode(video)
+        return (mean - self.normaliser.mean) / self.normaliser.std
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return self.vae.decode(x0 * self.normaliser.std + self.normaliser.mean).clamp(0, 1)
+
+
+@dataclass
+class LatentVideoModel:
+    """A `VideoModel` made of a denoiser on packed tokens, a codec and a text encoder."""
+
+    network: nn.Module  # DiT, or DiT wrapped by peft
+    codec: LatentCodec
+    text: TextEncoder
+    config: DiTConfig
+    path: Path = field(default_factory=RectifiedFlow)
+
+    @property
+    def latents(self) -> LatentSpec:
+        return self.codec.vae.config.latents
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device) -> LatentVideoModel:
+        """Moves network and codec; text is encoded on the CPU, its states follow the network."""
+        self.network.to(device)
+        self.codec.to(device)
+        return self
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """x_t [B,C,F,H,W], t [B] -> u [B,C,F,H,W]."""
+        grid = token_grid(x_t.shape, self.config.patch)
+        tokens = patchify(x_t, self.config.patch)  # [B,n,c]
+        segments = Segments.equal(len(x_t), tokens.shape[1])
+        text, text_segments = packed_text(cond)
+        u = self.network(tokens.flatten(0, 1), grid_positions(grid).repeat(len(x_t), 1).to(x_t.device), segments, t.expand(len(x_t)), text, text_segments)  # [B n,c]
+        return unpatchify(u.unflatten(0, (len(x_t), -1)), x_t.shape[1], grid, self.config.patch).float()
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        return self.text(prompts).to(self.device)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        return self.codec.encode(video.to(self.device))
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return self.codec.decode(x0)
+
+
+def packed_text(cond: Conditioning) -> tuple[Tensor, Segments]:
+    """Padded text [B,L,D] -> (text tokens [M,D], one segment a prompt)."""
+    return cond.text[cond.mask], Segments(tuple(cond.mask.sum(1).tolist()))
+
+
+def build_tiny(dit: DiTConfig | None = None, vae: VAEConfig | None = None) -> LatentVideoModel:
+    """The architecture with fresh weights."""
+    dit, vae = dit or DiTConfig(), vae or VAEConfig()
+    return LatentVideoModel(DiT(dit), LatentCodec(vae).eval().requires_grad_(False), TextEncoder(), dit)
+
+
+def save_network(path: FilePath, model: LatentVideoModel, metadata: dict[str, str] | None = None) -> None:
+    save_weights(path, dict(model.network.state_dict()), {"config": json.dumps(asdict(model.config)), **(metadata or {})})
+
+
+def save_codec(path: FilePath, codec: LatentCodec, metadata: dict[str, str] | None = None) -> None:
+    save_weights(path, dict(codec.state_dict()), {"config": json.dumps(asdict(codec.vae.config)), **(metadata or {})})
+
+
+def load_codec(path: FilePath) -> LatentCodec:
+    tensors, metadata = load_weights(path)
+    codec = LatentCodec(VAEConfig(**_config(path, metadata)))
+    _load(codec, tensors, path)
+    return codec.eval().requires_grad_(False)
+
+
+def load_tiny(network: FilePath | None = None, codec: FilePath | None = None) -> LatentVideoModel:
+    """The shipped model, or the same architecture with the network of another checkpoint.
+
+    Raises UserError for a file that is missing, damaged, pickled, or of another architecture.
+    """
+    network = network or WEIGHTS / "dit.safetensors"
+    tensors, metadata = load_weights(network)
+    values = _config(network, metadata)
+    config = DiTConfig(**values | {k: tuple(v) for k, v in values.items() if isinstance(v, list)})
+    dit = DiT(config)
+    _load(dit, tensors, network)
+    return LatentVideoModel(dit, load_codec(codec or WEIGHTS / "vae.safetensors"), TextEncoder(), config)
+
+
+def _config(path: FilePath, metadata: dict[str, str]) -> dict[str, Any]:
+    if "config" not in metadata:
+        raise UserError(f"{path} holds no `config` in its metadata, so its architecture is unknown. Use a file written by `rushes pretrain`, `rushes sft` or `rushes vae`.")
+    values: dict[str, Any] = json.loads(metadata["config"])
+    return values
+
+
+def _load(module: nn.Module, tensors: dict[str, Tensor], path: FilePath) -> None:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold the weights of this architecture: {str(error).splitlines()[-1].strip()} Use a checkpoint of the same model.") from error

@@ -1,0 +1,101 @@
+"""The nouns every package shares: the shape of a clip, of its latents, the conditions, and what a video model is.
+
+Letters: B clips, T frames, C F H W latent channels/frames/height/width, L D text tokens/width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, overload
+
+import torch
+from torch import Tensor, nn
+
+from base_model.paths import Path
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """Frames, height and width of a clip in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """How pixels become latents: `channels` per position, one latent frame for the first frame and one for every `time_stride` after it."""
+
+    channels: int
+    time_stride: int
+    space_stride: int
+
+    def shape(self, clip: ClipShape) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of a clip. Raises ValueError where the clip does not fall on the grid."""
+        if (clip.frames - 1) % self.time_stride or clip.height % self.space_stride or clip.width % self.space_stride:
+            raise ValueError(f"clip {clip} does not fit the latent grid: frames must be 1 + a multiple of {self.time_stride}, sides a multiple of {self.space_stride}")
+        return self.channels, 1 + (clip.frames - 1) // self.time_stride, clip.height // self.space_stride, clip.width // self.space_stride
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a model is told about B clips.
+
+    Example: two prompts of at most five tokens: `text` [2, 5, 384], `mask` [2, 5] with False behind the end of the shorter one.
+    """
+
+    prompts: tuple[str, ...]  # B
+    text: Tensor  # [B, L, D]
+    mask: Tensor  # [B, L] bool
+    pooled: Tensor | None = None  # [B, P]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def repeat(self, n: int) -> Conditioning:
+        """Each prompt n times in a row, B -> B n."""
+        return self[torch.arange(len(self)).repeat_interleave(n)]
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same conditions with their tensors on `device`."""
+        return Conditioning(self.prompts, self.text.to(device), self.mask.to(device), None if self.pooled is None else self.pooled.to(device))
+
+    @overload
+    def __getitem__(self, index: slice) -> Conditioning: ...
+    @overload
+    def __getitem__(self, index: Tensor) -> Conditioning: ...
+    @overload
+    def __getitem__(self, index: Sequence[int]) -> Conditioning: ...
+    def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Conditioning:
+        rows = (torch.arange(len(self))[index] if isinstance(index, slice) else torch.as_tensor(index)).to(self.text.device)
+        pooled = None if self.pooled is None else self.pooled[rows]
+        return Conditioning(tuple(self.prompts[i] for i in rows.tolist()), self.text[rows], self.mask[rows], pooled)
+
+
+class VideoModel(Protocol):
+    """A latent video generator on a probability path. `network` is the only part that trains; LoRA goes there."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def latents(self) -> LatentSpec: ...
+    @property
+    def network(self) -> nn.Module: ...
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """x_t [B,C,F,H,W], t [B] -> velocity u [B,C,F,H,W], float32."""
+        ...
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning: ...
+    def encode(self, video: Tensor) -> Tensor:
+        """[B,T,3,H,W] in [0,1] -> latents [B,C,F,H,W] of about unit variance."""
+        ...
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Latents [B,C,F,H,W] -> [B,T,3,H,W] in [0,1]; differentiable."""
+        ...

@@ -1,0 +1,291 @@
+"""Video files in and out, and the few changes of size and rate that clips need on the way.
+
+Pixels outside a file are either `uint8 [T,H,W,3]` numpy (as decoded) or `float32 [T,3,H,W]` torch in [0,1] (everywhere else).
+PyAV is imported by the functions that need it. Codecs run on one thread: clips are small, and starting threads costs more than it gives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from base_model.errors import UserError
+
+PREVIEW_SIDE = 128
+DIGEST_TAG = "RUSHES_SHA256"
+
+
+class Video(NamedTuple):
+    """A decoded file: `frames` uint8 [T,H,W,3] (RGB) and its rate in frames a second."""
+
+    frames: NDArray[np.uint8]
+    fps: float
+
+
+def digest_of(frames: NDArray[np.uint8]) -> str:
+    """sha256 of the shape and the bytes of uint8 [T,H,W,3]: the identity of a clip, whatever file holds it."""
+    digest = hashlib.sha256(str(frames.shape).encode())
+    digest.update(np.ascontiguousarray(frames).data)
+    return digest.hexdigest()
+
+
+def to_uint8(video: Tensor) -> NDArray[np.uint8]:
+    """[T,3,H,W] in [0,1] -> uint8 [T,H,W,3], rounded to the nearest level; values outside are clamped. Raises UserError for nan or infinite pixels."""
+    if video.ndim != 4 or video.shape[1] != 3:
+        raise ValueError(f"a clip is [T,3,H,W], not {list(video.shape)}")
+    if not bool(torch.isfinite(video).all()):
+        raise UserError(f"the clip of shape {list(video.shape)} holds nan or infinite pixels. Check the model or the latents it was decoded from")
+    levels = video.detach().cpu().float().clamp(0, 1).mul(255).round().to(torch.uint8)  # [T,3,H,W]
+    return np.ascontiguousarray(levels.permute(0, 2, 3, 1).numpy())  # [T,H,W,3]
+
+
+def from_uint8(frames: NDArray[np.uint8]) -> Tensor:
+    """uint8 [T,H,W,3] -> float32 [T,3,H,W] in [0,1]; the exact inverse of `to_uint8` on its outputs."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float().div(255).contiguous()
+
+
+def resize(video: Tensor, height: int, width: int) -> Tensor:
+    """[T,3,H,W] -> [T,3,height,width], bilinear with antialiasing where it shrinks, so that no pixel of the source is skipped."""
+    if video.shape[-2:] == (height, width):
+        return video
+    return F.interpolate(video, size=(height, width), mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+
+
+def center_crop(video: Tensor, height: int, width: int) -> Tensor:
+    """The middle [T,3,height,width] of a clip at least that large."""
+    top, left = (video.shape[-2] - height) // 2, (video.shape[-1] - width) // 2
+    if top < 0 or left < 0:
+        raise ValueError(f"cannot crop {height}x{width} out of {video.shape[-2]}x{video.shape[-1]}")
+    return video[..., top : top + height, left : left + width]
+
+
+def cover(video: Tensor, height: int, width: int) -> Tensor:
+    """Resizes with the aspect kept until the clip covers height x width, then crops the middle."""
+    scale = max(height / video.shape[-2], width / video.shape[-1])
+    fitted = max(height, round(video.shape[-2] * scale)), max(width, round(video.shape[-1] * scale))
+    return center_crop(resize(video, *fitted), height, width)
+
+
+def resample_fps(video: Tensor, fps: float, to: float) -> Tensor:
+    """[T,3,H,W] at `fps` -> [T',3,H,W] at `to` frames a second, each the source frame on screen at that moment. Never empty."""
+    if fps <= 0 or to <= 0:
+        raise ValueError(f"frame rates are positive, not {fps} and {to}")
+    count = max(1, round(len(video) * to / fps))
+    index = (torch.arange(count, dtype=torch.float64) * (fps / to) + 1e-9).floor().long().clamp(max=len(video) - 1)  # [T']
+    return video[index]
+
+
+def read_video(path: str | Path, *, max_frames: int | None = None) -> Video:
+    """Decodes the first video stream of any file PyAV knows, upright (the rotation a phone writes is applied).
+
+    Raises UserError where the file is missing, is no video, is truncated or damaged, or holds no frame.
+    """
+    path = Path(path)
+    _require_file(path)
+    _refuse_truncated_mp4(path)
+    frames, fps, _ = _decode(path, max_frames)
+    return Video(np.stack(frames), fps)
+
+
+def read_lossless(path: str | Path) -> Video:
+    """The exact frames of a file of `write_lossless`. Raises UserError where one bit of them differs from what was written."""
+    path = Path(path)
+    _require_file(path)
+    frames, fps, digest = _decode(path, None)
+    video = np.stack(frames)
+    if digest is None:
+        raise UserError(f"not a lossless clip of this program (it carries no digest), {path}. Give the .mkv it wrote")
+    if digest != digest_of(video):
+        raise UserError(f"the clip is damaged: its {len(video)} frames are not the ones that were written, {path}. Make it again")
+    return Video(video, fps)
+
+
+def write_lossless(path: str | Path, video: Tensor | NDArray[np.uint8], fps: float) -> None:
+    """FFV1 version 3 in Matroska: RGB exact to the bit, with the digest of the frames inside, the same bytes for the same clip. Atomic.
+
+    video: float [T,3,H,W] in [0,1] or uint8 [T,H,W,3]. Raises UserError where the file cannot be written.
+    """
+    frames = _as_frames(video)
+    rate, (count, height, width, _) = _rate(fps), frames.shape
+    padded = np.zeros((count, height, width, 4), np.uint8)
+    padded[..., :3] = frames[..., ::-1]  # FFV1 wants B G R and an unused byte
+    buffer = io.BytesIO()
+    import av
+
+    with av.open(buffer, "w", format="matroska", container_options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("ffv1", rate=rate, options={"level": "3", "slicecrc": "1", "flags": "+bitexact"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "bgr0"
+        stream.codec_context.thread_count = 1
+        container.metadata[DIGEST_TAG] = digest_of(frames)
+        for pixels in padded:
+            container.mux(stream.encode(_packed_frame(pixels, "bgr0")))
+        container.mux(stream.encode())
+    write_atomic(path, buffer.getvalue())
+
+
+def write_mp4(path: str | Path, video: Tensor | NDArray[np.uint8], fps: float, *, upscale: bool = True) -> None:
+    """H.264 that every browser plays: yuv420p, BT.709, crf 18, index in front of the data. Atomic, the same bytes for the same clip.
+
+    video: float [T,3,H,W] in [0,1] or uint8 [T,H,W,3]. upscale: small clips grow by a whole factor, pixels repeated, until the short side has 128.
+    An odd side gets its last row or column twice. Raises UserError where the file cannot be written.
+    """
+    frames = _as_frames(video)
+    rate = _rate(fps)
+    factor = max(1, -(-PREVIEW_SIDE // min(frames.shape[1:3]))) if upscale else 1
+    if factor > 1:
+        frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)  # [T,H f,W f,3]
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    count, height, width, _ = frames.shape
+    import av
+    from av.video.reformatter import Colorspace, VideoReformatter
+
+    buffer, reformatter = io.BytesIO(), VideoReformatter()
+    room_for_index = {"moov_size": str(1536 + 32 * count), "fflags": "+bitexact"}  # `+faststart` without reading the file again
+    with av.open(buffer, "w", format="mp4", container_options=room_for_index) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "superfast", "flags": "+bitexact"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.thread_count, context.colorspace, context.color_primaries, context.color_trc, context.color_range = 1, 1, 1, 1, 1
+        for pixels in frames:
+            frame = reformatter.reformat(_packed_frame(pixels, "rgb24"), format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=1)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    write_atomic(path, buffer.getvalue())
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Writes a temporary file in the same folder and renames it: the name holds the old bytes or all of the new ones, whatever kills the process.
+
+    Raises UserError (full disk, missing folder, no permission) and leaves nothing behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the OSError of a write to `path` into a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror or error}, {path}. Free some space or choose another folder") from error
+
+
+def _require_file(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"no such video file, {path}. Check the path")
+    if not path.is_file():
+        raise UserError(f"not a video file but a folder or a device, {path}. Name one file")
+    if path.stat().st_size == 0:
+        raise UserError(f"the video file is empty, {path}. Copy or make it again")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"no permission to read the video file, {path}. Change its permissions")
+
+
+def _decode(path: Path, max_frames: int | None) -> tuple[list[NDArray[np.uint8]], float, str | None]:
+    """(frames, fps, the digest the file carries)."""
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    frames: list[NDArray[np.uint8]] = []
+    reformatter = VideoReformatter()
+    try:
+        with av.open(str(path), options={"err_detect": "crccheck+explode"}) as container:
+            stream = next((each for each in container.streams.video if each.codec_context is not None), None)
+            if stream is None:
+                raise UserError(f"the file has no video stream that can be decoded, {path}. Give a video")
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"err_detect": "crccheck+explode"}
+            fps = float(stream.average_rate or stream.guessed_rate or 0)
+            digest = container.metadata.get(DIGEST_TAG)
+            for packet in container.demux(stream):
+                if packet.is_corrupt:
+                    raise UserError(f"the video file is truncated or damaged after {len(frames)} frames, {path}. Copy or make it again")
+                for frame in packet.decode():
+                    frames.append(_rgb(frame, reformatter))
+                    if len(frames) == max_frames:
+                        return frames, fps or 1.0, digest
+    except (av.error.FFmpegError, OSError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"cannot read the video: {reason} after {len(frames)} frames, {path}. Copy or make it again, or give a file ffmpeg can play") from error
+    if not frames:
+        raise UserError(f"the video file holds no frame, {path}. Copy or make it again")
+    if len({frame.shape for frame in frames}) > 1:
+        raise UserError(f"the frames change their size, {path}. Encode the video again with one size")
+    return frames, fps or 1.0, digest
+
+
+def _rgb(frame: Any, reformatter: Any) -> NDArray[np.uint8]:
+    """One decoded frame as uint8 [H,W,3], upright."""
+    if frame.format.name == "bgr0":
+        rows = np.frombuffer(frame.planes[0], np.uint8).reshape(-1, frame.planes[0].line_size)[: frame.height, : frame.width * 4]
+        pixels = np.ascontiguousarray(rows.reshape(frame.height, frame.width, 4)[..., 2::-1])  # [H,W,3]
+    else:
+        pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # [H,W,3]
+    return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90)) if frame.rotation else pixels
+
+
+def _packed_frame(pixels: NDArray[np.uint8], pixel_format: str) -> Any:
+    """A PyAV frame of packed pixels [H,W,c]; rows are padded where the codec wants them aligned."""
+    import av
+
+    height, width, channels = pixels.shape
+    frame = av.VideoFrame(width, height, pixel_format)
+    plane = frame.planes[0]
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    rows[:height, : width * channels] = pixels.reshape(height, width * channels)
+    return frame
+
+
+def _as_frames(video: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    frames = to_uint8(video) if isinstance(video, Tensor) else video
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames are uint8 [T,H,W,3] with at least one pixel, not {frames.dtype} {list(frames.shape)}")
+    return frames
+
+
+def _rate(fps: float) -> Fraction:
+    if not 0 < fps <= 1000:
+        raise ValueError(f"a frame rate is between 0 and 1000, not {fps}")
+    return Fraction(fps).limit_denominator(1001)
+
+
+def _refuse_truncated_mp4(path: Path) -> None:
+    """The boxes of an mp4 say how long they are: a last one that reaches past the end of the file was cut off."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if file.read(12)[4:8] != b"ftyp":
+            return
+        start = 0
+        while start + 8 <= size:
+            file.seek(start)
+            header = file.read(16)
+            length = int.from_bytes(header[:4], "big")
+            if length == 1:
+                length = int.from_bytes(header[8:16], "big")
+            if length == 0:
+                return
+            if length < 8 or start + length > size:
+                raise UserError(f"the video file is truncated or damaged at byte {start} of {size}, {path}. Copy or make it again")
+            start += length
