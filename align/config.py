@@ -1,0 +1,399 @@
+"""Typed configuration: field default < YAML < `--key.path value`.
+
+A recipe declares one subclass of `Config`; a string literal under each field is its help. YAML names values, never code. A key nobody knows
+stops the run and names the nearest one; a value of the wrong type says what was expected, what came, and from where.
+
+    class Sampler(Config):
+        steps: int = 8
+        \"\"\"Denoising steps.\"\"\"
+
+    class Example(Config):
+        out: Path
+        \"\"\"Folder of the run.\"\"\"
+        sampler: Sampler = Sampler()
+
+    cfg = load(Example, Path("example.yaml"), ["--out", "runs/a", "--sampler.steps", "20"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from base_model.errors import UserError
+
+PACKAGES = ("rushes", "torch", "numpy", "transformers", "diffusers", "peft", "accelerate", "trl", "bitsandbytes", "datasets", "safetensors", "av", "scipy", "pydantic")
+
+EXPECTED = {
+    "int": "an integer",
+    "float": "a number",
+    "finite_number": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "path": "a path",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping",
+    "mapping": "a mapping",
+    "model": "a section of keys",
+    "none": "null",
+}
+
+
+class Config(BaseModel):
+    """Base of every recipe's configuration and of its sections: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False, ser_json_inf_nan="strings")
+
+    may_change: ClassVar[frozenset[str]] = frozenset({"iterations", "save_every"})
+    """Names of keys, in any section, that `--resume` accepts with another value; paths may change too."""
+
+
+C = TypeVar("C", bound=Config)
+Where = dict[str, str]  # dotted key -> "file:line" or "command line"
+
+
+def load(cls: type[C], path: Path | None, overrides: Sequence[str]) -> C:
+    """The configuration out of the defaults of `cls`, the YAML file at `path` and `overrides` ("--key.path", "value", ...).
+
+    Keys may be written with `_` or `-`. Raises UserError for a missing or broken file, an unknown or repeated key, a value of the wrong type.
+    """
+    data, where = _read_yaml(cls, path) if path is not None else ({}, {})
+    for key, value in _pairs(cls, overrides):
+        _override(cls, data, where, key, value)
+    try:
+        return cls.model_validate(_with_section_defaults(cls, data))
+    except ValidationError as error:
+        raise UserError(_explain(cls, error, data, where)) from error
+
+
+def dump(cfg: Config) -> dict[str, Any]:
+    """`cfg` as plain YAML or JSON values; `load` of it gives `cfg` back."""
+    return cfg.model_dump(mode="json")
+
+
+def resolved(cfg: Config) -> dict[str, Any]:
+    """What makes a run repeatable: the whole configuration, the commit of the code, the versions of the packages."""
+    return {"config": dump(cfg), "commit": commit(), "versions": versions()}
+
+
+def commit() -> str:
+    """The git commit of this code, with "+changes" where files differ from it; "unknown" outside a repository."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def help_text(cls: type[Config]) -> str:
+    """One paragraph a key: `--key.path  type  (default)` and its sentence."""
+    lines: list[str] = []
+    grouped: dict[str, list[FieldInfo]] = {}
+    for key, field in _fields(cls):
+        grouped.setdefault(key, []).append(field)
+    for key, fields in grouped.items():
+        default = "required" if fields[0].is_required() else f"default {_plain(fields[0].get_default(call_default_factory=True))}"
+        lines.append(f"  --{key}  {'|'.join(dict.fromkeys(_type_name(field.annotation) for field in fields))}  ({default})")
+        lines.extend(f"      {line.strip()}" for line in (fields[0].description or "").splitlines() if line.strip())
+    return "\n".join(lines)
+
+
+# Reading
+
+
+def _read_yaml(cls: type[Config], path: Path) -> tuple[dict[str, Any], Where]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise UserError(f"no such config, {path}. Give the path of a YAML file, or none for the shipped one") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {error}. Give a YAML file that you may read") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"not YAML, {path}{line}: {getattr(error, 'problem', None) or 'cannot be parsed'}. Mend that line") from error
+    if data is None or root is None:
+        return {}, {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values, got {_shown(data)}. Write `key: value` lines")
+    where: Where = {}
+    return _normalised(cls, cls, data, root, "", path, where), where
+
+
+def _normalised(root: type[Config], annotation: Any, data: dict[Any, Any], node: yaml.Node, prefix: str, path: Path, where: Where) -> dict[str, Any]:
+    """`data` with `-` in keys turned to `_`; fills `where`; raises UserError for keys that are unknown or repeated."""
+    sections = _sections(annotation)
+    out: dict[str, Any] = {}
+    assert isinstance(node, yaml.MappingNode)
+    for key_node, value_node in node.value:
+        place = f"{path}:{key_node.start_mark.line + 1}"
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            raise UserError(f"{place}: merge keys (<<) are not supported. Write the keys out")
+        written = yaml.safe_load(yaml.serialize(key_node))
+        key = str(written).replace("-", "_") if sections else str(written)
+        dotted = f"{prefix}{key}"
+        if key in out:
+            raise UserError(f"{dotted}: given twice ({where[dotted]} and {place}). Keep one")
+        where[dotted] = place
+        child = _child(root, annotation, key, dotted, place)
+        value = data[written]
+        members = set(_members(child))
+        if isinstance(value, bool) and members & {int, float} and not members & {bool, Any}:
+            raise UserError(f"{dotted}: expected {EXPECTED['int' if int in members else 'float']}, got {_plain(value)} ({place})")
+        out[key] = _normalised(root, child, value, value_node, f"{dotted}.", path, where) if isinstance(value, dict) else value
+    return out
+
+
+def _pairs(cls: type[Config], overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """("key.path", "text") for every `--key.path value`, `--key.path=value` and lone `--flag`."""
+    position = 0
+    while position < len(overrides):
+        word = overrides[position]
+        position += 1
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"unexpected argument {word!r} on the command line. Options are written --key.path value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if position < len(overrides) and not overrides[position].startswith("--"):
+                value = overrides[position]
+                position += 1
+            elif _leaf(cls, key) is bool:
+                value = "true"
+            else:
+                raise UserError(f"--{key}: expected a value after it on the command line. Write --{key} VALUE")
+        yield key, value
+
+
+def _leaf(cls: type[Config], dotted: str) -> Any:
+    annotation: Any = cls
+    for part in dotted.split("."):
+        part = part.replace("-", "_") if _sections(annotation) else part
+        annotation = _child(cls, annotation, part, dotted, "command line")
+    return annotation
+
+
+def _override(cls: type[Config], data: dict[str, Any], where: Where, dotted: str, text: str) -> None:
+    annotation = _leaf(cls, dotted)
+    target, level, taken = data, cls, []
+    *sections, last = dotted.split(".")
+    for part in sections:
+        key = part.replace("-", "_") if _sections(level) else part
+        taken.append(key)
+        level = _child(cls, level, key, dotted, "command line")
+        inner = target.get(key)
+        if not isinstance(inner, dict):
+            inner = target[key] = {}
+        target = inner
+    key = last.replace("-", "_") if _sections(level) else last
+    target[key] = _value(annotation, text, dotted)
+    full = ".".join([*taken, key])
+    for known in [known for known in where if known.startswith(f"{full}.")]:
+        del where[known]
+    where[full] = "command line"
+
+
+def _value(annotation: Any, text: str, dotted: str) -> Any:
+    """Text from the command line: lists, mappings and null are read as YAML, all else stays text and is converted by the field's type."""
+    members = _members(annotation)
+    if text in ("null", "none", "None") and type(None) in members:
+        return None
+    if any(typing.get_origin(member) in (list, tuple, dict, set, frozenset) or _sections(member) for member in members):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{dotted}: cannot be parsed, {text!r} (command line). Write a list as '[1, 2]' and a mapping as '{{a: 1}}'") from error
+        if any(typing.get_origin(member) in (list, tuple, set, frozenset) for member in members) and isinstance(value, str | int | float):
+            return [part.strip() for part in text.split(",")]
+        return value
+    return text
+
+
+def _with_section_defaults(cls: type[Config], data: dict[str, Any]) -> dict[str, Any]:
+    """Sections given in part keep the rest of the default section that the field declares."""
+    out = dict(data)
+    for key, given in data.items():
+        default = cls.model_fields[key].get_default(call_default_factory=True)
+        if isinstance(given, dict) and isinstance(default, BaseModel):
+            out[key] = _filled(default, given)
+    return out
+
+
+def _filled(default: BaseModel, given: dict[str, Any]) -> dict[str, Any]:
+    fields = type(default).model_fields
+    another_kind = any(key in fields and typing.get_origin(fields[key].annotation) is typing.Literal and len(typing.get_args(fields[key].annotation)) == 1
+                       and value != getattr(default, key) for key, value in given.items())
+    if another_kind:
+        return given
+    out = {key: getattr(default, key) for key in fields} | given
+    for key in given:
+        if isinstance(given[key], dict) and isinstance(getattr(default, key, None), BaseModel):
+            out[key] = _filled(getattr(default, key), given[key])
+    return out
+
+
+# Types
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the annotation alone; `Annotated` is unwrapped."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(member for part in typing.get_args(annotation) for member in _members(part))
+    return (annotation,)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    return [member for member in _members(annotation) if isinstance(member, type) and issubclass(member, BaseModel)]
+
+
+def _child(root: type[Config], annotation: Any, key: str, dotted: str, place: str) -> Any:
+    """The type of `key` inside a section (or a mapping). Raises UserError, naming the nearest key, where there is none."""
+    sections = _sections(annotation)
+    found: list[Any] = [section.model_fields[key].annotation for section in sections if key in section.model_fields]
+    if found:
+        return found[0] if len(found) == 1 else typing.Union[tuple(found)]  # noqa: UP007
+    for member in _members(annotation):
+        if typing.get_origin(member) is dict:
+            return typing.get_args(member)[1]
+    raise UserError(f"{dotted}: unknown key ({place}). Did you mean {_nearest_key(root, dotted)}?")
+
+
+def _nearest_key(root: type[Config], dotted: str) -> str:
+    """The key of `root`, sections included, most like `dotted`: by the whole name or, almost as good, by its last part."""
+
+    def likeness(known: str) -> float:
+        whole = difflib.SequenceMatcher(None, dotted, known).ratio()
+        return max(whole, difflib.SequenceMatcher(None, dotted.rpartition(".")[2], known.rpartition(".")[2]).ratio() - 0.01)
+
+    leaves = [key for key, _ in _fields(root)]
+    return max([*leaves, *(key.rpartition(".")[0] for key in leaves if "." in key)], key=likeness)
+
+
+def _fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in cls.model_fields.items():
+        sections = _sections(field.annotation)
+        if not sections:
+            yield f"{prefix}{name}", field
+        for section in sections:
+            yield from _fields(section, f"{prefix}{name}.")
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return "|".join(str(choice) for choice in typing.get_args(annotation))
+    members = _members(annotation)
+    if len(members) > 1:
+        return "|".join("null" if member is type(None) else _type_name(member) for member in members)
+    origin = typing.get_origin(annotation)
+    if origin is not None:
+        inside = ", ".join("..." if part is Ellipsis else _type_name(part) for part in typing.get_args(annotation))
+        return f"{origin.__name__}[{inside}]"
+    return str(getattr(annotation, "__name__", annotation))
+
+
+def _plain(value: object) -> str:
+    """A value as one would write it in YAML or on the command line."""
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, str | dict | list) else _plain(value)
+
+
+def path_keys(cls: type[BaseModel]) -> frozenset[str]:
+    """Dotted keys whose type is a path (or a path or null)."""
+    return frozenset(key for key, field in _fields(cls) if Path in _members(field.annotation))
+
+
+def leaves(config: object, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> {dotted key: value}."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    return {key: value for name, inner in config.items() for key, value in leaves(inner, f"{prefix}.{name}" if prefix else name).items()} or {prefix: {}}
+
+
+# Errors
+
+
+def _explain(cls: type[Config], error: ValidationError, data: dict[str, Any], where: Where) -> str:
+    first = error.errors(include_url=False)[0]
+    parts, value = _location(first, data)
+    dotted = ".".join(parts) or cls.__name__
+    place = _place(parts, where)
+    if first["type"] == "missing":
+        return f"{dotted}: is required and was given nowhere. Add it to the config or write --{dotted} VALUE"
+    if first["type"].startswith("union_tag"):
+        tag = str(first["ctx"]["discriminator"]).strip("'")
+        choices = str(first["ctx"].get("expected_tags", "")).replace("'", "")
+        return f"{dotted}.{tag}: expected one of {choices}, got {_shown(first['ctx'].get('tag', value))} ({_place([*parts, tag], where)})"
+    if first["type"] == "extra_forbidden":
+        return f"{dotted}: not a key of the kind of section chosen here ({place}). Choose the kind that has it, or leave it out"
+    if first["type"] in ("value_error", "assertion_error"):
+        return f"{dotted}: {first['msg'].partition(', ')[2] or first['msg']} ({place})"
+    return f"{dotted}: expected {_expected(first)}, got {_shown(value)} ({place})"
+
+
+def _location(error: ErrorDetails, data: dict[str, Any]) -> tuple[list[str], object]:
+    """The keys of a pydantic location that exist in `data` (it also names union members), and the value found there."""
+    parts: list[str] = []
+    value: Any = data
+    for part in error["loc"]:
+        inside = dict(enumerate(value)) if isinstance(value, list) else value
+        if isinstance(inside, dict) and part in inside:
+            value = inside[part]
+        elif error["type"] != "missing" or part != error["loc"][-1]:
+            continue
+        parts.append(str(part))
+    return parts, error["input"] if value is data else value
+
+
+def _place(parts: list[str], where: Where) -> str:
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in where:
+            return where[".".join(parts[:length])]
+    return next(iter(where.values())).partition(":")[0] if where else "default"
+
+
+def _expected(error: ErrorDetails) -> str:
+    kind, message = error["type"], error["msg"]
+    if kind == "int_from_float":
+        return "an integer"
+    if "expected" in error.get("ctx", {}):
+        return "one of " + str(error["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
+    for name in (kind.removesuffix("_parsing").removesuffix("_type"), kind.partition("_")[0]):
+        if name in EXPECTED and ("_parsing" in kind or "_type" in kind or kind == name):
+            return EXPECTED[name]
+    return message.removeprefix("Input should be ").removeprefix("Input should have ").removeprefix("Value should have ")

@@ -1,0 +1,29 @@
+"""Optimizers and the one learning-rate schedule of the recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+OptimizerName = Literal["adamw", "adamw8bit"]
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], name: OptimizerName, *, lr: float, weight_decay: float = 0.01) -> Any:
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) with betas (0.9, 0.95): torch's, or bitsandbytes' with 8-bit states for tensors of 4,096 elements and more."""
+    trainable = [p for p in parameters if p.requires_grad]
+    if name == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(trainable, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    return torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+
+
+def warmup_cosine(optimizer: Any, iterations: int, *, warmup: int = 50, final: float = 0.02) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear from `final` to 1 over `warmup` steps, then a cosine back to `final` at the last iteration (factors of the learning rate)."""
+    warmup = min(warmup, max(1, iterations // 2))
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, final, total_iters=warmup)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, iterations - warmup), eta_min=final * optimizer.param_groups[0]["initial_lr"])
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], milestones=[warmup])

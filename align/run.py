@@ -1,0 +1,427 @@
+"""`Run`: the plumbing of a recipe, and nothing else. It has no hooks and never calls back into a recipe.
+
+    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    network, optimizer = run.prepare(network, optimizer)
+    run.register("network", network)
+    run.register("optimizer", optimizer)
+    for i in run.iterations(cfg.iterations, save_every=50, label="sft"):
+        noise = run.noise((3, 8, 8), 4, "noise", i * 4)          # [4,3,8,8]
+        loss = (network(noise) - noise).square().mean()
+        run.backward(loss)
+        run.log(loss=loss, grad_norm=run.step(optimizer, max_grad_norm=1.0))
+
+Rules that make a killed and resumed run bit-identical to an uninterrupted one:
+- randomness comes from `generator`, `rng` and `noise`, which depend on (seed, stream, index) only; torch's, numpy's and Python's global generators are seeded
+  anew at the start of every iteration;
+- everything that changes in the loop is registered; it is restored when the loop begins, so code before the loop always sees the start of the run;
+- `metrics.jsonl` is cut back to the checkpoint; lines differ between such runs in `WALL_CLOCK_FIELDS` only.
+
+On disk: `run.json` (config, seed, commit, versions), `metrics.jsonl`, `metrics.json` (one sentence a metric), `tensorboard/`,
+`checkpoints/<iteration>/` (safetensors, `state.json`, `run.json`; the last two are kept).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from align.config import Config, leaves, path_keys, resolved
+from align.progress import Progress
+from align.state import flatten, unflatten
+from base_model.checkpoint import atomic_write, disk_errors, fsync_folder, load_weights, weights_bytes, write_synced
+from base_model.errors import GuardStop, Interrupted, UserError
+from base_model.networks.packing import Segments
+
+BUILT_IN_METRICS = {
+    "iteration": "Index of the iteration that wrote the line, from 0; the number of iterations for lines written after the loop.",
+    "seconds": "Wall-clock seconds of work since the run began, without the time between an interruption and its resumption.",
+    "forward_passes": "Clips sent through the counted networks since the run began, training and sampling together.",
+}
+WALL_CLOCK_FIELDS = frozenset({"seconds", "iteration_seconds", "clips_per_second", "peak_memory_bytes"})
+"""Metrics that depend on the machine: the only ones that differ between a resumed run and an uninterrupted one."""
+
+CHECKPOINTS_KEPT = 2
+
+
+class Stateful(Protocol):
+    """Anything a checkpoint can keep. `state_dict` may nest tensors, arrays, numbers, text, lists, tuples and mappings."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+def derived_seed(seed: int, stream: str, index: int) -> int:
+    """63 bits out of sha256 of the three."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()[:8], "big") >> 1
+
+
+def read_metrics(out: Path, *, wall_clock: bool = True) -> list[dict[str, Any]]:
+    """The lines of `out/metrics.jsonl`; without `wall_clock`, the fields in `WALL_CLOCK_FIELDS` are left out."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if wall_clock or name not in WALL_CLOCK_FIELDS} for line in lines]
+
+
+class Run:
+    """One training run in the folder `out`: ranks, seeds, resume, metrics, progress and the stop on numbers that are not finite.
+
+    `metrics` documents every name `log` may be given, one sentence each. Raises UserError where `out` already holds a run and `resume` is off,
+    and where it is on and the configuration is another (lengths and paths may change).
+    """
+
+    def __init__(self, out: Path, cfg: Config, *, seed: int, resume: bool, metrics: Mapping[str, str], quiet: bool = False) -> None:
+        clash = sorted(set(metrics) & set(BUILT_IN_METRICS))
+        if clash:
+            raise ValueError(f"metrics {clash} are written by Run itself")
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.out, self.cfg, self.seed, self.quiet = Path(out), cfg, seed, quiet or not self.is_main
+        self.metrics = {**BUILT_IN_METRICS, **metrics}
+        self.iteration = 0  # iterations finished; inside the loop also the index of the present one
+        self.forward_passes = 0
+        self._registered: dict[str, tuple[Stateful, bool]] = {}
+        self._looping = self._stopping = False
+        self._writer: Any = None
+        self._note = ""
+        self._label = "the run"
+        self._begun, self._seconds_before = time.monotonic(), 0.0
+        if self.device.type == "cpu":
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self._seed_globals("start", 0)
+        self._checkpoint = self._open(resume)
+
+    # Verbs of a recipe
+
+    def prepare(self, *things: Any) -> Any:
+        """Networks and optimizers onto the device (and into DDP under torchrun), in the order given; one thing comes back alone."""
+        return self.accelerator.prepare(*things)
+
+    def register(self, name: str, thing: Stateful, *, trainable_only: bool = False) -> None:
+        """Keeps `thing` in every checkpoint. `trainable_only`: of a network, the parameters that train (a LoRA adapter on a frozen base)."""
+        if self._looping:
+            raise ValueError(f"register {name!r} before the loop begins")
+        if name in self._registered or not re.fullmatch(r"[a-z0-9_]+", name):
+            raise ValueError(f"cannot register {name!r}: names are unique and made of a-z, 0-9 and _")
+        self._registered[name] = (self.accelerator.unwrap_model(thing) if isinstance(thing, nn.Module) else thing), trainable_only
+
+    def count_forwards(self, network: nn.Module) -> None:
+        """Counts clips through `network` into `forward_passes`: one a segment where the call is packed, else the first axis of its first tensor."""
+        network.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def iterations(self, n: int, *, save_every: int, label: str) -> Iterator[int]:
+        """0 .. n-1, or from where the last checkpoint stopped. Saves every `save_every` and at the end; shows progress and the time left.
+
+        SIGINT and SIGTERM end it after the iteration in progress is finished and saved: raises Interrupted. A second one stops at once.
+        """
+        if self._looping:
+            raise ValueError("a run has one loop")
+        self._looping, self._label = True, label
+        self._restore()
+        with self._signals() as received, Progress(label, total=n, done=self.iteration, quiet=self.quiet) as progress:
+            for i in range(self.iteration, 0 if self._stopping else n):
+                self._seed_globals("iteration", i)
+                yield i
+                self.iteration = i + 1
+                progress.advance(self._note)
+                interrupted = self._any_rank(bool(received))
+                if interrupted or self._stopping or self.iteration == n or self.iteration % save_every == 0:
+                    self.save()
+                if interrupted:
+                    where = f"after iteration {self.iteration} of {n} and is saved in {self.out}"
+                    raise Interrupted(f"{label} was interrupted {where}. Go on with --resume", (received or [signal.SIGTERM])[0])
+                if self._stopping:
+                    break
+        self._flush_tensorboard()
+
+    def stop(self) -> None:
+        """Makes the present iteration the last one (it is finished and saved); a resumed run stays stopped."""
+        self._stopping = True
+
+    def generator(self, stream: str, index: int) -> torch.Generator:
+        """A CPU generator that depends on the run's seed, `stream` and `index` only."""
+        return torch.Generator().manual_seed(derived_seed(self.seed, stream, index))
+
+    def rng(self, stream: str, index: int) -> np.random.Generator:
+        """`generator` for numpy."""
+        return np.random.default_rng(derived_seed(self.seed, stream, index))
+
+    def noise(self, shape: Sequence[int], n: int, stream: str, index: int) -> Tensor:
+        """Standard normal [n, *shape] on the device; clip k has a stream of its own, `index + k`, so any split into batches gives the same noise."""
+        return torch.stack([torch.randn(tuple(shape), generator=self.generator(stream, index + k)) for k in range(n)]).to(self.device)
+
+    def backward(self, loss: Tensor, divide_by: float = 1) -> None:
+        """Adds the gradient of `loss` [] / `divide_by`. Raises GuardStop, before any optimizer sees it, where the loss is not finite."""
+        self._check_finite("loss", loss.detach())
+        self.accelerator.backward(loss / divide_by)
+
+    def step(self, optimizer: Any, max_grad_norm: float, scheduler: Any = None) -> float:
+        """Clips the gradient to `max_grad_norm`, steps the optimizer (and the scheduler) and clears the gradient; returns its norm before clipping.
+
+        Raises GuardStop, leaving the weights as they were, where the norm is not finite.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, max_grad_norm))
+        self._check_finite("gradient norm", norm)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def log(self, **scalars: float | Tensor) -> None:
+        """One line of `metrics.jsonl` and the TensorBoard scalars; means over ranks; what is not finite is written as null.
+
+        Before the loop of a resumed run it writes nothing: those lines are in the file. Raises ValueError for an undocumented name.
+        """
+        unknown = sorted(set(scalars) - (set(self.metrics) - set(BUILT_IN_METRICS)))
+        if unknown:
+            raise ValueError(f"undocumented metrics {unknown}: give each one a sentence in the `metrics` of Run")
+        values = {name: self._mean_over_ranks(value) for name, value in scalars.items()}
+        if not self.is_main or (self._checkpoint is not None and not self._looping):
+            return
+        self._note = "  ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:3])
+        line: dict[str, float | None] = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line |= {"iteration": self.iteration, "seconds": round(self.seconds, 3), "forward_passes": self.forward_passes}
+        self._append(json.dumps(line, sort_keys=True) + "\n")
+        self._to_tensorboard(values)
+
+    def save(self) -> None:
+        """Writes `checkpoints/<iteration>` (whole or not at all) and drops all but the last two. Raises UserError where the disk is full."""
+        states = {name: flatten(self._state_of(*entry)) for name, entry in self._registered.items()}
+        if self.is_main:
+            self._write(states)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work since the run began, over all its sessions."""
+        return self._seconds_before + time.monotonic() - self._begun
+
+    # The folder
+
+    @property
+    def _metrics_file(self) -> Path:
+        return self.out / "metrics.jsonl"
+
+    @property
+    def _description(self) -> bytes:
+        return (json.dumps({"seed": self.seed, **self._resolved}, indent=2, sort_keys=True) + "\n").encode()
+
+    def _open(self, resume: bool) -> Path | None:
+        """Claims `out`; returns the checkpoint to go on from, if any."""
+        description, self._resolved = self.out / "run.json", resolved(self.cfg)
+        if description.exists() and not resume:
+            raise UserError(f"{self.out} already holds a run. Use --resume to go on with it, or another --out")
+        if description.exists():
+            self._check_same_config(json.loads(description.read_text()))
+        checkpoint = latest_checkpoint(self.out) if resume else None
+        if self.is_main:
+            kept = _read_state(checkpoint)["metrics_bytes"] if checkpoint else 0
+            if checkpoint and (not self._metrics_file.exists() or self._metrics_file.stat().st_size < kept):
+                raise UserError(f"{self._metrics_file} is shorter than its checkpoint {checkpoint} says. Put it back, or start again with another --out")
+            with disk_errors(self.out):
+                self.out.mkdir(parents=True, exist_ok=True)
+                for folder in (self.out / "checkpoints").glob(".*"):  # what a kill left behind
+                    shutil.rmtree(folder)
+                for file in self.out.glob(".*.partial"):
+                    file.unlink()
+                with open(self._metrics_file, "ab") as metrics:
+                    metrics.truncate(kept)
+            atomic_write(self.out / "metrics.json", (json.dumps(self.metrics, indent=2, sort_keys=True) + "\n").encode())
+            atomic_write(description, self._description)
+        self.accelerator.wait_for_everyone()
+        return checkpoint
+
+    def _check_same_config(self, before: dict[str, Any]) -> None:
+        free = path_keys(type(self.cfg))
+        then, now = ({"seed": seed, **leaves(config)} for seed, config in ((before["seed"], before["config"]), (self.seed, self._resolved["config"])))
+        differ = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key not in free and key.rpartition(".")[2] not in self.cfg.may_change]
+        changed = [f"{key} ({json.dumps(then.get(key))} -> {json.dumps(now.get(key))})" for key in differ]
+        if changed:
+            raise UserError(f"{self.out} was begun with another config: {', '.join(changed)}. Give the same values to --resume, or another --out")
+
+    def _write(self, states: dict[str, tuple[Any, dict[str, Tensor]]]) -> None:
+        folder = self.out / "checkpoints"
+        final, partial, old = (folder / f"{prefix}{self.iteration:08d}" for prefix in ("", ".partial-", ".old-"))
+        with disk_errors(folder):
+            try:
+                partial.mkdir(parents=True)
+                with open(self._metrics_file, "rb") as file:
+                    os.fsync(file.fileno())
+                for name, (_, tensors) in states.items():
+                    write_synced(partial / f"{name}.safetensors", weights_bytes(tensors, {}))
+                write_synced(partial / "state.json", json.dumps(self._progress() | {"states": {name: skeleton for name, (skeleton, _) in states.items()}}).encode())
+                write_synced(partial / "run.json", self._description)
+                fsync_folder(partial)
+                if final.exists():
+                    final.rename(old)
+                partial.rename(final)
+                fsync_folder(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
+            for superseded in _checkpoints(self.out)[:-CHECKPOINTS_KEPT]:
+                shutil.rmtree(superseded)
+        self._flush_tensorboard()
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "iteration": self.iteration,
+            "stopped": self._stopping,
+            "seconds": self.seconds,
+            "forward_passes": self.forward_passes,
+            "metrics_bytes": self._metrics_file.stat().st_size,
+        }
+
+    def _restore(self) -> None:
+        if self._checkpoint is None:
+            return
+        state = _read_state(self._checkpoint)
+        if set(state["states"]) != set(self._registered):
+            raise ValueError(f"{self._checkpoint} keeps {sorted(state['states'])}, this run registered {sorted(self._registered)}")
+        for name, (thing, trainable_only) in self._registered.items():
+            tensors, _ = load_weights(self._checkpoint / f"{name}.safetensors")
+            value = unflatten(state["states"][name], tensors)
+            if isinstance(thing, nn.Module):
+                _check_keys(name, set(value), set(self._state_of(thing, trainable_only)))
+                thing.load_state_dict(value, strict=not trainable_only)
+            else:
+                thing.load_state_dict(value)
+        self.iteration, self._stopping = state["iteration"], state["stopped"]
+        self.forward_passes = state["forward_passes"]
+        self._seconds_before, self._begun = state["seconds"], time.monotonic()
+
+    def _state_of(self, thing: Stateful, trainable_only: bool) -> Any:
+        state = thing.state_dict()
+        if not trainable_only:
+            return state
+        assert isinstance(thing, nn.Module), "trainable_only is for networks"
+        trained = {name for name, parameter in thing.named_parameters() if parameter.requires_grad}
+        return {name: tensor for name, tensor in state.items() if name in trained}
+
+    # Metrics
+
+    def _append(self, line: str) -> None:
+        size = self._metrics_file.stat().st_size
+        with disk_errors(self._metrics_file):
+            try:
+                with open(self._metrics_file, "ab") as file:
+                    file.write(line.encode())
+            except OSError:
+                os.truncate(self._metrics_file, size)
+                raise
+
+    def _to_tensorboard(self, values: dict[str, float]) -> None:
+        with disk_errors(self.out / "tensorboard"):
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.iteration or None)
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, self.iteration)
+
+    def _flush_tensorboard(self) -> None:
+        if self._writer is not None:
+            with disk_errors(self.out / "tensorboard"):
+                self._writer.flush()
+
+    def _mean_over_ranks(self, value: float | Tensor) -> float:
+        tensor = torch.as_tensor(value, dtype=torch.float64).detach()
+        if tensor.numel() != 1:
+            raise ValueError(f"log takes scalars, got a tensor of shape {tuple(tensor.shape)}")
+        if self.accelerator.num_processes == 1:
+            return float(tensor)
+        return float(self.accelerator.reduce(tensor.reshape(1).to(self.device), reduction="mean"))
+
+    # Guards
+
+    def _check_finite(self, what: str, value: Tensor) -> None:
+        if not self._any_rank(not bool(torch.isfinite(value).all())):
+            return
+        saved = latest_checkpoint(self.out)
+        kept = f"the last checkpoint is {saved}" if saved else "nothing was saved yet"
+        raise GuardStop(
+            f"the {what} is {float(value):g} in iteration {self.iteration} of {self._label}; stopped before the optimizer, {kept}. "
+            f"See {self._metrics_file}, then start again in another --out with a lower learning rate or other data"
+        )
+
+    def _any_rank(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor([float(flag)], device=self.device), reduction="sum") > 0)
+
+    def _count(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = [*arguments, *named.values()]
+        for kind in (Segments, Tensor):
+            first = next((value for value in given if isinstance(value, kind)), None)
+            if first is not None:
+                self.forward_passes += len(first) * self.accelerator.num_processes
+                return
+        raise ValueError("a counted network was called without a tensor")
+
+    def _seed_globals(self, stream: str, index: int) -> None:
+        seed = derived_seed(self.seed, f"{stream}/rank {self.accelerator.process_index}", index)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[list[int]]:
+        """The signals received while the loop runs; the second one raises KeyboardInterrupt at once."""
+        received: list[int] = []
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if received:
+                raise KeyboardInterrupt
+            received.append(number)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield received
+            return
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield received
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def latest_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint folder of the run in `out`, or None."""
+    found = _checkpoints(out)
+    return found[-1] if found else None
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    return sorted(folder for folder in (out / "checkpoints").glob("[0-9]*") if folder.is_dir())
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"damaged checkpoint, {checkpoint}: {error}. Delete that folder to go on from the one before it") from error
+    return state
+
+
+def _check_keys(name: str, saved: set[str], present: set[str]) -> None:
+    if saved != present:
+        raise UserError(f"the checkpoint of {name!r} holds other tensors than the network: {sorted(saved ^ present)[:3]}. Give the same model to --resume")
