@@ -1,0 +1,159 @@
+"""How far people agree with each other, and a scorer with people. Always over pairs of clips, always with intervals over clusters of prompts.
+
+Ties, the same everywhere: a pair that a person called a tie asks nothing of a predictor and is left out; a predictor (a scorer, or another
+person) that ties a pair which a person decided earns one half. So a coin and a constant both earn 0.5, and what another person earns is the
+ceiling of a scorer: `person_by_person`. `three_way_agreement` counts {better, tie, worse} as three answers instead.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reward.comparisons import RankingEvent
+
+Array = NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval; nan where nothing was counted."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Pair(NamedTuple):
+    """Two clips of one prompt in one dimension and what each person said of them: +1 the first is better, 0 a tie, -1 the second is better."""
+
+    prompt_id: str
+    dimension: str
+    first: str
+    second: str
+    votes: dict[str, int]  # annotator_id -> answer
+
+
+def pairs_of(events: Iterable[RankingEvent]) -> list[Pair]:
+    """All pairs of clips that somebody ranked. Who judged a pair twice counts with the first answer."""
+    votes: dict[tuple[str, str, str, str], dict[str, int]] = defaultdict(dict)
+    for event in events:
+        for (a, rank_a), (b, rank_b) in combinations(sorted(zip(event.clip_ids, event.ranks, strict=True)), 2):
+            if rank_a is not None and rank_b is not None:
+                votes[event.prompt_id, event.dimension, a, b].setdefault(event.annotator_id, (rank_b > rank_a) - (rank_a > rank_b))
+    return [Pair(*key, answers) for key, answers in votes.items()]
+
+
+def tie_share(pairs: Sequence[Pair]) -> float:
+    """Share of answers that are ties; nan without answers."""
+    answers = [answer for pair in pairs for answer in pair.votes.values()]
+    return answers.count(0) / len(answers) if answers else float("nan")
+
+
+def scorer_accuracy(pairs: Sequence[Pair], score: Mapping[tuple[str, str], float], clusters: Mapping[str, str], *, seed: int = 0) -> Interval:
+    """How often a scorer ((dimension, clip_id) -> score; nan earns one half) orders a pair as a person did, over all decided answers."""
+
+    def count(pair: Pair) -> tuple[float, float]:
+        answers = [answer for answer in pair.votes.values() if answer]
+        predicted = np.sign(score[pair.dimension, pair.first] - score[pair.dimension, pair.second])
+        return sum(0.5 if abs(predicted) != 1 else float(predicted == answer) for answer in answers), float(len(answers))
+
+    return _share(pairs, count, clusters, seed)
+
+
+def person_by_person(pairs: Sequence[Pair], clusters: Mapping[str, str], *, seed: int = 0) -> Interval:
+    """The ceiling: how often another person, taken as the predictor of a decided answer, gives the same answer (a tie earns one half)."""
+
+    def count(pair: Pair) -> tuple[float, float]:
+        up, tie, down = (list(pair.votes.values()).count(answer) for answer in (1, 0, -1))
+        return up * (up - 1) + down * (down - 1) + 0.5 * tie * (up + down), float((up + down) * (up + tie + down - 1))
+
+    return _share(pairs, count, clusters, seed)
+
+
+def three_way_agreement(pairs: Sequence[Pair], clusters: Mapping[str, str], *, seed: int = 0) -> Interval:
+    """Share of couples of people who gave the same of the three answers about a pair."""
+
+    def count(pair: Pair) -> tuple[float, float]:
+        counts = [list(pair.votes.values()).count(answer) for answer in (1, 0, -1)]
+        n = sum(counts)
+        return sum(c * (c - 1) / 2 for c in counts), n * (n - 1) / 2
+
+    return _share(pairs, count, clusters, seed)
+
+
+def krippendorff_alpha(units: Sequence[Sequence[float]], *, ordinal: bool = False) -> float:
+    """Krippendorff's alpha (2011, "Computing Krippendorff's alpha-reliability"): 1 = full agreement, 0 = what chance gives.
+
+    units: for every thing judged, the answers of those who judged it (any number; fewer than two are left out). Answers are names
+    (nominal) or places on an ordered scale (`ordinal`). nan where everybody gave one and the same answer, or nothing was judged twice.
+    """
+    values = sorted({value for unit in units if len(unit) > 1 for value in unit})
+    return _alpha(_coincidences(units, values), ordinal)
+
+
+def alpha_of_pairs(pairs: Sequence[Pair], clusters: Mapping[str, str], *, seed: int = 0, draws: int = 200) -> Interval:
+    """Krippendorff's alpha of {worse, tie, better} taken as an ordered scale, with a bootstrap over clusters of prompts.
+
+    Each pair enters in both orders: which clip is called the first is nobody's answer, so the scale is symmetric about the tie.
+    """
+    grouped: dict[str, list[list[float]]] = defaultdict(list)
+    for pair in pairs:
+        answers = [float(answer) for answer in pair.votes.values()]
+        grouped[clusters[pair.prompt_id]] += [answers, [-answer for answer in answers]]
+    tables = np.array([_coincidences(grouped[name], (-1.0, 0.0, 1.0)) for name in sorted(grouped)]).reshape(-1, 3, 3)  # [clusters, 3, 3]
+    chosen = np.random.default_rng(seed).integers(max(len(tables), 1), size=(draws, len(tables)))
+    samples = [_alpha(tables[rows].sum(0), ordinal=True) for rows in chosen]
+    low, high = np.nanpercentile(samples, [2.5, 97.5]) if np.isfinite(samples).any() else (float("nan"), float("nan"))
+    return Interval(_alpha(tables.sum(0), ordinal=True), float(low), float(high))
+
+
+def cluster_bootstrap(hits: Array, trials: Array, *, seed: int = 0, draws: int = 2000) -> Interval:
+    """sum(hits) / sum(trials) over clusters [N], with the 95 % percentile interval of resampling whole clusters."""
+    if trials.sum() == 0:
+        return Interval(*[float("nan")] * 3)
+    chosen = np.random.default_rng(seed).integers(len(hits), size=(draws, len(hits)))
+    weight = trials[chosen].sum(1)
+    samples = hits[chosen].sum(1)[weight > 0] / weight[weight > 0]
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return Interval(float(hits.sum() / trials.sum()), float(low), float(high))
+
+
+def _share(pairs: Sequence[Pair], count: Callable[[Pair], tuple[float, float]], clusters: Mapping[str, str], seed: int) -> Interval:
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for pair in pairs:
+        hits, trials = count(pair)
+        sums[clusters[pair.prompt_id]][0] += hits
+        sums[clusters[pair.prompt_id]][1] += trials
+    table = np.array([sums[name] for name in sorted(sums)]).reshape(-1, 2)
+    return cluster_bootstrap(table[:, 0], table[:, 1], seed=seed)
+
+
+def _coincidences(units: Sequence[Sequence[float]], values: Sequence[float]) -> Array:
+    """How often two answers met in one unit, [V,V]; a unit of n answers weighs n."""
+    index = {value: i for i, value in enumerate(values)}
+    table = np.zeros((len(values), len(values)))
+    for unit in units:
+        if len(unit) > 1:
+            counts = np.bincount([index[value] for value in unit], minlength=len(values)).astype(float)
+            table += (np.outer(counts, counts) - np.diag(counts)) / (len(unit) - 1)
+    return table
+
+
+def _alpha(coincidence: Array, ordinal: bool) -> float:
+    totals = coincidence.sum(0)
+    if (totals > 0).sum() < 2:
+        return float("nan")
+    distance = _ordinal_distance(totals) if ordinal else 1 - np.eye(len(totals))
+    expected = (np.outer(totals, totals) - np.diag(totals)) / (totals.sum() - 1)
+    return float(1 - (coincidence * distance).sum() / (expected * distance).sum())
+
+
+def _ordinal_distance(totals: Array) -> Array:
+    """Squared number of answers between two places on the scale, [V] -> [V,V]."""
+    below = np.cumsum(totals) - totals / 2
+    return (below[:, None] - below[None, :]) ** 2

@@ -1,0 +1,451 @@
+"""What people told us, as parquet: which clips they saw together and how they ranked them.
+
+    folder/clips.parquet                one row a clip
+    folder/prompts.parquet              one row a prompt
+    folder/annotators.parquet           one row a person (a pseudonym), or a simulated one
+    folder/comparisons-00000.parquet    answers, one row for each person x task x dimension; more files are added, none is ever rewritten
+    folder/splits.parquet               which component of prompts is in which split
+
+Every file is plain parquet (`datasets.load_dataset("parquet", data_files=...)` reads it) and appears whole or not at all. They are written in the
+order of what refers to what, answers last, so a writer killed between two files leaves a folder that loads and can be written again. Loading checks:
+a ranking must be one, a clip must belong to the prompt it was ranked under, no clip may be in two splits, unknown values are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from base_model.checkpoint import atomic_write
+from base_model.errors import UserError
+from base_model.video.store import ClipRow
+
+KINDS = ("pair", "rank", "likert", "tag")
+CHOICES = ("A", "B", "tie", "both_bad", "both_good", "invalid")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class RankingEvent:
+    """One answer of one person about one task in one dimension.
+
+    Example: of clips a, b, c, d somebody found b best, a and d equal, c worst: clip_ids (a, b, c, d), ranks (2, 1, 3, 2). A clip left
+    unranked has rank None. A pair (kind "pair") carries `choice` beside its ranks.
+    """
+
+    event_id: str
+    task_id: str
+    prompt_id: str
+    annotator_id: str
+    clip_ids: tuple[str, ...]
+    ranks: tuple[int | None, ...]  # 1 = best; equal numbers = tie; None = not ranked
+    dimension: str = "overall"
+    kind: str = "rank"
+    choice: str | None = None  # pairs only
+    likert: tuple[float, ...] = ()  # one number a clip, or none at all
+    confidence: float | None = None
+    is_gold: bool = False
+    gold_ok: bool | None = None
+    is_repeat: bool = False
+    shown_order: tuple[int, ...] = ()  # positions on screen, a permutation of 0..K-1, or none at all
+    model_hint_shown: bool = False
+    watch_ms: tuple[int, ...] = ()  # one number a clip, or none at all
+    lead_time_ms: int | None = None
+    skipped_reason: str | None = None
+    flags: tuple[str, ...] = ()
+    guideline_version: str = ""
+    app_version: str = ""
+    source_dataset: str = ""
+    licence: str = ""
+    created_at: str = ""  # UTC, ISO 8601
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> RankingEvent:
+        """A row of the table `comparisons`: lists become tuples; a column that is null or not there gets its default."""
+        return _build(cls, row)
+
+    @property
+    def dense_ranks(self) -> tuple[int, ...]:
+        """Ranks as `ranking.py` takes them: 1.. without gaps, 0 = not ranked."""
+        order = sorted({rank for rank in self.ranks if rank is not None})
+        return tuple(0 if rank is None else order.index(rank) + 1 for rank in self.ranks)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Where a clip comes from."""
+
+    clip_id: str  # sha256 of its frames
+    path: str
+    prompt_id: str
+    generator: str = ""
+    generator_rev: str = ""
+    seed: int = 0
+    sampler_json: str = "{}"
+    width: int = 0
+    height: int = 0
+    fps: float = 0.0
+    num_frames: int = 0
+    duration_s: float = 0.0
+    codec: str = ""
+    has_audio: bool = False
+    first_frame_hash: str = ""
+    safety_json: str = "{}"
+    created_at: str = ""
+    licence: str = ""
+
+    @classmethod
+    def of(cls, row: ClipRow) -> Clip:
+        """The columns of a clip store's row that belong to the schema."""
+        return cls(**{field.name: getattr(row, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt. Prompts of one `cluster_id` (not empty) are near-duplicates and never fall into different splits."""
+
+    prompt_id: str
+    text: str
+    lang: str = "en"
+    source: str = ""
+    cluster_id: str = ""
+    category: str = ""
+    safety_critical: bool = False
+    split: str = ""  # as its source called it; the split that counts is in splits.parquet
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """A person under a pseudonym, or a simulated one (pool "simulated")."""
+
+    annotator_id: str
+    pool: str = ""
+    locale: str = ""
+    qualified_at: str = ""
+    reliability: float | None = None
+    tie_bias: float | None = None
+    position_bias: float | None = None
+    n_events: int = 0
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Annotator:
+        """A row of the table `annotators`; a column that is null or not there gets its default."""
+        return _build(cls, row)
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """A loaded and checked folder. `split` maps prompt_id -> "train", "val", "test" ("" where none was assigned)."""
+
+    events: tuple[RankingEvent, ...]
+    clips: Mapping[str, Clip]
+    prompts: Mapping[str, Prompt]
+    annotators: Mapping[str, Annotator]
+    split: Mapping[str, str]
+    component: Mapping[str, str]  # prompt_id -> component of prompts that stay together
+
+    def in_split(self, name: str) -> tuple[RankingEvent, ...]:
+        """The events of one split, in file order."""
+        return tuple(event for event in self.events if self.split[event.prompt_id] == name)
+
+
+Row = TypeVar("Row", RankingEvent, Clip, Prompt, Annotator)
+
+
+def write_comparisons(
+    folder: Path,
+    events: Sequence[RankingEvent],
+    *,
+    clips: Iterable[Clip],
+    prompts: Iterable[Prompt],
+    annotators: Iterable[Annotator] = (),
+    salt: str = "rushes",
+    shares: tuple[float, float, float] = (0.6, 0.15, 0.25),
+) -> Comparisons:
+    """Adds answers to `folder` (made when missing) and assigns splits (shares of train, val, test) to prompts that have none.
+
+    Answers that are already there, word for word, are skipped; the rest goes into a new file. Clips, prompts and people are merged by id.
+    Raises UserError, writing nothing, where an id is there with other content, or where the whole would not pass the checks of loading.
+    """
+    begun = (folder / "clips.parquet").exists() or bool(_parts(folder))
+    old = load_comparisons(folder) if begun else Comparisons((), {}, {}, {}, {}, {})
+    before = {event.event_id: event for event in old.events}
+    new: dict[str, RankingEvent] = {}
+    for event in events:
+        other = before.get(event.event_id) or new.get(event.event_id)
+        if other is None:
+            new[event.event_id] = event
+        elif other != event:
+            raise UserError(f"answer {event.event_id} is already there with other content, {folder}. Answers are never overwritten: use a new id")
+    all_clips = _merge(old.clips, {clip.clip_id: clip for clip in clips}, folder)
+    all_prompts = _merge(old.prompts, {prompt.prompt_id: prompt for prompt in prompts}, folder)
+    people = {**old.annotators, **{person.annotator_id: person for person in annotators}}
+    all_events = (*old.events, *new.values())
+    components = components_of(all_prompts.values(), all_events, all_clips.values())
+    split = assign_splits(components, old.split, salt=salt, shares=shares)
+    whole = _checked(Comparisons(all_events, all_clips, all_prompts, people, split, components), folder)
+
+    _write_rows(folder / "annotators.parquet", list(people.values()), Annotator)
+    _write_rows(folder / "prompts.parquet", list(all_prompts.values()), Prompt)
+    _write_rows(folder / "clips.parquet", list(all_clips.values()), Clip)
+    _write_table(folder / "splits.parquet", _split_table(components, split, salt))
+    if new:
+        _write_rows(folder / f"comparisons-{len(_parts(folder)):05d}.parquet", list(new.values()), RankingEvent)
+    return whole
+
+
+def load_comparisons(folder: Path) -> Comparisons:
+    """Reads and checks a folder. Raises UserError, one line with the file and the id, for anything missing, damaged or contradictory."""
+    clips = {clip.clip_id: clip for clip in _read_rows(folder / "clips.parquet", Clip)}
+    prompts = {prompt.prompt_id: prompt for prompt in _read_rows(folder / "prompts.parquet", Prompt)}
+    people = {person.annotator_id: person for person in _read_rows(folder / "annotators.parquet", Annotator)}
+    events = tuple(event for part in _parts(folder) for event in _read_rows(part, RankingEvent))
+    split, component = _read_splits(folder / "splits.parquet")
+    every_split = {key: split.get(key, "") for key in prompts}
+    every_component = {key: component.get(key, key) for key in prompts}
+    return _checked(Comparisons(events, clips, prompts, people, every_split, every_component), folder)
+
+
+def components_of(prompts: Iterable[Prompt], events: Iterable[RankingEvent] = (), clips: Iterable[Clip] = ()) -> dict[str, str]:
+    """prompt_id -> component: prompts that share normalised text, a cluster id, a clip or a first frame hang together (union-find).
+
+    A component is named by the smallest hash of its members' normalised texts, so the name survives new wordings of the same text.
+    """
+    texts = {prompt.prompt_id: _digest(normalised(prompt.text)) for prompt in prompts}
+    sets = _DisjointSets()
+    for prompt in prompts:
+        sets.join(("prompt", prompt.prompt_id), ("text", texts[prompt.prompt_id]))
+        if prompt.cluster_id:
+            sets.join(("prompt", prompt.prompt_id), ("cluster", prompt.cluster_id))
+    for event in events:
+        for clip_id in event.clip_ids:
+            sets.join(("prompt", event.prompt_id), ("clip", clip_id))
+    for clip in clips:
+        sets.join(("prompt", clip.prompt_id), ("clip", clip.clip_id))
+        if clip.first_frame_hash:
+            sets.join(("prompt", clip.prompt_id), ("frame", clip.first_frame_hash))
+    name: dict[tuple[str, str], str] = {}
+    for prompt_id, digest in texts.items():
+        root = sets.find(("prompt", prompt_id))
+        name[root] = min(name.get(root, digest), digest)
+    return {prompt_id: name[sets.find(("prompt", prompt_id))] for prompt_id in texts}
+
+
+def assign_splits(
+    components: Mapping[str, str], previous: Mapping[str, str], *, salt: str, shares: tuple[float, float, float] = (0.6, 0.15, 0.25)
+) -> dict[str, str]:
+    """prompt_id -> split. A component's split is decided by hash(component, salt) once and kept when data grow.
+
+    Where new data tie together components of different splits, the whole goes to train if any part ever was there (moving it to val or test
+    would leak what was trained on), else to val. Raises ValueError where the shares do not sum to one.
+    """
+    if abs(sum(shares) - 1) > 1e-9 or min(shares) < 0:
+        raise ValueError(f"shares of train, val and test must be >= 0 and sum to 1, got {shares}")
+    earlier: dict[str, set[str]] = {}
+    for prompt_id, component in components.items():
+        if previous.get(prompt_id):
+            earlier.setdefault(component, set()).add(previous[prompt_id])
+    decided = {component: min(splits, key=SPLITS.index) for component, splits in earlier.items()}
+    for component in set(components.values()) - set(decided):
+        place = int(_digest(f"{salt}/{component}")[:13], 16) / 16**13  # uniform in [0,1)
+        decided[component] = "train" if place < shares[0] else "val" if place < shares[0] + shares[1] else "test"
+    return {prompt_id: decided[component] for prompt_id, component in components.items()}
+
+
+def normalised(text: str) -> str:
+    """Case, accents' encoding, punctuation and spaces do not make a prompt another one."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+# Checks
+
+
+def _checked(data: Comparisons, folder: Path) -> Comparisons:
+    seen: set[str] = set()
+    for event in data.events:
+        problem = "its id is used twice" if event.event_id in seen else _problem(event, data)
+        if problem:
+            raise UserError(f"answer {event.event_id}: {problem}, {folder}. Remove or mend that row")
+        seen.add(event.event_id)
+    for clip in data.clips.values():
+        if clip.prompt_id not in data.prompts:
+            raise UserError(f"clip {clip.clip_id}: its prompt {clip.prompt_id} is not in prompts.parquet, {folder}. Add the prompt or remove the clip")
+    where: dict[str, str] = {}
+    used = [(clip.clip_id, clip.prompt_id) for clip in data.clips.values()] + [(c, e.prompt_id) for e in data.events for c in e.clip_ids]
+    for clip_id, prompt_id in used:
+        split = data.split[prompt_id]
+        if where.setdefault(clip_id, split) != split:
+            raise UserError(f"clip {clip_id} is in the splits {where[clip_id]} and {split}, {folder}. Delete splits.parquet and write the data again")
+    return data
+
+
+def _problem(event: RankingEvent, data: Comparisons) -> str | None:
+    k = len(event.clip_ids)
+    if event.kind not in KINDS:
+        return f"unknown kind {event.kind!r} (one of {', '.join(KINDS)})"
+    if event.choice is not None and event.choice not in CHOICES:
+        return f"unknown choice {event.choice!r} (one of {', '.join(CHOICES)})"
+    if k < 2 and event.kind in ("pair", "rank"):
+        return f"it ranks {k} clips; a ranking takes two or more"
+    if event.kind == "pair" and k != 2:
+        return f"a pair has two clips, this one {k}"
+    if len(set(event.clip_ids)) != k:
+        return "a clip appears in it twice"
+    if len(event.ranks) != k or any(rank is not None and not 1 <= rank <= k for rank in event.ranks):
+        return f"ranks {event.ranks} are no ranking of {k} clips (whole numbers from 1 to {k}, equal where tied, null where not ranked)"
+    if event.kind == "pair" and event.choice in ("A", "B", "tie", "both_bad", "both_good") and not _choice_fits(event):
+        return f"choice {event.choice} contradicts ranks {event.ranks}"
+    if event.shown_order and sorted(event.shown_order) != list(range(k)):
+        return f"shown_order {event.shown_order} is no permutation of 0..{k - 1}"
+    if any(len(values) not in (0, k) for values in (event.likert, event.watch_ms)):
+        return "likert and watch_ms hold one number a clip or none"
+    if event.prompt_id not in data.prompts:
+        return f"its prompt {event.prompt_id} is not in prompts.parquet"
+    for clip_id in event.clip_ids:
+        if clip_id not in data.clips:
+            return f"its clip {clip_id} is not in clips.parquet"
+        if data.clips[clip_id].prompt_id != event.prompt_id:
+            return f"its clip {clip_id} belongs to prompt {data.clips[clip_id].prompt_id}, not to {event.prompt_id}"
+    return None
+
+
+def _choice_fits(event: RankingEvent) -> bool:
+    first, second = event.ranks
+    if first is None or second is None:
+        return True
+    return {"A": first < second, "B": second < first}.get(str(event.choice), first == second)
+
+
+def _merge(old: Mapping[str, Row], new: Mapping[str, Row], folder: Path) -> dict[str, Row]:
+    for key, row in new.items():
+        if key in old and _stable(old[key]) != _stable(row):
+            raise UserError(f"{type(row).__name__.lower()} {key} is already there with other content, {folder}. Use a fresh folder for other data")
+    return {**new, **old}
+
+
+def _stable(row: object) -> dict[str, Any]:
+    """What identifies a row: all but its split and the time it was made."""
+    return {name: value for name, value in asdict(row).items() if name not in ("split", "created_at", "path")}  # type: ignore[call-overload]
+
+
+# Parquet
+
+
+def _schema(cls: type[Any]) -> Any:
+    import pyarrow as pa
+
+    plain = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    lists = {"clip_ids": pa.string(), "flags": pa.string(), "ranks": pa.int8(), "shown_order": pa.int8(), "likert": pa.float64(), "watch_ms": pa.int32()}
+    hints = get_type_hints(cls)
+
+    def column(name: str) -> Any:
+        if name in lists:
+            return pa.list_(lists[name])
+        members = getattr(hints[name], "__args__", (hints[name],))
+        return plain[next(member for member in members if member is not type(None))]
+
+    return pa.schema([(field.name, column(field.name)) for field in fields(cls)])
+
+
+def _write_rows(path: Path, rows: Sequence[Any], cls: type[Any]) -> None:
+    import pyarrow as pa
+
+    values = [{field.name: _plain(getattr(row, field.name)) for field in fields(cls)} for row in rows]
+    _write_table(path, pa.Table.from_pylist(values, schema=_schema(cls)))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _write_table(path: Path, table: Any) -> None:
+    import pyarrow.parquet as pq
+
+    buffer = BytesIO()
+    pq.write_table(table, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows: list[dict[str, Any]] = pq.ParquetFile(path).read().to_pylist()
+        return rows
+    except FileNotFoundError as error:
+        raise UserError(f"no such file, {path}. Give a folder written by the rankings stage or exported from the label app") from error
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"not a parquet file that can be read, {path}: {str(error).splitlines()[0]}. Export the data again") from error
+
+
+def _read_rows(path: Path, cls: type[Row]) -> list[Row]:
+    names = {field.name for field in fields(cls)}
+    out: list[Row] = []
+    for row in _read_table(path):
+        unknown, missing = sorted(set(row) - names), sorted(names - set(row))
+        if unknown or missing:
+            problem = f"unknown column {unknown[0]!r}" if unknown else f"column {missing[0]!r} is missing"
+            raise UserError(f"{problem}, {path}. The columns are: {', '.join(sorted(names))}")
+        out.append(_build(cls, row))
+    return out
+
+
+def _build(cls: type[Row], row: Mapping[str, Any]) -> Row:
+    build: Callable[..., Row] = cls
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if value is not None}
+    missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
+    unknown = sorted(set(values) - {field.name for field in fields(cls)})
+    if missing or unknown:
+        problem = f"{missing[0]} is empty" if missing else f"{unknown[0]} is no column"
+        raise UserError(f"a row of {cls.__name__} cannot be read: {problem}, {str(dict(row))[:80]}. Mend or remove that row")
+    return build(**values)
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("comparisons-*.parquet"))
+
+
+def _split_table(components: Mapping[str, str], split: Mapping[str, str], salt: str) -> Any:
+    import pyarrow as pa
+
+    rows = [{"prompt_id": key, "component_id": components[key], "split": split[key], "salt": salt} for key in components]
+    return pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in ("prompt_id", "component_id", "split", "salt")]))
+
+
+def _read_splits(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    if not path.exists():
+        return {}, {}
+    rows = _read_table(path)
+    for row in rows:
+        if row.get("split") not in SPLITS:
+            raise UserError(f"unknown split {row.get('split')!r} of prompt {row.get('prompt_id')}, {path}. It is one of {', '.join(SPLITS)}")
+    return {row["prompt_id"]: row["split"] for row in rows}, {row["prompt_id"]: row["component_id"] for row in rows}
+
+
+class _DisjointSets:
+    """Union-find with path halving."""
+
+    def __init__(self) -> None:
+        self._parent: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def find(self, x: tuple[str, str]) -> tuple[str, str]:
+        parent = self._parent
+        parent.setdefault(x, x)
+        while parent[x] != x:
+            parent[x] = parent[parent[x]]
+            x = parent[x]
+        return x
+
+    def join(self, x: tuple[str, str], y: tuple[str, str]) -> None:
+        self._parent[self.find(x)] = self.find(y)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

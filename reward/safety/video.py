@@ -1,0 +1,267 @@
+"""Clip filters that need no weights: photosensitive flashing, and clips that are broken.
+
+Flashing, after WCAG 2.3.1 (general flash and red flash thresholds), for clips of any rate and length.
+  A transition is a swing of a cell's relative luminance by at least 0.10 whose darker end is below 0.80; or of its redness, max(0, R - G - B) of linear
+  values, by at least 20/320 with one end a saturated red, R/(R+G+B) >= 0.8. It may take several frames. Two opposing transitions are one flash.
+  A clip is a hazard if within any second more than three flashes happen in each of at least 25 % of the cells.
+  Cells are pixels; large frames are averaged down to 48 cells a side, which leaves patterns finer than that out, as the guideline does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from reward.safety.contract import VERDICT_OF, Reason, Ruling, Verdict
+from reward.safety.policy import Policy
+
+UNITS = 10_000  # luminance 1.0; signals are whole numbers, so that a swing of exactly the limit is one
+SWING = 1_000  # 0.10 of relative luminance
+DARKER_BELOW = 8_000
+RED_UNITS = 16_000  # redness 1.0, in units in which 20/320 is SWING
+NO_END = 32_000  # above every signal
+FAINTEST = 50  # swings below 0.005 are taken for none
+FLASHES = 3  # allowed in a second
+AREA = 0.25
+CELLS_A_SIDE = 48
+CELLS_AT_ONCE = 1 << 14
+LEVELS = 16 * 255  # finer than the levels of a file, and holding each of them exactly
+
+Signal = NDArray[np.int16]
+
+
+class Swings(NamedTuple):
+    """Where swings may end, whole numbers [T,B,P]: `top` a bright end, `bottom` a dark one. The same signal but for frames that may not be such an end,
+    which stand at -NO_END / 2 in `top` and at NO_END in `bottom`."""
+
+    top: Signal
+    bottom: Signal
+
+
+class FlashRisk(NamedTuple):
+    """How near B clips come to a hazard: the largest swing at which each would still be one, in relative luminance and in redness (0 below 0.005), and the
+    second in which it is one at the limits, from `start` to `end` (nan where there is none). All [B]."""
+
+    luminance: NDArray[np.float64]
+    red: NDArray[np.float64]
+    start: NDArray[np.float64]
+    end: NDArray[np.float64]
+
+
+class FlashFilter:
+    """P17. score = sigmoid(k log(a / limit)) with a the largest swing at which the clip would still be a hazard: 0.5 at the limit, below 0.001 where nothing
+    flashes, and still rising for the strongest flashing, so that the clips of a prompt that always flashes can be told apart. k = `steepness`."""
+
+    id = "flash"
+    version = "1"
+    threshold = 0.5
+    policies = ("P17",)
+
+    def __init__(self, policy: Policy, *, steepness: float = 3.0) -> None:
+        self._hit = VERDICT_OF[policy.action("P17")]
+        self._steepness = steepness
+
+    def check_videos(self, video: Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
+        """video [B,T,3,H,W] in [0,1] -> one ruling a clip."""
+        risk = flash_risk(video, fps)
+        return [[self._rule(*row)] for row in zip(*(column.tolist() for column in risk), strict=True)]
+
+    def _rule(self, luminance: float, red: float, start: float, end: float) -> Ruling:
+        relative = max(luminance * UNITS, red * RED_UNITS, FAINTEST / 2) / SWING
+        score = 1 / (1 + relative**-self._steepness)
+        if score < self.threshold:
+            return Ruling(Verdict.ALLOW, "P17", score, (), self.id, self.version, self.threshold)
+        kind, swing = ("red", red) if red * RED_UNITS > luminance * UNITS else ("general", luminance)
+        text = f"more than {FLASHES} {kind} flashes in a second over {AREA:.0%} of the frame or more, swing {swing:.2f}"
+        return Ruling(self._hit, "P17", score, (Reason(text, start, end),), self.id, self.version, self.threshold)
+
+
+def flash_risk(video: Tensor, fps: float, *, steps: int = 8) -> FlashRisk:
+    """Measures B clips [B,T,3,H,W] at `fps`. The limits are decided exactly, away from them the swing is bisected `steps` times (8: within 1 %).
+
+    A clip too short or too slow for four flashes has risk 0. Raises ValueError for pixels that are not finite.
+    """
+    _require_finite(video)
+    clips = max(1, CELLS_AT_ONCE // min(video.shape[-1] * video.shape[-2], CELLS_A_SIDE**2))
+    parts = [_measure(part, fps, steps) for part in video.detach().cpu().float().split(clips)]
+    return FlashRisk(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _measure(video: Tensor, fps: float, steps: int) -> FlashRisk:
+    luminance, redness, saturated = _signals(video)  # 3 x [T,B,P]
+    size = min(_window(fps), len(luminance) - 1)
+    general, general_window = _largest_swing(Swings(luminance, luminance), size, DARKER_BELOW, steps)
+    from_red, from_window = _largest_swing(Swings(np.where(saturated, redness, np.int16(-NO_END // 2)), redness), size, None, steps)
+    into_red, into_window = _largest_swing(Swings(redness, np.where(saturated, redness, np.int16(NO_END))), size, None, steps)
+    red, red_window = np.maximum(from_red, into_red), np.where(from_red >= into_red, from_window, into_window)
+    window = np.where(red > general, red_window, general_window).astype(np.float64)  # [B]
+    window[window < 0] = math.nan
+    return FlashRisk(general / UNITS, red / RED_UNITS, window / fps, (window + size) / fps)
+
+
+@cache
+def _linear_light() -> NDArray[np.float32]:
+    """sRGB level 0..LEVELS -> linear light in [0, 1]."""
+    x = np.arange(LEVELS + 1) / LEVELS
+    return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4).astype(np.float32)
+
+
+def _signals(video: Tensor) -> tuple[Signal, Signal, NDArray[np.bool_]]:
+    """[B,T,3,H,W] -> luminance, redness (whole numbers) and whether the cell is a saturated red, [T,B,P] each."""
+    levels = (video.transpose(0, 1) * LEVELS + 0.5).clamp_(0, LEVELS).to(torch.int16)  # [T,B,3,H,W]
+    linear = torch.from_numpy(_linear_light()[levels.numpy()])  # [T,B,3,H,W]
+    height, width = linear.shape[-2:]
+    if max(height, width) > CELLS_A_SIDE:
+        cells = min(height, CELLS_A_SIDE), min(width, CELLS_A_SIDE)
+        linear = F.adaptive_avg_pool2d(linear.flatten(0, 1), cells).unflatten(0, linear.shape[:2])  # [T,B,3,h,w]
+    red, green, blue = linear.flatten(3).unbind(2)  # 3 x [T,B,P]
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue  # [T,B,P]
+    others = green + blue  # [T,B,P]
+    redness = (red - others).clamp_(min=0)  # [T,B,P]
+    return _whole(luminance * UNITS), _whole(redness * RED_UNITS), ((red >= 4 * others) & (red > 0)).numpy()
+
+
+def _whole(x: Tensor) -> Signal:
+    return x.round_().to(torch.int16).numpy()
+
+
+def _window(fps: float) -> int:
+    """The most frame changes that fit into one second."""
+    return max(1, math.ceil(fps - 1e-6))
+
+
+def _largest_swing(swings: Swings, size: int, darker_below: int | None, steps: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """(The largest swing at which each clip is a hazard, 0 where none is; its first hazardous window at SWING, -1 where none is), [B] each."""
+    count = swings.top.shape[1]
+    best, first = np.zeros(count), np.full(count, -1)
+    near = _candidates(swings) if size >= 2 * (FLASHES + 1) else np.zeros(0, np.int64)
+    near = near[_hazard(swings, near, np.full(len(near), FAINTEST), size, darker_below) >= 0]  # [b]
+    if len(near) == 0:
+        return best, first
+    first[near] = _hazard(swings, near, np.full(len(near), SWING), size, darker_below)
+    above = first[near] >= 0
+    low, high = np.where(above, SWING, FAINTEST), np.where(above, RED_UNITS, SWING)
+    for _ in range(steps):
+        middle = np.sqrt(low * high).astype(np.int64)
+        hit = _hazard(swings, near, middle, size, darker_below) >= 0
+        low, high = np.where(hit, middle, low), np.where(hit, high, middle)
+    best[near] = low
+    return best, first
+
+
+def _candidates(swings: Swings) -> NDArray[np.int64]:
+    """The clips in which enough cells change at all: a cheap bound, which drops most clips before their swings are counted [b]."""
+    reach = np.where(swings.top > -NO_END // 2, swings.top, 0).max(0) - np.where(swings.bottom < NO_END, swings.bottom, NO_END // 2).min(0)  # [B,P]
+    return np.flatnonzero((reach >= FAINTEST).sum(1) >= AREA * reach.shape[1] - 1e-6)
+
+
+def _hazard(swings: Swings, rows: NDArray[np.int64], swing: NDArray[np.int64], size: int, darker_below: int | None) -> NDArray[np.int64]:
+    """For the clips `rows`: the first window of `size` frame changes in which at least AREA of the cells make more than FLASHES flashes of `swing`, -1 where
+    there is none, [b] each. A signal clipped one below darker_below + swing has no swing left whose darker end is not below `darker_below`.
+    """
+    limit = swing.astype(np.int16)[:, None]  # [b,1]
+    top, bottom = swings.top[:, rows], swings.bottom[:, rows]  # [T,b,P]
+    if darker_below is not None:
+        top = bottom = np.minimum(top, darker_below + limit - 1)
+    first = np.full(len(rows), -1)
+    for begin, end in _chunks(len(top) - size, max(1, CELLS_AT_ONCE // max(1, top[0].size))):
+        flashing = (_transitions(Swings(top[begin : end + size], bottom[begin : end + size]), size, limit) >= 2 * (FLASHES + 1)).sum(2)  # [windows,b]
+        hit = flashing >= AREA * top.shape[2] - 1e-6  # [windows,b]
+        first = np.where((first < 0) & hit.any(0), begin + hit.argmax(0), first)
+    return first
+
+
+def _transitions(swings: Swings, size: int, limit: Signal) -> NDArray[np.uint8]:
+    """Swings [size + windows,B,P] -> the most opposing swings of at least `limit` in every window of `size` changes [windows,B,P].
+
+    y follows the signal with a slack of limit - 1 below it, so it turns exactly when the signal has come back by `limit` from its last extreme. What the first swing
+    is measured from is open, so both are counted: a first swing down (y starts at its lowest) and a first swing up (y starts at the signal).
+    """
+    windows = len(swings.top) - size
+    lowest, highest = swings.top - (limit - 1), swings.bottom  # [size + windows,B,P]
+    counts = []
+    for y, rising in ((lowest[:windows], True), (highest[:windows], False)):
+        up = np.full(y.shape, rising)
+        count = np.zeros(y.shape, np.uint8)
+        for i in range(1, size + 1):
+            follow = np.maximum(y, lowest[i : i + windows])
+            np.minimum(follow, highest[i : i + windows], out=follow)
+            turned = (follow > y) | (up > (follow < y))
+            count += turned != up
+            y, up = follow, turned
+        counts.append(count)
+    return np.maximum(*counts)
+
+
+def _chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((begin, min(begin + size, count)) for begin in range(0, count, size))
+
+
+class DegenerateFilter:
+    """Q01: clips with nothing in them, the cheapest way past every other filter. Black and blank frames have no spread; noise has no neighbours alike.
+
+    A frame is blank if its colours spread by less than `blank_below`; it is noise if the squared difference of neighbours is at least `noise_above` of what
+    independent pixels would have (1.0; a frame of a real clip stays well below 0.5). A clip is broken if half of its frames are. A frozen clip with something in it is not.
+    """
+
+    id = "degenerate"
+    version = "1"
+    threshold = 0.5
+    policies = ("Q01",)
+
+    def __init__(self, policy: Policy, *, blank_below: float = 0.01, noise_above: float = 0.7) -> None:
+        self._hit = VERDICT_OF[policy.action("Q01")]
+        self._blank, self._noise = blank_below, noise_above
+
+    @torch.no_grad()
+    def check_videos(self, video: Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
+        """video [B,T,3,H,W] in [0,1] -> one ruling a clip."""
+        _require_finite(video)
+        spread, roughness = frame_texture(video)  # [B,T] each
+        brightness = video.mean((1, 2, 3, 4))  # [B]
+        blank = torch.sigmoid(4 * (self._blank - _half_at_most(spread)) / self._blank)  # [B]
+        noise = torch.sigmoid(20 * (-_half_at_most(-roughness) - self._noise))  # [B]
+        frozen = (video[:, 1:] - video[:, :-1]).abs().flatten(1).amax(1) < 1 / 255 if video.shape[1] > 1 else torch.zeros(len(video), dtype=torch.bool)
+        return [self._check(*row) for row in zip(blank.tolist(), noise.tolist(), brightness.tolist(), frozen.tolist(), strict=True)]
+
+    def _check(self, blank: float, noise: float, brightness: float, frozen: bool) -> list[Ruling]:
+        score = max(blank, noise)
+        if score < self.threshold:
+            return [Ruling(Verdict.ALLOW, "Q01", score, (), self.id, self.version, self.threshold)]
+        what = ("black" if brightness < 0.05 else "blank") if blank >= noise else "frozen noise" if frozen else "noise"
+        return [Ruling(self._hit, "Q01", score, (Reason(f"the clip is {what}"),), self.id, self.version, self.threshold)]
+
+
+def frame_texture(video: Tensor) -> tuple[Tensor, Tensor]:
+    """[B,T,3,H,W] -> (standard deviation over the frame, root mean square over the colours; roughness) [B,T] each.
+
+    Roughness: mean squared difference of horizontal and vertical neighbours over twice the variance; 1 for independent pixels, near 0 for smooth frames, 0 for blank ones.
+    """
+    parts = [_texture(part) for part in video.float().split(8)]  # a few clips at a time stay in the cache
+    return torch.cat([spread for spread, _ in parts]), torch.cat([rough for _, rough in parts])
+
+
+def _texture(video: Tensor) -> tuple[Tensor, Tensor]:
+    pixels = video.flatten(3)  # [B,T,3,H*W]
+    variance = (pixels.square().mean(3) - pixels.mean(3).square()).clamp(min=0).mean(2)  # [B,T]
+    differences = [video.diff(dim=dim).square().mean((2, 3, 4)) for dim in (3, 4) if video.shape[dim] > 1]
+    rough = torch.stack(differences).mean(0) if differences else torch.zeros_like(variance)  # [B,T]
+    return variance.sqrt(), torch.where(variance > 1e-4, rough / (2 * variance).clamp(min=1e-8), 0)
+
+
+def _require_finite(video: Tensor) -> None:
+    if not bool(torch.isfinite(video).all()):
+        raise ValueError("the clips hold nan or infinite pixels")
+
+
+def _half_at_most(x: Tensor) -> Tensor:
+    """[B,T] -> the smallest value that half of the frames do not exceed [B]."""
+    return x.sort(1).values[:, (x.shape[1] - 1) // 2]
