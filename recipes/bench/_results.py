@@ -1,0 +1,151 @@
+"""What every benchmark shares: its configuration, the clock, and the file of results."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from align.config import Config, commit, dump, leaves, versions
+from base_model.errors import UserError
+from base_model.video.files import write_atomic
+from recipes.doctor import hardware
+
+RESULTS = Path(__file__).parent / "results"
+WIDEST = 15  # columns of a table that is still easy to read
+Row = dict[str, Any]
+
+
+class Bench(Config):
+    """What every benchmark is told. A benchmark adds its own keys."""
+
+    quick: bool = False
+    """Less of everything: ends within 60 seconds on two cores."""
+    write: bool = False
+    """Also writes the table into `results`, as <date>_<hardware>_<name>.md."""
+    results: Path = RESULTS
+    """Folder of result files."""
+    date: str = ""
+    """Year and month in the file's name, 2026-11; empty means when it was measured."""
+
+
+class Spread(NamedTuple):
+    """Median, smallest and largest of several repeats."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def paired_ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
+    """`above` / `below` of each repeat: both were measured right after each other, so that a busy machine slows both."""
+    return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+T = TypeVar("T")
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """What `work` returns, and its seconds."""
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+def command(name: str, cfg: Bench) -> str:
+    """The command line that makes this configuration out of the defaults; where and whether results are written is left out."""
+    defaults = leaves(dump(type(cfg)()))
+    changed = {key: value for key, value in leaves(dump(cfg)).items() if value != defaults.get(key) and key not in ("write", "results", "date")}
+    words = [f" --{key}" if value is True else f" --{key} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}" for key, value in changed.items()]
+    return f"rushes bench {name}{''.join(words)}"
+
+
+# The file of results
+
+
+class Provenance(NamedTuple):
+    """Where numbers come from."""
+
+    date: str  # year and month
+    commands: Sequence[str]
+    commit: str
+    versions: Mapping[str, str]
+    hardware: Mapping[str, Any]
+
+
+def here(name: str, cfg: Bench) -> Provenance:
+    """This process, on this machine, now."""
+    return Provenance(cfg.date or time.strftime("%Y-%m"), [command(name, cfg)], commit(), versions(), hardware())
+
+
+def write(cfg: Bench, name: str, source: Provenance, title: str, sections: Mapping[str, Sequence[Row]], *, remarks: Sequence[str] = ()) -> Path:
+    """Writes the Markdown of one measurement and names it on standard error; returns it. An older file of that name is replaced.
+
+    sections: heading -> rows of one table. Raises UserError where the folder cannot be written or the date is not a year and a month.
+    """
+    if not re.fullmatch(r"\d{4}-\d{2}", source.date):
+        raise UserError(f"date: expected a year and a month as in 2026-11, got {source.date!r}. Give --date YYYY-MM")
+    parts = [f"# {title}", *remarks]
+    for heading, rows in sections.items():
+        parts += [f"## {heading}", table(rows)]
+    parts += ["## Where the numbers come from", "```text\n" + "\n".join(source.commands) + "\n```", table(_facts(source))]
+    try:
+        cfg.results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write results, {cfg.results}: {error.strerror}. Give another --results") from error
+    path = cfg.results / f"{source.date}_{hardware_name(source.hardware)}_{name}.md"
+    write_atomic(path, ("\n\n".join(parts) + "\n").encode())
+    print(f"wrote {path}", file=sys.stderr)
+    return path
+
+
+def hardware_name(found: Mapping[str, Any]) -> str:
+    """Hardware in a file's name: "2-core-cpu", or the GPUs, "1x-nvidia-h200"."""
+    gpus = found.get("gpus") or []
+    return f"{len(gpus)}x-" + re.sub(r"[^a-z0-9]+", "-", str(gpus[0]).lower()).strip("-") if gpus else f"{found.get('cores', 'unknown')}-core-cpu"
+
+
+def hardware_text(found: Mapping[str, Any]) -> str:
+    """Hardware in a sentence."""
+    parts = [str(found.get("processor", "unknown processor")), f"{found.get('cores')} cores", f"{found.get('threads')} threads"]
+    if found.get("memory_bytes"):
+        parts.append(f"{found['memory_bytes'] / 2**30:.0f} GiB")
+    return ", ".join([*parts, *(str(gpu) for gpu in found.get("gpus") or ["no GPU"])])
+
+
+def _facts(source: Provenance) -> list[Row]:
+    facts = {"date": source.date, "commit": source.commit, "hardware": hardware_text(source.hardware), "system": source.hardware.get("system", platform.platform())}
+    return [{"what": name, "value": value} for name, value in facts.items()] + [{"what": name, "value": value} for name, value in source.versions.items()]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table; columns in which nothing is known are left out. A few rows of many columns are turned on their side."""
+    if not rows:
+        return "Nothing was measured."
+    names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    lines = [[name.replace("_", " ") for name in names], *([_cell(row[name]) for name in names] for row in rows)]
+    if len(names) > WIDEST and len(rows) <= 3:
+        lines = [list(column) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,183 @@
+"""Charts of the report as plain SVG text: no drawing library, colours by CSS class so that they follow light and dark pages.
+
+Every chart is an image with a name and a description for screen readers; every point says its values in a tooltip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+WIDTH, HEIGHT = 340, 200
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
+MOST_POINTS = 240
+SMOOTH_FROM = 30
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart; `look` is the CSS class that colours it. Points with a nan are left out."""
+
+    label: str
+    look: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Whisker:
+    """One mean with its interval in a chart of intervals."""
+
+    label: str
+    look: str
+    mean: float
+    low: float
+    high: float
+
+
+def line_chart(series: Sequence[Series], *, name: str, x_label: str, percent: bool = False, limit: float | None = None) -> str:
+    """Lines over a common x axis that starts at zero. Long noisy series are drawn thin, with their running mean on top.
+
+    limit: a dashed horizontal line, for example the agreed bound of a rate.
+    """
+    drawn = [line for line in map(_finite, series) if line.x]
+    if not drawn:
+        raise ValueError(f"{name}: no finite point to draw")
+    ys = [y for line in drawn for y in line.y] + ([limit] if limit is not None else [])
+    x_ticks = ticks(0.0, max(x for line in drawn for x in line.x))
+    y_ticks = ticks(min(ys + [0.0] if percent else ys), max(ys))
+    place = _Frame(x_ticks, y_ticks)
+    body = [place.grid(percent), place.x_axis(x_label)]
+    if limit is not None:
+        y = place.y(limit)
+        body.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    body += [_line(line, place, percent) for line in drawn]
+    ends = "; ".join(f"{line.label}: {number(line.y[0], percent)} at first, {number(line.y[-1], percent)} at last" for line in drawn)
+    return _svg(WIDTH, HEIGHT, name, f"{name} against {x_label}. {ends}.", body)
+
+
+def interval_chart(rows: Sequence[Whisker], *, name: str, percent: bool = False, limit: float | None = None) -> str:
+    """Dots with whiskers, one row each, on a common axis that starts at zero."""
+    if not rows:
+        raise ValueError(f"{name}: nothing to draw")
+    width, left, line = 340, 118, 30
+    height = 12 + line * len(rows) + 30
+    reach = ticks(0.0, max([row.high for row in rows] + ([limit] if limit is not None else [])), most=4)
+    end = reach[-1] or 1.0
+
+    def across(value: float) -> float:
+        return left + (width - left - 20) * value / end
+
+    bottom = 12 + line * len(rows)
+    body = []
+    for tick in reach:
+        body.append(f'<line class="grid" x1="{across(tick):.1f}" x2="{across(tick):.1f}" y1="6" y2="{bottom}"/>')
+        body.append(f'<text class="tick" x="{across(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{number(tick, percent)}</text>')
+    if limit is not None:
+        body.append(f'<line class="limit" x1="{across(limit):.1f}" x2="{across(limit):.1f}" y1="6" y2="{bottom}"/>')
+    for index, row in enumerate(rows):
+        y = 12 + line * (index + 0.5)
+        tip = f"{row.label}: {number(row.mean, percent)} [{number(row.low, percent)}, {number(row.high, percent)}]"
+        body.append(
+            f'<g class="{escape(row.look)}"><title>{escape(tip)}</title><text class="name" x="{left - 12}" y="{y + 4:.1f}" text-anchor="end">{escape(row.label)}</text>'
+            f'<line class="whisker" x1="{across(row.low):.1f}" x2="{across(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<circle class="dot" cx="{across(row.mean):.1f}" cy="{y:.1f}" r="5"></circle></g>'
+        )
+    said = "; ".join(f"{row.label} {number(row.mean, percent)}, from {number(row.low, percent)} to {number(row.high, percent)}" for row in rows)
+    return _svg(width, height, name, f"{name} with 95 % intervals. {said}.", body)
+
+
+def ticks(low: float, high: float, *, most: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) from at or below `low` to at or above `high`, at most about `most` steps."""
+    if high <= low:
+        low, high = low - (abs(low) or 1.0) * 0.5, low + (abs(low) or 1.0) * 0.5
+    raw = (high - low) / most
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def number(value: float, percent: bool = False) -> str:
+    """A number as short as its size allows: 12 %, 0.034, 1.5M.
+
+    Example: `number(0.123, percent=True)` is "12.3 %", `number(2_400_000)` is "2.4M".
+    """
+    if percent:
+        return f"{value * 100:.3g} %"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+class _Frame:
+    """The plot area of a line chart: data to pixels, grid and axis."""
+
+    def __init__(self, x_ticks: list[float], y_ticks: list[float]) -> None:
+        self.x_ticks, self.y_ticks = x_ticks, y_ticks
+
+    def x(self, value: float) -> float:
+        low, high = self.x_ticks[0], self.x_ticks[-1]
+        return LEFT + (WIDTH - LEFT - RIGHT) * (value - low) / (high - low)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low)
+
+    def grid(self, percent: bool) -> str:
+        return "".join(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.y(tick):.1f}" y2="{self.y(tick):.1f}"/>'
+            f'<text class="tick" x="{LEFT - 8}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{number(tick, percent)}</text>'
+            for tick in self.y_ticks
+        )
+
+    def x_axis(self, label: str) -> str:
+        marks = "".join(f'<text class="tick" x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{number(tick)}</text>' for tick in self.x_ticks)
+        return marks + f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(label)}</text>'
+
+
+def _line(line: Series, place: _Frame, percent: bool) -> str:
+    noisy = len(line.x) >= SMOOTH_FROM
+    bold = _running_mean(line) if noisy else line
+    parts = [f'<polyline class="raw" points="{_points(line, place)}"/>'] if noisy else []
+    parts.append(f'<polyline class="line" points="{_points(bold, place)}"/>')
+    marks = _thinned(bold, 24)
+    for x, y in zip(marks.x, marks.y, strict=True):
+        tip = f"{line.label}: {number(y, percent)} at {number(x)}"
+        kind = "hit" if noisy else "dot"
+        parts.append(f'<circle class="{kind}" cx="{place.x(x):.1f}" cy="{place.y(y):.1f}" r="{8 if noisy else 3}"><title>{escape(tip)}</title></circle>')
+    return f'<g class="{escape(line.look)}">{"".join(parts)}</g>'
+
+
+def _points(line: Series, place: _Frame) -> str:
+    thin = _thinned(line, MOST_POINTS)
+    return " ".join(f"{place.x(x):.1f},{place.y(y):.1f}" for x, y in zip(thin.x, thin.y, strict=True))
+
+
+def _finite(line: Series) -> Series:
+    pairs = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    return Series(line.label, line.look, tuple(x for x, _ in pairs), tuple(y for _, y in pairs))
+
+
+def _thinned(line: Series, most: int) -> Series:
+    """Every k-th point and the last one."""
+    index = sorted({*range(0, len(line.x), -(-len(line.x) // most)), len(line.x) - 1})
+    return Series(line.label, line.look, tuple(line.x[i] for i in index), tuple(line.y[i] for i in index))
+
+
+def _running_mean(line: Series) -> Series:
+    """Centred mean over about a tenth of the points; the window shrinks at both ends instead of inventing values."""
+    half = max(2, len(line.y) // 20)
+    y = np.asarray(line.y)
+    means = [float(y[max(0, i - half) : i + half + 1].mean()) for i in range(len(y))]
+    return Series(line.label, line.look, line.x, tuple(means))
+
+
+def _svg(width: int, height: int, name: str, description: str, body: Sequence[str]) -> str:
+    label = escape(f"{name}. {description}", quote=True)
+    return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(body)}</svg>'

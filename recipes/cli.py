@@ -1,0 +1,236 @@
+"""`rushes COMMAND [CONFIG.yaml] [--key.path value ...] [--resume] [--json] [--debug]`
+
+What a command is: a module in `recipes/` with a `Config` and a `main`.
+
+    class Config(align.config.Config):
+        out: Path = Path("runs/example")
+        \"\"\"Folder of the run.\"\"\"
+
+    def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
+        ...
+        return {"out": str(cfg.out), "loss": 0.1}
+
+`main` gets the loaded configuration and returns what the command found: text, numbers, lists and mappings. With `--json` standard output is exactly that, as one
+JSON object (an error is `{"error": {"kind": ..., "message": ...}}`), otherwise `key: value` lines. Progress and remarks belong on standard error. Errors are
+raised as `base_model.errors` says. A benchmark, `recipes/bench/<name>.py`, is the same with a field `quick: bool`; its `main` returns `{"rows": [flat mappings]}`.
+
+Exit status: 0; 2 user or environment; 3 stopped by a guard or a self-check; 130 or 143 interrupted and saved; 1 a bug.
+
+Nothing heavy is imported before the command is known, and the environment is set before torch is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import json
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any, NamedTuple
+
+from base_model.errors import Interrupted, RushesError, UserError
+
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # with the default, two busy processes slow small models down 10 to 60 times
+    "GOMP_SPINCOUNT": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",  # set it to 0 to let a command download a model you named
+}
+
+
+class Command(NamedTuple):
+    """The module of a command and what it does, in one sentence."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "doctor": Command("recipes.doctor", "Say what this machine can do, and what is missing for what."),
+    "demo": Command("recipes.demo", "Do everything: data, SFT, takes, rankings, reward model, constrained RL, report."),
+    "pretrain": Command("recipes.pretrain", "Make the shipped base model again."),
+    "vae": Command("recipes.vae", "Make the shipped video VAE again."),
+    "match": Command("recipes.match", "Make the shipped matchers of clips and captions again, from which reward models start."),
+    "sft": Command("recipes.sft", "Fine-tune a base model on curated prompt-video pairs."),
+    "generate": Command("recipes.generate", "Make clips of prompts and keep them in a clip store."),
+    "reward-model": Command("recipes.reward_model", "Learn a reward model from ranked clips."),
+    "ddpo": Command("recipes.ddpo", "Move a model toward the reward: DDPO with LoRA under a safety limit."),
+    "grpo": Command("recipes.grpo", "Move a model toward the reward: GRPO with LoRA under a safety limit."),
+    "evaluate": Command("recipes.evaluate", "Compare models on the same prompts and seeds; write the report."),
+    "bench": Command("recipes.bench", "Measure something: rushes bench NAME [--quick]."),
+}
+
+USAGE = """rushes COMMAND [CONFIG.yaml] [--key.path value ...] [--resume] [--json] [--debug]
+
+{commands}
+
+  --resume   go on with the run that is in --out
+  --json     standard output is one JSON object
+  --debug    show the traceback of an error
+  --help     with a command: its keys and their defaults
+
+Without CONFIG.yaml a command uses its tiny configuration, which needs a CPU and seconds to minutes.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    flags = {flag for flag in ("--resume", "--json", "--debug", "--help") if flag in words} | ({"--help"} if "-h" in words else set())
+    words = [word for word in words if word not in flags and word != "-h"]
+    if not words:
+        print(usage())
+        return 0 if "--help" in flags else 2
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    as_json = "--json" in flags
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        with _stdout_to_stderr() if as_json else contextlib.nullcontext():
+            result = _run(words, flags)
+    except (Exception, KeyboardInterrupt) as error:
+        return _report(error, as_json=as_json, debug="--debug" in flags)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if as_json:
+        print(json.dumps({"help": result} if isinstance(result, str) else plain(result)))
+    else:
+        print(result if isinstance(result, str) else _lines(plain(result)), end="")
+    return 0
+
+
+def usage() -> str:
+    """What `rushes --help` prints."""
+    return USAGE.format(commands="\n".join(f"  {name:<14}{command.help}" for name, command in COMMANDS.items()))
+
+
+def _run(words: list[str], flags: set[str]) -> dict[str, Any] | str:
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown command {name!r}, on the command line. Did you mean {nearest}? `rushes --help` lists them")
+    if name == "bench":
+        return _bench(rest, flags)
+    module = _import(COMMANDS[name].module, name)
+    config, overrides = (Path(rest[0]), rest[1:]) if rest and not rest[0].startswith("-") else (shipped_config(name), rest)
+    if "--help" in flags:
+        return _command_help(name, COMMANDS[name].help, module)
+    from align.config import load
+
+    result: dict[str, Any] = module.main(load(module.Config, config, overrides), resume="--resume" in flags)
+    return result
+
+
+def _bench(rest: list[str], flags: set[str]) -> dict[str, Any] | str:
+    from align.config import commit, load, versions
+
+    known = benchmarks()
+    if not rest or rest[0] not in known:
+        if "--help" in flags:
+            return "rushes bench NAME [--quick] [--json]\n\n" + "".join(f"  {name}\n" for name in known)
+        got = f"unknown benchmark {rest[0]!r}, did you mean {difflib.get_close_matches(rest[0], known, n=1, cutoff=0.0)[0]}?" if rest and known else "which benchmark?"
+        raise UserError(f"{got} There are: {', '.join(known) or 'none yet'}. Write rushes bench NAME [--quick]")
+    module = _import(f"recipes.bench.{rest[0].replace('-', '_')}", f"bench {rest[0]}")
+    if "--help" in flags:
+        return _command_help(f"bench {rest[0]}", (module.__doc__ or "").partition("\n")[0], module)
+    from recipes.doctor import hardware
+
+    rows: list[dict[str, Any]] = module.main(load(module.Config, None, rest[1:]), resume="--resume" in flags)["rows"]
+    return {"command": " ".join(["rushes bench", *rest]), "commit": commit(), "versions": versions(), "hardware": hardware(), "rows": rows}
+
+
+def benchmarks() -> list[str]:
+    """The names `rushes bench` knows: the files of `recipes/bench/`."""
+    return sorted(file.stem.replace("_", "-") for file in (Path(__file__).parent / "bench").glob("*.py") if not file.stem.startswith("_"))
+
+
+def shipped_config(command: str) -> Path | None:
+    """`recipes/configs/tiny/<command>.yaml`, the dashes being underscores; None where the defaults are the tiny configuration."""
+    file = Path(__file__).parent / "configs" / "tiny" / f"{command.replace('-', '_')}.yaml"
+    return file if file.exists() else None
+
+
+def _import(name: str, command: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if missing.partition(".")[0] in ("align", "base_model", "reward", "recipes") and missing != name:
+            raise
+        needed = f"`rushes {command}` is not part of this installation" if missing == name else f"`rushes {command}` needs the package {missing!r}, which is not installed"
+        raise UserError(f"{needed}. See `rushes doctor`") from error
+
+
+def _command_help(name: str, sentence: str, module: ModuleType) -> str:
+    from align.config import help_text
+
+    shipped = shipped_config(name)
+    default = f"\nWithout CONFIG.yaml: {shipped}\n" if shipped else ""
+    return f"rushes {name} [CONFIG.yaml] [--key.path value ...] [--resume] [--json] [--debug]\n\n{sentence}\n{default}\n{help_text(module.Config)}\n"
+
+
+# Results
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can say it: paths become text, one-element tensors and arrays numbers, and what is not finite null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
+        return plain(value.tolist())
+    return str(value)
+
+
+def _lines(result: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(result, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _report(error: BaseException, *, as_json: bool, debug: bool) -> int:
+    bug = not isinstance(error, RushesError | KeyboardInterrupt)
+    message = " ".join(str(error).split()) if not isinstance(error, KeyboardInterrupt) else "interrupted. Go on with --resume"
+    if debug or bug:
+        traceback.print_exception(error, file=sys.stderr)
+    if bug:
+        message = f"this is a bug in rushes, please report it with the lines above: {type(error).__name__}: {message}"
+    print(f"rushes: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": {"kind": type(error).__name__, "message": message}}))
+    return error.exit_status if isinstance(error, RushesError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("terminated; what was finished is kept. Go on with --resume", number)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Whatever the command, its libraries and its children print goes to standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""DDPO with LoRA under a safety limit (`rushes ddpo`): policy gradient on denoising steps, rewards standardised per prompt.
+
+Black et al. 2023 (arXiv 2305.13301), the importance-sampled form with PPO's clipping, on a flow-matching model: a denoising step is a Gaussian, sampled and replayed
+by the same `transition`. The SFT network is the reference (adapter off). The safety cost enters through a multiplier that aims at a quarter of the limit,
+and through a hard gate. What it leaves out: guidance (the policy is sampled without), a critic (`ppo.py`), a penalty on the KL unless `kl_coef` is set.
+
+Letters: N prompts, G clips a prompt, B = N G clips, K denoising steps, of which a window of consecutive ones is noisy and trained.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from align.advantage import PromptStatistics
+from align.config import Config as BaseConfig
+from align.data import PromptSampler
+from align.kernels import Ancestral, StepWeight, step_weight
+from align.objectives.policy_gradient import kl_penalty, ppo_clip
+from align.optimizers import build_optimizer
+from align.run import Run
+from align.trajectory import rollout, transition
+from base_model.lora import add_lora, reference
+from base_model.times import sampling_times
+from base_model.tiny import LatentVideoModel
+from recipes import feedback
+from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
+
+
+class Policy(BaseConfig):
+    """How the policy moves."""
+
+    iterations: int = 40
+    """Rollouts."""
+    prompts: int = 12
+    """N, prompts a rollout."""
+    group_size: int = 8
+    """G, clips of each prompt a rollout."""
+    window: int = 3
+    """Consecutive noisy (trained) steps a rollout, drawn anew each time from all but the last step; 0 means all of them."""
+    eta: float = 0.7
+    """Noise of the ancestral kernel, 0 to 1."""
+    updates: int = 1
+    """Optimizer steps a rollout; above 1 the ratio leaves 1 and clipping matters."""
+    micro_batch: int = 48
+    """Clips in one forward pass, in the rollout and in the replay."""
+    lora_rank: int = 16
+    """Rank of the adapter."""
+    lr: float = 1e-3
+    """Learning rate of AdamW on the adapter."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    clip_range: float = 1e-3
+    """PPO's clip range on the per-element ratio."""
+    step_weight: StepWeight = "inv_kappa"
+    """Weight of a step: `none`, `g` or `inv_kappa` (equal gradient scale over the steps)."""
+    kl_coef: float = 0.0
+    """Weight of the KL from the SFT policy, per latent element."""
+    evaluate_every: int = 10
+    """Rollouts between looks at the held-out prompts."""
+    save_every: int = 10
+    """Rollouts between checkpoints."""
+    statistics_buffer: int = 32
+    """Rewards remembered per prompt."""
+
+
+class Config(Feedback):
+    out: Path = Path("runs/ddpo")
+    """Folder of the run: `adapter.safetensors`, and `network.safetensors` with the adapter merged."""
+    policy: Policy = Policy()
+    """How the policy moves."""
+
+
+METRICS = {
+    **feedback.METRICS,
+    "window_start": "First noisy step of this rollout.",
+}
+
+
+def noisy_window(steps: int, window: int, generator: torch.Generator) -> list[int]:
+    """Consecutive steps that take noise: `window` of the first steps - 1, at a random place; all of them for 0."""
+    last = steps - 1
+    width = last if window == 0 else min(window, last)
+    start = int(torch.randint(last - width + 1, (1,), generator=generator))
+    return list(range(start, start + width))
+
+
+def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
+    p = cfg.policy
+    prompt_ids, texts = feedback.training_prompts(cfg)
+    pool = model.encode_text(texts)
+    kernel = Ancestral(p.eta)
+    times = sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)  # [K+1]
+    latent_shape = model.latents.shape(cfg.sampler.clip)  # C F H W
+
+    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
+    optimizer = build_optimizer(model.network.parameters(), "adamw", lr=p.lr, weight_decay=0.0)
+    statistics = PromptStatistics(buffer_size=p.statistics_buffer, min_count=p.group_size)
+    multiplier, watch = feedback.limits_of(cfg)
+    feedback.register(run, model, optimizer, multiplier, watch)
+    run.register("statistics", statistics)
+    sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
+
+    for i in run.iterations(p.iterations, save_every=p.save_every, label="ddpo"):
+        # 1. Look at the held-out prompts now and then.
+        looked = feedback.look(run, held_out, model, assess, watch, i, every=p.evaluate_every)
+
+        # 2. Roll out: G clips of each of N prompts, noise in a window of steps.
+        generator = run.generator("rollout", i)
+        chosen = torch.tensor(sampler[i]).repeat_interleave(p.group_size)  # [B]
+        cond = pool[chosen]
+        noisy = noisy_window(cfg.sampler.steps, p.window, generator)
+        noise = torch.randn(len(cond), *latent_shape, generator=generator).to(run.device)  # [B,C,F,H,W]
+        batches = [torch.arange(len(cond))[k : k + p.micro_batch] for k in range(0, len(cond), p.micro_batch)]
+        rollouts = [rollout(model, kernel, noise[rows], times, cond[rows], noise=generator, stochastic=noisy) for rows in batches]
+
+        # 3. Ask for reward and cost; compare each clip with what its prompt usually gets.
+        seen = assess(feedback.decode(model, rollouts), cond.prompts)
+        advantage = statistics.advantage([prompt_ids[k] for k in chosen.tolist()], seen.reward)
+        if multiplier is not None:
+            multiplier.update(seen.cost)
+        limited = feedback.apply_limits(advantage, seen, multiplier, cfg.safety, p.group_size)
+        if i == 0:
+            feedback.check_first_step(model, kernel, rollouts[0], seen.reward, p.group_size)
+
+        # 4. Move the policy: replay the noisy steps, weigh their log-probabilities.
+        losses, norms = [], []
+        kls: list[Tensor] = []
+        shares = [batches[k :: p.updates] for k in range(p.updates)]
+        for u, share in enumerate(shares):
+            for rows, taken in zip(share, rollouts[u :: p.updates], strict=True):
+                for number, step in enumerate(taken.steps()):
+                    now = transition(model, kernel, step.x, step.t, step.s, taken.cond)
+                    weight = step_weight(p.step_weight, kernel, model.path, step.t, step.s)  # [b]
+                    better, valid = limited.advantage[rows].to(run.device), limited.valid[rows].to(run.device)  # [b]
+                    loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, valid=valid, weight=weight)
+                    if p.kl_coef or (number == 0 and u == 0 and not kls):
+                        with reference(model.network), torch.no_grad():
+                            prior = transition(model, kernel, step.x, step.t, step.s, taken.cond)
+                        kls.append(now.kl(prior))  # [b]
+                    if p.kl_coef:
+                        loss = loss.plus("kl", kl_penalty(kls[-1], p.kl_coef))
+                    run.backward(loss.value, divide_by=len(share) * len(noisy))
+                    losses.append(loss.stats)
+            norms.append(run.step(optimizer, p.max_grad_norm))
+
+        # 5. Tell.
+        kl = float(torch.cat(kls).detach().mean())
+        run.log(
+            **feedback.rollout_stats(seen, p.group_size, multiplier),
+            **looked,
+            **feedback.policy_stats(losses, kl, noise[0].numel(), sum(norms) / len(norms), advantage),
+            window_start=noisy[0],
+        )
+    return watch
+
+
+def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
+    started = time.monotonic()
+    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    result = feedback.align(cfg, run, train, cfg.policy.iterations, recipe="ddpo")
+    return {**result, "wall_seconds": round(time.monotonic() - started, 1)}

@@ -1,0 +1,325 @@
+"""Everything, in order (`rushes demo`): curated data, SFT, takes, rankings by simulated labelers, a reward model and its guard, constrained DDPO, the report.
+
+Each stage is one recipe with its own folder. A finished stage is not done again, a killed one goes on where it was: run the same command again. With `--clips DIR` the
+data are real clips with captions; people are then simulated from weight-free signals, and nobody knows what is on screen, so the judge does not apply.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from align.config import Config as BaseConfig
+from align.config import dump, leaves, path_keys
+from base_model.errors import UserError
+from base_model.tiny import load_tiny
+from base_model.video.files import write_atomic
+from base_model.video.store import ClipStore
+from recipes import ddpo, evaluate, reward_model, sft
+from recipes.feedback import SafetyLimit, StoppedByGuard
+from recipes.generate import Request, Sampler, fill_store, network_lineage, safety_runner
+from recipes.memory import PeakMemory
+from recipes.pairs import load_pairs, read_clip_folder, save_pairs
+from recipes.shapes import labelers
+from recipes.shapes.dataset import ClipSet, draw_clips
+from recipes.shapes.eye import Eye
+from recipes.shapes.prompts import ShapesPrompt, make_prompts
+from reward.comparisons import Annotator, Clip, Prompt, RankingEvent, write_comparisons
+from reward.safety.contract import SafetyRunner, allowed
+
+Stage = Literal["data", "sft", "candidates", "rankings", "reward", "rl", "report"]
+STAGES: tuple[Stage, ...] = ("data", "sft", "candidates", "rankings", "reward", "rl", "report")
+PEOPLE: dict[Literal["reward", "guard"], tuple[labelers.Labeler, ...]] = {"reward": labelers.REWARD_PANEL, "guard": labelers.GUARD_PANEL}
+
+
+class Config(BaseConfig):
+    out: Path = Path("runs/demo")
+    """Folder with one folder a stage; `report/index.html` is the end."""
+    seed: int = 0
+    """Seed of everything."""
+    stage: Stage = "report"
+    """Last stage to do."""
+    clips: Path | None = None
+    """Folder of real clips with a metadata.jsonl, in place of the built-in world."""
+    pairs: int = 2_500
+    """Curated pairs for SFT."""
+    fit: sft.Fit = sft.Fit(iterations=180, lr=1e-3)
+    """How SFT fits."""
+    candidate_prompts: int = 320
+    """Prompts whose takes are ranked, four or eight takes each."""
+    takes: int = 4
+    """Takes of each prompt; ranked four at a time."""
+    two_objects: float = 0.2
+    """Share of training prompts with two objects."""
+    strobe: float = 0.2
+    """Share of prompts that ask for strobing in words the prompt filter lets pass."""
+    overlap: float = 0.4
+    """Share of tasks ranked by two or three people."""
+    reward_head_steps: int = 20
+    """Steps of the reward model's and the guard's heads on their rankings."""
+    reward_epochs: int = 0
+    """Passes with everything learning; a few hundred rankings are too few for it."""
+    policy: ddpo.Policy = ddpo.Policy()
+    """How DDPO moves the policy."""
+    safety: SafetyLimit = SafetyLimit()
+    """The limit on flashing."""
+    unconstrained: bool = False
+    """Also runs DDPO without the limit, for comparison."""
+    evaluation_prompts: int = 60
+    """Held-out prompts of the report."""
+    evaluation_clips: int = 4
+    """Clips of each, for every model."""
+    evaluation_two_objects: float = 0.2
+    """Share of them with two objects."""
+    sampler: Sampler = Sampler()
+    """How clips are denoised."""
+
+
+def folder(cfg: Config, stage: str) -> Path:
+    return cfg.out / stage
+
+
+# The stages
+
+
+def make_data(cfg: Config, out: Path) -> dict[str, Any]:
+    """Curated pairs, what the filters do not allow left out."""
+    clips = read_clip_folder(cfg.clips, frames=cfg.sampler.frames) if cfg.clips else draw_clips("curated", cfg.pairs, seed=cfg.seed)
+    runner = safety_runner()
+    kept = curate(clips, runner, cfg.sampler.fps)
+    if not len(kept):
+        raise UserError(f"none of the {len(clips)} clips passed the safety filters, {cfg.clips or 'the built-in world'}. Look at the filters' counts: {dict(runner.counts)}")
+    save_pairs(out, kept)
+    return {"clips": len(clips), "kept": len(kept), "sha256": kept.fingerprint(), "safety": dict(runner.counts)}
+
+
+def curate(clips: ClipSet, runner: SafetyRunner, fps: float) -> ClipSet:
+    """The clips whose prompt and pixels are allowed."""
+    prompts = runner.check_prompts(clips.texts)
+    good = []
+    for i, (text, video) in enumerate(zip(clips.texts, clips.videos, strict=True)):
+        if allowed(prompts[i]) and allowed(runner.check_videos(video[None].float() / 255, [text], fps)[0]):
+            good.append(i)
+    return ClipSet(tuple(clips.texts[i] for i in good), tuple(clips.videos[i] for i in good))
+
+
+def fine_tune(cfg: Config, out: Path) -> dict[str, Any]:
+    return sft.main(sft.Config(out=out, seed=cfg.seed, pairs=folder(cfg, "data"), fit=cfg.fit), resume=(out / "run.json").exists())
+
+
+def make_candidates(cfg: Config, out: Path) -> dict[str, Any]:
+    """`takes` clips of every prompt with the SFT model."""
+    network = folder(cfg, "sft") / "network.safetensors"
+    runner, store = safety_runner(), ClipStore(out)
+    asked = candidate_prompts(cfg)
+    requests = [Request(p.text, p.prompt_id, cfg.seed * 1_000_000 + i * 100 + g) for i, p in enumerate(asked) for g in range(cfg.takes)]
+    sampler = world_sampler(cfg)
+    rows = fill_store(store, load_tiny(network), requests, lineage=network_lineage(network), sampler=sampler, runner=runner, label="candidates", preview=False)
+    return {"clips": sum(row is not None for row in rows), "prompts": len(asked), "safety": dict(runner.counts)}
+
+
+def rank_candidates(cfg: Config, out: Path) -> dict[str, Any]:
+    """Two panels of simulated labelers rank what the filters allow; one teaches the reward model, the other the guard."""
+    store = ClipStore(folder(cfg, "candidates"))
+    asked = candidate_prompts(cfg)
+    served = [row for row in store.rows() if json.loads(row.safety_json)["verdict"] == "allow"]
+    clips: dict[str, list[tuple[str, Any]]] = {}
+    for row in served:
+        clips.setdefault(row.prompt_id, []).append((row.clip_id, store.load(row.clip_id)))
+    tasks = labelers.tasks_from_signals(clips) if cfg.clips else labelers.tasks_from_eye(Eye.load(), asked, clips)
+    counts = {}
+    for k, (name, panel) in enumerate(PEOPLE.items()):
+        rows = labelers.collect(panel, tasks, seed=2 * cfg.seed + k, overlap=cfg.overlap)
+        events = [RankingEvent.of(row) for row in rows]
+        people = [Annotator.of(row) for row in labelers.annotators(panel, rows, pool="simulated")]
+        prompts = [Prompt(p.prompt_id, p.text, source="built-in world" if not cfg.clips else "captions") for p in asked if p.prompt_id in clips]
+        write_comparisons(out / name, events, clips=[Clip.of(row) for row in served], prompts=prompts, annotators=people)
+        counts[f"{name}_events"] = len(events)
+    return {**counts, "tasks": len(tasks), "served": len(served), "withheld": len(store.rows()) - len(served), "labelers": "simulated"}
+
+
+def learn_rewards(cfg: Config, out: Path) -> dict[str, Any]:
+    """The reward model, and the guard from other people, another start and another seed."""
+    results: dict[str, Any] = {}
+    for k, name in enumerate(PEOPLE):
+        where = out / name
+        learning = reward_model.Config(
+            out=where,
+            comparisons=folder(cfg, "rankings") / name,
+            clips=folder(cfg, "candidates"),
+            start=name,
+            seed=2 * cfg.seed + k,
+            head_steps=cfg.reward_head_steps,
+            epochs=cfg.reward_epochs,
+        )
+        results[name] = reward_model.main(learning, resume=(where / "run.json").exists())
+    return results
+
+
+def align_policy(cfg: Config, out: Path) -> dict[str, Any]:
+    """DDPO under the limit, and without it where that is asked for. A run that the guard ended is reported with what it saved."""
+    runs = {"constrained": True} | ({"unconstrained": False} if cfg.unconstrained else {})
+    results = {}
+    for name, constrained in runs.items():
+        where = out / name
+        aligned = ddpo.Config(
+            out=where,
+            seed=cfg.seed,
+            model=folder(cfg, "sft") / "network.safetensors",
+            reward=folder(cfg, "reward") / "reward",
+            guard=folder(cfg, "reward") / "guard",
+            captions=captions(cfg),
+            two_objects=cfg.two_objects,
+            strobe=cfg.strobe,
+            constrained=constrained,
+            safety=cfg.safety,
+            policy=cfg.policy,
+            sampler=world_sampler(cfg),
+        )
+        try:
+            results[name] = ddpo.main(aligned, resume=(where / "run.json").exists())
+        except StoppedByGuard as stop:
+            results[name] = stop.result
+    return results
+
+
+def write_the_report(cfg: Config, out: Path, memory: PeakMemory, started: float) -> dict[str, Any]:
+    rl = folder(cfg, "rl")
+    models = {"base": Path("base"), "sft": folder(cfg, "sft"), "rl": rl / "constrained"} | ({"rl_unconstrained": rl / "unconstrained"} if cfg.unconstrained else {})
+    evaluation = evaluate.Config(
+        out=out,
+        seed=cfg.seed,
+        models=models,
+        runs={name: path for name, path in models.items() if path.parent == rl},
+        prompts=cfg.evaluation_prompts,
+        clips_per_prompt=cfg.evaluation_clips,
+        two_objects=cfg.evaluation_two_objects,
+        strobe=cfg.strobe,
+        captions=captions(cfg),
+        sampler=world_sampler(cfg),
+        guard=folder(cfg, "reward") / "guard",
+        flash_limit=cfg.safety.limit,
+    )
+
+    def told() -> dict[str, Any]:
+        finished = {stage: read_done(cfg, stage) for stage in STAGES[:-1]}
+        seconds = {stage: done["seconds"] for stage, done in finished.items()} | {"report": round(time.monotonic() - started, 1)}
+        learnt = finished["reward"]["result"]["reward"]
+        return {
+            "stage_seconds": seconds,
+            "wall_seconds": round(sum(seconds.values()), 1),
+            "peak_memory_bytes": max(memory.peak_bytes, *(done["peak_memory_bytes"] for done in finished.values())),
+            "reward_model": {name: learnt[name] for name in ("accuracy", "floor", "ceiling")},
+            "stages": {stage: done["result"] for stage, done in finished.items()},
+            "filtered": withheld_candidates(cfg),
+            "commands": [f"rushes demo{command_line(cfg)}"],
+            "notes": ["All rankings come from simulated labelers."],
+        }
+
+    results = evaluate.report(evaluation, told)
+    return {key: results[key] for key in ("judge", "judge_gain", "flash_rate", "diversity", "wall_seconds", "peak_memory_bytes")}
+
+
+def withheld_candidates(cfg: Config) -> list[dict[str, Any]]:
+    """Rows of the report's table for the takes that no labeler was shown: policy, verdict, how many, and a few with the filter's reason."""
+    rows = ClipStore(folder(cfg, "candidates")).rows()
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for ruling in json.loads(row.safety_json)["rulings"]:
+            if ruling["verdict"] != "allow":
+                reasons = "; ".join(reason["text"] for reason in ruling["reasons"])
+                found.setdefault((ruling["verdict"], ruling["policy"]), []).append(f"“{row.prompt}”: {reasons}")
+    return [
+        {"where": "takes (withheld from labelers)", "policy": policy, "verdict": verdict, "count": len(examples), "of": len(rows), "examples": examples[:3]}
+        for (verdict, policy), examples in sorted(found.items())
+    ]
+
+
+def candidate_prompts(cfg: Config) -> list[ShapesPrompt]:
+    """What the takes show. A real caption is a prompt about nothing the built-in world knows."""
+    if cfg.clips:
+        each = max(1, cfg.candidate_prompts // len(captions(cfg)))
+        return [ShapesPrompt(f"{text} [{k}]", text, (), False, "train") for text in captions(cfg) for k in range(each)]
+    return make_prompts(cfg.candidate_prompts, seed=cfg.seed + 10, split="train", two_objects=cfg.two_objects, strobe=cfg.strobe / 2)
+
+
+def captions(cfg: Config) -> tuple[str, ...]:
+    """The captions of the real clips that were kept; none in the built-in world."""
+    return tuple(dict.fromkeys(load_pairs(folder(cfg, "data")).texts)) if cfg.clips else ()
+
+
+def world_sampler(cfg: Config) -> Sampler:
+    """The sampler; real clips are sampled in the size of the first one."""
+    if not cfg.clips:
+        return cfg.sampler
+    _, _, height, width = load_pairs(folder(cfg, "data")).videos[0].shape
+    return cfg.sampler.model_copy(update={"height": height, "width": width})
+
+
+# Going through the stages
+
+
+def read_done(cfg: Config, stage: str) -> dict[str, Any]:
+    """What a finished stage left: result, seconds, peak memory, configuration."""
+    done: dict[str, Any] = json.loads((folder(cfg, stage) / "stage.json").read_text())
+    return done
+
+
+def command_line(cfg: Config) -> str:
+    """The overrides that make this configuration out of the defaults, paths left out."""
+    defaults, paths = leaves(dump(Config())), path_keys(Config)
+    return "".join(f" --{key} {value}" for key, value in leaves(dump(cfg)).items() if value != defaults.get(key) and key not in paths)
+
+
+def check_same_config(cfg: Config) -> None:
+    """Raises UserError where the folder was begun with other settings; the first call writes them down."""
+    path = cfg.out / "demo.json"
+    now = {key: value for key, value in leaves(dump(cfg)).items() if key not in ("out", "stage")}
+    if not path.exists():
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(now, indent=2, sort_keys=True) + "\n").encode())
+        return
+    before = json.loads(path.read_text())
+    changed = [f"{key} ({before.get(key)} -> {now.get(key)})" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        raise UserError(f"{cfg.out} was begun with other settings: {', '.join(changed)}. Give the same ones, or another --out")
+
+
+def run_stage(cfg: Config, stage: Stage, work: Callable[[Path, PeakMemory], dict[str, Any]]) -> dict[str, Any]:
+    """Does the stage unless it is done. The time of an interrupted try counts only for what it saved."""
+    out = folder(cfg, stage)
+    if (out / "stage.json").exists():
+        return read_done(cfg, stage)
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    with PeakMemory() as memory:
+        result = work(out, memory)
+    done = {"stage": stage, "seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": memory.peak_bytes, "result": result}
+    write_atomic(out / "stage.json", (json.dumps(done, indent=2) + "\n").encode())
+    return done
+
+
+def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
+    """`resume` changes nothing: the demo always goes on with what its folder holds."""
+    check_same_config(cfg)
+    started = time.monotonic()
+    works: dict[Stage, Callable[[Path, PeakMemory], dict[str, Any]]] = {
+        "data": lambda out, _: make_data(cfg, out),
+        "sft": lambda out, _: fine_tune(cfg, out),
+        "candidates": lambda out, _: make_candidates(cfg, out),
+        "rankings": lambda out, _: rank_candidates(cfg, out),
+        "reward": lambda out, _: learn_rewards(cfg, out),
+        "rl": lambda out, _: align_policy(cfg, out),
+        "report": lambda out, memory: write_the_report(cfg, out, memory, time.monotonic()),
+    }
+    done = {stage: run_stage(cfg, stage, works[stage]) for stage in STAGES[: STAGES.index(cfg.stage) + 1]}
+    result: dict[str, object] = {stage: each["result"] for stage, each in done.items() if stage == cfg.stage}
+    if cfg.stage == "report":
+        result["report"] = str(folder(cfg, "report") / "index.html")
+        result |= done["report"]["result"]
+    return {**result, "seconds_of_this_call": round(time.monotonic() - started, 1)}
+
+

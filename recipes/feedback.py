@@ -1,0 +1,329 @@
+"""What RL is told about the clips it made: reward, graded safety cost, and what the hard gate forbids. Shared by the RL recipes.
+
+Letters: B clips, N prompts, G clips a prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from align import selfcheck
+from align.advantage import Advantage
+from align.config import Config as BaseConfig
+from align.constraints import Multiplier, all_violating, constrained_advantage, gate
+from align.kernels import Kernel
+from align.run import Run
+from align.trajectory import Trajectory, transition
+from base_model.checkpoint import save_weights
+from base_model.errors import GuardStop
+from base_model.lora import adapter_state, load_adapter_state, merge, reference
+from base_model.tiny import LatentVideoModel, load_tiny, save_network
+from base_model.types import Conditioning
+from recipes.generate import Sampler, safety_runner, sample
+from recipes.shapes.prompts import make_prompts
+from recipes.weights import file_hash, write_card
+from reward.mixture import Mixture, Term
+from reward.model import RewardModel, load_reward_model
+from reward.safety.contract import SafetyRunner, Verdict, costs
+
+FLASHING = "P17"
+HELD_OUT_SEED = 7_000_000
+
+METRICS = {
+    "reward": "Reward model's pessimistic score (mean minus spread, standardised) of the rollout's clips; unknown scores left out.",
+    "violation_rate": "Share of the rollout's clips the safety filters block, before any filter is applied.",
+    "cost": "Mean graded cost (calibrated probability of a violation) of the rollout's clips.",
+    "multiplier": "Weight lambda of the safety cost in the advantage.",
+    "all_violating": "Share of prompts whose clips all violate.",
+    "error_share": "Share of clips whose reward or cost is unknown; they are masked.",
+    "held_out_reward": "The same score of held-out prompts' clips, from the deterministic sampler and fixed noise.",
+    "held_out_guard": "Guard's score (other labelers, other seed) of the same held-out clips; never optimised.",
+    "held_out_violation_rate": "Share of the held-out clips that the safety filters block.",
+    "kl_per_element": "KL of the first noisy step from the SFT policy, nats per latent element.",
+    "kl_total": "The same, nats per clip: per element times the number of latent elements.",
+    "grad_norm": "Norm of the gradient before clipping, mean over the updates.",
+    "ratio": "Importance ratio (per latent element), mean over clips and steps.",
+    "clip_share": "Share of clips and steps whose ratio left the clip range.",
+    "zero_std_share": "Share of groups (or prompts) whose rewards are all alike and say nothing.",
+}
+
+
+class SafetyLimit(BaseConfig):
+    """The limit on flashing that reviewers set, and how RL is held to it."""
+
+    limit: float = 0.02
+    """Largest share of violating clips that may be reported. The multiplier aims at a quarter of it."""
+    rate: float = 0.15
+    """Step of the multiplier, in log space."""
+    initial: float = 2.0
+    """First multiplier."""
+    cap: float = 50.0
+    """Largest multiplier."""
+    gate: float = -1.0
+    """A blocked clip's advantage is at most this."""
+
+
+class Feedback(BaseConfig):
+    """What every RL recipe is told: where it starts, who scores, which limit holds. A recipe adds `out` and `policy`."""
+
+    seed: int = 0
+    """Seed of prompts and noise."""
+    model: Path | None = None
+    """Network to start from and to stay near; none means the shipped base."""
+    reward: Path = Path("runs/reward-model")
+    """Folder of a reward model."""
+    guard: Path | None = None
+    """Folder of a second reward model that watches and may stop the run."""
+    captions: tuple[str, ...] = ()
+    """Captions of real clips, trained on and looked at in place of the built-in world's prompts."""
+    prompt_pool: int = 400
+    """Training prompts to draw from."""
+    two_objects: float = 0.2
+    """Share of them with two objects."""
+    strobe: float = 0.2
+    """Share of them that ask for strobing in words the prompt filter lets pass."""
+    held_out_prompts: int = 64
+    """Held-out prompts looked at during the run."""
+    constrained: bool = True
+    """Whether the safety limit holds; false is for the comparison only."""
+    safety: SafetyLimit = SafetyLimit()
+    """The limit."""
+    pessimism: float = 0.5
+    """Reward is the mean minus this many spreads of the reward model."""
+    guard_drop: float = 0.5
+    """The run stops when the guard falls this far (in standard deviations of its scores) below its best."""
+    sampler: Sampler = Sampler()
+    """How clips are denoised."""
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Example: B = 4 clips, the third flashing: `reward` [0.2, 1.1, 0.9, nan], `cost` [0.0, 0.01, 0.98, 0.0], `blocked` [F, F, T, F]."""
+
+    reward: Tensor  # [B]; nan where unknown
+    cost: Tensor  # [B] in [0,1]; nan where the filters failed
+    blocked: Tensor  # [B] bool
+
+
+@dataclass
+class Assessor:
+    """Scores and rules on clips. Raises GuardStop above the error rate of `max_error_share`."""
+
+    reward: Mixture
+    runner: SafetyRunner
+    fps: float
+    max_error_share: float = 0.05
+
+    @torch.no_grad()
+    def __call__(self, video: Tensor, prompts: Sequence[str]) -> Assessment:
+        """video [B,T,3,H,W] in [0,1] of B prompts."""
+        mixed = self.reward(video, prompts)
+        decisions = self.runner.check_videos(video, prompts, self.fps)
+        self.runner.check_error_rate(self.max_error_share)
+        blocked = torch.tensor([d.verdict == Verdict.BLOCK for d in decisions])
+        return Assessment(mixed.reward, costs(decisions, FLASHING), blocked)
+
+
+def apply_limits(advantage: Advantage, seen: Assessment, multiplier: Multiplier | None, limit: SafetyLimit, group_size: int) -> Advantage:
+    """The advantage under the constraint: cost weighed by the multiplier, then the hard gate. Without a multiplier only unknown costs are masked."""
+    if multiplier is None:
+        return advantage
+    bounded = constrained_advantage(advantage.advantage, {FLASHING: seen.cost}, [multiplier], group_size, valid=advantage.valid)
+    return bounded._replace(advantage=gate(bounded.advantage, seen.blocked & bounded.valid, limit.gate))
+
+
+def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | None) -> dict[str, float]:
+    """The metrics of one rollout."""
+    return {
+        "reward": float(seen.reward.nanmean()),
+        "violation_rate": float(seen.blocked.float().mean()),
+        "cost": float(seen.cost.nanmean()),
+        "multiplier": 0.0 if multiplier is None else multiplier.value,
+        "all_violating": all_violating(seen.blocked, group_size),
+        "error_share": float((seen.reward.isnan() | seen.cost.isnan()).float().mean()),
+    }
+
+
+@dataclass
+class HeldOut:
+    """Fixed held-out prompts and noise, sampled now and then to watch the run: reward and guard now, the judge when the run is over.
+
+    Clips are kept as `held_out/<iteration>.safetensors` (uint8 "video") for the report; nothing that trains reads them.
+    """
+
+    prompts: Sequence[str]
+    cond: Conditioning
+    sampler: Sampler
+    guard: Mixture | None
+    folder: Path
+
+    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
+        """Samples, keeps and scores the held-out clips."""
+        video = torch.cat(list(sample(model, self.cond, [HELD_OUT_SEED + k for k in range(len(self.cond))], self.sampler)))  # [B,T,3,H,W]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.folder / f"{iteration:06d}.safetensors", {"video": (video * 255).round().to(torch.uint8)}, {})
+        seen = assess(video, self.prompts)
+        guard = float("nan") if self.guard is None else float(self.guard(video, self.prompts).reward.nanmean())
+        return {
+            "held_out_reward": float(seen.reward.nanmean()),
+            "held_out_guard": guard,
+            "held_out_violation_rate": float(seen.blocked.float().mean()),
+        }
+
+
+class GuardWatch:
+    """Stops a run whose guard score falls: the reward model is being exploited. Remembers the best checkpoint that kept the safety limit."""
+
+    def __init__(self, *, drop: float, limit: float) -> None:
+        self.drop, self.limit = drop, limit
+        self.best_guard = float("-inf")
+        self.best: dict[str, Tensor] = {}
+
+    def fell(self, guard: float, violation_rate: float, adapter: dict[str, Tensor]) -> bool:
+        """Takes one held-out look; True where the guard fell `drop` below its best (both in standard deviations of the guard's scores)."""
+        if guard > self.best_guard and violation_rate <= self.limit:
+            self.best_guard, self.best = guard, {name: tensor.detach().clone() for name, tensor in adapter.items()}
+        return guard < self.best_guard - self.drop
+
+    def state_dict(self) -> dict[str, object]:
+        return {"best_guard": None if self.best_guard == float("-inf") else self.best_guard, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        best_guard, best = state["best_guard"], state["best"]
+        assert isinstance(best, dict)
+        self.best_guard = float("-inf") if best_guard is None else float(str(best_guard))
+        self.best = best
+
+
+def check_first_step(model: LatentVideoModel, kernel: Kernel, taken: Trajectory, reward: Tensor, group_size: int) -> None:
+    """Before the first update: the replayed ratio is 1 in the rollout's own batch and in another split, rewards differ, the KL has a gradient."""
+    step = taken.steps()[0]
+    cond = taken.cond[step.rows]
+    selfcheck.reward_spread(reward, group_size)
+    now = transition(model, kernel, step.x, step.t, step.s, cond)
+    with reference(model.network), torch.no_grad():
+        prior = transition(model, kernel, step.x, step.t, step.s, cond)
+    selfcheck.kl_gradient(now, prior, model.network.parameters())
+    selfcheck.first_ratio(now.log_prob(step.x_next), step.log_prob, same_batches=len(step.rows) == len(taken.cond))
+    half = torch.arange((len(cond) + 1) // 2)
+    with torch.no_grad():
+        part = step.select(half)
+        now = transition(model, kernel, part.x, part.t, part.s, cond[half])
+        selfcheck.first_ratio(now.log_prob(part.x_next), part.log_prob, same_batches=False)
+
+
+def limits_of(cfg: Feedback) -> tuple[Multiplier | None, GuardWatch]:
+    """The multiplier (none in an unconstrained run) and the watch over the guard."""
+    watch = GuardWatch(drop=cfg.guard_drop, limit=cfg.safety.limit if cfg.constrained else 1.0)
+    if not cfg.constrained:
+        return None, watch
+    return Multiplier(FLASHING, limit=cfg.safety.limit, rate=cfg.safety.rate, initial=cfg.safety.initial, cap=cfg.safety.cap), watch
+
+
+def register(run: Run, model: LatentVideoModel, optimizer: Any, multiplier: Multiplier | None, watch: GuardWatch) -> None:
+    """Everything an RL run must find again when it resumes, and the forward-pass counter."""
+    run.register("network", model.network, trainable_only=True)
+    run.register("optimizer", optimizer)
+    run.register("guard_watch", watch)
+    if multiplier is not None:
+        run.register("multiplier", multiplier)
+    run.count_forwards(model.network)
+
+
+def look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, watch: GuardWatch, iteration: int, *, every: int) -> dict[str, float]:
+    """Every `every` rollouts: the held-out metrics, and the end of the run where the guard fell. Else nothing."""
+    if iteration % every:
+        return {}
+    looked = held_out.watch(model, assess, iteration)
+    if watch.fell(looked["held_out_guard"], looked["held_out_violation_rate"], adapter_state(model.network)):
+        run.stop()
+    return looked
+
+
+@torch.no_grad()
+def decode(model: LatentVideoModel, rollouts: Sequence[Trajectory]) -> Tensor:
+    """The finished clips of all rollouts, [B,T,3,H,W], on the CPU where they are scored."""
+    return torch.cat([model.decode(r.x0).cpu() for r in rollouts])
+
+
+def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_elements: int, grad_norm: float, advantage: Advantage) -> dict[str, float]:
+    """The metrics of one update."""
+    return {
+        "kl_per_element": kl,
+        "kl_total": kl * latent_elements,
+        "grad_norm": grad_norm,
+        "ratio": float(torch.stack([s["policy/ratio"] for s in losses]).mean()),
+        "clip_share": float(torch.stack([s["policy/clip_share"] for s in losses]).mean()),
+        "zero_std_share": advantage.stats["advantage/zero_std_share"],
+    }
+
+
+class StoppedByGuard(GuardStop):
+    """The guard ended the run; everything is saved and `result` says what was reached."""
+
+    def __init__(self, message: str, result: dict[str, object]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+C = TypeVar("C", bound=Feedback)
+Train = Callable[[C, Run, LatentVideoModel, Assessor, HeldOut], GuardWatch]
+
+
+def training_prompts(cfg: Feedback) -> tuple[list[str], list[str]]:
+    """Ids and texts of the prompts to train on."""
+    if cfg.captions:
+        return list(cfg.captions), list(cfg.captions)
+    pool = make_prompts(cfg.prompt_pool, seed=cfg.seed, split="train", two_objects=cfg.two_objects, strobe=cfg.strobe)
+    return [prompt.prompt_id for prompt in pool], [prompt.text for prompt in pool]
+
+
+def held_out_texts(cfg: Feedback) -> list[str]:
+    """Prompts of held-out combinations (the captions themselves where clips are real: there are too few to hold any out)."""
+    if cfg.captions:
+        return list(cfg.captions)
+    return [prompt.text for prompt in make_prompts(cfg.held_out_prompts, seed=cfg.seed + 1, split="eval", strobe=cfg.strobe)]
+
+
+def standardised(scorer: RewardModel, pessimism: float = 0.0) -> Mixture:
+    """The first dimension of a reward model in standard deviations of its training clips."""
+    term = Term("people", scorer.dims[0], center=float(scorer.center[0]), scale=float(scorer.scale[0]), pessimism=pessimism)
+    return Mixture({"people": scorer}, (term,))
+
+
+def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) -> dict[str, object]:
+    """Loads the model, the scorers and the filters, trains, looks once more, and saves the adapter and the merged network.
+
+    Raises StoppedByGuard, after saving, where the guard ended the run.
+    """
+    model = load_tiny(cfg.model).to(run.device)
+    model.network.requires_grad_(False)
+    guard = standardised(load_reward_model(cfg.guard, model.text)) if cfg.guard else None
+    texts = held_out_texts(cfg)
+    held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, run.out / "held_out")
+    reward = standardised(load_reward_model(cfg.reward, model.text), cfg.pessimism)
+    assess = Assessor(reward, safety_runner(), cfg.sampler.fps)
+    watch = train(cfg, run, model, assess, held_out)
+
+    looked = held_out.watch(model, assess, iterations)
+    stopped = watch.fell(looked["held_out_guard"], looked["held_out_violation_rate"], adapter_state(model.network))
+    if stopped and watch.best:
+        load_adapter_state(model.network, watch.best)
+    run.log(**looked)
+    save_weights(run.out / "adapter.safetensors", adapter_state(model.network), {})
+    model.network = merge(model.network)
+    weights = run.out / "network.safetensors"
+    data = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    write_card(weights, lambda path: save_network(path, model), recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked)
+    result = {"weights": str(weights), "sha256": file_hash(weights), "stopped_by_guard": stopped, "forward_passes": run.forward_passes, **looked}
+    if stopped:
+        kept = "the best checkpoint that kept the limit is saved" if watch.best else "the last state is saved"
+        raise StoppedByGuard(f"the guard's score fell more than {cfg.guard_drop:g} below its best while the reward was optimised; {kept}, {weights}. Look at {run.out}", result)
+    return result

@@ -1,0 +1,164 @@
+"""Prompts -> clips in a content-addressed store (`rushes generate`).
+
+The prompt filter speaks first; what is sampled goes through the clip filters, and its verdict is written beside it: only "allow" may be shown or learned from as good.
+A clip that the store already holds for the same prompt, seed, sampler and model is not sampled again. What it leaves out: guidance, and every visual prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from align.config import Config as BaseConfig
+from align.config import dump
+from align.kernels import ODE
+from align.progress import Progress
+from align.trajectory import rollout
+from base_model.errors import UserError
+from base_model.times import sampling_times
+from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny
+from base_model.types import ClipShape, Conditioning
+from base_model.video.store import ClipRow, ClipStore, NewClip, request_key
+from recipes.weights import file_hash
+from reward.safety.contract import SafetyRunner, allowed, to_json
+from reward.safety.policy import load_policy
+from reward.safety.prompt import WordFilter
+from reward.safety.video import DegenerateFilter, FlashFilter
+
+
+class Sampler(BaseConfig):
+    """How a clip is denoised: the same for every model that is compared."""
+
+    steps: int = 8
+    """Denoising steps of the probability-flow ODE."""
+    shift: float = 3.0
+    """Shift of the time grid; above 1 spends more steps on noise."""
+    frames: int = 13
+    """Frames of a clip, 1 + a multiple of 4."""
+    height: int = 32
+    """Height in pixels, a multiple of 8."""
+    width: int = 32
+    """Width in pixels, a multiple of 8."""
+    fps: float = 12.0
+    """Frames a second."""
+    batch: int = 64
+    """Clips denoised together."""
+
+    @property
+    def clip(self) -> ClipShape:
+        return ClipShape(self.frames, self.height, self.width)
+
+
+class Config(BaseConfig):
+    out: Path = Path("runs/generate")
+    """Folder of the clip store."""
+    model: Path | None = None
+    """Network of the model; none means the shipped base."""
+    prompts: tuple[str, ...] = ("a red circle moves to the left", "a blue square grows")
+    """What to show, one clip set each."""
+    clips_per_prompt: int = 4
+    """Clips of every prompt, with seeds seed, seed + 1, ..."""
+    seed: int = 0
+    """First seed."""
+    sampler: Sampler = Sampler()
+    """How clips are denoised."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip to make."""
+
+    prompt: str
+    prompt_id: str
+    seed: int
+
+
+def safety_runner() -> SafetyRunner:
+    """Every filter that needs no weights, under the shipped policy."""
+    policy = load_policy()
+    return SafetyRunner([WordFilter(policy), FlashFilter(policy), DegenerateFilter(policy)], policy)
+
+
+def seeded_noise(model: LatentVideoModel, clip: ClipShape, seeds: Sequence[int]) -> Tensor:
+    """One stream a seed, whatever the batch: [B,C,F,H,W]. Raises UserError where the clip does not fit the latent grid."""
+    try:
+        shape = model.latents.shape(clip)
+    except ValueError as error:
+        raise UserError(f"sampler: {error}. Change sampler.frames, sampler.height or sampler.width.") from error
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(model.device)
+
+
+@torch.no_grad()
+def sample(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
+    """Denoises and decodes B clips, yielded in batches [b,T,3,H,W] on the CPU."""
+    times = sampling_times(model.path, sampler.steps, shift=sampler.shift)
+    for begin in range(0, len(seeds), sampler.batch):
+        part = slice(begin, begin + sampler.batch)
+        noise = seeded_noise(model, sampler.clip, seeds[part])
+        yield model.decode(rollout(model, ODE(), noise, times, cond[part], noise=torch.Generator()).x0).cpu()
+
+
+def fill_store(
+    store: ClipStore,
+    model: LatentVideoModel,
+    requests: Sequence[Request],
+    *,
+    lineage: str,
+    sampler: Sampler,
+    runner: SafetyRunner,
+    label: str = "generate",
+    preview: bool = True,
+) -> list[ClipRow | None]:
+    """One row a request, in order; None where the prompt was blocked. Made in batches, each committed to the store: a killed run goes on."""
+    settings = {key: value for key, value in dump(sampler).items() if key != "batch"}
+    texts = list(dict.fromkeys(r.prompt for r in requests))
+    passed = {text for text, decision in zip(texts, runner.check_prompts(texts), strict=True) if allowed(decision)}
+    cond = model.encode_text(texts)
+    row_of = {text: k for k, text in enumerate(texts)}
+    keys = [request_key(r.prompt, r.seed, settings, lineage) for r in requests]
+    todo = [i for i, r in enumerate(requests) if r.prompt in passed and store.find(keys[i]) is None]
+    with Progress(label, total=len(requests), done=len(requests) - len(todo)) as progress:
+        for begin in range(0, len(todo), sampler.batch):
+            part = [requests[i] for i in todo[begin : begin + sampler.batch]]
+            video = torch.cat(list(sample(model, cond[[row_of[r.prompt] for r in part]], [r.seed for r in part], sampler)))  # [b,T,3,H,W]
+            decisions = runner.check_videos(video, [r.prompt for r in part], sampler.fps)
+            clips = [
+                NewClip(clip, r.prompt, r.prompt_id, r.seed, settings, lineage, sampler.fps, safety=to_json(decision))
+                for clip, r, decision in zip(video, part, decisions, strict=True)
+            ]
+            store.add_many(clips, preview=preview)
+            progress.advance(f"{len(part)} clips", steps=len(part))
+    return [store.find(key) for key in keys]
+
+
+def best_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def network_lineage(path: Path | None) -> str:
+    """sha256 of the network's file: what names a model in the store."""
+    return file_hash(path or WEIGHTS / "dit.safetensors")
+
+
+def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
+    """`resume` changes nothing: what the store holds is never made again."""
+    if not cfg.prompts:
+        raise UserError("no prompts, prompts. Give at least one: --prompts '[\"a red circle grows\"]'")
+    started = time.monotonic()
+    model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(), ClipStore(cfg.out)
+    requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
+    rows = fill_store(store, model, requests, lineage=network_lineage(cfg.model), sampler=cfg.sampler, runner=runner)
+    made = [row for row in rows if row is not None]
+    return {
+        "store": str(cfg.out),
+        "clips": [str(store.preview_path(row.clip_id)) for row in made],
+        "blocked_prompts": len(rows) - len(made),
+        "safety": dict(runner.counts),
+        "wall_seconds": round(time.monotonic() - started, 2),
+    }

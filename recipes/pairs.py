@@ -1,0 +1,107 @@
+"""Captioned clips on disk, and the latents that supervised training reads, encoded once before the first step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from base_model.checkpoint import load_weights, save_weights
+from base_model.errors import UserError
+from base_model.networks.packing import Patch, token_grid
+from base_model.tiny import LatentVideoModel
+from base_model.video.files import cover, from_uint8, read_video, write_atomic
+from recipes.shapes.dataset import ClipSet, by_shape
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """N captions and their clips' latents [C,F,H,W] of any sizes."""
+
+    texts: tuple[str, ...]
+    latents: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def num_tokens(self, patch: Patch) -> list[int]:
+        """Tokens of each clip."""
+        grids = [token_grid(x.shape, patch) for x in self.latents]
+        return [f * h * w for f, h, w in grids]
+
+
+def encode_pairs(model: LatentVideoModel, clips: ClipSet, *, batch: int = 64) -> Pairs:
+    """Encodes clips of one size together, and all captions in one fixed order: the same states in every run, resumed or not."""
+    latents: dict[int, Tensor] = {}
+    for rows in by_shape(clips.videos).values():
+        for begin in range(0, len(rows), batch):
+            part = rows[begin : begin + batch]
+            video = torch.stack([clips.videos[i] for i in part]).float() / 255  # [b,T,3,H,W]
+            latents.update(zip(part, model.encode(video).cpu(), strict=True))
+    model.encode_text(["", *clips.texts])
+    return Pairs(clips.texts, tuple(latents[i] for i in range(len(clips))))
+
+
+def save_pairs(folder: Path, clips: ClipSet) -> None:
+    """`captions.jsonl`, one line a clip, and its exact frames in `videos.safetensors` (uint8 [T,3,H,W], "000000" for the first line)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / "videos.safetensors", {f"{i:06d}": video for i, video in enumerate(clips.videos)}, {})
+    write_atomic(folder / "captions.jsonl", "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in clips.texts).encode())
+
+
+def load_pairs(folder: Path) -> ClipSet:
+    """What `save_pairs` wrote. Raises UserError for a folder that is missing, empty or damaged."""
+    videos, _ = load_weights(folder / "videos.safetensors")
+    try:
+        texts = tuple(json.loads(line)["text"] for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"damaged captions, {folder / 'captions.jsonl'}: {error}. Make the folder again") from error
+    if not texts or len(texts) != len(videos):
+        raise UserError(f"{len(texts)} captions for {len(videos)} clips, {folder}. Make the folder again")
+    return ClipSet(texts, tuple(videos[f"{i:06d}"] for i in range(len(texts))))
+
+
+def native_size(width: int, height: int, *, sides: Sequence[int] = range(16, 65, 8), tokens: int = 24) -> tuple[int, int]:
+    """(height, width) in multiples of 8 whose aspect is nearest to the given one with at most `tokens` tokens a latent frame (8x8 pixels each); the larger of two equals."""
+    fitting = [(h, w) for h in sides for w in sides if (h // 8) * (w // 8) <= tokens]
+    return min(fitting, key=lambda size: (round(abs(size[1] / size[0] - width / height), 2), -size[0] * size[1]))
+
+
+def read_clip_folder(folder: Path, *, frames: int, every: int = 6) -> ClipSet:
+    """Real clips with captions (`metadata.jsonl` with `file_name` and `text`, the layout of datasets' videofolder) as windows of `frames` frames.
+
+    Clips keep their aspect and are resized to the token budget. Raises UserError for a folder without clips, a broken clip, a clip that is too short.
+    """
+    table = folder / "metadata.jsonl"
+    if not table.is_file():
+        raise UserError(f"no metadata.jsonl, {folder}. Give a folder with clips and a metadata.jsonl of lines like {{\"file_name\": \"a.mp4\", \"text\": \"...\"}}")
+    texts: list[str] = []
+    videos: list[Tensor] = []
+    for row in _caption_rows(table):
+        video = from_uint8(read_video(folder / row["file_name"]).frames)  # [T,3,H,W]
+        if len(video) < frames:
+            raise UserError(f"{folder / row['file_name']} has {len(video)} frames, a window needs {frames}. Leave the clip out of {table.name}")
+        height, width = native_size(video.shape[-1], video.shape[-2])
+        small = (cover(video, height, width) * 255).round().to(torch.uint8)
+        starts = range(0, len(video) - frames + 1, every)
+        videos += [small[begin : begin + frames] for begin in starts]
+        texts += [row["text"]] * len(starts)
+    return ClipSet(tuple(texts), tuple(videos))
+
+
+def _caption_rows(table: Path) -> list[dict[str, str]]:
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        rows = [dict(row) for row in load_dataset("json", data_files=str(table), split="train", streaming=True)]
+    except Exception as error:
+        raise UserError(f"cannot read {table}: {error}. Write one JSON object a line") from error
+    if not rows or any(not isinstance(row.get(key), str) or not row[key].strip() for row in rows for key in ("file_name", "text")):
+        raise UserError(f"{table} is empty or has a line without `file_name` and `text`. Write both for every clip")
+    return rows

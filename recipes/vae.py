@@ -1,0 +1,138 @@
+"""Trains the video autoencoder on clips of the built-in world (`rushes vae`).
+
+Reconstruction is an L1 and an L2 term on pixels plus an L1 term on frame differences (without it, flicker and slow motion are averaged away), and a light
+Kullback-Leibler term keeps the latents near a unit Gaussian (Kingma & Welling 2013, arXiv 1312.6114, eq. 10). What it leaves out: perceptual and adversarial losses.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from align.config import Config as BaseConfig
+from align.run import Run
+from base_model.networks.vae import VAEConfig
+from base_model.tiny import LatentCodec, save_codec
+from base_model.types import ClipShape
+from recipes.shapes.dataset import ClipSet, by_shape, draw_clips
+from recipes.weights import write_card
+
+METRICS = {
+    "loss": "Reconstruction plus weighted Kullback-Leibler term, mean over the batch.",
+    "kl": "Kullback-Leibler divergence of the latents from a unit Gaussian, nats per latent element.",
+    "grad_norm": "Norm of the gradient before clipping.",
+    "held_out_psnr": "Peak signal-to-noise ratio of held-out clips decoded from their mean latents, dB.",
+}
+
+
+class Config(BaseConfig):
+    out: Path = Path("runs/vae")
+    """Folder of the run; the weights end up in `vae.safetensors` there."""
+    seed: int = 0
+    """Seed of weights, data and noise."""
+    clips: int = 12_000
+    """Clips of native sizes, drawn from the messy base data."""
+    held_out: int = 256
+    """Held-out clips of 13x32x32 for the PSNR."""
+    iterations: int = 3_000
+    """Optimizer steps."""
+    batch: int = 16
+    """Clips a step; all of one size."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW, warmed up over 50 steps, then a cosine to a fiftieth."""
+    kl_coef: float = 2e-4
+    """Weight of the Kullback-Leibler term."""
+    width: int = 96
+    """Channels inside the encoder and the decoder."""
+    latent_channels: int = 16
+    """Channels of the latents."""
+    save_every: int = 500
+    """Iterations between checkpoints."""
+
+
+def as_float(video: Tensor) -> Tensor:
+    """uint8 -> float in [0,1]."""
+    return video.float() / 255
+
+
+def reconstruction_loss(decoded: Tensor, video: Tensor) -> Tensor:
+    """Both [B,T,3,H,W] -> []."""
+    error = decoded - video
+    flicker = (error[:, 1:] - error[:, :-1]).abs().mean() if video.shape[1] > 1 else error.new_zeros(())
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * flicker
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, var) || N(0, 1)) in nats per element, []."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+
+
+@torch.no_grad()
+def psnr(codec: LatentCodec, videos: Tensor) -> float:
+    """Mean over clips, dB; videos uint8 [B,T,3,H,W]."""
+    errors = [(codec.decode(codec.encode(as_float(part))) - as_float(part)).square().flatten(1).mean(1) for part in videos.split(32)]
+    return float((-10 * torch.cat(errors).log10()).mean())
+
+
+@torch.no_grad()
+def measure_latents(codec: LatentCodec, data: ClipSet) -> None:
+    """Sets the normaliser to the per-channel mean and standard deviation of the data's latents."""
+    per_clip = [codec.vae.encode(as_float(torch.stack([data.videos[i] for i in rows[:256]])))[0].transpose(0, 1).flatten(1) for rows in by_shape(data.videos).values()]
+    values = torch.cat(per_clip, dim=1)  # [C, everything]
+    codec.normaliser.mean.copy_(values.mean(1)[:, None, None, None])
+    codec.normaliser.std.copy_(values.std(1)[:, None, None, None])
+
+
+def train(cfg: Config, run: Run) -> LatentCodec:
+    data = draw_clips("messy", cfg.clips, seed=cfg.seed)
+    held_out = torch.stack(draw_clips("messy", cfg.held_out, seed=cfg.seed + 1_000_003, shape=ClipShape(13, 32, 32)).videos)
+    groups = list(by_shape(data.videos).values())
+    share = torch.tensor([float(len(rows)) for rows in groups])
+
+    codec = LatentCodec(VAEConfig(channels=cfg.latent_channels, width=cfg.width))
+    optimizer = torch.optim.AdamW(codec.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, cfg.iterations - 50), eta_min=cfg.lr / 50)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[50])
+    for name, thing in (("codec", codec), ("optimizer", optimizer), ("schedule", schedule)):
+        run.register(name, thing)
+
+    for i in run.iterations(cfg.iterations, save_every=cfg.save_every, label="vae"):
+        generator = run.generator("batch", i)
+        rows = groups[int(torch.multinomial(share, 1, generator=generator))]
+        chosen = torch.randint(len(rows), (cfg.batch,), generator=generator).tolist()
+        video = as_float(torch.stack([data.videos[rows[j]] for j in chosen]))  # [B,T,3,H,W]
+        mean, log_variance = codec.vae.encode(video)  # [B,C,F,H,W] each
+        noise = torch.randn(mean.shape, generator=generator)
+        decoded = codec.vae.decode(mean + (log_variance / 2).exp() * noise)  # [B,T,3,H,W]
+        kl = gaussian_kl(mean, log_variance)
+        loss = reconstruction_loss(decoded, video) + cfg.kl_coef * kl
+        run.backward(loss)
+        norm = run.step(optimizer, 1.0, schedule)
+        if i % 200 == 0 or i == cfg.iterations - 1:
+            run.log(loss=loss, kl=kl, grad_norm=norm, held_out_psnr=psnr(codec, held_out))
+
+    measure_latents(codec, data)
+    write_card(
+        cfg.out / "vae.safetensors",
+        lambda path: save_codec(path, codec),
+        recipe="vae",
+        cfg=cfg,
+        data=data.fingerprint(),
+        seconds=run.seconds,
+        measured={"held_out_psnr_db": round(psnr(codec, held_out), 2)},
+    )
+    return codec
+
+
+def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
+    started = time.monotonic()
+    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    torch.manual_seed(cfg.seed)
+    train(cfg, run)
+    card = json.loads((cfg.out / "vae.json").read_text())
+    return {"weights": str(cfg.out / "vae.safetensors"), **card["measured"], "wall_seconds": round(time.monotonic() - started, 1)}
