@@ -1,0 +1,144 @@
+"""Advantages by hand and by their invariances; unknown rewards never become numbers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from align.advantage import PromptStatistics, group_advantage, leave_one_out
+
+NAN = float("nan")
+
+
+def rewards(n: int = 6, group_size: int = 4) -> Tensor:
+    return torch.randn(n * group_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_group_advantage_is_the_z_score_of_each_group() -> None:
+    reward = rewards()
+    groups = reward.numpy().reshape(6, 4)
+    want = (groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True)
+    assert_close(group_advantage(reward, 4).advantage, torch.tensor(want.reshape(-1)), atol=1e-12, rtol=0)
+
+
+def test_each_divisor_is_what_its_name_says() -> None:
+    reward = rewards()
+    groups = reward.numpy().reshape(6, 4)
+    centred = groups - groups.mean(1, keepdims=True)
+    for name, scale in (("global_std", reward.numpy().std()), ("max_group_std", groups.std(1).max()), ("none", 1.0)):
+        got = group_advantage(reward, 4, divide_by=name).advantage  # type: ignore[arg-type]
+        assert_close(got, torch.tensor((centred / scale).reshape(-1)), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="divide_by"):
+        group_advantage(reward, 4, divide_by="std")  # type: ignore[arg-type]
+
+
+def test_advantages_do_not_see_a_shift_or_a_scale_of_a_groups_rewards_and_follow_permutations() -> None:
+    reward = rewards()
+    base = group_advantage(reward, 4).advantage
+    assert_close(group_advantage(reward * 7 + 3, 4).advantage, base, atol=1e-12, rtol=0)
+    per_prompt = torch.arange(6.0).repeat_interleave(4).double()
+    assert_close(group_advantage(reward + per_prompt, 4).advantage, base, atol=1e-12, rtol=0)
+    order = torch.tensor([2, 0, 3, 1])
+    moved = group_advantage(reward.reshape(6, 4)[:, order].reshape(-1), 4).advantage
+    assert_close(moved, base.reshape(6, 4)[:, order].reshape(-1), atol=1e-12, rtol=0)
+    assert_close(base.reshape(6, 4).mean(1), torch.zeros(6, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_an_unknown_reward_is_masked_and_counted_and_changes_nobody_else() -> None:
+    reward = torch.tensor([1.0, 2.0, NAN, 4.0, 5.0, 6.0, 7.0, 9.0])
+    got = group_advantage(reward, 4)
+    known = np.array([1.0, 2.0, 4.0])
+    z = (known - known.mean()) / known.std()
+    assert_close(got.advantage[:4], torch.tensor([z[0], z[1], 0.0, z[2]], dtype=torch.float32), atol=1e-6, rtol=0)
+    assert_close(got.advantage[4:], group_advantage(reward[4:], 4).advantage)
+    assert got.valid.tolist() == [True, True, False, True] + [True] * 4
+    assert got.stats["advantage/unknown_share"] == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize("divide_by", ["group_std", "global_std", "max_group_std", "none"])
+def test_a_group_with_one_known_reward_has_nothing_to_compare(divide_by: str) -> None:
+    got = group_advantage(torch.tensor([NAN, 3.0, 1.0, 2.0, float("inf"), NAN]), 2, divide_by=divide_by)  # type: ignore[arg-type]
+    assert got.valid.tolist() == [False, False, True, True, False, False]
+    assert got.advantage.isfinite().all() and got.advantage[[0, 1, 4, 5]].tolist() == [0] * 4
+    nothing = group_advantage(torch.full((4,), NAN), 2, divide_by=divide_by)  # type: ignore[arg-type]
+    assert not nothing.valid.any() and nothing.advantage.tolist() == [0] * 4
+
+
+def test_groups_without_spread_get_zero_and_are_counted() -> None:
+    got = group_advantage(torch.tensor([0.1, 0.1, 0.1, 1.0, 2.0, 3.0]), 3)
+    assert got.advantage[:3].tolist() == [0, 0, 0] and got.valid.all()
+    assert got.stats["advantage/zero_std_share"] == 0.5
+
+
+def test_the_clamp_bounds_an_outlier() -> None:
+    reward = torch.zeros(100)
+    reward[0] = 1
+    assert group_advantage(reward, 100).advantage[0] == 5
+    assert group_advantage(reward, 100, clamp=None).advantage[0] == pytest.approx(0.99 / (0.01 * 0.99) ** 0.5)
+
+
+def test_wrong_groups_are_refused() -> None:
+    for size in (1, 5):
+        with pytest.raises(ValueError, match="groups of"):
+            group_advantage(torch.zeros(24), size)
+
+
+def test_leave_one_out_is_the_mean_of_the_others() -> None:
+    value = torch.tensor([1.0, 2.0, 6.0, NAN, 4.0, NAN])
+    assert_close(leave_one_out(value[:3], 3), torch.tensor([4.0, 3.5, 1.5]))
+    assert_close(leave_one_out(value, 3), torch.tensor([4.0, 3.5, 1.5, 4.0, NAN, 4.0]), equal_nan=True)
+
+
+class _HandStatistics:
+    """DDPO's tracker written again with lists."""
+
+    def __init__(self, size: int, least: int) -> None:
+        self.seen: dict[str, list[float]] = {}
+        self.size, self.least = size, least
+
+    def __call__(self, ids: list[str], reward: list[float]) -> list[float]:
+        for prompt_id, value in zip(ids, reward, strict=True):
+            self.seen[prompt_id] = (self.seen.get(prompt_id, []) + [value])[-self.size :]
+        out = []
+        for prompt_id, value in zip(ids, reward, strict=True):
+            pool = self.seen[prompt_id] if len(self.seen[prompt_id]) >= self.least else reward
+            out.append((value - np.mean(pool)) / np.std(pool))
+        return out
+
+
+def test_prompt_statistics_equal_a_hand_written_tracker_over_many_batches() -> None:
+    ours, hand = PromptStatistics(buffer_size=6, min_count=3, clamp=None), _HandStatistics(6, 3)
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        ids = [str(i) for i in rng.integers(0, 4, 8)]
+        reward = torch.tensor(rng.normal(size=8) + np.array([int(i) for i in ids]))
+        assert_close(ours.advantage(ids, reward).advantage, torch.tensor(hand(ids, reward.tolist())), atol=1e-12, rtol=0)
+
+
+def test_prompt_statistics_resume_exactly_through_json_and_keep_the_type_of_ids() -> None:
+    first = PromptStatistics(buffer_size=4, min_count=2)
+    first.advantage([7, "seven", 7, "seven"], torch.tensor([0.1, 0.2, 0.3, 1 / 3]))
+    second = PromptStatistics(buffer_size=4, min_count=2)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    reward = torch.tensor([0.5, 0.7, 0.9])
+    for _ in range(3):
+        a, b = first.advantage([7, "seven", 8], reward), second.advantage([7, "seven", 8], reward)
+        assert torch.equal(a.advantage, b.advantage) and a.stats == b.stats
+    assert first.state_dict() == second.state_dict()
+
+
+def test_unknown_rewards_enter_no_buffer() -> None:
+    tracker = PromptStatistics(buffer_size=4, min_count=1)
+    got = tracker.advantage(["a", "a", "b"], torch.tensor([1.0, 3.0, NAN]))
+    assert got.valid.tolist() == [True, True, False] and got.advantage.tolist() == [-1, 1, 0]
+    assert tracker.state_dict() == {"buffers": [["a", [1.0, 3.0]]]}
+    assert got.stats["advantage/unknown_share"] == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="min_count"):
+        PromptStatistics(buffer_size=4, min_count=5)
+    with pytest.raises(ValueError, match="prompt ids"):
+        tracker.advantage(["a"], torch.zeros(2))

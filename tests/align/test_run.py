@@ -1,0 +1,396 @@
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import align.run
+from align.run import WALL_CLOCK_FIELDS, Run, latest_checkpoint, read_metrics
+from align.state import flatten, unflatten
+from base_model.checkpoint import load_weights, save_weights
+from base_model.errors import GuardStop, Interrupted, UserError
+from base_model.networks.packing import Segments
+from tests.align.loop import METRICS, LoopConfig, network, train
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Every tensor file of the newest checkpoint."""
+    checkpoint = latest_checkpoint(out)
+    assert checkpoint is not None
+    found = {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")}
+    assert len(found) == 4
+    return found
+
+
+def fresh(out: Path, **changes: Any) -> Run:
+    return Run(out, LoopConfig(out=out, **changes), seed=0, resume=False, metrics=METRICS, quiet=True)
+
+
+@pytest.fixture
+def server() -> Iterator["subprocess.Popen[str]"]:
+    """A process that trains in children of its own, one for every line it is sent."""
+    command = [sys.executable, "-m", "tests.align.loop"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def begin(server: "subprocess.Popen[str]", out: Path) -> int:
+    assert server.stdin is not None and server.stdout is not None
+    print("--out", out, file=server.stdin, flush=True)
+    return int(server.stdout.readline())
+
+
+def ended(server: "subprocess.Popen[str]") -> int:
+    assert server.stdout is not None
+    return int(server.stdout.readline())
+
+
+def wait_for_growth(file: Path, number: int) -> None:
+    """Until `number` lines more than now are in `file`, or nothing comes."""
+    lines = file.read_bytes().count(b"\n") if file.exists() else 0
+    until = time.monotonic() + 30
+    while time.monotonic() < until and not (file.exists() and file.read_bytes().count(b"\n") >= lines + number):
+        time.sleep(0.0005)
+
+
+def test_a_run_killed_at_random_points_and_resumed_ends_bit_identical(tmp_path: Path, server: "subprocess.Popen[str]") -> None:
+    begin(server, tmp_path / "whole")
+    assert ended(server) == 0
+    rng = random.Random(7)
+    out = tmp_path / "killed"
+    killed_at = []
+    for _ in range(7):
+        pid = begin(server, out)
+        wait_for_growth(out / "metrics.jsonl", rng.randrange(1, 5))
+        time.sleep(rng.random() * 0.02)
+        os.kill(pid, signal.SIGKILL)
+        if ended(server) == -signal.SIGKILL:
+            checkpoint = latest_checkpoint(out)
+            killed_at.append(((out / "metrics.jsonl").read_bytes().count(b"\n"), checkpoint and checkpoint.name))
+    print("lines and checkpoint at each kill:", killed_at)
+    begin(server, out)
+    assert ended(server) == 0
+    assert len(killed_at) >= 4, "the loop ended before it was killed"
+    assert files(out) == files(tmp_path / "whole")
+    assert read_metrics(out, wall_clock=False) == read_metrics(tmp_path / "whole", wall_clock=False)
+    assert len(read_metrics(out)) == 32
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    mount = f"mount -t tmpfs -o size=100k none {tmp_path} && "
+    unshared = ["unshare", "-rm", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*unshared, mount + "true"], capture_output=True).returncode:
+        pytest.skip("no private mounts here")
+    command = f"{mount}{sys.executable} -m tests.align.loop --out {tmp_path}/run; status=$?; ls -A {tmp_path}/run/checkpoints; exit $status"
+    done = subprocess.run([*unshared, command], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 2, done.stderr
+    message = done.stderr.strip().splitlines()[-1]
+    assert "the disk is full" in message and "--resume" in message and str(tmp_path) in message
+    assert "Traceback" not in done.stderr
+    assert all(name.isdigit() for name in done.stdout.split())
+
+
+def test_a_disk_that_fills_while_saving_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(LoopConfig(out=tmp_path / "whole", iterations=6))
+    real, written = align.run.write_synced, []
+
+    def full(path: Path, content: bytes) -> None:
+        written.append(path)
+        if len(written) > 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(align.run, "write_synced", full)
+    with pytest.raises(UserError, match=r"the disk is full, while writing .*checkpoints"):
+        train(LoopConfig(out=tmp_path / "full", iterations=6))
+    assert [folder.name for folder in (tmp_path / "full" / "checkpoints").iterdir()] == ["00000002"]
+    monkeypatch.undo()
+    resumed = train(LoopConfig(out=tmp_path / "full", iterations=6), resume=True)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_iteration_saves_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int) -> None:
+    whole = train(LoopConfig(out=tmp_path / "whole", iterations=9))
+    step = Run.step
+
+    def interrupted_step(self: Run, *arguments: Any) -> float:
+        if self.iteration == 4:
+            os.kill(os.getpid(), number)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Run, "step", interrupted_step)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="--resume") as caught:
+        train(LoopConfig(out=tmp_path / "cut", iterations=9))
+    assert caught.value.exit_status == status
+    assert signal.getsignal(number) is before
+    assert latest_checkpoint(tmp_path / "cut") == tmp_path / "cut" / "checkpoints" / "00000005"
+    monkeypatch.undo()
+    resumed = train(LoopConfig(out=tmp_path / "cut", iterations=9), resume=True)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert read_metrics(tmp_path / "cut", wall_clock=False) == read_metrics(tmp_path / "whole", wall_clock=False)
+
+
+def test_the_state_of_an_8_bit_optimizer_survives_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    whole = train(LoopConfig(out=tmp_path / "whole", iterations=8), eight_bit=True)
+    state = load_weights(tmp_path / "whole" / "checkpoints" / "00000008" / "optimizer.safetensors")[0]
+    assert any(tensor.dtype == torch.uint8 for tensor in state.values())
+    train(LoopConfig(out=tmp_path / "parts", iterations=5), eight_bit=True)
+    resumed = train(LoopConfig(out=tmp_path / "parts", iterations=8), resume=True, eight_bit=True)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_finished_run_resumes_to_the_same_end(tmp_path: Path) -> None:
+    cfg = LoopConfig(out=tmp_path, iterations=4)
+    first, lines = train(cfg), read_metrics(tmp_path, wall_clock=False)
+    again = train(cfg, resume=True)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert read_metrics(tmp_path, wall_clock=False) == lines
+
+
+def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> None:
+    fresh(tmp_path)
+    with pytest.raises(UserError, match=r"already holds a run\. Use --resume to go on with it, or another --out"):
+        fresh(tmp_path)
+
+
+def test_resuming_with_another_config_names_the_changed_keys(tmp_path: Path) -> None:
+    train(LoopConfig(out=tmp_path, iterations=2))
+    with pytest.raises(UserError, match=r"lr \(0.01 -> 0.5\), seed \(0 -> 3\)\."):
+        train(LoopConfig(out=tmp_path, iterations=4, lr=0.5, seed=3), resume=True)
+    moved = tmp_path.parent / "moved"
+    shutil.move(tmp_path, moved)
+    train(LoopConfig(out=moved, iterations=3), resume=True)
+
+
+def test_a_cut_metrics_file_or_checkpoint_is_reported(tmp_path: Path) -> None:
+    cfg = LoopConfig(out=tmp_path, iterations=2)
+    train(cfg)
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(UserError, match="shorter than its checkpoint"):
+        train(cfg, resume=True)
+    (tmp_path / "metrics.jsonl").write_bytes(metrics)
+    (tmp_path / "checkpoints" / "00000002" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="damaged checkpoint"):
+        train(cfg, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    run.register("network", model)
+    with pytest.raises(GuardStop, match=r"the loss is nan in iteration 1 of toy.*checkpoints/00000001") as caught:
+        for i in run.iterations(3, save_every=1, label="toy"):
+            if i == 0:
+                continue
+            run.backward(torch.log(torch.tensor(-1.0)) * model[0].weight.sum())
+            run.step(optimizer, 1.0)
+    assert caught.value.exit_status == 3
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    run.backward(weight.abs().sqrt().sum())
+    with pytest.raises(GuardStop, match="the gradient norm is nan"):
+        run.step(optimizer, 1.0)
+    assert torch.equal(weight.detach(), torch.zeros(3))
+
+
+def test_step_clips_like_torch_and_returns_the_norm_before(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    ours, theirs = network(), network()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(16, 8)
+    norms = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        torch.manual_seed(1)
+        loss = 100 * (model(x) - x).square().mean()
+        if model is ours:
+            for _ in range(4):
+                run.backward(loss if _ == 3 else 0 * model[0].weight.sum(), divide_by=2)
+            norms.append(run.step(optimizer, 0.5))
+        else:
+            (loss / 2).backward()
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+            optimizer.step()
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 0.5
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+def test_noise_does_not_depend_on_the_split_into_batches(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    whole = run.noise((2, 3), 6, "sampling", 10)
+    parts = torch.cat([run.noise((2, 3), 4, "sampling", 10), run.noise((2, 3), 2, "sampling", 14)])
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole, run.noise((2, 3), 6, "training", 10))
+
+
+def test_noise_is_standard_normal_across_clips(tmp_path: Path) -> None:
+    noise = fresh(tmp_path).noise((16,), 2000, "sampling", 0)  # [2000,16]
+    print("mean", float(noise.mean()), "std", float(noise.std()))
+    assert abs(float(noise.mean())) < 4 / 32000**0.5
+    assert abs(float(noise.std()) - 1) < 4 / 64000**0.5
+    correlation = torch.corrcoef(noise.T) - torch.eye(16)
+    assert float(correlation.abs().max()) < 5 / 2000**0.5
+
+
+def test_streams_depend_on_seed_stream_and_index_only(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    first = run.rng("labelers", 3).random()
+    torch.manual_seed(5)
+    run.rng("labelers", 4).random()
+    assert run.rng("labelers", 3).random() == first
+    other = Run(tmp_path / "b", LoopConfig(out=tmp_path / "b"), seed=1, resume=False, metrics={}, quiet=True)
+    draws = {float(torch.rand((), generator=r.generator(s, i))) for r in (run, other) for s in ("a", "b") for i in (0, 1)}
+    assert len(draws) == 8
+
+
+def test_forward_passes_count_clips_dense_and_packed(tmp_path: Path) -> None:
+    class Packed(nn.Module):
+        def forward(self, tokens: torch.Tensor, segments: Segments) -> torch.Tensor:
+            return tokens
+
+    run, dense, packed = fresh(tmp_path), network(), Packed()
+    run.count_forwards(dense)
+    run.count_forwards(packed)
+    dense(torch.zeros(5, 8))
+    assert run.forward_passes == 5
+    packed(torch.zeros(12, 4), Segments((3, 4, 5)))
+    assert run.forward_passes == 8
+    packed(tokens=torch.zeros(12, 4), segments=Segments((6, 6)))
+    assert run.forward_passes == 10
+
+
+def test_metrics_are_one_sorted_line_each_and_undocumented_names_are_refused(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    run.log(loss=torch.tensor(0.5), drift=float("nan"))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert list(json.loads(line)) == ["drift", "forward_passes", "iteration", "loss", "seconds"]
+    assert json.loads(line)["loss"] == 0.5 and json.loads(line)["drift"] is None
+    with pytest.raises(ValueError, match="undocumented metrics \\['los'\\]"):
+        run.log(los=1.0)
+    with pytest.raises(ValueError, match="scalars"):
+        run.log(loss=torch.zeros(3))
+    sentences = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(sentences) == {*METRICS, "iteration", "seconds", "forward_passes"} and all(text.endswith(".") for text in sentences.values())
+    assert {"seconds"} <= WALL_CLOCK_FIELDS
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_only_the_trainable_part_of_a_network_is_kept_when_asked(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        model = network()
+        for layer in (0, 1):
+            model[layer].requires_grad_(False)
+        return model
+
+    def run_of(model: nn.Module, *, resume: bool, n: int) -> None:
+        run = Run(tmp_path, LoopConfig(out=tmp_path), seed=0, resume=resume, metrics={}, quiet=True)
+        run.register("adapter", model, trainable_only=True)
+        for _ in run.iterations(n, save_every=1, label="toy"):
+            with torch.no_grad():
+                model[3].weight.add_(1.0)
+
+    first, second = build(), build()
+    run_of(first, resume=False, n=2)
+    saved, _ = load_weights(tmp_path / "checkpoints" / "00000002" / "adapter.safetensors")
+    assert len(saved) == 2
+    run_of(second, resume=True, n=2)
+    assert torch.equal(first[3].weight, second[3].weight) and not torch.equal(first[0].weight, second[0].weight)
+
+
+def test_stop_makes_the_iteration_the_last_one_also_after_a_resume(tmp_path: Path) -> None:
+    cfg = LoopConfig(out=tmp_path)
+    run = fresh(tmp_path)
+    seen = []
+    for i in run.iterations(10, save_every=4, label="toy"):
+        seen.append(i)
+        if i == 2:
+            run.stop()
+    again = Run(tmp_path, cfg, seed=0, resume=True, metrics=METRICS, quiet=True)
+    assert seen == [0, 1, 2]
+    assert list(again.iterations(10, save_every=4, label="toy")) == [] and again.iteration == 3
+
+
+def test_only_the_last_two_checkpoints_are_kept_each_with_the_resolved_config(tmp_path: Path) -> None:
+    train(LoopConfig(out=tmp_path, iterations=7))
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["00000006", "00000007"]
+    for folder in folders:
+        description = json.loads((folder / "run.json").read_text())
+        assert description["config"]["iterations"] == 7 and {"commit", "versions", "seed"} <= set(description)
+
+
+def test_registering_something_else_than_the_checkpoint_keeps_is_refused(tmp_path: Path) -> None:
+    train(LoopConfig(out=tmp_path, iterations=2))
+    run = Run(tmp_path, LoopConfig(out=tmp_path), seed=0, resume=True, metrics=METRICS, quiet=True)
+    run.register("network", network())
+    with pytest.raises(ValueError, match="this run registered \\['network'\\]"):
+        next(run.iterations(4, save_every=1, label="toy"))
+
+
+def test_progress_shows_the_time_left_on_standard_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train(LoopConfig(out=tmp_path, iterations=3))
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "loop 3/3" in captured.err and "0:00 left" in captured.err and "loss" in captured.err
+
+
+def test_nested_state_survives_flattening_exactly(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    tree: dict[str, Any] = {
+        "state": {0: {"step": torch.tensor(3.0), "half": torch.ones(2, dtype=torch.bfloat16)}, 1: {}},
+        "groups": [{"betas": (0.9, 0.1 + 0.2), "foreach": None, "name": "a", "flag": True}],
+        "odd": (float("inf"), -0.0, 10**20, []),
+        "view": shared[::2],
+        "tied": [shared, shared],
+        "bytes": torch.tensor([1, 255], dtype=torch.uint8),
+        "empty": torch.zeros(0, 3),
+    }
+    skeleton, tensors = flatten(tree)
+    save_weights(tmp_path / "state.safetensors", tensors, {})
+    back = unflatten(json.loads(json.dumps(skeleton)), load_weights(tmp_path / "state.safetensors")[0])
+    assert back["groups"] == tree["groups"] and isinstance(back["groups"][0]["betas"], tuple)
+    assert back["odd"] == tree["odd"] and str(back["odd"][1]) == "-0.0"
+    assert list(back["state"]) == [0, 1] and back["state"][1] == {}
+    before = (tree["state"][0]["half"], shared[::2], shared, shared, tree["bytes"], tree["empty"])
+    after = (back["state"][0]["half"], back["view"], *back["tied"], back["bytes"], back["empty"])
+    for mine, theirs in zip(after, before, strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+    with pytest.raises(TypeError, match=r"state\['a'\]\[0\] is a set"):
+        flatten({"a": [set()]})
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_weights_on_every_rank(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tests.align.loop", "--out", str(tmp_path), "--iterations", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert len(read_metrics(tmp_path)) == 6 and latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "00000004"
+    assert read_metrics(tmp_path)[-1]["forward_passes"] == 2 * 4 * 5

@@ -1,0 +1,205 @@
+"""Rollouts replay exactly, keep only what training needs, and never pass off a deterministic step as a random one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from align.kernels import CPS, ODE, Ancestral, DanceSDE, FlowSDE, Kernel
+from align.trajectory import Trajectory, rollout, transition
+from base_model.paths import Path, RectifiedFlow, VariancePreserving
+from base_model.types import Conditioning, LatentSpec
+from tests.worlds import GaussianModel, GaussianWorld, conditions
+
+KERNELS = [Ancestral(0.8), FlowSDE(0.7), DanceSDE(0.3), CPS(0.8)]
+
+
+class TinyModel:
+    """A convolutional velocity network on text-conditioned latents, float32."""
+
+    latents = LatentSpec(channels=2, time_stride=1, space_stride=1)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.network = nn.Sequential(nn.Conv3d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv3d(8, 2, 3, padding=1))
+        self.calls: list[int] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        self.calls.append(len(x_t))
+        planes = torch.stack([t, cond.text.mean((1, 2))], 1)[:, :, None, None, None].expand(-1, -1, *x_t.shape[2:])
+        return self.network(torch.cat([x_t, planes], 1)).float()
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        raise NotImplementedError
+
+    def encode(self, video: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, x0: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def cond(n: int) -> Conditioning:
+    return Conditioning(tuple(map(str, range(n))), torch.linspace(-1, 1, n)[:, None, None], torch.ones(n, 1, dtype=torch.bool))
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def start(n: int = 6) -> Tensor:
+    return torch.randn(n, 2, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def grid(path: Path, num_steps: int = 5) -> Tensor:
+    return torch.linspace(path.t_max, 0, num_steps + 1)
+
+
+def roll(kernel: Kernel, path: Path | None = None, *, dtype: torch.dtype = torch.float32, stochastic: object = None) -> tuple[TinyModel, Trajectory]:
+    model = TinyModel(path or RectifiedFlow())
+    trajectory = rollout(model, kernel, start(), grid(model.path), cond(6), noise=seeded(), stochastic=stochastic, dtype=dtype)  # type: ignore[arg-type]
+    return model, trajectory
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), VariancePreserving()], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_the_first_ratio_is_exactly_one(kernel: Kernel, dtype: torch.dtype, path: Path) -> None:
+    model, trajectory = roll(kernel, path, dtype=dtype)
+    steps = trajectory.steps()
+    assert len(steps) == 4
+    for step in steps:
+        now = transition(model, kernel, step.x, step.t, step.s, trajectory.cond).log_prob(step.x_next)
+        assert now.requires_grad and step.x_next.dtype == dtype
+        assert ((now - step.log_prob).exp() == 1).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_the_first_ratio_is_one_to_a_millionth_in_other_micro_batches(kernel: Kernel) -> None:
+    model, trajectory = roll(kernel)
+    for step in trajectory.steps():
+        for part in (slice(0, 2), slice(2, 3), slice(3, 6)):
+            some = step.select(part)
+            now = transition(model, kernel, some.x, some.t, some.s, trajectory.cond[some.rows]).log_prob(some.x_next)
+            assert_close(now, some.log_prob, atol=1e-6, rtol=0)
+
+
+def test_scoring_before_rounding_would_be_seen() -> None:
+    """The same rollout in float32 and bfloat16 storage: had the score been taken before rounding, both would agree in the first step."""
+    _, wide = roll(Ancestral(0.3))
+    _, narrow = roll(Ancestral(0.3), dtype=torch.bfloat16)
+    assert float((wide.steps()[0].log_prob - narrow.steps()[0].log_prob).abs().max()) > 1e-5
+
+
+def test_only_states_beside_noisy_steps_are_kept() -> None:
+    model, trajectory = roll(Ancestral(1.0), stochastic=[1])
+    assert [x is not None for x in trajectory.x] == [False, True, True, False, False, True]
+    assert [step.rows.tolist() for step in trajectory.steps()] == [list(range(6))]
+    assert model.calls == [6] * 5 and trajectory.forward_passes == 30
+    _, full = roll(Ancestral(1.0))
+    assert all(x is not None for x in full.x)
+
+
+def test_the_last_step_is_deterministic_and_equals_the_denoised_clip() -> None:
+    model, trajectory = roll(DanceSDE(0.3))
+    assert not trajectory.noisy[-1].any() and trajectory.log_prob[-1].isnan().all()
+    assert trajectory.x[4] is not None
+    with torch.no_grad():
+        x0, _ = model.path.split(trajectory.x[4], model(trajectory.x[4], trajectory.t[4], trajectory.cond), trajectory.t[4])
+    assert_close(trajectory.x0, x0, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="last step is always deterministic"):
+        roll(DanceSDE(0.3), stochastic=[4])
+
+
+def test_steps_without_noise_are_ode_steps_even_if_the_kernel_is_an_sde() -> None:
+    _, trajectory = roll(FlowSDE(0.7), stochastic=[2])
+    _, plain = roll(ODE())
+    _, same = roll(FlowSDE(0.7), stochastic=[])
+    assert torch.equal(plain.x0, same.x0) and not torch.equal(plain.x0, trajectory.x0)
+
+
+@pytest.mark.parametrize("kernel", [ODE(), Ancestral(0.0), DanceSDE(0.0)], ids=str)
+def test_a_rollout_without_noise_has_no_steps_to_train_on(kernel: Kernel) -> None:
+    _, trajectory = roll(kernel)
+    with pytest.raises(ValueError, match="no stochastic step to train on"):
+        trajectory.steps()
+
+
+def test_each_clip_may_be_noisy_at_its_own_step() -> None:
+    chosen = torch.zeros(5, 6, dtype=torch.bool)
+    chosen[torch.tensor([0, 0, 1, 1, 3, 3]), torch.arange(6)] = True
+    model, trajectory = roll(Ancestral(1.0), stochastic=chosen)
+    steps = trajectory.steps()
+    assert [step.rows.tolist() for step in steps] == [[0, 1], [2, 3], [4, 5]]
+    for step in steps:
+        now = transition(model, Ancestral(1.0), step.x, step.t, step.s, trajectory.cond[step.rows]).log_prob(step.x_next)
+        assert_close(now, step.log_prob, atol=1e-6, rtol=0)
+    _, plain = roll(ODE())
+    first = rollout(model, Ancestral(1.0), start()[:2], grid(model.path), cond(6)[:2], noise=seeded(), stochastic=[0])
+    assert_close(trajectory.x0[:2], first.x0, atol=1e-6, rtol=0)
+    assert not torch.equal(trajectory.x0, plain.x0)
+
+
+def test_each_clip_may_have_its_own_times() -> None:
+    model = TinyModel(RectifiedFlow())
+    times = torch.stack([grid(model.path), grid(model.path).square()], 1)
+    both = rollout(model, ODE(), start(2), times, cond(2), noise=seeded())
+    for i in range(2):
+        alone = rollout(model, ODE(), start(2)[i : i + 1], times[:, i], cond(2)[i : i + 1], noise=seeded())
+        assert_close(both.x0[i : i + 1], alone.x0, atol=1e-6, rtol=0)
+
+
+def test_noise_is_asked_for_noisy_steps_only_and_used_as_given() -> None:
+    model, asked = TinyModel(RectifiedFlow()), []
+
+    def noise(k: int) -> Tensor:
+        asked.append(k)
+        return torch.full_like(start(), float(k))
+
+    trajectory = rollout(model, Ancestral(1.0), start(), grid(model.path), cond(6), noise=noise, stochastic=[1, 3])
+    assert asked == [1, 3]
+    for step, k in zip(trajectory.steps(), asked, strict=True):
+        with torch.no_grad():
+            gaussian = transition(model, Ancestral(1.0), step.x, step.t, step.s, trajectory.cond)
+        assert_close(step.x_next, gaussian.mean + k * gaussian.std, atol=1e-6, rtol=0)
+
+
+def test_the_same_generator_gives_the_same_rollout() -> None:
+    assert torch.equal(roll(Ancestral(1.0))[1].x0, roll(Ancestral(1.0))[1].x0)
+
+
+def test_a_step_keeps_its_own_states_in_order() -> None:
+    """x and x_next are neighbours on the path: the mean of the world's exact step from x lies within 6 std of x_next, from no other state."""
+    world = GaussianWorld()
+    model = GaussianModel(world)
+    x = torch.randn(2, 1, 1, 20, 20, generator=seeded(), dtype=torch.float64)
+    trajectory = rollout(model, Ancestral(0.2), x, grid(world.path, 6).double(), conditions(2), noise=seeded(), dtype=torch.float64)
+    for k, step in enumerate(trajectory.steps()):
+        assert torch.equal(step.t, trajectory.t[k]) and torch.equal(step.s, trajectory.t[k + 1])
+        gaussian = transition(model, Ancestral(0.2), step.x, step.t, step.s, trajectory.cond)
+        z = ((step.x_next - gaussian.mean) / gaussian.std).detach()
+        assert float(z.abs().max()) < 6 and abs(float(z.std()) - 1) < 0.1
+
+
+def test_latents_that_are_not_numbers_are_not_taken_for_deterministic_steps() -> None:
+    model = TinyModel(RectifiedFlow())
+    x = start()
+    x[2] = float("nan")
+    steps = rollout(model, Ancestral(1.0), x, grid(model.path), cond(6), noise=seeded()).steps()
+    assert len(steps) == 4 and all(step.log_prob.isnan().tolist() == [i == 2 for i in range(6)] for step in steps)
+
+
+def test_bad_grids_and_masks_are_refused() -> None:
+    model = TinyModel(RectifiedFlow())
+    with pytest.raises(ValueError, match="decrease strictly"):
+        rollout(model, ODE(), start(), grid(model.path).flip(0), cond(6), noise=seeded())
+    with pytest.raises(ValueError, match="decrease strictly"):
+        rollout(model, ODE(), start(), grid(model.path)[:-1], cond(6), noise=seeded())
+    with pytest.raises(ValueError, match="stochastic must be"):
+        roll(ODE(), stochastic=torch.zeros(3, dtype=torch.bool))

@@ -1,0 +1,143 @@
+"""The packed DiT: what is packed together does not mix, what is dense is a special case, and it starts as nothing."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from base_model.networks.attention import packed_attention, rotary_table, rotate
+from base_model.networks.dit import DiT, DiTConfig
+from base_model.networks.packing import Segments, first_fit_decreasing, pack, patchify, token_grid, unpack, unpatchify
+
+SMALL = DiTConfig(channels=4, width=24, depth=2, heads=2, text_width=10, rotary_axes=(4, 4, 4))
+SHAPES = [(4, 2, 4, 4), (4, 2, 4, 4), (4, 1, 4, 6), (4, 3, 2, 4)]
+
+
+def trained_looking_dit() -> DiT:
+    torch.manual_seed(0)
+    dit = DiT(SMALL)
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return dit
+
+
+def clips_and_texts() -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    clips = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    texts = [torch.randn(length, 10, generator=generator) for length in (3, 5, 4, 1)]
+    return clips, texts, torch.rand(4, generator=generator)
+
+
+def run_packed(dit: DiT, clips: list[torch.Tensor], texts: list[torch.Tensor], t: torch.Tensor) -> list[torch.Tensor]:
+    packed = pack(clips, SMALL.patch)
+    out = dit(packed.tokens, packed.positions, packed.segments, t, torch.cat(texts), Segments(tuple(len(x) for x in texts)))
+    return unpack(out, clips, SMALL.patch)
+
+
+def test_packed_clips_give_what_separate_clips_give_in_outputs_and_gradients() -> None:
+    dit = trained_looking_dit()
+    clips, texts, t = clips_and_texts()
+    together = run_packed(dit, clips, texts, t)
+    sum(x.square().sum() for x in together).backward()
+    gradients = [p.grad.clone() for p in dit.parameters() if p.grad is not None]
+    dit.zero_grad()
+    alone = [run_packed(dit, [clip], [text], t[i : i + 1])[0] for i, (clip, text) in enumerate(zip(clips, texts, strict=True))]
+    sum(x.square().sum() for x in alone).backward()
+    for a, b in zip(together, alone, strict=True):
+        assert (a - b).abs().max() < 1e-5
+    for a, p in zip(gradients, dit.parameters(), strict=True):
+        assert p.grad is not None
+        assert (a - p.grad).abs().max() <= 1e-5 * (1 + p.grad.abs().max())
+
+
+def test_one_noise_level_a_token_equals_one_a_segment_where_they_agree() -> None:
+    dit = trained_looking_dit()
+    clips, texts, t = clips_and_texts()
+    packed = pack(clips, SMALL.patch)
+    text, segments = torch.cat(texts), Segments(tuple(len(x) for x in texts))
+    per_segment = dit(packed.tokens, packed.positions, packed.segments, t, text, segments)
+    per_token = dit(packed.tokens, packed.positions, packed.segments, packed.segments.spread(t), text, segments)
+    assert (per_segment - per_token).abs().max() < 1e-5
+
+
+def test_the_order_of_clips_in_a_pack_does_not_matter() -> None:
+    dit = trained_looking_dit()
+    clips, texts, t = clips_and_texts()
+    order = [2, 0, 3, 1]
+    straight = run_packed(dit, clips, texts, t)
+    shuffled = run_packed(dit, [clips[i] for i in order], [texts[i] for i in order], t[order])
+    for k, i in enumerate(order):
+        assert (shuffled[k] - straight[i]).abs().max() < 1e-5
+
+
+def test_a_fresh_dit_says_zero_and_every_weight_gets_a_gradient_after_one_step() -> None:
+    torch.manual_seed(0)
+    dit = DiT(SMALL)
+    clips, texts, t = clips_and_texts()
+    out = run_packed(dit, clips, texts, t)
+    assert all(x.abs().max() == 0 for x in out)
+    optimizer = torch.optim.SGD(dit.parameters(), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        sum((x - 1).square().mean() for x in run_packed(dit, clips, texts, t)).backward()
+        optimizer.step()
+    silent = [name for name, p in dit.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert silent == []
+
+
+def test_attention_of_a_mixed_pack_is_a_loop_of_attention_per_segment() -> None:
+    generator = torch.Generator().manual_seed(3)
+    queries, keys = Segments((3, 3, 2, 5)), Segments((4, 2, 2, 6))
+    q = torch.randn(queries.total, 2, 8, generator=generator)
+    k, v = torch.randn(2, keys.total, 2, 8, generator=generator)
+    out = packed_attention(q, k, v, queries, keys)
+    for s in range(4):
+        rows, columns = slice(queries.offsets[s], queries.offsets[s + 1]), slice(keys.offsets[s], keys.offsets[s + 1])
+        alone = scaled_dot_product_attention(q[rows].transpose(0, 1), k[columns].transpose(0, 1), v[columns].transpose(0, 1)).transpose(0, 1)
+        assert (out[rows] - alone).abs().max() < 1e-6
+
+
+def test_rotary_scores_depend_on_the_difference_of_positions_only() -> None:
+    generator = torch.Generator().manual_seed(4)
+    q, k = torch.randn(2, 1, 1, 12, generator=generator)
+    here, there = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[2.0, 0.0, 5.0]])
+    far = torch.tensor([[7.0, 4.0, 1.0]])
+
+    def score(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((rotate(q, rotary_table(a, (4, 4, 4))) * rotate(k, rotary_table(b, (4, 4, 4)))).sum())
+
+    assert score(here, there) == pytest.approx(score(here + far, there + far), abs=1e-4)
+    assert abs(score(here, there) - score(here, there + 1)) > 1e-3
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3), (1, 1, 1)])
+def test_unpatchify_undoes_patchify_and_a_patch_is_a_neighbourhood(patch: tuple[int, int, int]) -> None:
+    x = torch.arange(2 * 3 * 4 * 6 * 6, dtype=torch.float32).reshape(2, 3, 4, 6, 6)
+    tokens = patchify(x, patch)
+    assert torch.equal(unpatchify(tokens, 3, token_grid(x.shape, patch), patch), x)
+    first = x[0, :, : patch[0], : patch[1], : patch[2]].flatten()
+    assert torch.equal(tokens[0, 0], first)
+
+
+def test_latents_that_do_not_divide_are_refused_with_both_numbers() -> None:
+    with pytest.raises(ValueError, match="4x5x6 cannot be cut into patches of 1x2x2"):
+        token_grid((1, 3, 4, 5, 6), (1, 2, 2))
+    with pytest.raises(ValueError, match="empty"):
+        pack([], (1, 2, 2))
+
+
+def test_first_fit_decreasing_keeps_every_clip_and_fills_the_windows() -> None:
+    lengths = [int(x) for x in torch.randint(10, 200, (500,), generator=torch.Generator().manual_seed(5))]
+    windows = first_fit_decreasing(lengths, 1000)
+    assert sorted(i for window in windows for i in window) == list(range(500))
+    assert all(sum(lengths[i] for i in window) <= 1000 for window in windows)
+    assert sum(lengths) / (1000 * len(windows)) > 0.97
+    assert first_fit_decreasing([50, 2000], 1000) == [[1], [0]]
+
+
+def test_segments_mean_and_spread_agree_with_loops() -> None:
+    segments = Segments((2, 2, 3))
+    per_token = torch.arange(14, dtype=torch.float32).reshape(7, 2)
+    means = torch.stack([per_token[a:b].mean(0) for a, b in ((0, 2), (2, 4), (4, 7))])
+    assert torch.allclose(segments.mean(per_token), means)
+    assert torch.equal(segments.spread(means), means[torch.tensor([0, 0, 1, 1, 2, 2, 2])])
+    assert [tuple(s) for s in segments.stretches] == [(0, 2, 2), (2, 3, 3)]

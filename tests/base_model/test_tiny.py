@@ -1,0 +1,97 @@
+"""The built-in model: text, conditions, files, and LoRA that starts as nothing and comes off without a trace."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from base_model.errors import UserError
+from base_model.lora import adapter_state, add_lora, load_adapter_state, merge, reference
+from base_model.networks.dit import DiTConfig
+from base_model.prompts.text import TextEncoder
+from base_model.tiny import build_tiny, load_tiny, save_network
+from base_model.types import ClipShape
+from tests.recipes.small import save_small_network, small_model
+
+PROMPTS = ["a red circle moves left", "two words", "a blue square and a green triangle that grow"]
+
+
+def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, 16, 2, 4, 4, generator=generator), torch.rand(batch, generator=generator)
+
+
+def test_text_states_do_not_depend_on_the_company_a_prompt_keeps() -> None:
+    together, alone = TextEncoder()(PROMPTS), TextEncoder()(PROMPTS[1:2])
+    length = int(alone.mask.sum())
+    assert together.text.shape[-1] == TextEncoder.width
+    assert int(together.mask[1].sum()) == length
+    assert (together.text[1, :length] - alone.text[0]).abs().max() < 1e-5
+    with pytest.raises(UserError, match="empty"):
+        TextEncoder()([])
+
+
+def test_conditions_repeat_each_prompt_in_a_row_and_select_rows() -> None:
+    cond = TextEncoder()(PROMPTS)
+    assert cond.repeat(2).prompts == (PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[2], PROMPTS[2])
+    assert torch.equal(cond.repeat(2).text[3], cond.text[1])
+    assert cond[1:].prompts == tuple(PROMPTS[1:]) and len(cond[[2, 0]]) == 2
+    assert torch.equal(cond[torch.tensor([2])].mask[0], cond.mask[2])
+
+
+def test_a_batch_gives_what_each_clip_gives_alone() -> None:
+    model, cond = small_model(), TextEncoder()(PROMPTS)
+    x, t = inputs()
+    together = model(x, t, cond)
+    for i in range(3):
+        assert (model(x[i : i + 1], t[i : i + 1], cond[[i]]) - together[i]).abs().max() < 1e-5
+
+
+def test_a_saved_network_comes_back_with_its_architecture(tmp_path: Path) -> None:
+    path = save_small_network(tmp_path / "network.safetensors")
+    model, again, cond = small_model(), load_tiny(path), TextEncoder()(PROMPTS)
+    x, t = inputs()
+    assert again.config == model.config
+    assert torch.equal(again(x, t, cond), model(x, t, cond))
+    assert again.latents.shape(ClipShape(13, 32, 48)) == (16, 4, 8, 12)
+
+
+def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path: Path) -> None:
+    model = build_tiny(DiTConfig(width=48, depth=1, heads=2, rotary_axes=(8, 8, 8)))
+    model.config = DiTConfig(width=48, depth=2, heads=2, rotary_axes=(8, 8, 8))
+    save_network(tmp_path / "wrong.safetensors", model)
+    with pytest.raises(UserError, match=r"wrong\.safetensors"):
+        load_tiny(tmp_path / "wrong.safetensors")
+
+
+def test_a_fresh_adapter_changes_nothing_and_only_it_trains() -> None:
+    model, cond = small_model(), TextEncoder()(PROMPTS)
+    x, t = inputs()
+    before = model(x, t, cond)
+    model.network = add_lora(model.network, rank=4, alpha=4)
+    assert torch.equal(model(x, t, cond), before)
+    trained = [name for name, p in model.network.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+
+
+def test_the_reference_is_the_network_without_its_adapter_to_the_bit_and_merging_equals_applying(tmp_path: Path) -> None:
+    model, cond = small_model(), TextEncoder()(PROMPTS)
+    x, t = inputs()
+    before = model(x, t, cond)
+    model.network = add_lora(model.network, rank=4, alpha=8)
+    for parameter in model.network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted = model(x, t, cond)
+    assert (adapted - before).abs().max() > 1e-2
+    with reference(model.network):
+        assert torch.equal(model(x, t, cond), before)
+    assert torch.equal(model(x, t, cond), adapted)
+    state = {name: tensor.clone() for name, tensor in adapter_state(model.network).items()}
+    model.network = merge(model.network)
+    assert (model(x, t, cond) - adapted).abs().max() < 1e-5
+
+    other = small_model()
+    other.network = add_lora(other.network, rank=4, alpha=8, seed=1)
+    load_adapter_state(other.network, state)
+    assert torch.equal(other(x, t, cond), adapted)

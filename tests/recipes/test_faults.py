@@ -1,0 +1,114 @@
+"""What goes wrong for a user ends with status 2 and one line that says what, where and what to do: no traceback, nothing half-written."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from base_model.tiny import save_network
+from base_model.video.files import read_lossless, write_mp4
+from recipes.cli import main
+from tests.recipes.small import save_small_network, small_model
+
+TINY_SFT = ["--clips", "8", "--fit.iterations", "2", "--fit.held-out", "2", "--fit.capacity", "256"]
+TINY_CLIPS = ["--sampler.frames", "5", "--sampler.height", "16", "--sampler.width", "16", "--sampler.steps", "2", "--clips-per-prompt", "2"]
+
+
+def fails(capfd: pytest.CaptureFixture[str], words: list[str], *says: str) -> None:
+    status = main(words)
+    out, err = capfd.readouterr()
+    line = [text for text in err.splitlines() if text.startswith("rushes: ")]
+    assert status == 2, err
+    assert len(line) == 1 and "Traceback" not in err and out == "", err
+    for part in says:
+        assert part in line[0], line[0]
+    assert main([*words, "--debug"]) == 2
+    assert "Traceback" in capfd.readouterr().err
+
+
+def left_over(folder: Path) -> list[str]:
+    """Files that are neither whole results nor the records a run keeps."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and (p.suffix in (".tmp", ".partial") or p.name.startswith(".")))
+
+
+def clip_folder(folder: Path, text: str = "a horse runs") -> Path:
+    folder.mkdir()
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.mp4", "text": text}) + "\n")
+    return folder
+
+
+def test_a_corrupt_clip(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    clips = clip_folder(tmp_path / "clips")
+    (clips / "a.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42" + bytes(range(256)) * 4)
+    fails(capfd, ["demo", "--out", str(tmp_path / "out"), "--stage", "data", "--clips", str(clips)], "a.mp4")
+    assert not (tmp_path / "out" / "data" / "stage.json").exists()
+
+
+def test_a_truncated_clip(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    clips = clip_folder(tmp_path / "clips")
+    write_mp4(clips / "a.mp4", torch.rand(20, 3, 32, 32), 12.0)
+    (clips / "a.mp4").write_bytes((clips / "a.mp4").read_bytes()[:-400])
+    fails(capfd, ["demo", "--out", str(tmp_path / "out"), "--stage", "data", "--clips", str(clips)], "a.mp4")
+
+
+def test_a_missing_clip_and_a_folder_without_captions(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    clips = clip_folder(tmp_path / "clips")
+    fails(capfd, ["demo", "--out", str(tmp_path / "a"), "--stage", "data", "--clips", str(clips)], "a.mp4")
+    (clips / "metadata.jsonl").unlink()
+    fails(capfd, ["demo", "--out", str(tmp_path / "b"), "--stage", "data", "--clips", str(clips)], "metadata.jsonl")
+
+
+def test_a_missing_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fails(capfd, ["generate", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "none.safetensors")], "none.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickled_checkpoint_whatever_its_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "network.safetensors"
+    torch.save({"weight": torch.zeros(3)}, path)
+    fails(capfd, ["generate", "--out", str(tmp_path / "out"), "--model", str(path)], "network.safetensors", "pickle")
+
+
+def test_an_empty_prompt_list(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fails(capfd, ["generate", "--out", str(tmp_path / "out"), "--prompts", "[]"], "prompts")
+
+
+def test_a_model_that_makes_nan(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = small_model()
+    with torch.no_grad():
+        next(model.network.parameters()).fill_(float("nan"))
+    save_network(tmp_path / "nan.safetensors", model)
+    fails(capfd, ["generate", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "nan.safetensors"), *TINY_CLIPS], "finite")
+    assert not list((tmp_path / "out").rglob("*.mkv")), "a clip of nan was kept"
+
+
+def test_an_unknown_key_names_the_nearest_and_a_wrong_type_says_both(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("fit: {iterations: 4, lr: 1e-3}\nclipz: 3\n")
+    fails(capfd, ["sft", str(config)], "clipz", "a.yaml:2", "clips")
+    fails(capfd, ["sft", "--fit.iterations", "ten"], "fit.iterations", "integer", "ten")
+
+
+@pytest.mark.parametrize("command", ["sft", "generate"])
+def test_a_full_disk(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk runs full at the first byte that has to reach it."""
+    network = save_small_network(tmp_path / "network.safetensors")
+    sync: Callable[[int], None] = os.fsync
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = ["sft", "--base", str(network), *TINY_SFT] if command == "sft" else ["generate", "--model", str(network), *TINY_CLIPS]
+    monkeypatch.setattr(os, "fsync", full)
+    fails(capfd, [*words, "--out", str(tmp_path / "out")], "out", "disk")
+    monkeypatch.setattr(os, "fsync", sync)
+    assert left_over(tmp_path / "out") == []
+    assert not (tmp_path / "out" / "network.safetensors").exists()
+    for record in (tmp_path / "out").rglob("*.mkv"):
+        assert len(read_lossless(record).frames) == 5, "a record is whole or not there"
+    table = tmp_path / "out" / "clips.jsonl"
+    assert not table.exists() or table.read_bytes() == b""

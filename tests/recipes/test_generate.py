@@ -1,0 +1,58 @@
+"""Clips are made once, ruled on, and depend on their seed alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from base_model.errors import UserError
+from base_model.types import ClipShape
+from base_model.video.store import ClipStore
+from recipes import generate
+from recipes.generate import Config, Request, Sampler, fill_store, safety_runner, sample, seeded_noise
+from tests.recipes.small import save_small_network, small_model
+
+SAMPLER = Sampler(steps=2, frames=5, height=16, width=16, batch=3)
+
+
+def test_a_clip_depends_on_its_seed_and_prompt_not_on_its_batch() -> None:
+    model = small_model()
+    cond = model.encode_text(["a red circle grows"] * 5)
+    in_threes = torch.cat(list(sample(model, cond, [5, 6, 7, 8, 9], SAMPLER)))
+    at_once = torch.cat(list(sample(model, cond, [5, 6, 7, 8, 9], SAMPLER.model_copy(update={"batch": 5}))))
+    assert in_threes.shape == (5, 5, 3, 16, 16)
+    assert (in_threes - at_once).abs().max() < 1e-5
+    assert torch.equal(seeded_noise(model, ClipShape(5, 16, 16), [7])[0], seeded_noise(model, ClipShape(5, 16, 16), [6, 7])[1])
+
+
+def test_what_the_store_holds_is_not_made_again_and_blocked_prompts_are_not_made_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = save_small_network(tmp_path / "network.safetensors")
+    cfg = Config(out=tmp_path / "clips", model=network, prompts=("a red circle grows", "a strobe light"), clips_per_prompt=2, sampler=SAMPLER)
+    first = generate.main(cfg)
+    assert first["blocked_prompts"] == 2
+    rows = ClipStore(cfg.out).rows()
+    assert len(rows) == 2 and all(row.prompt == "a red circle grows" for row in rows)
+    assert all(json.loads(row.safety_json)["verdict"] in ("allow", "review", "block") for row in rows)
+    assert all(Path(str(path)).exists() for path in first["clips"])  # type: ignore[attr-defined]
+
+    def never(*_: object) -> None:
+        raise AssertionError("a clip was made again")
+
+    monkeypatch.setattr(generate, "sample", never)
+    assert generate.main(cfg)["clips"] == first["clips"]
+
+
+def test_a_killed_run_goes_on_with_the_clips_it_has(tmp_path: Path) -> None:
+    model, store = small_model(), ClipStore(tmp_path)
+    requests = [Request("a red circle grows", "p", seed) for seed in range(4)]
+    fill_store(store, model, requests[:2], lineage="x", sampler=SAMPLER, runner=safety_runner(), preview=False)
+    runner = safety_runner()
+    rows = fill_store(ClipStore(tmp_path), model, requests, lineage="x", sampler=SAMPLER, runner=runner, preview=False)
+    assert [row.seed for row in rows if row] == [0, 1, 2, 3]
+    assert runner.counts["clip.checked"] == 2
+
+
+def test_a_clip_off_the_latent_grid_is_refused_before_any_computing() -> None:
+    with pytest.raises(UserError, match="12x32x32"):
+        seeded_noise(small_model(), ClipShape(12, 32, 32), [0])

@@ -1,0 +1,41 @@
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from recipes.memory import PeakMemory, tree_bytes
+
+MIB = 2**20
+
+
+def test_the_peak_follows_an_allocation_and_stays_after_it_is_gone() -> None:
+    with PeakMemory(interval=0.01) as memory:
+        before = memory.peak_bytes
+        block = np.ones(100 * MIB // 8)
+        time.sleep(0.2)
+        del block
+    assert 90 * MIB < memory.peak_bytes - before < 150 * MIB
+
+
+def test_the_peak_counts_children() -> None:
+    child = "import sys; block = bytearray(b'x') * (60 * 2**20); print('ready', flush=True); sys.stdin.read()"
+    with PeakMemory(interval=0.01) as memory:
+        before = memory.sample()
+        with subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            together = memory.sample()
+            process.communicate()
+    assert together - before > 55 * MIB
+    assert memory.peak_bytes >= together
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc on this system")
+def test_the_sum_for_one_process_is_what_the_kernel_says() -> None:
+    pages = int(Path(f"/proc/{os.getpid()}/statm").read_text().split()[1])
+    assert abs(tree_bytes(psutil.Process()) - pages * resource.getpagesize()) < 5 * MIB
