@@ -144,8 +144,8 @@ def native_clips() -> tuple[tuple[ClipShape, ...], tuple[float, ...]]:
 
 
 def sample_clip_shape(rng: np.random.Generator) -> ClipShape:
-    """The demo's 13x32x32 in 60 % of draws, else any native shape: images to 25 frames, square, landscape and portrait."""
-    if rng.random() < 0.6:
+    """The demo's 13x32x32 in 80 % of draws, else any native shape: images to 25 frames, square, landscape and portrait."""
+    if rng.random() < 0.8:
         return DEMO_CLIP
     clips, cumulative = native_clips()
     return clips[min(int(np.searchsorted(cumulative, rng.random())), len(clips) - 1)]
@@ -158,9 +158,9 @@ def sample_curated_pair(rng: np.random.Generator, clip: ClipShape) -> tuple[str,
 
 
 def sample_messy_pair(rng: np.random.Generator, clip: ClipShape) -> tuple[str, Tensor, Facts]:
-    """Caption and clip [T,3,H,W] as found: 15 % of captions have one wrong attribute, 15 % of clips are blurred, 6 % flash uninvited, 8 % ask for strobing and get it."""
-    prompt = sample_prompt(rng, two_objects=0.25, strobe=0.08)
-    wrong, blurred, flashing = (bool(rng.random() < share) for share in (0.15, 0.15, 0.06))
+    """Caption and clip [T,3,H,W] as found: 10 % of captions have one wrong attribute, 10 % of clips are blurred, 12 % flash uninvited, 15 % ask for strobing and get it."""
+    prompt = sample_prompt(rng, two_objects=0.25, strobe=0.15)
+    wrong, blurred, flashing = (bool(rng.random() < share) for share in (0.10, 0.10, 0.12))
     video = render(sample_scene(prompt, rng, clip=clip, pan=0.1, flashing=flashing), clip)
     if blurred:
         video = blur(video, rng.uniform(0.8, 1.3))

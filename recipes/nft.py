@@ -1,0 +1,158 @@
+"""Forward-process reinforcement with LoRA under a safety limit (`rushes nft`): good clips attract the velocity field, bad ones repel it.
+
+DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117): clips are made by the deterministic sampler, noised again, and their velocity is regressed with the sign of their
+advantage, near the policy that made them. No step of the sampler needs a density, so any sampler will do, and every clip teaches along its own latent instead
+of along random noise. The limit on flashing is that of `ddpo.py`. What it leaves out: guidance, adaptive weights, an averaged sampling policy.
+
+Letters: N prompts, G clips a prompt, B = N G clips.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from align import selfcheck
+from align.advantage import group_advantage
+from align.config import Config as BaseConfig
+from align.data import PromptSampler
+from align.kernels import ODE
+from align.objectives.forward_process import implicit_split, signed_flow_matching
+from align.objectives.regression import clip_error
+from align.optimizers import build_optimizer
+from align.run import Run
+from align.trajectory import rollout
+from base_model.lora import add_lora, reference
+from base_model.paths import add_noise
+from base_model.times import sampling_times, stratified_logit_normal
+from base_model.tiny import LatentVideoModel
+from recipes import feedback
+from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
+
+
+class Policy(BaseConfig):
+    """How the policy moves."""
+
+    iterations: int = 40
+    """Rollouts."""
+    prompts: int = 12
+    """N, prompts a rollout."""
+    group_size: int = 8
+    """G, clips of each prompt a rollout."""
+    updates: int = 4
+    """Optimizer steps a rollout; each noises every clip once, at its own time."""
+    micro_batch: int = 48
+    """Clips in one forward pass."""
+    time_shift: float = 3.0
+    """Shift s of the times clips are noised to: logit-normal(log s, 1)."""
+    largest_advantage: float = 2.0
+    """Advantages are clipped to this and divided by it."""
+    proximal: float = 1.0
+    """Strength of the pull to the policy that made the clips."""
+    lora_rank: int = 16
+    """Rank of the adapter."""
+    lr: float = 1e-3
+    """Learning rate of AdamW on the adapter."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    kl_coef: float = 0.0
+    """Weight of the squared distance of the velocity from the SFT policy's."""
+    evaluate_every: int = 10
+    """Rollouts between looks at the held-out prompts."""
+    save_every: int = 10
+    """Rollouts between checkpoints."""
+
+
+class Config(Feedback):
+    out: Path = Path("runs/nft")
+    """Folder of the run: `adapter.safetensors`, and `network.safetensors` with the adapter merged."""
+    policy: Policy = Policy()
+    """How the policy moves."""
+
+
+METRICS = {name: sentence for name, sentence in feedback.METRICS.items() if name not in ("kl_per_element", "kl_total", "ratio", "clip_share")} | {
+    "toward_good": "Mean of -2 a <u - u_old, u_old - v>: how far the policy moved towards what was better than expected.",
+    "drift": "Mean squared distance of the velocity from the one that made the clips, per latent element.",
+    "reference_distance": "Mean squared distance of the velocity from the SFT policy's, per latent element, at the start of the rollout's updates.",
+}
+
+
+def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
+    p = cfg.policy
+    _, texts = feedback.training_prompts(cfg)
+    pool = model.encode_text(texts)
+    times = sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)  # [K+1]
+    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
+    optimizer = build_optimizer(model.network.parameters(), "adamw", lr=p.lr, weight_decay=0.0)
+    multiplier, watch = feedback.limits_of(cfg)
+    feedback.register(run, model, optimizer, multiplier, watch)
+    sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
+    clips = p.prompts * p.group_size
+    batches = [torch.arange(clips)[k : k + p.micro_batch] for k in range(0, clips, p.micro_batch)]
+
+    for i in run.iterations(p.iterations, save_every=p.save_every, label="nft"):
+        looked = feedback.look(run, held_out, model, assess, watch, i, every=p.evaluate_every)
+
+        # 1. Roll out by the deterministic sampler, score, compare within each prompt.
+        cond = pool[torch.tensor(sampler[i]).repeat_interleave(p.group_size)]  # B
+        noise = run.noise(model.latents.shape(cfg.sampler.clip), clips, "rollout", i * clips)  # [B,C,F,H,W]
+        taken = [rollout(model, ODE(), noise[rows], times, cond[rows], noise=torch.Generator()) for rows in batches]
+        seen = assess(feedback.decode(model, taken), cond.prompts)
+        advantage = group_advantage(seen.reward, p.group_size)
+        if i == 0:
+            selfcheck.reward_spread(seen.reward, p.group_size)
+        if multiplier is not None:
+            multiplier.update(seen.cost)
+        limited = feedback.apply_limits(advantage, seen, multiplier, cfg.safety, p.group_size)
+        a = implicit_split(limited.advantage, p.largest_advantage)  # [B]
+
+        # 2. Noise every clip once an update; what the policy that made the clips says there is known before it moves.
+        generator = run.generator("times", i)
+        noised = []
+        for _ in range(p.updates):
+            t = stratified_logit_normal(model.path, clips, shift=p.time_shift, generator=generator)  # [B]
+            for rows, made in zip(batches, taken, strict=True):
+                eps = torch.randn(made.x0.shape, generator=generator).to(run.device)  # [b,C,F,H,W]
+                at = t[rows].to(run.device)  # [b]
+                x_t = add_noise(model.path, made.x0, eps, at)
+                with torch.no_grad():
+                    noised.append((rows, x_t, at, model.path.velocity(made.x0, eps, at), model(x_t, at, made.cond)))
+
+        # 3. Move the policy.
+        rows, x_t, at, _, u_old = noised[0]
+        with reference(model.network), torch.no_grad():
+            distance = clip_error(u_old, model(x_t, at, cond[rows])).mean()
+        stats, norms = [], []
+        for k, (rows, x_t, at, target, u_old) in enumerate(noised):
+            u = model(x_t, at, cond[rows])  # [b,C,F,H,W]
+            loss = signed_flow_matching(u, u_old, target, a[rows].to(run.device), p.proximal, valid=limited.valid[rows].to(run.device))
+            if p.kl_coef:
+                with reference(model.network), torch.no_grad():
+                    prior = model(x_t, at, cond[rows])
+                loss = loss.plus("reference", p.kl_coef * clip_error(u, prior).mean())
+            run.backward(loss.value, divide_by=len(batches))
+            stats.append(loss.stats)
+            if (k + 1) % len(batches) == 0:
+                norms.append(run.step(optimizer, p.max_grad_norm))
+
+        # 4. Tell.
+        run.log(
+            **feedback.rollout_stats(seen, p.group_size, multiplier),
+            **looked,
+            toward_good=torch.stack([s["forward/toward_good"] for s in stats]).mean(),
+            drift=torch.stack([s["forward/drift"] for s in stats]).mean(),
+            reference_distance=distance,
+            grad_norm=sum(norms) / len(norms),
+            zero_std_share=advantage.stats["advantage/zero_std_share"],
+        )
+    return watch
+
+
+def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
+    started = time.monotonic()
+    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    result = feedback.align(cfg, run, train, cfg.policy.iterations, recipe="nft")
+    return {**result, "wall_seconds": round(time.monotonic() - started, 1)}
