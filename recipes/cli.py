@@ -63,6 +63,7 @@ COMMANDS = {
     "reward-model": Command("recipes.reward_model", "Learn a reward model from ranked clips."),
     "ddpo": Command("recipes.ddpo", "Move a model toward the reward: DDPO with LoRA under a safety limit."),
     "grpo": Command("recipes.grpo", "Move a model toward the reward: GRPO with LoRA under a safety limit."),
+    "nft": Command("recipes.nft", "Move a model toward the reward: forward-process reinforcement (DiffusionNFT) with LoRA under a safety limit."),
     "evaluate": Command("recipes.evaluate", "Compare models on the same prompts and seeds; write the report."),
     "bench": Command("recipes.bench", "Measure something: rushes bench NAME [--quick]."),
 }

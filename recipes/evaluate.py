@@ -270,7 +270,7 @@ def read_run(folder: Path, model: str, label: str, *, judged: bool = True) -> Cu
     Raises UserError where there is no run.
     """
     if not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"no metrics.jsonl of a run, {folder}. Give the folder of a `rushes ddpo` or `rushes grpo`")
+        raise UserError(f"no metrics.jsonl of a run, {folder}. Give the folder of a `rushes ddpo`, `rushes grpo` or `rushes nft`")
     rows = read_rows(folder / "metrics.jsonl", METRIC_NAMES)
     return CurveRun(label, model, [*rows, *(_judged_on_the_way(folder) if judged else [])])
 

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from align import selfcheck
 from align.advantage import group_advantage

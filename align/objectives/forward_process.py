@@ -22,7 +22,7 @@ METRICS = {
 def signed_flow_matching(u: Tensor, u_old: Tensor, target: Tensor, advantage: Tensor, proximal: float, *, valid: Tensor | None = None) -> Loss:
     """mean over valid clips of 2 a <d, e> + beta <d, d>; u, u_old, target [B,C,F,H,W], a [B] in [-1, 1], beta = `proximal`.
 
-    DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117), eq. 5, with weight 1, its constant <e, e> left out and divided by its beta. For a = 1 and beta = 1 it is flow
+    DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117), its policy loss with weight 1, the constant <e, e> left out, over beta. For a = 1 and beta = 1 it is flow
     matching on the clip (up to that constant); for a = -1 the minimum lies as far on the other side of u_old. Known failure: a small beta lets the policy
     run away from clips it disliked, in directions nobody looked at. Raises ValueError where proximal is not positive.
     """

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from align.run import Run, read_metrics
-from recipes import ddpo, feedback, grpo, sft
+from recipes import ddpo, feedback, grpo, nft, sft
 from recipes.feedback import Assessor, HeldOut, SafetyLimit
 from recipes.generate import Sampler, safety_runner
 from reward.mixture import Mixture, Term
@@ -54,10 +54,14 @@ def run_rl(recipe: str, out: Path, *, constrained: bool) -> list[dict[str, float
         cfg = ddpo.Config(**common, policy=ddpo.Policy(iterations=14, prompts=3, group_size=8, micro_batch=12, lr=1e-2, updates=2, evaluate_every=20, save_every=20))
         run = Run(out, cfg, seed=0, resume=False, metrics=ddpo.METRICS, quiet=True)
         ddpo.train(cfg, run, model, Assessor(BRIGHT, safety_runner(), 12.0, max_error_share=1.0), held_out(out / "held_out", texts))
-    else:
+    elif recipe == "grpo":
         settings = grpo.Config(**common, policy=grpo.Policy(iterations=14, prompts=3, group_size=8, micro_batch=12, lr=1e-2, first_steps=3, evaluate_every=20, save_every=20))
         run = Run(out, settings, seed=0, resume=False, metrics=grpo.METRICS, quiet=True)
         grpo.train(settings, run, model, Assessor(BRIGHT, safety_runner(), 12.0, max_error_share=1.0), held_out(out / "held_out", texts))
+    else:
+        forward = nft.Config(**common, policy=nft.Policy(iterations=14, prompts=3, group_size=8, micro_batch=12, lr=1e-2, updates=2, evaluate_every=20, save_every=20))
+        run = Run(out, forward, seed=0, resume=False, metrics=nft.METRICS, quiet=True)
+        nft.train(forward, run, model, Assessor(BRIGHT, safety_runner(), 12.0, max_error_share=1.0), held_out(out / "held_out", texts))
     return read_metrics(out)
 
 
@@ -72,6 +76,16 @@ def test_rl_makes_clips_brighter_when_brightness_is_the_reward(tmp_path: Path, r
     assert rows[-1]["kl_total"] == pytest.approx(rows[-1]["kl_per_element"] * 16 * 2 * 4 * 4)
     forwards = [row["forward_passes"] for row in rows]
     assert forwards == sorted(forwards) and forwards[0] > 0
+
+
+def test_forward_process_rl_makes_clips_brighter_and_starts_at_the_reference(tmp_path: Path) -> None:
+    rows = run_rl("nft", tmp_path / "nft", constrained=False)
+    first, last = (sum(row["reward"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
+    print(f"nft: reward {first:.3f} -> {last:.3f}")
+    assert last > first + 0.15
+    assert rows[0]["reference_distance"] == 0.0
+    assert rows[-1]["reference_distance"] > 0.0
+    assert all(row["drift"] > 0 for row in rows), "the second update of a rollout starts away from the policy that made its clips"
 
 
 def test_a_constrained_run_logs_its_multiplier_and_an_unconstrained_one_has_none(tmp_path: Path) -> None:
