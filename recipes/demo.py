@@ -58,10 +58,8 @@ class Config(BaseConfig):
     """Share of prompts that ask for strobing in words the prompt filter lets pass."""
     overlap: float = 0.4
     """Share of tasks ranked by two or three people."""
-    reward_head_steps: int = 20
-    """Steps of the reward model's and the guard's heads on their rankings."""
     reward_epochs: int = 0
-    """Passes with everything learning; a few hundred rankings are too few for it."""
+    """Passes over the rankings with everything in the reward model learning; a few hundred rankings are too few for any."""
     policy: ddpo.Policy = ddpo.Policy()
     """How DDPO moves the policy."""
     safety: SafetyLimit = SafetyLimit()
@@ -152,7 +150,6 @@ def learn_rewards(cfg: Config, out: Path) -> dict[str, Any]:
             clips=folder(cfg, "candidates"),
             start=name,
             seed=2 * cfg.seed + k,
-            head_steps=cfg.reward_head_steps,
             epochs=cfg.reward_epochs,
         )
         results[name] = reward_model.main(learning, resume=(where / "run.json").exists())

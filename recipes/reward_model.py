@@ -29,7 +29,7 @@ from recipes.match import SHIPPED
 from reward.agreement import Interval, Pair, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
 from reward.comparisons import Comparisons, RankingEvent, load_comparisons
 from reward.features import SIGNALS, signal_features
-from reward.matcher import load_matcher
+from reward.matcher import PARTS, load_matcher
 from reward.model import EncodeText, RewardModel, save_reward_model
 from reward.ranking import davidson_luce, tie_parameter
 
@@ -55,14 +55,14 @@ class Config(BaseConfig):
     """Seed of heads, bootstrap weights and order."""
     members: int = 5
     """Heads in the ensemble; each learns from its own bootstrap of the rankings."""
-    head_steps: int = 200
-    """Steps on the heads alone, all rankings at once (stops early)."""
-    head_learning_rate: float = 3e-3
-    """Step size of the heads, in both phases."""
-    epochs: int = 3
-    """Passes over the rankings with everything learning."""
+    ridge: float = 1.0
+    """Weight of the squared head weights on the parts of the match; a ranking's likelihood has weight 1 / sqrt(answers of its prompt)."""
+    signal_ridge: float = 30.0
+    """The same on the weight-free signals: what depends on no prompt has to be clear before it counts."""
+    epochs: int = 0
+    """Passes over the rankings with everything learning, after the heads are fitted; a few hundred rankings are too few for any."""
     learning_rate: float = 2e-4
-    """Step size of the pre-trained part (cosine to zero)."""
+    """Step size of these passes (linear to zero)."""
     batch: int = 16
     """Rankings a step."""
     save_every: int = 1000
@@ -147,8 +147,14 @@ def ranking_loss(model: RewardModel, scores: Tensor, index: Tensor, ranks: Tenso
 @torch.no_grad()
 def features_of(model: RewardModel, part: Rankings) -> Tensor:
     """What the heads see of every clip, [C,width]."""
+    return model.standardised(inputs_of(model, part))
+
+
+@torch.no_grad()
+def inputs_of(model: RewardModel, part: Rankings) -> Tensor:
+    """The parts of the match and the signals of every clip, [C,width]."""
     rows = torch.arange(len(part.video)).split(64)
-    return torch.cat([model.features(part.pixels(r), [part.prompts[i] for i in r.tolist()]) for r in rows])
+    return torch.cat([model.inputs(part.pixels(r), [part.prompts[i] for i in r.tolist()]) for r in rows])
 
 
 def joined(parts: Sequence[Rankings], inputs: Sequence[Tensor]) -> Table:
@@ -159,11 +165,11 @@ def joined(parts: Sequence[Rankings], inputs: Sequence[Tensor]) -> Table:
 
 
 def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rankings], encode: EncodeText) -> RewardModel:
-    """The matcher with fresh heads, signals standardised on the training clips, tie parameters from the share of ties."""
+    """The matcher with fresh heads, inputs standardised on the training clips, tie parameters from the share of ties."""
     model = RewardModel(load_matcher(cfg.matcher or SHIPPED[cfg.start]), dims, encode, members=cfg.members, most_clips=k)
-    signals = torch.cat([signal_features(part.pixels(r)) for part in train for r in torch.arange(len(part.video)).split(256)])  # [C, S]
-    model.signal_mean.copy_(signals.mean(0))
-    model.signal_std.copy_(signals.std(0).clamp(min=1e-4) if len(signals) > 1 else torch.ones(len(SIGNALS)))
+    inputs = torch.cat([inputs_of(model, part) for part in train])  # [C,width]
+    model.input_mean.copy_(inputs.mean(0))
+    model.input_std.copy_(inputs.std(0).clamp(min=1e-4) if len(inputs) > 1 else torch.ones(inputs.shape[1]))
     ranks = torch.cat([part.ranks for part in train])
     tied = float(((ranks[:, :, None] == ranks[:, None, :]) & (ranks > 0)[:, :, None]).sum() - (ranks > 0).sum())
     pairs = float((ranks > 0).sum(-1).square().sum() - (ranks > 0).sum())
@@ -172,19 +178,21 @@ def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rank
     return model
 
 
-def train_heads(cfg: Config, model: RewardModel, train: Table, val: Table, bags: Tensor) -> None:
-    """The first phase: heads and tie parameters on fixed inputs, keeping what was best on val. bags [M,E]."""
-    parameters = [*model.heads.parameters(), model.log_tie]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.head_learning_rate, weight_decay=0.05)
-    best = Best(model)
-    for step in range(cfg.head_steps):
-        loss = ranking_loss(model, model.heads(train.inputs), train.index, train.ranks, train.dim, bags * train.weight)
+def fit_heads(cfg: Config, model: RewardModel, train: Table, bags: Tensor) -> None:
+    """The first phase: heads and tie parameters on fixed inputs, a penalised likelihood with one optimum. bags [M,E]."""
+    penalty = torch.full((model.heads.weight.shape[1], 1), cfg.signal_ridge)  # [width,1]
+    penalty[: len(PARTS)] = cfg.ridge
+    start = model.log_tie.detach().clone()
+    optimizer = torch.optim.LBFGS([model.heads.weight, model.log_tie], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
         optimizer.zero_grad()
+        nll = event_nll(model.heads(train.inputs), train.index, train.ranks, train.dim, model.log_tie)  # [M,E]
+        loss: Tensor = (nll * bags * train.weight).sum() + (penalty * model.heads.weight.square()).sum() + (model.log_tie - start).square().sum()
         loss.backward()
-        optimizer.step()
-        if step % 10 == 9 and best.worse_for(held_out_nll(model, model.heads(val.inputs), val)) >= 4:
-            break
-    best.restore()
+        return loss
+
+    optimizer.step(closure)
 
 
 @torch.no_grad()
@@ -227,9 +235,7 @@ def batches(parts: Sequence[Rankings], size: int, generator: torch.Generator) ->
 
 def fine_tune(cfg: Config, run: Run, model: RewardModel, train: Sequence[Rankings], val: Sequence[Rankings], bags: Tensor) -> None:
     """The second phase: everything learns; the weights that are best on val are kept, the start included."""
-    encoder = list(model.matcher.parameters())
-    heads = [*model.heads.parameters(), model.log_tie]
-    optimizer = torch.optim.AdamW([{"params": encoder}, {"params": heads}], lr=cfg.learning_rate, weight_decay=0.02)
+    optimizer = torch.optim.AdamW([*model.matcher.parameters(), *model.heads.parameters(), model.log_tie], lr=cfg.learning_rate, weight_decay=0.02)
     best = Best(model)
     for name, thing in (("model", model), ("optimizer", optimizer), ("best", best)):
         run.register(name, thing)
@@ -242,8 +248,8 @@ def fine_tune(cfg: Config, run: Run, model: RewardModel, train: Sequence[Ranking
     for i in run.iterations(total, save_every=cfg.save_every, label="reward model"):
         part_number, rows = batches(train, cfg.batch, run.generator("order", i // per_epoch))[i % per_epoch]
         part = train[part_number]
-        for group, rate in zip(optimizer.param_groups, (cfg.learning_rate, cfg.head_learning_rate / 10), strict=True):
-            group["lr"] = rate * (1 - i / total)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.learning_rate * (1 - i / total)
         clips, index = part.index[rows].unique(return_inverse=True)
         scores = model.ensemble(part.pixels(clips), [part.prompts[c] for c in clips.tolist()])  # [M, C, R]
         weight = bags[:, starts[part_number] + rows] * part.weight[rows]  # [M, E]
@@ -330,8 +336,7 @@ def measure(model: RewardModel, data: Comparisons, train: Sequence[Rankings], te
     """Accuracy on the pairs of test, what needs no model, and what other people reach (on all answers: test alone has too few judged twice)."""
     features = [features_of(model, part) for part in test]
     scores = [(model.heads(f).mean(0) / model.temperature).detach() for f in features]  # [C, R] each
-    width = model.matcher.size.features
-    matched = [f[:, width : width + 1].expand(-1, len(model.dims)) for f in features]
+    matched = [inputs_of(model, part)[:, : len(PARTS)].sum(1, keepdim=True).expand(-1, len(model.dims)) for part in test]
     ties = tie_share(pairs)
     floors = {
         "tie_share": Interval(ties, ties, ties),
@@ -378,8 +383,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     model = start_model(cfg, dims, k, train, encode)
     events = sum(len(part.index) for part in train)
     bags = torch.poisson(torch.ones(cfg.members, events), generator=run.generator("bags", 0)) if cfg.members > 1 else torch.ones(1, events)  # [M, E]
-    fixed = {name: joined(p, [features_of(model, part) for part in p]) for name, p in (("train", train), ("val", val))}
-    train_heads(cfg, model, fixed["train"], fixed["val"], bags)
+    fit_heads(cfg, model, joined(train, [features_of(model, part) for part in train]), bags)
     fine_tune(cfg, run, model, train, val, bags)
     model.eval()
     calibrate(model, val)

@@ -40,10 +40,8 @@ class MatcherSize:
     words: int = 256
     shape_frames: int = 3
 
-    @property
-    def features(self) -> int:
-        """Width of what `Matcher.features` says about a pair."""
-        return self.slots * (2 * self.answer + 1)
+PARTS = ("shape", "motion", "presence")
+"""What a match is the sum of, in the order of `Matcher.parts`."""
 
 
 class Answers(NamedTuple):
@@ -96,13 +94,12 @@ class Matcher(nn.Module):
         """
         answers, shape, motion = self._ask(video, text, mask, caption)
         saw = torch.cat([answers.shape, answers.motion], dim=1).unflatten(0, (*caption.shape, -1))[:, 0]  # [B,S,2E]
-        return self._logit(answers, shape, motion).unflatten(0, tuple(caption.shape)), self.words(saw.mean(1))
+        return self._parts(answers, shape, motion).sum(1).unflatten(0, tuple(caption.shape)), self.words(saw.mean(1))
 
-    def features(self, video: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """One text a clip -> how each part of the answer agrees with its query, [B,E'] with E' = `size.features`, and the logit [B]."""
+    def parts(self, video: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """One text a clip -> the parts of its logit, in the order of `PARTS`, [B,3]; their sum is the logit."""
         answers, shape, motion = self._ask(video, text, mask, torch.arange(len(video), device=video.device)[:, None])
-        parts = torch.cat([answers.shape * shape, answers.motion * motion, answers.presence[:, None]], dim=1)  # [B S,2E+1]
-        return parts.unflatten(0, (len(video), -1)).flatten(1), self._logit(answers, shape, motion)
+        return self._parts(answers, shape, motion)
 
     def _ask(self, video: Tensor, text: Tensor, mask: Tensor, caption: Tensor) -> tuple[Answers, Tensor, Tensor]:
         """-> the answers, and the shape and motion queries [Q,E] they are compared with."""
@@ -116,9 +113,9 @@ class Matcher(nn.Module):
         answers = Answers(self._shape(seen, gate, clip), self._motion(gate), self._presence(logit, gate))
         return answers, self.shape_query(text, mask)[caption].flatten(0, 2), self.motion_query(text, mask)[caption].flatten(0, 2)
 
-    def _logit(self, answers: Answers, shape: Tensor, motion: Tensor) -> Tensor:
-        """[Q,..] -> [B C]: agreement summed over the slots."""
-        each = ((answers.shape * shape).sum(1) + (answers.motion * motion).sum(1)) / 4 + answers.presence  # [Q]
+    def _parts(self, answers: Answers, shape: Tensor, motion: Tensor) -> Tensor:
+        """[Q,..] -> [B C,3]: agreement in shape and in motion, and presence, summed over the slots."""
+        each = torch.stack([(answers.shape * shape).sum(1) / 4, (answers.motion * motion).sum(1) / 4, answers.presence], dim=1)  # [Q,3]
         return each.unflatten(0, (-1, self.size.slots)).sum(1)
 
     def _presence(self, logit: Tensor, gate: Tensor) -> Tensor:

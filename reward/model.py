@@ -1,9 +1,10 @@
 """The reward model: how well a clip does what its prompt says, learned from rankings.
 
-    clip [B,T,3,H,W], prompt -> Matcher -> how they agree [B,E] and a logit [B] --+
-    clip -> signal_features -> [B,22] --------------------------------------------+-> an ensemble of heads -> mean and spread [B,R]
+    clip [B,T,3,H,W], prompt -> Matcher -> agreement in shape, in motion, presence [B,3] --+
+    clip -> signal_features -> [B,22] -------------------------------------------------------+-> an ensemble of linear heads -> mean and spread [B,R]
 
-The matcher (`matcher.py`) is trained first, to tell a clip's caption from others; its weights start every reward model.
+The matcher (`matcher.py`) is trained first, to tell a clip's caption from others; its weights start every reward model. People's rankings say how much each part
+counts. A few hundred rankings are not enough for more: heads with a hidden layer on everything the matcher knows ordered new clips worse than the matcher alone.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base_model.checkpoint import atomic_write, load_weights, save_weights
 from base_model.errors import UserError
 from base_model.types import Conditioning
 from reward.features import SIGNALS, signal_features
-from reward.matcher import Matcher, MatcherSize
+from reward.matcher import PARTS, Matcher, MatcherSize
 from reward.types import Scores
 
+INPUTS = (*PARTS, *SIGNALS)
 EncodeText = Callable[[Sequence[str]], Conditioning]
 
 
@@ -37,20 +38,20 @@ class RewardModel(nn.Module):
     """
 
     differentiable = True
-    signal_mean: Tensor
-    signal_std: Tensor
+    input_mean: Tensor
+    input_std: Tensor
     temperature: Tensor
     center: Tensor
     scale: Tensor
 
-    def __init__(self, matcher: Matcher, dims: Sequence[str], encode: EncodeText, *, members: int = 5, hidden: int = 32, most_clips: int = 4) -> None:
+    def __init__(self, matcher: Matcher, dims: Sequence[str], encode: EncodeText, *, members: int = 5, most_clips: int = 4) -> None:
         super().__init__()
         self.dims = tuple(dims)
         self.matcher = matcher
-        self.heads = Heads(members, matcher.size.features + 1 + len(SIGNALS), hidden, len(self.dims), trusted=matcher.size.features)
+        self.heads = Heads(members, len(INPUTS), len(self.dims))
         self.log_tie = nn.Parameter(torch.full((len(self.dims), most_clips - 1), -1.0))  # [R, K-1] see ranking.davidson_luce
-        for name, value in (("signal_mean", 0.0), ("signal_std", 1.0)):
-            self.register_buffer(name, torch.full((len(SIGNALS),), value))
+        for name, value in (("input_mean", 0.0), ("input_std", 1.0)):
+            self.register_buffer(name, torch.full((len(INPUTS),), value))
         for name, value in (("temperature", 1.0), ("center", 0.0), ("scale", 1.0)):
             self.register_buffer(name, torch.full((len(self.dims),), value))
         self._encode = encode
@@ -68,32 +69,31 @@ class RewardModel(nn.Module):
 
     def ensemble(self, video: Tensor, prompts: Sequence[str]) -> Tensor:
         """Every head's uncalibrated score, [M,B,R]."""
-        out: Tensor = self.heads(self.features(video, prompts))
+        out: Tensor = self.heads(self.standardised(self.inputs(video, prompts)))
         return out
 
-    def features(self, video: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What the heads see: the pair's E features, its match logit, and the signals, standardised and cut at three deviations, [B,E+23]."""
+    def inputs(self, video: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The parts of the match and the signals, in the order of `INPUTS`, [B,25]."""
         cond = self._encode(prompts)
-        pair, match = self.matcher.features(video, cond.text, cond.mask)  # [B, E], [B]
-        signals = (signal_features(video) - self.signal_mean) / self.signal_std  # [B, 22]
-        return torch.cat([pair, match[:, None] / 4, signals.clamp(-3, 3)], dim=-1)
+        return torch.cat([self.matcher.parts(video, cond.text, cond.mask), signal_features(video)], dim=-1)
+
+    def standardised(self, inputs: Tensor) -> Tensor:
+        """What the heads see: inputs [B,25] in deviations of the training clips, cut at three, so that no single one can be driven without end."""
+        return ((inputs - self.input_mean) / self.input_std).clamp(-3, 3)
 
 
 class Heads(nn.Module):
-    """M independent networks, evaluated together: a linear part and one hidden layer. They begin near one of the inputs, the `trusted` one."""
+    """M linear scores, evaluated together. They begin at the match, every part of it counting the same."""
 
-    def __init__(self, members: int, width: int, hidden: int, dims: int, *, trusted: int) -> None:
+    def __init__(self, members: int, width: int, dims: int) -> None:
         super().__init__()
-        self.enter = nn.Parameter(torch.randn(members, width, hidden) / width**0.5)
-        self.bias = nn.Parameter(torch.zeros(members, 1, hidden))
-        self.leave = nn.Parameter(0.3 * torch.randn(members, hidden, dims) / hidden**0.5)
-        linear = torch.zeros(members, width, dims)
-        linear[:, trusted] = 3.0
-        self.linear = nn.Parameter(linear)
+        weight = torch.zeros(members, width, dims)
+        weight[:, : len(PARTS)] = 0.5
+        self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,width] -> [M,B,dims]."""
-        return F.gelu(x @ self.enter + self.bias) @ self.leave + x @ self.linear
+        return x @ self.weight
 
 
 # Files
@@ -107,10 +107,9 @@ def save_reward_model(folder: Path, model: RewardModel, facts: Mapping[str, Any]
     values = {
         "dims": list(model.dims),
         "size": asdict(model.matcher.size),
-        "members": len(model.heads.enter),
-        "hidden": model.heads.enter.shape[-1],
+        "members": len(model.heads.weight),
         "most_clips": model.log_tie.shape[-1] + 1,
-        "signals": list(SIGNALS),
+        "inputs": list(INPUTS),
         "normalisation": {dim: {"center": c, "scale": s} for dim, c, s in zip(model.dims, model.center.tolist(), model.scale.tolist(), strict=True)},
         "temperature": dict(zip(model.dims, model.temperature.tolist(), strict=True)),
         "log_tie": dict(zip(model.dims, model.log_tie.tolist(), strict=True)),
@@ -136,9 +135,9 @@ def load_reward_model(folder: Path, encode: EncodeText) -> RewardModel:
         tensors, _ = load_weights(path)
         if hashlib.sha256(path.read_bytes()).hexdigest() != card["sha256"]:
             raise UserError(f"the weights are not those of their card, {path}. Make both again with `rushes reward-model`")
-        if card["signals"] != list(SIGNALS):
-            raise UserError(f"made with other signals than this version computes, {card_path}. Train it again with `rushes reward-model`")
-        model = RewardModel(Matcher(MatcherSize(**card["size"])), card["dims"], encode, members=card["members"], hidden=card["hidden"], most_clips=card["most_clips"])
+        if card["inputs"] != list(INPUTS):
+            raise UserError(f"made with other inputs than this version computes, {card_path}. Train it again with `rushes reward-model`")
+        model = RewardModel(Matcher(MatcherSize(**card["size"])), card["dims"], encode, members=card["members"], most_clips=card["most_clips"])
         model.load_state_dict(tensors)
     except FileNotFoundError as error:
         raise UserError(f"no reward model, {folder}. Give a folder written by `rushes reward-model`") from error

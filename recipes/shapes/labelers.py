@@ -48,7 +48,7 @@ class Labeler:
     sharpness: float = 0.5
     """Crisp edges."""
     lively: float = 0.0
-    """Brightness plus flashing of the whole frame."""
+    """Lively brightness: flashing of the whole frame, and a fifth as much its mean."""
     movement: float = 0.3
     """Movement for its own sake; counts only where nothing was asked in words the eye knows (real clips)."""
     noise: float = 0.25
@@ -113,7 +113,7 @@ def tasks_from_signals(clips: Mapping[str, Sequence[tuple[str, Tensor]]], *, k: 
 
 def utility(labeler: Labeler, perception: Perception) -> Floats:
     """[K] what the clips are worth to a person before noise and habits. Where nothing was asked, signals are standardised over the K clips shown."""
-    lively = perception.signals.brightness + perception.signals.flashing
+    lively = perception.signals.flashing + 0.2 * perception.signals.brightness
     right = perception.right
     if np.isnan(right).all():
         wanted = ((labeler.sharpness, perception.signals.sharpness), (labeler.movement, perception.signals.movement), (labeler.lively, lively))

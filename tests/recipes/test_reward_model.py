@@ -73,7 +73,7 @@ def test_what_people_like_is_learned_beyond_the_floor_from_the_shipped_matcher(w
 
 
 def test_a_run_repeats_to_the_bit(world: Path, tmp_path: Path) -> None:
-    first, second = (main(config(world, tmp_path / name, epochs=1, head_steps=20)) for name in "ab")
+    first, second = (main(config(world, tmp_path / name, epochs=1)) for name in "ab")
     assert (tmp_path / "a" / "reward_model.safetensors").read_bytes() == (tmp_path / "b" / "reward_model.safetensors").read_bytes()
     assert {**first, "out": "", "seconds": 0} == {**second, "out": "", "seconds": 0}
 
@@ -89,7 +89,7 @@ def test_too_few_prompts_to_hold_any_out_still_give_a_model_and_an_unknown_accur
         prompts=[Prompt(store.rows()[0].prompt_id, "x")],
         shares=(1.0, 0.0, 0.0),
     )
-    result = main(config(world, tmp_path / "out", comparisons=folder, epochs=1, head_steps=5))
+    result = main(config(world, tmp_path / "out", comparisons=folder, epochs=1))
     assert math.isnan(result["accuracy"]["mean"]) and math.isfinite(result["normalisation"]["overall"]["scale"])
     assert json.loads((tmp_path / "out" / "reward_card.json").read_text())["calibrated_on"].startswith("train")
 
