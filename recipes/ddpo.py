@@ -1,8 +1,9 @@
 """DDPO with LoRA under a safety limit (`rushes ddpo`): policy gradient on denoising steps, rewards standardised per prompt.
 
 Black et al. 2023 (arXiv 2305.13301), the importance-sampled form with PPO's clipping, on a flow-matching model: a denoising step is a Gaussian, sampled and replayed
-by the same `transition`. The SFT network is the reference (adapter off). The safety cost enters through a multiplier that aims at a quarter of the limit,
-and through a hard gate. What it leaves out: guidance (the policy is sampled without), a critic (`ppo.py`), a penalty on the KL unless `kl_coef` is set.
+by the same `transition`. A prompt's clips share their first noise, as in DanceGRPO (arXiv 2505.07818): rewards then differ only by noise the policy answers for.
+The SFT network is the reference (adapter off). The safety cost enters through a multiplier that aims at a quarter of the limit, and through a hard gate.
+What it leaves out: guidance (the policy is sampled without), a critic, a penalty on the KL unless `kl_coef` is set.
 
 Letters: N prompts, G clips a prompt, B = N G clips, K denoising steps, of which a window of consecutive ones is noisy and trained.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from align.advantage import PromptStatistics
+from align.advantage import PromptStatistics, group_advantage
 from align.config import Config as BaseConfig
 from align.data import PromptSampler
 from align.kernels import Ancestral, StepWeight, step_weight
@@ -39,17 +40,20 @@ class Policy(BaseConfig):
     """N, prompts a rollout."""
     group_size: int = 8
     """G, clips of each prompt a rollout."""
-    window: int = 3
+    window: int = 4
     """Consecutive noisy (trained) steps a rollout, drawn anew each time from all but the last step; 0 means all of them."""
-    eta: float = 0.7
+    eta: float = 1.0
     """Noise of the ancestral kernel, 0 to 1."""
+    same_noise: bool = True
+    """Whether a prompt's clips start from the same noise. They then differ by the window's noise alone, which is all that the gradient sees, and are compared
+    with one another; otherwise with their prompt's last rewards."""
     updates: int = 1
     """Optimizer steps a rollout; above 1 the ratio leaves 1 and clipping matters."""
     micro_batch: int = 48
     """Clips in one forward pass, in the rollout and in the replay."""
     lora_rank: int = 16
     """Rank of the adapter."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Learning rate of AdamW on the adapter."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
@@ -114,12 +118,17 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         cond = pool[chosen]
         noisy = noisy_window(cfg.sampler.steps, p.window, generator)
         noise = torch.randn(len(cond), *latent_shape, generator=generator).to(run.device)  # [B,C,F,H,W]
+        if p.same_noise:
+            noise = noise[:: p.group_size].repeat_interleave(p.group_size, dim=0)
         batches = [torch.arange(len(cond))[k : k + p.micro_batch] for k in range(0, len(cond), p.micro_batch)]
         rollouts = [rollout(model, kernel, noise[rows], times, cond[rows], noise=generator, stochastic=noisy) for rows in batches]
 
         # 3. Ask for reward and cost; compare each clip with what its prompt usually gets.
         seen = assess(feedback.decode(model, rollouts), cond.prompts)
-        advantage = statistics.advantage([prompt_ids[k] for k in chosen.tolist()], seen.reward)
+        if p.same_noise:
+            advantage = group_advantage(seen.reward, p.group_size, divide_by="max_group_std")
+        else:
+            advantage = statistics.advantage([prompt_ids[k] for k in chosen.tolist()], seen.reward)
         if multiplier is not None:
             multiplier.update(seen.cost)
         limited = feedback.apply_limits(advantage, seen, multiplier, cfg.safety, p.group_size)

@@ -44,7 +44,7 @@ OTHER_SHAPES = (ClipShape(5, 32, 32), ClipShape(9, 24, 40), ClipShape(17, 40, 24
 METRICS = {
     "loss": "Cross-entropy of a clip's own caption among its 3 hard and 2 other captions, plus 4 times `named`; nats.",
     "named": "Cross-entropy of the caption's words (rare words weigh more) under what the clip was seen to show, nats.",
-    "accuracy": "Share of clips whose own caption scores highest among those 6 (15 % of captions are wrong on purpose).",
+    "accuracy": "Share of clips whose own caption scores highest among those 6 (10 % of captions are wrong on purpose).",
     "grad_norm": "Norm of the gradient before clipping.",
     "learning_rate": "Step size of AdamW.",
 }

@@ -1,12 +1,14 @@
 """Trains the base denoiser from nothing on messy data: wrong captions, blur, uninvited flashing (`rushes pretrain`).
 
-The loop is that of `sft.py`: only the start and the data differ. This recipe made the shipped base; its card lies beside the weights.
+The loop is that of `sft.py`: only the start and the data differ. Its legs made the shipped base, whose card lies beside the weights.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,23 +24,35 @@ from recipes.shapes.dataset import draw_clips
 from recipes.weights import file_hash, write_card
 
 
+class Leg(BaseConfig):
+    """One stretch of training with its own data and schedule; it begins with the weights of the leg before."""
+
+    seed: int
+    """Seed of weights, data and noise."""
+    clips: int
+    """Messy pairs of native sizes."""
+    fit: Fit
+    """How the network is fitted."""
+
+
+LEGS = (
+    Leg(seed=0, clips=16_000, fit=Fit(iterations=6_000, lr=1.5e-3, capacity=2048, time_shift=3.0, save_every=200, evaluate_every=200)),
+    Leg(seed=1, clips=16_000, fit=Fit(iterations=7_000, lr=1.2e-3, capacity=2048, time_shift=2.0, save_every=200, evaluate_every=200)),
+    Leg(seed=2, clips=24_000, fit=Fit(iterations=13_000, lr=1.2e-3, capacity=2048, time_shift=2.5, save_every=200, evaluate_every=200)),
+)
+
+
 class Config(BaseConfig):
     out: Path = Path("runs/pretrain")
-    """Folder of the run; the network ends up in `dit.safetensors` there."""
-    seed: int = 0
-    """Seed of weights, data and noise."""
-    start: Path | None = None
-    """Network to go on from, written by this recipe; none starts from nothing."""
+    """Folder with one run a leg, `leg-0`, `leg-1`, ...; the network ends up in `dit.safetensors` of the last one."""
     codec: Path = WEIGHTS / "vae.safetensors"
     """The autoencoder whose latents are modelled."""
-    clips: int = 16_000
-    """Messy pairs of native sizes."""
     width: int = 128
     """Width of the denoiser."""
     depth: int = 4
     """Blocks of the denoiser."""
-    fit: Fit = Fit(iterations=6_000, lr=1.5e-3, capacity=2048, time_shift=3.0, save_every=200, evaluate_every=200)
-    """How the network is fitted."""
+    legs: tuple[Leg, ...] = LEGS
+    """The legs, in order."""
 
 
 def fresh_model(cfg: Config) -> LatentVideoModel:
@@ -47,16 +61,33 @@ def fresh_model(cfg: Config) -> LatentVideoModel:
     return LatentVideoModel(DiT(config), codec, TextEncoder(), config)
 
 
+def train_leg(cfg: Config, leg: Leg, out: Path, start: Path | None, *, resume: bool) -> None:
+    run = Run(out, cfg, seed=leg.seed, resume=resume, metrics=METRICS)
+    torch.manual_seed(leg.seed)
+    model = fresh_model(cfg) if start is None else load_tiny(start, cfg.codec)
+    model.to(run.device)
+    clips = draw_clips("messy", leg.clips, seed=leg.seed)
+    held_out = draw_clips("curated", leg.fit.held_out, seed=1_000_003, shape=ClipShape(13, 32, 32))
+    train(leg.fit, run, model, encode_pairs(model, clips), encode_pairs(model, held_out))
+    loss = float(held_out_losses(model, encode_pairs(model, held_out), run.generator("held out", 0)).mean())
+    earlier = json.loads(start.with_suffix(".json").read_text()) if start else {}
+    seconds = run.seconds + earlier.get("wall_seconds", 0.0)
+    measured = {"held_out_loss": loss, "held_out_loss_of_earlier_legs": [*_losses(earlier)]}
+    write_card(out / "dit.safetensors", lambda path: save_network(path, model), recipe="pretrain", cfg=cfg, data=clips.fingerprint(), seconds=seconds, measured=measured)
+
+
+def _losses(card: dict[str, Any]) -> list[float]:
+    measured = card.get("measured", {})
+    return [*measured.get("held_out_loss_of_earlier_legs", []), measured["held_out_loss"]] if measured else []
+
+
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
-    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
-    torch.manual_seed(cfg.seed)
-    model = fresh_model(cfg) if cfg.start is None else load_tiny(cfg.start, cfg.codec)
-    model.to(run.device)
-    clips = draw_clips("messy", cfg.clips, seed=cfg.seed)
-    held_out = draw_clips("curated", cfg.fit.held_out, seed=cfg.seed + 1_000_003, shape=ClipShape(13, 32, 32))
-    train(cfg.fit, run, model, encode_pairs(model, clips), encode_pairs(model, held_out))
-    weights = cfg.out / "dit.safetensors"
-    loss = float(held_out_losses(model, encode_pairs(model, held_out), run.generator("held out", 0)).mean())
-    write_card(weights, lambda path: save_network(path, model), recipe="pretrain", cfg=cfg, data=clips.fingerprint(), seconds=run.seconds, measured={"held_out_loss": loss})
-    return {"weights": str(weights), "sha256": file_hash(weights), "held_out_loss": loss, "wall_seconds": round(time.monotonic() - started, 1)}
+    folders = [cfg.out / f"leg-{k}" for k in range(len(cfg.legs))]
+    for k, (leg, out) in enumerate(zip(cfg.legs, folders, strict=True)):
+        if resume and (out / "dit.json").exists():
+            continue
+        train_leg(cfg, leg, out, folders[k - 1] / "dit.safetensors" if k else None, resume=resume and (out / "run.json").exists())
+    weights = folders[-1] / "dit.safetensors"
+    card = json.loads(weights.with_suffix(".json").read_text())
+    return {"weights": str(weights), "sha256": file_hash(weights), **card["measured"], "wall_seconds": round(time.monotonic() - started, 1)}

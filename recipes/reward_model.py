@@ -55,10 +55,10 @@ class Config(BaseConfig):
     """Seed of heads, bootstrap weights and order."""
     members: int = 5
     """Heads in the ensemble; each learns from its own bootstrap of the rankings."""
-    ridge: float = 1.0
-    """Weight of the squared head weights on the parts of the match; a ranking's likelihood has weight 1 / sqrt(answers of its prompt)."""
-    signal_ridge: float = 30.0
-    """The same on the weight-free signals: what depends on no prompt has to be clear before it counts."""
+    ridge: float = 5.0
+    """Weight of the squared distance of the parts' weights from a multiple of the match; a ranking's likelihood has weight 1 / sqrt(answers of its prompt)."""
+    signal_ridge: float = 100.0
+    """Weight of the squared weights of the weight-free signals: what depends on no prompt has to be clear before it counts."""
     epochs: int = 0
     """Passes over the rankings with everything learning, after the heads are fitted; a few hundred rankings are too few for any."""
     learning_rate: float = 2e-4
@@ -179,16 +179,23 @@ def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rank
 
 
 def fit_heads(cfg: Config, model: RewardModel, train: Table, bags: Tensor) -> None:
-    """The first phase: heads and tie parameters on fixed inputs, a penalised likelihood with one optimum. bags [M,E]."""
+    """The first phase: heads and tie parameters on fixed inputs, a penalised likelihood. bags [M,E].
+
+    The penalty pulls towards some multiple of the match itself: with few rankings the model orders clips as the matcher does.
+    """
     penalty = torch.full((model.heads.weight.shape[1], 1), cfg.signal_ridge)  # [width,1]
     penalty[: len(PARTS)] = cfg.ridge
     start = model.log_tie.detach().clone()
-    optimizer = torch.optim.LBFGS([model.heads.weight, model.log_tie], max_iter=100, line_search_fn="strong_wolfe")
+    match = torch.zeros_like(penalty)  # [width,1] the logit's own weights on standardised inputs
+    match[: len(PARTS), 0] = model.input_std[: len(PARTS)]
+    multiple = torch.ones(len(model.dims), requires_grad=True)  # [R]
+    optimizer = torch.optim.LBFGS([model.heads.weight, model.log_tie, multiple], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         nll = event_nll(model.heads(train.inputs), train.index, train.ranks, train.dim, model.log_tie)  # [M,E]
-        loss: Tensor = (nll * bags * train.weight).sum() + (penalty * model.heads.weight.square()).sum() + (model.log_tie - start).square().sum()
+        away = penalty * (model.heads.weight - multiple * match).square()  # [M,width,R]
+        loss: Tensor = (nll * bags * train.weight).sum() + away.sum() + (model.log_tie - start).square().sum()
         loss.backward()
         return loss
 

@@ -35,7 +35,6 @@ def write_card(path: Path, save: Callable[[Path], None], *, recipe: str, cfg: Co
         "data_sha256": data,
         "wall_seconds": round(seconds, 1),
         "measured": dict(measured),
-        **({"started_from_sha256": file_hash(start)} if (start := getattr(cfg, "start", None)) and isinstance(start, Path) else {}),
         **about,
     }
     path.with_suffix(".json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")

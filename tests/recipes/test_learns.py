@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from align.run import Run, read_metrics
-from recipes import ddpo, feedback, grpo, nft, sft
+from recipes import ddpo, feedback, grpo, nft, pretrain, sft
 from recipes.feedback import Assessor, HeldOut, SafetyLimit
 from recipes.generate import Sampler, safety_runner
 from reward.mixture import Mixture, Term
@@ -31,6 +31,22 @@ def test_sft_lowers_the_held_out_loss_and_saves_what_it_reached(tmp_path: Path) 
     assert result["held_out_loss"] == pytest.approx(losses[-1], abs=1e-5)
     card = json.loads((tmp_path / "run" / "network.json").read_text())
     assert card["sha256"] == result["sha256"]
+
+
+def test_pretraining_goes_from_leg_to_leg_and_does_no_finished_leg_again(tmp_path: Path) -> None:
+    fit = sft.Fit(iterations=10, lr=2e-3, capacity=512, held_out=8, evaluate_every=5, save_every=5, ema_decay=0.5)
+    cfg = pretrain.Config(out=tmp_path / "run", legs=(pretrain.Leg(seed=0, clips=8, fit=fit), pretrain.Leg(seed=1, clips=8, fit=fit)))
+    first = pretrain.main(cfg)
+    cards = [json.loads((tmp_path / "run" / f"leg-{k}" / "dit.json").read_text()) for k in range(2)]
+    assert cards[1]["sha256"] == first["sha256"] != cards[0]["sha256"]
+    assert first["held_out_loss_of_earlier_legs"] == [cards[0]["measured"]["held_out_loss"]]
+    assert cards[1]["measured"]["held_out_loss"] < cards[0]["measured"]["held_out_loss"]
+    assert cards[1]["wall_seconds"] > cards[0]["wall_seconds"] > 0
+    again = pretrain.main(cfg, resume=True)
+    assert again["sha256"] == first["sha256"]
+    weights = tmp_path / "run" / "leg-1" / "dit.safetensors"
+    weights.with_suffix(".json").unlink()
+    assert pretrain.main(cfg, resume=True)["sha256"] == first["sha256"], "a leg without its card goes on from its last checkpoint"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
