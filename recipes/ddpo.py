@@ -53,7 +53,7 @@ class Policy(BaseConfig):
     """Clips in one forward pass, in the rollout and in the replay."""
     lora_rank: int = 16
     """Rank of the adapter."""
-    lr: float = 3e-3
+    lr: float = 2e-3
     """Learning rate of AdamW on the adapter."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
