@@ -68,7 +68,7 @@ REWARD_PANEL = (
     Labeler("simulated-r2-color", color=2.7, shape=0.9, motion=0.6, noise=0.3, tie=0.35),
     Labeler("simulated-r3-shape", color=0.9, shape=2.7, motion=0.75, noise=0.3, position=0.4),
     Labeler("simulated-r4-motion", color=0.75, shape=0.75, motion=2.7, movement=1.0, noise=0.35, tie=0.15, position=-0.15),
-    Labeler("simulated-r5-lively", right=2.5, lively=6.0, movement=0.6, noise=0.3, seconds=8.0),
+    Labeler("simulated-r5-lively", right=2.5, lively=7.0, movement=0.6, noise=0.3, seconds=8.0),
     Labeler("simulated-r6-careless", noise=0.45, tie=0.4, position=0.8, careless=0.7, seconds=3.0),
 )
 GUARD_PANEL = (
