@@ -5,8 +5,9 @@ maximise reward subject to E[cost_k] <= limit_k, for each policy k. The multipli
 HERE only: the policy sees the cost minus the mean of the other clips of its prompt, never divided by a standard deviation (one rare
 violation would dominate).
 
-Costs are graded, in [0, 1]: a calibrated probability or a margin. Where every clip of a prompt violates, a 0/1 cost has no gradient whatever the
-baseline; `all_violating` measures the share of such prompts. An unknown cost (nan) is never "safe": the clip leaves the update and is counted.
+The multiplier looks at what the limit is about, the share of clips that violate; the policy at graded costs in [0, 1], a margin or a probability. Where
+every clip of a prompt violates, a 0/1 cost has no gradient whatever the baseline; `all_violating` measures the share of such prompts. An unknown cost (nan)
+is never "safe": the clip leaves the update and is counted.
 Safety alone collapses a generator: keep a quality guard beside it.
 
 Letters: B clips, G clips a prompt.
@@ -73,7 +74,7 @@ class Multiplier:
         return math.exp(self.log_value)
 
     def update(self, cost: Tensor) -> None:
-        """One dual step from the costs [B] of one rollout (all ranks). Unknown costs (nan) are left out; where none is known nothing moves."""
+        """One dual step from what is limited, violations (0 or 1) or costs [B], of one rollout (all ranks). Unknown costs (nan) are left out; where none is known nothing moves."""
         known = cost[cost.isfinite()]
         if not len(known):
             return
@@ -101,7 +102,7 @@ def constrained_advantage(
 ) -> Advantage:
     """(A_r - sum_k lambda_k A_k) / (1 + sum_k lambda_k), A_k = cost_k - mean cost_k of the other clips of the prompt. advantage, valid, costs [B].
 
-    Dividing by 1 + sum lambda keeps the size of the update while lambda grows (as in Stooke et al. 2020, arXiv 2007.03964). An unknown
+    Dividing by 1 + sum lambda keeps a growing lambda from growing the update (as in Stooke et al. 2020, arXiv 2007.03964). An unknown
     cost or reward masks its clip. A prompt with a single known cost has no baseline and is masked too.
     Raises ValueError where the policies of costs and multipliers differ.
     """
@@ -120,14 +121,16 @@ def constrained_advantage(
     return Advantage(total.where(mask, 0), mask, stats)
 
 
-def gate(advantage: Tensor, violated: Tensor, at_most: float = -1.0) -> Tensor:
-    """The hard gate: a clip over a hard limit never gets an advantage above at_most, [B] -> [B].
+def gate(advantage: Tensor, violated: Tensor, group_size: int, at_most: float = -1.0) -> Tensor:
+    """The hard gate: where clips of a prompt differ, one over a hard limit never gets an advantage above at_most. advantage, violated [B] -> [B].
 
-    Use it on `valid` clips, after `constrained_advantage`. Raises ValueError where at_most is not negative.
+    Where every clip of a prompt violates the advantages stay: the same constant for all would be a baseline, noise without direction, and only graded costs
+    can say which clip is the lesser evil. Use it on `valid` clips, after `constrained_advantage`. Raises ValueError where at_most is not negative.
     """
     if at_most >= 0:
         raise ValueError(f"gate: at_most must be negative, got {at_most}")
-    return torch.where(violated, advantage.clamp_max(at_most), advantage)
+    differ = ~violated.reshape(-1, group_size).all(1).repeat_interleave(group_size)  # [B]
+    return torch.where(violated & differ, advantage.clamp_max(at_most), advantage)
 
 
 def all_violating(violated: Tensor, group_size: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -22,8 +23,16 @@ def build_optimizer(parameters: Iterable[nn.Parameter], name: OptimizerName, *, 
 
 
 def warmup_cosine(optimizer: Any, iterations: int, *, warmup: int = 50, final: float = 0.02) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear from `final` to 1 over `warmup` steps, then a cosine back to `final` at the last iteration (factors of the learning rate)."""
+    """Linear from `final` to 1 over `warmup` steps, then a cosine back to `final` at the last iteration (factors of the learning rate).
+
+    The factor depends on the step alone: a run resumed with more iterations follows the longer schedule from where it is.
+    """
     warmup = min(warmup, max(1, iterations // 2))
-    rise = torch.optim.lr_scheduler.LinearLR(optimizer, final, total_iters=warmup)
-    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, iterations - warmup), eta_min=final * optimizer.param_groups[0]["initial_lr"])
-    return torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return final + (1 - final) * step / warmup
+        done = min(1.0, (step - warmup) / max(1, iterations - warmup))
+        return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

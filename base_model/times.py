@@ -12,14 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from base_model.paths import Path, VariancePreserving
+from base_model.paths import Path, RectifiedFlow, VariancePreserving
 
 
 def time_at(path: Path, log_ratio: Tensor) -> Tensor:
     """The time t where log(sigma / alpha) has this value; the inverse of the path's schedule. Raises ValueError on a path that is not known."""
     if isinstance(path, VariancePreserving):
         return torch.atan(log_ratio.exp())
-    if path.t_max == 1:
+    if isinstance(path, RectifiedFlow):
         return torch.sigmoid(log_ratio)
     raise ValueError(f"no inverse schedule for {type(path).__name__}: add it to base_model/times.py")
 

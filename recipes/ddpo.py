@@ -1,4 +1,4 @@
-"""DDPO with LoRA under a safety limit (`rushes ddpo`): policy gradient on denoising steps, rewards standardised per prompt.
+"""DDPO with LoRA under a safety limit (`rushes ddpo`): policy gradient on denoising steps, rewards compared within each prompt.
 
 Black et al. 2023 (arXiv 2305.13301), the importance-sampled form with PPO's clipping, on a flow-matching model: a denoising step is a Gaussian, sampled and replayed
 by the same `transition`. A prompt's clips share their first noise, as in DanceGRPO (arXiv 2505.07818): rewards then differ only by noise the policy answers for.
@@ -24,6 +24,7 @@ from align.objectives.policy_gradient import kl_penalty, ppo_clip
 from align.optimizers import build_optimizer
 from align.run import Run
 from align.trajectory import rollout, transition
+from base_model.errors import UserError
 from base_model.lora import add_lora, reference
 from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel
@@ -68,7 +69,7 @@ class Policy(BaseConfig):
     save_every: int = 10
     """Rollouts between checkpoints."""
     statistics_buffer: int = 32
-    """Rewards remembered per prompt."""
+    """Rewards remembered per prompt, without `same_noise`."""
 
 
 class Config(Feedback):
@@ -94,6 +95,9 @@ def noisy_window(steps: int, window: int, generator: torch.Generator) -> list[in
 
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
     p = cfg.policy
+    clips = p.prompts * p.group_size
+    if p.updates > -(-clips // p.micro_batch):
+        raise UserError(f"policy.updates is {p.updates}, but {clips} clips in micro-batches of {p.micro_batch} cannot be shared among so many. Lower policy.micro_batch")
     prompt_ids, texts = feedback.training_prompts(cfg)
     pool = model.encode_text(texts)
     kernel = Ancestral(p.eta)
@@ -102,10 +106,11 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
     optimizer = build_optimizer(model.network.parameters(), "adamw", lr=p.lr, weight_decay=0.0)
-    statistics = PromptStatistics(buffer_size=p.statistics_buffer, min_count=p.group_size)
     multiplier, watch = feedback.limits_of(cfg)
     feedback.register(run, model, optimizer, multiplier, watch)
-    run.register("statistics", statistics)
+    statistics = PromptStatistics(buffer_size=p.statistics_buffer, min_count=p.group_size)
+    if not p.same_noise:
+        run.register("statistics", statistics)
     sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
 
     for i in run.iterations(p.iterations, save_every=p.save_every, label="ddpo"):
@@ -130,7 +135,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         else:
             advantage = statistics.advantage([prompt_ids[k] for k in chosen.tolist()], seen.reward)
         if multiplier is not None:
-            multiplier.update(seen.cost)
+            multiplier.update(seen.violates)
         limited = feedback.apply_limits(advantage, seen, multiplier, cfg.safety, p.group_size)
         if i == 0:
             feedback.check_first_step(model, kernel, rollouts[0], seen.reward, p.group_size)
@@ -138,8 +143,9 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         # 4. Move the policy: replay the noisy steps, weigh their log-probabilities.
         losses, norms = [], []
         kls: list[Tensor] = []
-        shares = [batches[k :: p.updates] for k in range(p.updates)]
+        shares = [batches[u :: p.updates] for u in range(p.updates)]
         for u, share in enumerate(shares):
+            known = limited.valid[torch.cat(share)].sum().clamp_min(1)  # clips this update learns from
             for rows, taken in zip(share, rollouts[u :: p.updates], strict=True):
                 for number, step in enumerate(taken.steps()):
                     now = transition(model, kernel, step.x, step.t, step.s, taken.cond)
@@ -151,8 +157,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
                             prior = transition(model, kernel, step.x, step.t, step.s, taken.cond)
                         kls.append(now.kl(prior))  # [b]
                     if p.kl_coef:
-                        loss = loss.plus("kl", kl_penalty(kls[-1], p.kl_coef))
-                    run.backward(loss.value, divide_by=len(share) * len(noisy))
+                        loss = loss.plus("kl", kl_penalty(kls[-1], p.kl_coef, valid=valid))
+                    run.backward(loss.value * (valid.sum() / known), divide_by=len(noisy))
                     losses.append(loss.stats)
             norms.append(run.step(optimizer, p.max_grad_norm))
 

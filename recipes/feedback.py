@@ -19,7 +19,7 @@ from align.advantage import Advantage
 from align.config import Config as BaseConfig
 from align.constraints import Multiplier, all_violating, constrained_advantage, gate
 from align.kernels import Kernel
-from align.run import Run
+from align.run import Run, derived_seed
 from align.trajectory import Trajectory, transition
 from base_model.checkpoint import save_weights
 from base_model.errors import GuardStop
@@ -31,22 +31,21 @@ from recipes.shapes.prompts import make_prompts
 from recipes.weights import file_hash, write_card
 from reward.mixture import Mixture, Term
 from reward.model import RewardModel, load_reward_model
-from reward.safety.contract import SafetyRunner, Verdict, costs
+from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate, costs
 
 FLASHING = "P17"
-HELD_OUT_SEED = 7_000_000
 
 METRICS = {
     "reward": "Reward model's pessimistic score (mean minus spread, standardised) of the rollout's clips; unknown scores left out.",
-    "violation_rate": "Share of the rollout's clips the safety filters block, before any filter is applied.",
-    "cost": "Mean graded cost (calibrated probability of a violation) of the rollout's clips.",
+    "violation_rate": "Share of the rollout's clips the safety filters block, before any filter is applied; clips no filter could judge left out.",
+    "cost": "Mean graded cost of the rollout's clips, in [0, 1]: 0.5 where the filter's limit is.",
     "multiplier": "Weight lambda of the safety cost in the advantage.",
     "all_violating": "Share of prompts whose clips all violate.",
     "error_share": "Share of clips whose reward or cost is unknown; they are masked.",
     "held_out_reward": "The same score of held-out prompts' clips, from the deterministic sampler and fixed noise.",
     "held_out_guard": "Guard's score (other labelers, other seed) of the same held-out clips; never optimised.",
     "held_out_violation_rate": "Share of the held-out clips that the safety filters block.",
-    "kl_per_element": "KL of the first noisy step from the SFT policy, nats per latent element.",
+    "kl_per_element": "KL of the noisy steps from the SFT policy, nats per latent element; without a KL penalty of the first step of the first micro-batch alone.",
     "kl_total": "The same, nats per clip: per element times the number of latent elements.",
     "grad_norm": "Norm of the gradient before clipping, mean over the updates.",
     "ratio": "Importance ratio (per latent element), mean over clips and steps.",
@@ -64,10 +63,10 @@ class SafetyLimit(BaseConfig):
     """Step of the multiplier, in log space."""
     initial: float = 2.0
     """First multiplier."""
-    cap: float = 50.0
-    """Largest multiplier."""
+    cap: float = 10.0
+    """Largest multiplier: with more, the reward counts for nothing while a few prompts always flash."""
     gate: float = -1.0
-    """A blocked clip's advantage is at most this."""
+    """A blocked clip's advantage is at most this, before the division by 1 + multiplier, where another clip of its prompt is not blocked."""
 
 
 class Feedback(BaseConfig):
@@ -105,16 +104,23 @@ class Feedback(BaseConfig):
 
 @dataclass(frozen=True)
 class Assessment:
-    """Example: B = 4 clips, the third flashing: `reward` [0.2, 1.1, 0.9, nan], `cost` [0.0, 0.01, 0.98, 0.0], `blocked` [F, F, T, F]."""
+    """Example: B = 4 clips, the third flashing, the fourth blank: `reward` [0.2, 1.1, 0.9, 0.4], `cost` [0.02, 0.03, 0.9, 0.02], `violates` [0, 0, 1, 0],
+    `allowed` [T, T, F, F]."""
 
     reward: Tensor  # [B]; nan where unknown
-    cost: Tensor  # [B] in [0,1]; nan where the filters failed
-    blocked: Tensor  # [B] bool
+    cost: Tensor  # [B] in [0,1], graded; nan where the filters failed
+    violates: Tensor  # [B] 1 where a filter blocks, else 0; nan where the filters failed
+    allowed: Tensor  # [B] bool; only these may be learned from as good
+
+    @property
+    def violation_rate(self) -> float:
+        """Share of the clips that were judged; nan where none was."""
+        return float(self.violates.nanmean())
 
 
 @dataclass
 class Assessor:
-    """Scores and rules on clips. Raises GuardStop above the error rate of `max_error_share`."""
+    """Scores and rules on clips. Raises GuardStop where the filters fail on more than `max_error_share` of a batch."""
 
     reward: Mixture
     runner: SafetyRunner
@@ -126,27 +132,33 @@ class Assessor:
         """video [B,T,3,H,W] in [0,1] of B prompts."""
         mixed = self.reward(video, prompts)
         decisions = self.runner.check_videos(video, prompts, self.fps)
-        self.runner.check_error_rate(self.max_error_share)
-        blocked = torch.tensor([d.verdict == Verdict.BLOCK for d in decisions])
-        return Assessment(mixed.reward, costs(decisions, FLASHING), blocked)
+        check_error_rate(decisions, self.max_error_share)
+        known = torch.tensor([d.verdict != Verdict.ERROR for d in decisions])
+        blocks = torch.tensor([float(d.verdict == Verdict.BLOCK) for d in decisions])
+        return Assessment(mixed.reward, costs(decisions, FLASHING), blocks.where(known, torch.nan), torch.tensor([allowed(d) for d in decisions]))
 
 
 def apply_limits(advantage: Advantage, seen: Assessment, multiplier: Multiplier | None, limit: SafetyLimit, group_size: int) -> Advantage:
-    """The advantage under the constraint: cost weighed by the multiplier, then the hard gate. Without a multiplier only unknown costs are masked."""
+    """The advantage under the constraint: cost weighed by the multiplier, then the hard gate, and nothing that is not allowed learned from as good.
+
+    Without a multiplier only unknown costs are masked.
+    """
     if multiplier is None:
-        return advantage
+        valid = advantage.valid & seen.cost.isfinite()
+        return advantage._replace(advantage=advantage.advantage.where(valid, 0), valid=valid)
     bounded = constrained_advantage(advantage.advantage, {FLASHING: seen.cost}, [multiplier], group_size, valid=advantage.valid)
-    return bounded._replace(advantage=gate(bounded.advantage, seen.blocked & bounded.valid, limit.gate))
+    gated = gate(bounded.advantage, (seen.violates == 1) & bounded.valid, group_size, limit.gate / (1 + multiplier.value))
+    return bounded._replace(advantage=torch.where(seen.allowed, gated, gated.clamp_max(0)))
 
 
 def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | None) -> dict[str, float]:
     """The metrics of one rollout."""
     return {
         "reward": float(seen.reward.nanmean()),
-        "violation_rate": float(seen.blocked.float().mean()),
+        "violation_rate": seen.violation_rate,
         "cost": float(seen.cost.nanmean()),
         "multiplier": 0.0 if multiplier is None else multiplier.value,
-        "all_violating": all_violating(seen.blocked, group_size),
+        "all_violating": all_violating(seen.violates == 1, group_size),
         "error_share": float((seen.reward.isnan() | seen.cost.isnan()).float().mean()),
     }
 
@@ -162,11 +174,12 @@ class HeldOut:
     cond: Conditioning
     sampler: Sampler
     guard: Mixture | None
+    seed: int
     folder: Path
 
     def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
         """Samples, keeps and scores the held-out clips."""
-        video = torch.cat(list(sample(model, self.cond, [HELD_OUT_SEED + k for k in range(len(self.cond))], self.sampler)))  # [B,T,3,H,W]
+        video = torch.cat(list(sample(model, self.cond, [derived_seed(self.seed, "held out", k) % 2**31 for k in range(len(self.cond))], self.sampler)))  # [B,T,3,H,W]
         self.folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.folder / f"{iteration:06d}.safetensors", {"video": (video * 255).round().to(torch.uint8)}, {})
         seen = assess(video, self.prompts)
@@ -174,7 +187,7 @@ class HeldOut:
         return {
             "held_out_reward": float(seen.reward.nanmean()),
             "held_out_guard": guard,
-            "held_out_violation_rate": float(seen.blocked.float().mean()),
+            "held_out_violation_rate": seen.violation_rate,
         }
 
 
@@ -183,23 +196,32 @@ class GuardWatch:
 
     def __init__(self, *, drop: float, limit: float) -> None:
         self.drop, self.limit = drop, limit
-        self.best_guard = float("-inf")
+        self.best_guard = self.best_safe_guard = float("-inf")
         self.best: dict[str, Tensor] = {}
+        self.fallen = False
 
-    def fell(self, guard: float, violation_rate: float, adapter: dict[str, Tensor]) -> bool:
-        """Takes one held-out look; True where the guard fell `drop` below its best (both in standard deviations of the guard's scores)."""
-        if guard > self.best_guard and violation_rate <= self.limit:
-            self.best_guard, self.best = guard, {name: tensor.detach().clone() for name, tensor in adapter.items()}
-        return guard < self.best_guard - self.drop
+    def fell(self, guard: float | None, violation_rate: float, adapter: dict[str, Tensor]) -> bool:
+        """Takes one held-out look; True once the guard fell `drop` below its best (in standard deviations of its scores), or could not tell (nan).
+
+        guard: None where there is no guard. violation_rate: nan, as unknown, keeps no limit.
+        """
+        if guard is None:
+            return False
+        if guard > self.best_safe_guard and violation_rate <= self.limit:
+            self.best_safe_guard, self.best = guard, {name: tensor.detach().clone() for name, tensor in adapter.items()}
+        self.best_guard = max(guard, self.best_guard)
+        self.fallen = self.fallen or not guard >= self.best_guard - self.drop
+        return self.fallen
 
     def state_dict(self) -> dict[str, object]:
-        return {"best_guard": None if self.best_guard == float("-inf") else self.best_guard, "best": self.best}
+        scores = {name: None if value == float("-inf") else value for name, value in (("best_guard", self.best_guard), ("best_safe_guard", self.best_safe_guard))}
+        return {**scores, "best": self.best, "fallen": self.fallen}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        best_guard, best = state["best_guard"], state["best"]
+        best, scores = state["best"], [state["best_guard"], state["best_safe_guard"]]
         assert isinstance(best, dict)
-        self.best_guard = float("-inf") if best_guard is None else float(str(best_guard))
-        self.best = best
+        self.best_guard, self.best_safe_guard = (float("-inf") if score is None else float(str(score)) for score in scores)
+        self.best, self.fallen = best, bool(state["fallen"])
 
 
 def check_first_step(model: LatentVideoModel, kernel: Kernel, taken: Trajectory, reward: Tensor, group_size: int) -> None:
@@ -242,9 +264,14 @@ def look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor,
     if iteration % every:
         return {}
     looked = held_out.watch(model, assess, iteration)
-    if watch.fell(looked["held_out_guard"], looked["held_out_violation_rate"], adapter_state(model.network)):
+    if watch_over(watch, held_out, looked, model):
         run.stop()
     return looked
+
+
+def watch_over(watch: GuardWatch, held_out: HeldOut, looked: Mapping[str, float], model: LatentVideoModel) -> bool:
+    """Whether the guard fell, by this look or an earlier one."""
+    return watch.fell(None if held_out.guard is None else looked["held_out_guard"], looked["held_out_violation_rate"], adapter_state(model.network))
 
 
 @torch.no_grad()
@@ -307,15 +334,16 @@ def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) ->
     model.network.requires_grad_(False)
     guard = standardised(load_reward_model(cfg.guard, model.text)) if cfg.guard else None
     texts = held_out_texts(cfg)
-    held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, run.out / "held_out")
+    held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
     reward = standardised(load_reward_model(cfg.reward, model.text), cfg.pessimism)
     assess = Assessor(reward, safety_runner(), cfg.sampler.fps)
     watch = train(cfg, run, model, assess, held_out)
 
-    looked = held_out.watch(model, assess, iterations)
-    stopped = watch.fell(looked["held_out_guard"], looked["held_out_violation_rate"], adapter_state(model.network))
+    looked = held_out.watch(model, assess, run.iteration)
+    stopped = watch_over(watch, held_out, looked, model)
     if stopped and watch.best:
         load_adapter_state(model.network, watch.best)
+        looked = held_out.watch(model, assess, run.iteration)
     run.log(**looked)
     save_weights(run.out / "adapter.safetensors", adapter_state(model.network), {})
     model.network = merge(model.network)
@@ -325,5 +353,6 @@ def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) ->
     result = {"weights": str(weights), "sha256": file_hash(weights), "stopped_by_guard": stopped, "forward_passes": run.forward_passes, **looked}
     if stopped:
         kept = "the best checkpoint that kept the limit is saved" if watch.best else "the last state is saved"
-        raise StoppedByGuard(f"the guard's score fell more than {cfg.guard_drop:g} below its best while the reward was optimised; {kept}, {weights}. Look at {run.out}", result)
+        why = f"the guard's score fell more than {cfg.guard_drop:g} below its best while the reward was optimised, or could not be told"
+        raise StoppedByGuard(f"{why}; {kept}, {weights}. Look at {run.out}", result)
     return result

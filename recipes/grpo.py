@@ -114,7 +114,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         seen = assess(feedback.decode(model, taken), cond.prompts)
         relative = group_advantage(seen.reward, p.group_size, divide_by=p.divide_by)
         if multiplier is not None:
-            multiplier.update(seen.cost)
+            multiplier.update(seen.violates)
         limited = feedback.apply_limits(relative, seen, multiplier, cfg.safety, p.group_size)
         if i == 0:
             feedback.check_first_step(model, kernel, taken[0], seen.reward, p.group_size)
@@ -131,8 +131,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
                 kl = now.kl(prior)  # [b]
                 weight = step_weight(p.step_weight, kernel, model.path, step.t, step.s)
                 policy = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, valid=valid, weight=weight)
-                loss = policy.plus("kl_penalty", kl_penalty(kl, p.kl_coef))
-                run.backward(loss.value * len(rows), divide_by=clips)
+                loss = policy.plus("kl_penalty", kl_penalty(kl, p.kl_coef, valid=valid))
+                run.backward(loss.value * (valid.sum() / limited.valid.sum().clamp_min(1)))
                 terms.append(loss.stats)
                 kls.append(kl.detach())
         norm = run.step(optimizer, p.max_grad_norm)

@@ -104,7 +104,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         if i == 0:
             selfcheck.reward_spread(seen.reward, p.group_size)
         if multiplier is not None:
-            multiplier.update(seen.cost)
+            multiplier.update(seen.violates)
         limited = feedback.apply_limits(advantage, seen, multiplier, cfg.safety, p.group_size)
         a = implicit_split(limited.advantage, p.largest_advantage)  # [B]
 
@@ -127,12 +127,13 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         stats, norms = [], []
         for k, (rows, x_t, at, target, u_old) in enumerate(noised):
             u = model(x_t, at, cond[rows])  # [b,C,F,H,W]
-            loss = signed_flow_matching(u, u_old, target, a[rows].to(run.device), p.proximal, valid=limited.valid[rows].to(run.device))
+            valid = limited.valid[rows].to(run.device)  # [b]
+            loss = signed_flow_matching(u, u_old, target, a[rows].to(run.device), p.proximal, valid=valid)
             if p.kl_coef:
                 with reference(model.network), torch.no_grad():
                     prior = model(x_t, at, cond[rows])
                 loss = loss.plus("reference", p.kl_coef * clip_error(u, prior).mean())
-            run.backward(loss.value, divide_by=len(batches))
+            run.backward(loss.value * (valid.sum() / limited.valid.sum().clamp_min(1)))
             stats.append(loss.stats)
             if (k + 1) % len(batches) == 0:
                 norms.append(run.step(optimizer, p.max_grad_norm))

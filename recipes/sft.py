@@ -122,9 +122,10 @@ def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: P
         u = model.network(x_t.to(run.device), packed.positions.to(run.device), packed.segments, t.to(run.device), *packed_text(cond))  # [N,c]
         loss = flow_matching(packed_clip_error(u, target.to(run.device), packed.segments.ids.to(run.device), len(chosen)))
         run.backward(loss.value)
+        rate = optimizer.param_groups[0]["lr"]
         norm = run.step(optimizer, fit.max_grad_norm, schedule)
         average.update()
-        run.log(loss=loss.value, grad_norm=norm, learning_rate=optimizer.param_groups[0]["lr"], clips=len(chosen), tokens=len(packed.tokens))
+        run.log(loss=loss.value, grad_norm=norm, learning_rate=rate, clips=len(chosen), tokens=len(packed.tokens))
         if (i + 1) % fit.evaluate_every == 0 or i + 1 == fit.iterations:
             with average.swap():
                 losses = held_out_losses(model, held_out, run.generator("held out", 0))

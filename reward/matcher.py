@@ -79,7 +79,7 @@ class Matcher(nn.Module):
         self.pixels = nn.Sequential(
             nn.Conv2d(3, z.pixels // 2, 3, padding=1), nn.SiLU(), nn.Conv2d(z.pixels // 2, z.pixels, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(z.pixels, z.pixels, 1), nn.SiLU()
         )
-        first, second, third = nn.Conv2d(z.pixels + 1, z.deep, 3, stride=2, padding=1), nn.Conv2d(z.deep, z.deep, 3, padding=1), nn.Conv2d(z.deep, z.deep, 3, padding=1)
+        first, second, third = (nn.Conv2d(a, z.deep, 3, padding=1) for a in (z.pixels, z.deep, z.deep))
         self.deep = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third, nn.SiLU())
         self.shape = nn.Sequential(nn.Linear(2 * z.deep, 64), nn.SiLU(), nn.Linear(64, z.answer))
         self.track = nn.ModuleList(nn.Conv1d(a, z.time, 3, padding=d, dilation=d, padding_mode="replicate") for a, d in ((12, 1), (z.time, 1), (z.time, 2), (z.time, 4)))
@@ -109,8 +109,7 @@ class Matcher(nn.Module):
         logit = torch.einsum("btchw,bqc->bqthw", seen.unflatten(0, (b, t)), query[..., :-1]) + query[..., -1, None, None, None]  # [B,C S,T,h,w]
         logit = logit.flatten(0, 1)  # [Q,T,h,w]
         gate = logit.sigmoid()
-        clip = torch.arange(b, device=video.device).repeat_interleave(query.shape[1])  # [Q]
-        answers = Answers(self._shape(seen, gate, clip), self._motion(gate), self._presence(logit, gate))
+        answers = Answers(self._shape(seen, gate), self._motion(gate), self._presence(logit, gate))
         return answers, self.shape_query(text, mask)[caption].flatten(0, 2), self.motion_query(text, mask)[caption].flatten(0, 2)
 
     def _parts(self, answers: Answers, shape: Tensor, motion: Tensor) -> Tensor:
@@ -140,18 +139,18 @@ class Matcher(nn.Module):
         told: Tensor = self.motion(torch.cat([z.mean(2), z.amax(2)], dim=1))
         return told
 
-    def _shape(self, seen: Tensor, gate: Tensor, clip: Tensor) -> Tensor:
-        """seen [B T,c,h,w], gate [Q,T,h,w], clip of each question [Q] -> [Q,E]: deep features under the gate in a few frames, frames weighted by the gate's mass."""
+    def _shape(self, seen: Tensor, gate: Tensor) -> Tensor:
+        """seen [B T,c,h,w], gate [Q,T,h,w] -> [Q,E]: deep features of a few frames, pooled under the gate."""
         t = gate.shape[1]
         frames = torch.linspace(0, t - 1, min(t, self.size.shape_frames), device=gate.device).round().long()  # [P]
-        under = gate[:, frames].flatten(0, 1)[:, None]  # [Q P,1,h,w]
-        image = seen[(clip[:, None] * t + frames).flatten()] * under  # [Q P,c,h,w]
-        x = self.deep(torch.cat([image, under], dim=1).contiguous(memory_format=torch.channels_last))  # [Q P,deep,h/2,w/2]
-        weight = F.adaptive_max_pool2d(under, x.shape[2:])  # [Q P,1,h/2,w/2]
-        mass = weight.sum((2, 3)) + 1e-3  # [Q P,1]
-        gathered = torch.cat([(x * weight).sum((2, 3)) / mass, (x * weight).amax((2, 3))], dim=1).unflatten(0, (-1, len(frames)))  # [Q,P,2 deep]
-        share = mass.unflatten(0, (-1, len(frames)))  # [Q,P,1]
-        told: Tensor = self.shape((gathered * share / share.sum(1, keepdim=True)).sum(1))
+        x = self.deep(seen.unflatten(0, (-1, t))[:, frames].flatten(0, 1)).flatten(2).unflatten(0, (-1, len(frames))).transpose(2, 3)  # [B,P,h w,deep]
+        under = gate[:, frames].flatten(2)  # [Q,P,h w]
+        mass = under.sum(2, keepdim=True) + 1e-3  # [Q,P,1]
+        weight = (under / mass).unflatten(0, (len(x), -1)).transpose(1, 2)  # [B,P,C S,h w]
+        mean = (weight @ x).transpose(1, 2).flatten(0, 1)  # [Q,P,deep]
+        square = (weight @ x.square()).transpose(1, 2).flatten(0, 1)  # [Q,P,deep]
+        share = mass / mass.sum(1, keepdim=True)  # [Q,P,1]
+        told: Tensor = self.shape((torch.cat([mean, (square - mean.square()).clamp_min(1e-6).sqrt()], dim=2) * share).sum(1))
         return told
 
 

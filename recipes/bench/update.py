@@ -154,7 +154,7 @@ def run_updates(cfg: Config, recipe: Recipe, reward: Mixture, out: Path) -> Meas
     loaded.network.requires_grad_(False)
     model = TimedModel(**{part.name: getattr(loaded, part.name) for part in fields(loaded)}, laps=laps)
     assess = TimedAssessor(reward, safety_runner(), cfg.sampler.fps, laps=laps)
-    held_out = NoLook((), model.encode_text(["nothing"]), cfg.sampler, None, out)
+    held_out = NoLook((), model.encode_text(["nothing"]), cfg.sampler, None, 0, out)
     once = {"iterations": 1 + cfg.updates, "save_every": 2 + cfg.updates, "evaluate_every": 2 + cfg.updates}
 
     def train() -> None:

@@ -55,7 +55,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Ruling:
-    """What one filter says about one prompt or clip under one policy. `score` is the calibrated probability of a violation, nan where unknown."""
+    """What one filter says about one prompt or clip under one policy. `score` grades it from 0 to 1, with the filter's own limit at `threshold`; nan where unknown."""
 
     verdict: Verdict
     policy: str  # a code of policy.yaml
@@ -137,6 +137,16 @@ def costs(decisions: Iterable[Decision], policy: str) -> Tensor:
     return torch.tensor([cost(decision, policy) for decision in decisions], dtype=torch.float32)
 
 
+def check_error_rate(decisions: Sequence[Decision], limit: float) -> None:
+    """Raises GuardStop where more than `limit` of the decisions are errors: a filter that does not answer must not look like a safe world."""
+    failures = [ruling for d in decisions if d.verdict == Verdict.ERROR for ruling in d.rulings if ruling.verdict == Verdict.ERROR]
+    causes = Counter(ruling.reasons[0].text if ruling.reasons else ruling.filter_id for ruling in failures)
+    failed = sum(d.verdict == Verdict.ERROR for d in decisions)
+    if failed > limit * len(decisions):
+        cause = causes.most_common(1)[0][0] if causes else "no filter ruled"
+        raise GuardStop(f"safety filters failed on {failed} of {len(decisions)} clips (limit {limit:.1%}), most often: {cause}. Mend the filter, then go on with --resume")
+
+
 def to_json(decision: Decision) -> dict[str, object]:
     """Plain values for a table or a report; unknown scores are None. The wall-clock time is left out, so equal decisions read equal."""
     return {
@@ -203,15 +213,6 @@ class SafetyRunner:
                 for i, answer in zip(good, answers, strict=True):
                     rulings[i].extend(answer)
         return self._count("clip", [self._decide(each, "no video filter is configured") for each in rulings])
-
-    def check_error_rate(self, limit: float, *, at_least: int = 20) -> None:
-        """Raises GuardStop where more than `limit` of the clips and prompts checked so far (`at_least` that many) ended in an error."""
-        checked = self.counts["clip.checked"] + self.counts["prompt.checked"]
-        errors = self.counts["clip.error"] + self.counts["prompt.error"]
-        if checked >= at_least and errors > limit * checked:
-            causes = Counter({name.split("error: ", 1)[1]: n for name, n in self.counts.items() if "error: " in name})
-            cause = causes.most_common(1)[0][0] if causes else "unknown"
-            raise GuardStop(f"safety filters failed on {errors} of {checked} checks (limit {limit:.1%}), most often: {cause}. Mend the filter, then go on with --resume")
 
     def _ask(self, each: SafetyFilter, call: Callable[[], object], count: int) -> list[list[Ruling]]:
         """The filter's rulings, with an error ruling wherever it did not answer as it should."""

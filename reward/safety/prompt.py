@@ -64,7 +64,7 @@ class WordFilter:
     def __init__(self, policy: Policy, languages: Sequence[str] = ("en",)) -> None:
         self._policy = policy
         self._words = {rule.code: _pattern(word for language in languages for word in rule.words.get(language, ())) for rule in policy.rules if rule.words}
-        self._harmless = _pattern(phrase for language in languages for phrase in policy.allow_phrases.get(language, ()))
+        self._harmless = _pattern((phrase for language in languages for phrase in policy.allow_phrases.get(language, ())), gap=r"[ \t]+")
         self._any = re.compile("|".join(pattern.pattern for pattern in self._words.values()) or r"(?!)")
         self.policies = tuple(self._words)
 
@@ -81,8 +81,7 @@ class WordFilter:
         return Ruling(verdict, code, float(bool(hits)), tuple(Reason(f"the prompt says {hit!r}") for hit in hits), self.id, self.version, self.threshold)
 
 
-def _pattern(words: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the words and phrases as whole words; `*` at an end of a word stands for any ending; the gaps of a phrase for any gap."""
-    gap = r"[\W_]+"
+def _pattern(words: Iterable[str], gap: str = r"[\W_]+") -> re.Pattern[str]:
+    """Matches any of the words and phrases as whole words; `*` at an end of a word stands for any ending, a space in a phrase for `gap`."""
     choices = [gap.join(re.escape(part).replace(r"\*", r"[^\W_]*") for part in fold(word).split()) for word in words]
     return re.compile(rf"(?<![^\W_])(?:{'|'.join(choices)})(?![^\W_])" if choices else r"(?!)")

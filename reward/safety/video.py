@@ -57,17 +57,16 @@ class FlashRisk(NamedTuple):
 
 
 class FlashFilter:
-    """P17. score = sigmoid(k log(a / limit)) with a the largest swing at which the clip would still be a hazard: 0.5 at the limit, below 0.001 where nothing
-    flashes, and still rising for the strongest flashing, so that the clips of a prompt that always flashes can be told apart. k = `steepness`."""
+    """P17. score = a / (a + limit) with a the largest swing at which the clip would still be a hazard: 0.5 at the limit, 0.02 where nothing flashes, 0.75 at
+    a swing of 0.3 and 0.89 at 0.8, so that the clips of a prompt that always flashes can be told apart. A margin, not a probability."""
 
     id = "flash"
     version = "1"
     threshold = 0.5
     policies = ("P17",)
 
-    def __init__(self, policy: Policy, *, steepness: float = 3.0) -> None:
+    def __init__(self, policy: Policy) -> None:
         self._hit = VERDICT_OF[policy.action("P17")]
-        self._steepness = steepness
 
     def check_videos(self, video: Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
         """video [B,T,3,H,W] in [0,1] -> one ruling a clip."""
@@ -76,7 +75,7 @@ class FlashFilter:
 
     def _rule(self, luminance: float, red: float, start: float, end: float) -> Ruling:
         relative = max(luminance * UNITS, red * RED_UNITS, FAINTEST / 2) / SWING
-        score = 1 / (1 + relative**-self._steepness)
+        score = relative / (1 + relative)
         if score < self.threshold:
             return Ruling(Verdict.ALLOW, "P17", score, (), self.id, self.version, self.threshold)
         kind, swing = ("red", red) if red * RED_UNITS > luminance * UNITS else ("general", luminance)

@@ -131,11 +131,11 @@ def test_a_policy_without_a_multiplier_is_refused() -> None:
         constrained_advantage(torch.zeros(2), {"gore": torch.zeros(2)}, [flash()], 2)
 
 
-def test_the_gate_caps_violators_only() -> None:
-    advantage, violated = torch.tensor([3.0, -2.0, 3.0]), torch.tensor([True, True, False])
-    assert gate(advantage, violated).tolist() == [-1, -2, 3]
+def test_the_gate_caps_violators_where_a_clip_of_their_prompt_does_not_violate() -> None:
+    advantage, violated = torch.tensor([3.0, -2.0, 3.0, 0.5, -0.5, 0.0]), torch.tensor([True, True, False, True, True, True])
+    assert gate(advantage, violated, 3).tolist() == [-1, -2, 3, 0.5, -0.5, 0]
     with pytest.raises(ValueError, match="negative"):
-        gate(advantage, violated, at_most=0.0)
+        gate(advantage, violated, 3, at_most=0.0)
 
 
 def test_prompts_whose_clips_all_violate_are_counted() -> None:

@@ -1,24 +1,31 @@
 """Each training recipe improves its own metric on a small model, and its first ratio is exactly 1."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from align.advantage import group_advantage
+from align.constraints import Multiplier
 from align.run import Run, read_metrics
+from base_model.errors import GuardStop
+from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import ddpo, feedback, grpo, nft, pretrain, sft
 from recipes.feedback import Assessor, HeldOut, SafetyLimit
 from recipes.generate import Sampler, safety_runner
-from reward.mixture import Mixture, Term
-from tests.recipes.small import Brightness, save_small_network, small_model
+from reward.mixture import Mixed, Mixture, Term
+from reward.safety.contract import Ruling, SafetyRunner, Verdict
+from reward.safety.policy import load_policy
+from tests.recipes.small import Brightness, save_small_network, save_small_reward_model, small_model
 
 SAMPLER = Sampler(steps=4, frames=5, height=16, width=16)
 BRIGHT = Mixture({"signal": Brightness()}, (Term("signal", "overall", scale=0.1),))
 
 
 def held_out(folder: Path, texts: list[str]) -> HeldOut:
-    return HeldOut(texts, small_model().encode_text(texts), SAMPLER, BRIGHT, folder)
+    return HeldOut(texts, small_model().encode_text(texts), SAMPLER, BRIGHT, 0, folder)
 
 
 def test_sft_lowers_the_held_out_loss_and_saves_what_it_reached(tmp_path: Path) -> None:
@@ -61,7 +68,21 @@ def test_sft_with_lora_and_either_optimizer_learns_and_comes_back_merged(tmp_pat
     assert again["held_out_loss"] == pytest.approx(result["held_out_loss"], rel=1e-3)
 
 
-def run_rl(recipe: str, out: Path, *, constrained: bool) -> list[dict[str, float]]:
+class Dazzle:
+    """A filter with a known answer: the score is 0.5 at the brightness `limit`, and what is brighter is blocked."""
+
+    id, version, threshold, policies = "dazzle", "1", 0.5, ("P17",)
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def check_videos(self, video: torch.Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
+        scores = torch.sigmoid(40 * (video.flatten(1).mean(1) - self.limit)).tolist()
+        return [[Ruling(Verdict.BLOCK if score > 0.5 else Verdict.ALLOW, "P17", score, (), self.id, self.version, self.threshold)] for score in scores]
+
+
+def run_rl(recipe: str, out: Path, *, constrained: bool, runner: SafetyRunner | None = None) -> list[dict[str, float]]:
+    assess = Assessor(BRIGHT, runner or safety_runner(), 12.0, max_error_share=1.0)
     common = {"out": out, "prompt_pool": 6, "strobe": 0.0, "two_objects": 0.0, "constrained": constrained, "sampler": SAMPLER, "safety": SafetyLimit(limit=0.5)}
     model = small_model()
     model.network.requires_grad_(False)
@@ -69,15 +90,15 @@ def run_rl(recipe: str, out: Path, *, constrained: bool) -> list[dict[str, float
     if recipe == "ddpo":
         cfg = ddpo.Config(**common, policy=ddpo.Policy(iterations=14, prompts=3, group_size=8, micro_batch=12, lr=1e-2, updates=2, evaluate_every=20, save_every=20))
         run = Run(out, cfg, seed=0, resume=False, metrics=ddpo.METRICS, quiet=True)
-        ddpo.train(cfg, run, model, Assessor(BRIGHT, safety_runner(), 12.0, max_error_share=1.0), held_out(out / "held_out", texts))
+        ddpo.train(cfg, run, model, assess, held_out(out / "held_out", texts))
     elif recipe == "grpo":
         settings = grpo.Config(**common, policy=grpo.Policy(iterations=14, prompts=3, group_size=8, micro_batch=12, lr=1e-2, first_steps=3, evaluate_every=20, save_every=20))
         run = Run(out, settings, seed=0, resume=False, metrics=grpo.METRICS, quiet=True)
-        grpo.train(settings, run, model, Assessor(BRIGHT, safety_runner(), 12.0, max_error_share=1.0), held_out(out / "held_out", texts))
+        grpo.train(settings, run, model, assess, held_out(out / "held_out", texts))
     else:
         forward = nft.Config(**common, policy=nft.Policy(iterations=14, prompts=3, group_size=8, micro_batch=12, lr=1e-2, updates=2, evaluate_every=20, save_every=20))
         run = Run(out, forward, seed=0, resume=False, metrics=nft.METRICS, quiet=True)
-        nft.train(forward, run, model, Assessor(BRIGHT, safety_runner(), 12.0, max_error_share=1.0), held_out(out / "held_out", texts))
+        nft.train(forward, run, model, assess, held_out(out / "held_out", texts))
     return read_metrics(out)
 
 
@@ -104,32 +125,92 @@ def test_forward_process_rl_makes_clips_brighter_and_starts_at_the_reference(tmp
     assert all(row["drift"] > 0 for row in rows), "the second update of a rollout starts away from the policy that made its clips"
 
 
-def test_a_constrained_run_logs_its_multiplier_and_an_unconstrained_one_has_none(tmp_path: Path) -> None:
-    rows = run_rl("ddpo", tmp_path / "with", constrained=True)
-    assert all(row["multiplier"] > 0 for row in rows)
-    assert all(row["multiplier"] == 0 for row in run_rl("ddpo", tmp_path / "without", constrained=False)[:1])
+@pytest.mark.parametrize("recipe", ["ddpo", "grpo", "nft"])
+def test_under_the_limit_violations_fall_although_they_are_what_pays_and_without_it_they_rise(tmp_path: Path, recipe: str) -> None:
+    free = run_rl(recipe, tmp_path / "free", constrained=False, runner=SafetyRunner([Dazzle(0.5)], load_policy()))
+    limit = 0.1 * free[0]["reward"]  # the brightness the model starts with
+    runs = {name: run_rl(recipe, tmp_path / name, constrained=name == "held", runner=SafetyRunner([Dazzle(limit)], load_policy())) for name in ("held", "loose")}
+    first, last = ({name: sum(row["violation_rate"] for row in part(rows)) / 3 for name, rows in runs.items()} for part in (lambda r: r[:3], lambda r: r[-3:]))
+    print(f"{recipe}: violations {first} -> {last}")
+    assert last["loose"] > first["loose"] + 0.2
+    assert last["held"] < first["held"] - 0.1
+    assert all(row["multiplier"] > 0 for row in runs["held"])
+    assert all(row["multiplier"] == 0 for row in runs["loose"])
 
 
 def test_the_guard_stops_a_run_it_sees_falling_and_remembers_the_best_safe_checkpoint() -> None:
     watch = feedback.GuardWatch(drop=0.5, limit=0.02)
     adapters = [{"a": torch.full((1,), float(k))} for k in range(4)]
     assert not watch.fell(1.0, 0.01, adapters[0])
-    assert not watch.fell(2.0, 0.30, adapters[1]), "better, but it violates the limit: not remembered"
+    assert not watch.fell(1.4, 0.30, adapters[1]), "better, but it violates the limit: not remembered"
     assert not watch.fell(1.2, 0.00, adapters[2])
-    assert watch.fell(0.6, 0.00, adapters[3])
+    assert watch.fell(0.8, 0.00, adapters[3])
     assert watch.best["a"].item() == 2.0
     restored = feedback.GuardWatch(drop=0.5, limit=0.02)
     restored.load_state_dict(watch.state_dict())
-    assert restored.best_guard == 1.2 and restored.best["a"].item() == 2.0
+    assert (restored.best_guard, restored.best_safe_guard, restored.best["a"].item(), restored.fallen) == (1.4, 1.2, 2.0, True)
+    assert restored.fell(2.0, 0.0, adapters[0]), "a guard that fell once stays fallen"
+
+
+def test_the_guard_watches_a_run_that_never_kept_the_limit_and_an_unknown_score_is_a_fall() -> None:
+    watch = feedback.GuardWatch(drop=0.5, limit=0.02)
+    assert not watch.fell(1.0, 0.2, {}) and watch.fell(0.0, 0.2, {}) and not watch.best
+    for rate in (0.0, float("nan")):
+        unknown = feedback.GuardWatch(drop=0.5, limit=0.02)
+        assert not unknown.fell(1.0, rate, {"a": torch.ones(1)})
+        assert bool(unknown.best) == (rate == 0.0), "an unknown violation rate keeps no limit"
+        assert unknown.fell(float("nan"), 0.0, {})
+    assert not feedback.GuardWatch(drop=0.5, limit=0.02).fell(None, 0.0, {}), "no guard, no fall"
+
+
+def test_a_run_its_guard_ended_saves_and_reports_the_best_safe_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([1.0, 0.2, 0.9, 1.0])  # two looks on the way, one at the end (better again), one at what is saved
+
+    class Scripted:
+        def __call__(self, video: torch.Tensor, prompts: Sequence[str]) -> Mixed:
+            return Mixed(torch.full((len(video),), next(scores)), {}, torch.zeros(len(video), dtype=torch.bool))
+
+    def scripted(model: LatentVideoModel, pessimism: float = 0.0) -> object:
+        return Scripted() if pessimism == 0 else BRIGHT
+
+    monkeypatch.setattr(feedback, "standardised", scripted)
+    guard = save_small_reward_model(tmp_path / "guard")
+    base = save_small_network(tmp_path / "base.safetensors")
+    policy = ddpo.Policy(iterations=6, prompts=2, group_size=4, micro_batch=8, lr=1e-2, evaluate_every=1, save_every=10)
+    safety = SafetyLimit(limit=1.0)
+    cfg = ddpo.Config(out=tmp_path / "run", model=base, reward=guard, guard=guard, prompt_pool=4, held_out_prompts=2, sampler=SAMPLER, policy=policy, safety=safety)
+    with pytest.raises(feedback.StoppedByGuard) as stop:
+        ddpo.main(cfg)
+    assert stop.value.result["held_out_guard"] == 1.0 and stop.value.result["stopped_by_guard"] is True
+    assert sorted(int(file.stem) for file in (tmp_path / "run" / "held_out").glob("*.safetensors")) == [0, 1, 2]
+    start, saved = load_tiny(base).network.state_dict(), load_tiny(tmp_path / "run" / "network.safetensors").network.state_dict()
+    assert all(torch.equal(start[name], saved[name]) for name in start), "the best look was the first, before any update"
 
 
 def test_an_unknown_reward_is_masked_and_an_unknown_cost_too() -> None:
-    from align.advantage import group_advantage
-    from align.constraints import Multiplier
-
     nan = float("nan")
-    seen = feedback.Assessment(torch.tensor([1.0, 2.0, nan, 3.0]), torch.tensor([0.1, nan, 0.2, 0.9]), torch.tensor([False, False, False, True]))
-    limited = feedback.apply_limits(group_advantage(seen.reward, 4), seen, Multiplier("P17", limit=0.02), SafetyLimit(), 4)
+    cost, violates = torch.tensor([0.1, nan, 0.2, 0.9]), torch.tensor([0.0, nan, 0.0, 1.0])
+    seen = feedback.Assessment(torch.tensor([1.0, 2.0, nan, 3.0]), cost, violates, torch.tensor([True, False, True, False]))
+    multiplier = Multiplier("P17", limit=0.02)
+    limited = feedback.apply_limits(group_advantage(seen.reward, 4), seen, multiplier, SafetyLimit(), 4)
     assert limited.valid.tolist() == [True, False, False, True]
-    assert limited.advantage[3] <= -1.0, "a blocked clip cannot buy itself back"
+    assert limited.advantage[3] <= -1.0 / (1 + multiplier.value), "a blocked clip cannot buy itself back"
     assert feedback.rollout_stats(seen, 4, None)["error_share"] == 0.5
+    assert seen.violation_rate == pytest.approx(1 / 3), "a clip no filter could judge is not a safe one"
+    loose = feedback.apply_limits(group_advantage(seen.reward, 4), seen, None, SafetyLimit(), 4)
+    assert loose.valid.tolist() == [True, False, False, True] and loose.advantage[1] == 0
+
+
+def test_what_is_only_reviewed_is_never_learned_from_as_good() -> None:
+    seen = feedback.Assessment(torch.tensor([0.0, 5.0]), torch.zeros(2), torch.zeros(2), torch.tensor([True, False]))
+    limited = feedback.apply_limits(group_advantage(seen.reward, 2), seen, Multiplier("P17", limit=0.02), SafetyLimit(), 2)
+    assert limited.advantage[1] == 0 and limited.advantage[0] < 0
+
+
+def test_filters_that_fail_on_a_batch_end_the_run_instead_of_looking_safe() -> None:
+    class Broken(Dazzle):
+        def check_videos(self, video: torch.Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
+            raise RuntimeError("boom")
+
+    with pytest.raises(GuardStop, match="boom"):
+        Assessor(BRIGHT, SafetyRunner([Broken(0.5)], load_policy()), 12.0)(torch.rand(4, 5, 3, 16, 16), ["x"] * 4)

@@ -11,9 +11,12 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from base_model.tiny import load_tiny
 from base_model.types import ClipShape
-from recipes.match import ATTRIBUTES, Config, augment, blur, candidates, captioned_clips, change, main
+from recipes.match import ATTRIBUTES, Config, augment, blur, candidates, captioned_clips, change, main, regenerate
+from recipes.shapes.judge import judge
 from recipes.shapes.prompts import is_held_out, sample_prompt
+from recipes.shapes.render import DEMO_CLIP, render, sample_scene
 from reward.matcher import load_matcher
 
 
@@ -31,10 +34,23 @@ def test_a_change_touches_one_attribute_of_one_thing_and_keeps_combinations_in_t
 
 
 def test_messy_pairs_come_with_three_changed_captions_and_repeat_with_the_seed() -> None:
-    video, captions = captioned_clips(np.random.default_rng(1), ClipShape(5, 16, 24), 12)
-    again, same = captioned_clips(np.random.default_rng(1), ClipShape(5, 16, 24), 12)
+    model = load_tiny(None)
+    video, captions = captioned_clips(np.random.default_rng(1), ClipShape(5, 16, 24), 12, model=model, regenerated=0.5)
+    again, same = captioned_clips(np.random.default_rng(1), ClipShape(5, 16, 24), 12, model=model, regenerated=0.5)
     assert video.shape == (12, 5, 3, 16, 24) and torch.equal(video, again) and captions == same
     assert all(len(group) == 4 and group[0] not in group[1:] for group in captions if group[0])
+
+
+def test_a_regenerated_clip_still_shows_what_its_caption_says() -> None:
+    rng, model = np.random.default_rng(5), load_tiny(None)
+    prompts = [sample_prompt(rng, two_objects=0.0) for _ in range(24)]
+    video = torch.stack([render(sample_scene(prompt, rng, clip=DEMO_CLIP), DEMO_CLIP) for prompt in prompts])
+    with torch.no_grad():
+        made = regenerate(model, video, [prompt.text for prompt in prompts], torch.full((24,), 0.5), torch.Generator().manual_seed(0))
+        barely = regenerate(model, video, [prompt.text for prompt in prompts], torch.full((24,), 1e-4), torch.Generator().manual_seed(0))
+        torch.testing.assert_close(barely, model.decode(model.encode(video)), atol=2e-3, rtol=0)
+    assert (made - video).abs().mean() > 0.01
+    assert np.mean([reading.all_right for reading in judge(made, prompts)]) >= 0.9
 
 
 def test_blur_is_gaussian() -> None:

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from base_model.errors import GuardStop, UserError
-from reward.safety.contract import INPUT_POLICY, Decision, PromptFilter, Reason, Ruling, SafetyRunner, Verdict, VideoFilter, allowed, cost, costs, to_json
+from reward.safety.contract import INPUT_POLICY, Decision, PromptFilter, Reason, Ruling, SafetyRunner, Verdict, VideoFilter, allowed, check_error_rate, cost, costs, to_json
 from reward.safety.policy import SHIPPED, load_policy
 from reward.safety.prompt import WordFilter
 from reward.safety.video import DegenerateFilter, FlashFilter, flash_risk
@@ -218,15 +218,12 @@ def test_rulings_are_stamped_and_counted_and_the_lineage_names_the_filters() -> 
     assert isinstance(rows, list) and [row["score"] for row in rows] == [0.1, 0.7, None]
 
 
-def test_a_run_stops_above_the_error_rate_and_not_at_it() -> None:
+def test_a_batch_stops_the_run_above_the_error_rate_and_not_at_it() -> None:
     runner = SafetyRunner([Fake(lambda n: [[ALLOW]] * n if n > 1 else None)], POLICY)
-    runner.check_prompts(["x"])
-    runner.check_error_rate(0.05)  # too few to tell
-    runner.check_prompts(["x"] * 19)
-    runner.check_error_rate(0.05)
-    runner.check_prompts(["x"])
+    one, many = runner.check_prompts(["x"]), runner.check_prompts(["x"] * 19)
+    check_error_rate([*one, *many], 0.05)
     with pytest.raises(GuardStop, match="2 of 21") as caught:
-        runner.check_error_rate(0.05)
+        check_error_rate([*one, *many, *one], 0.05)
     assert "NoneType" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -305,6 +302,11 @@ def test_listed_words_are_found_through_disguises(prompt: str) -> None:
 )  # fmt: skip
 def test_harmless_prompts_and_softer_wordings_pass(prompt: str) -> None:
     assert verdict(prompt) == Verdict.ALLOW
+
+
+@pytest.mark.parametrize("prompt", ["a nude colourful woman", "a nude, colourful woman", "a naked, tree-climbing man", "a woman naked. Tree behind her", "flickering firestorm"])
+def test_a_harmless_phrase_does_not_open_the_filter_for_what_only_begins_like_it(prompt: str) -> None:
+    assert verdict(prompt) == Verdict.BLOCK
 
 
 def test_a_hit_names_its_words_and_policy_and_there_is_one_ruling_for_each_policy() -> None:
@@ -421,7 +423,7 @@ def test_the_score_is_half_at_the_limit_and_rises_with_the_swing() -> None:
     assert np.all(np.diff(scores) >= 0) and len(set(scores)) >= 60
     assert np.all((scores >= 0.5) == (swings >= 0.1 - 1e-9))
     np.testing.assert_allclose(flash_risk(clips, 12.0).luminance, swings, rtol=0.02, atol=5e-4)
-    assert scores[0] < 0.002 and scores[-1] > 0.99
+    np.testing.assert_allclose(scores, swings / (swings + 0.1), atol=0.005)
 
 
 def test_a_batch_is_judged_like_its_clips_alone() -> None:
