@@ -136,7 +136,7 @@ def captioned_clips(rng: np.random.Generator, clip: ClipShape, n: int, *, model:
             known = said.get(things, []) if not prompt.strobe else []
             group.append(known[int(rng.integers(len(known)))] if known else write_prompt(things, rng, split="train", strobe=prompt.strobe).text)
     again = torch.from_numpy(np.flatnonzero(rng.random(n) < regenerated))
-    for rows in again.split(64):
+    for rows in again.split(64) if len(again) else ():
         t = torch.from_numpy(rng.uniform(0.2, 0.7, len(rows))).float()
         made = regenerate(model, video[rows].float() / 255, [shown[i].text for i in rows.tolist()], t, torch.Generator().manual_seed(int(rng.integers(2**31))))
         video[rows] = (made * 255).round().to(torch.uint8)

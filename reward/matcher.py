@@ -40,7 +40,7 @@ class MatcherSize:
     words: int = 256
     shape_frames: int = 3
 
-PARTS = ("shape", "motion", "presence")
+PARTS = ("match_shape", "match_motion", "match_presence")
 """What a match is the sum of, in the order of `Matcher.parts`."""
 
 
