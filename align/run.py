@@ -33,10 +33,10 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -44,11 +44,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from align.config import Config, leaves, path_keys, resolved
+from align.objectives import Loss
 from align.progress import Progress
 from align.state import flatten, unflatten
+from align.threads import in_threads
 from base_model.checkpoint import atomic_write, disk_errors, fsync_folder, load_weights, weights_bytes, write_synced
 from base_model.errors import GuardStop, Interrupted, UserError
 from base_model.networks.packing import Segments
+
+T = TypeVar("T")
 
 BUILT_IN_METRICS = {
     "iteration": "Index of the iteration that wrote the line, from 0; the number of iterations for lines written after the loop.",
@@ -96,6 +100,7 @@ class Run:
         self.metrics = {**BUILT_IN_METRICS, **metrics}
         self.iteration = 0  # iterations finished; inside the loop also the index of the present one
         self.forward_passes = 0
+        self._counting = threading.Lock()
         self._registered: dict[str, tuple[Stateful, bool]] = {}
         self._looping = self._stopping = False
         self._writer: Any = None
@@ -171,6 +176,30 @@ class Run:
         """Adds the gradient of `loss` [] / `divide_by`. Raises GuardStop, before any optimizer sees it, where the loss is not finite."""
         self._check_finite("loss", loss.detach())
         self.accelerator.backward(loss / divide_by)
+
+    def backward_each(self, optimizer: Any, losses: Callable[[T], Iterable[Loss]], parts: Sequence[T]) -> list[Loss]:
+        """Adds the gradient of all losses of all parts of a batch; the parts go side by side on the CPU's cores (`in_threads`), the losses of one part one by one.
+
+        losses: a generator that yields losses ready to be added, already divided by what the batch holds. The sum is taken in the order of the parts, so it does
+        not depend on the number of cores. Returns the losses without graph, in order. Raises GuardStop, before any optimizer sees it, where one is not finite.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+        def gradient(part: T) -> tuple[list[Tensor], list[Loss]]:
+            total, seen = [torch.zeros_like(parameter) for parameter in parameters], []
+            for loss in losses(part):
+                self._check_finite("loss", loss.value.detach())
+                for kept, new in zip(total, torch.autograd.grad(loss.value, parameters, allow_unused=True), strict=True):
+                    if new is not None:
+                        kept.add_(new)
+                seen.append(Loss(loss.value.detach(), loss.stats))
+            return total, seen
+
+        found = in_threads(gradient, parts, self.device)
+        for total, _ in found:
+            for parameter, new in zip(parameters, total, strict=True):
+                parameter.grad = new if parameter.grad is None else parameter.grad.add_(new)
+        return [loss for _, seen in found for loss in seen]
 
     def step(self, optimizer: Any, max_grad_norm: float, scheduler: Any = None) -> float:
         """Clips the gradient to `max_grad_norm`, steps the optimizer (and the scheduler) and clears the gradient; returns its norm before clipping.
@@ -373,7 +402,8 @@ class Run:
         for kind in (Segments, Tensor):
             first = next((value for value in given if isinstance(value, kind)), None)
             if first is not None:
-                self.forward_passes += len(first) * self.accelerator.num_processes
+                with self._counting:
+                    self.forward_passes += len(first) * self.accelerator.num_processes
                 return
         raise ValueError("a counted network was called without a tensor")
 

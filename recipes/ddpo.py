@@ -3,7 +3,7 @@
 Black et al. 2023 (arXiv 2305.13301), the importance-sampled form with PPO's clipping, on a flow-matching model: a denoising step is a Gaussian, sampled and replayed
 by the same `transition`. A prompt's clips share their first noise, as in DanceGRPO (arXiv 2505.07818): rewards then differ only by noise the policy answers for.
 The SFT network is the reference (adapter off). The safety cost enters through a multiplier that aims at a quarter of the limit, and through a hard gate.
-What it leaves out: guidance (the policy is sampled without), a critic, a penalty on the KL unless `kl_coef` is set.
+What it leaves out: guidance (the policy is sampled without), a critic, a penalty on the KL (`grpo.py` has one).
 
 Letters: N prompts, G clips a prompt, B = N G clips, K denoising steps, of which a window of consecutive ones is noisy and trained.
 """
@@ -11,23 +11,28 @@ Letters: N prompts, G clips a prompt, B = N G clips, K denoising steps, of which
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from align.advantage import PromptStatistics, group_advantage
+from align.advantage import Advantage, PromptStatistics, group_advantage
 from align.config import Config as BaseConfig
 from align.data import PromptSampler
-from align.kernels import Ancestral, StepWeight, step_weight
-from align.objectives.policy_gradient import kl_penalty, ppo_clip
+from align.kernels import Ancestral, Kernel, StepWeight, step_weight
+from align.objectives import Loss
+from align.objectives.policy_gradient import ppo_clip
 from align.optimizers import build_optimizer
 from align.run import Run
-from align.trajectory import rollout, transition
+from align.threads import in_threads
+from align.trajectory import Trajectory, rollout, transition
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
 from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel
+from base_model.types import Conditioning
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
 
@@ -62,8 +67,6 @@ class Policy(BaseConfig):
     """PPO's clip range on the per-element ratio."""
     step_weight: StepWeight = "inv_kappa"
     """Weight of a step: `none`, `g` or `inv_kappa` (equal gradient scale over the steps)."""
-    kl_coef: float = 0.0
-    """Weight of the KL from the SFT policy, per latent element."""
     evaluate_every: int = 10
     """Rollouts between looks at the held-out prompts."""
     save_every: int = 10
@@ -91,6 +94,35 @@ def noisy_window(steps: int, window: int, generator: torch.Generator) -> list[in
     width = last if window == 0 else min(window, last)
     start = int(torch.randint(last - width + 1, (1,), generator=generator))
     return list(range(start, start + width))
+
+
+def roll_out_some(
+    model: LatentVideoModel, kernel: Kernel, times: Tensor, cond: Conditioning, noise: Tensor, injected: Tensor, noisy: Sequence[int], rows: Tensor
+) -> Trajectory:
+    """The clips `rows` of B: from noise [B,C,F,H,W], with injected[k] [B,C,F,H,W] in the noisy steps."""
+    return rollout(model, kernel, noise[rows], times, cond[rows], noise=lambda k: injected[k, rows], stochastic=noisy)
+
+
+def replay(p: Policy, model: LatentVideoModel, kernel: Kernel, limited: Advantage, known: float, part: tuple[Tensor, Trajectory]) -> Iterator[Loss]:
+    """The losses of a micro-batch's noisy steps, as shares of an update that learns from `known` clips."""
+    rows, taken = part
+    steps = taken.steps()
+    better, valid = limited.advantage[rows].to(model.device), limited.valid[rows].to(model.device)  # [b]
+    for step in steps:
+        now = transition(model, kernel, step.x, step.t, step.s, taken.cond)
+        weight = step_weight(p.step_weight, kernel, model.path, step.t, step.s)  # [b]
+        loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, valid=valid, weight=weight)
+        yield Loss(loss.value * (float(valid.sum()) / known / len(steps)), loss.stats)
+
+
+@torch.no_grad()
+def first_kl(model: LatentVideoModel, kernel: Kernel, taken: Trajectory) -> float:
+    """KL of the first noisy step from the SFT policy, nats per latent element, mean over the clips."""
+    step = taken.steps()[0]
+    now = transition(model, kernel, step.x, step.t, step.s, taken.cond)
+    with reference(model.network):
+        prior = transition(model, kernel, step.x, step.t, step.s, taken.cond)
+    return float(now.kl(prior).mean())
 
 
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
@@ -126,7 +158,9 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         if p.same_noise:
             noise = noise[:: p.group_size].repeat_interleave(p.group_size, dim=0)
         batches = [torch.arange(len(cond))[k : k + p.micro_batch] for k in range(0, len(cond), p.micro_batch)]
-        rollouts = [rollout(model, kernel, noise[rows], times, cond[rows], noise=generator, stochastic=noisy) for rows in batches]
+        injected = torch.randn(cfg.sampler.steps, len(cond), *latent_shape, generator=generator).to(run.device)  # [K,B,C,F,H,W]
+        roll_out = partial(roll_out_some, model, kernel, times, cond, noise, injected, noisy)
+        rollouts = in_threads(roll_out, batches, run.device)
 
         # 3. Ask for reward and cost; compare each clip with what its prompt usually gets.
         seen = assess(feedback.decode(model, rollouts), cond.prompts)
@@ -142,32 +176,18 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 
         # 4. Move the policy: replay the noisy steps, weigh their log-probabilities.
         losses, norms = [], []
-        kls: list[Tensor] = []
-        shares = [batches[u :: p.updates] for u in range(p.updates)]
-        for u, share in enumerate(shares):
-            known = limited.valid[torch.cat(share)].sum().clamp_min(1)  # clips this update learns from
-            for rows, taken in zip(share, rollouts[u :: p.updates], strict=True):
-                for number, step in enumerate(taken.steps()):
-                    now = transition(model, kernel, step.x, step.t, step.s, taken.cond)
-                    weight = step_weight(p.step_weight, kernel, model.path, step.t, step.s)  # [b]
-                    better, valid = limited.advantage[rows].to(run.device), limited.valid[rows].to(run.device)  # [b]
-                    loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, valid=valid, weight=weight)
-                    if p.kl_coef or (number == 0 and u == 0 and not kls):
-                        with reference(model.network), torch.no_grad():
-                            prior = transition(model, kernel, step.x, step.t, step.s, taken.cond)
-                        kls.append(now.kl(prior))  # [b]
-                    if p.kl_coef:
-                        loss = loss.plus("kl", kl_penalty(kls[-1], p.kl_coef, valid=valid))
-                    run.backward(loss.value * (valid.sum() / known), divide_by=len(noisy))
-                    losses.append(loss.stats)
+        kl = first_kl(model, kernel, rollouts[0])
+        for u in range(p.updates):
+            share = list(zip(batches[u :: p.updates], rollouts[u :: p.updates], strict=True))
+            known = limited.valid[torch.cat([rows for rows, _ in share])].sum().clamp_min(1)  # clips this update learns from
+            losses += run.backward_each(optimizer, partial(replay, p, model, kernel, limited, float(known)), share)
             norms.append(run.step(optimizer, p.max_grad_norm))
 
         # 5. Tell.
-        kl = float(torch.cat(kls).detach().mean())
         run.log(
             **feedback.rollout_stats(seen, p.group_size, multiplier),
             **looked,
-            **feedback.policy_stats(losses, kl, noise[0].numel(), sum(norms) / len(norms), advantage),
+            **feedback.policy_stats([loss.stats for loss in losses], kl, noise[0].numel(), sum(norms) / len(norms), advantage),
             window_start=noisy[0],
         )
     return watch

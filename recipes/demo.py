@@ -46,7 +46,7 @@ class Config(BaseConfig):
     """Folder of real clips with a metadata.jsonl, in place of the built-in world."""
     pairs: int = 2_500
     """Curated pairs for SFT."""
-    fit: sft.Fit = sft.Fit(iterations=180, lr=1e-3)
+    fit: sft.Fit = sft.Fit(iterations=200, lr=5e-4)
     """How SFT fits."""
     candidate_prompts: int = 320
     """Prompts whose takes are ranked, four or eight takes each."""
@@ -60,7 +60,7 @@ class Config(BaseConfig):
     """Share of tasks ranked by two or three people."""
     reward_epochs: int = 0
     """Passes over the rankings with everything in the reward model learning; a few hundred rankings are too few for any."""
-    policy: ddpo.Policy = ddpo.Policy()
+    policy: ddpo.Policy = ddpo.Policy(lr=3e-3)
     """How DDPO moves the policy."""
     safety: SafetyLimit = SafetyLimit()
     """The limit on flashing."""

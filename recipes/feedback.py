@@ -45,7 +45,7 @@ METRICS = {
     "held_out_reward": "The same score of held-out prompts' clips, from the deterministic sampler and fixed noise.",
     "held_out_guard": "Guard's score (other labelers, other seed) of the same held-out clips; never optimised.",
     "held_out_violation_rate": "Share of the held-out clips that the safety filters block.",
-    "kl_per_element": "KL of the noisy steps from the SFT policy, nats per latent element; without a KL penalty of the first step of the first micro-batch alone.",
+    "kl_per_element": "KL from the SFT policy before the update, nats per latent element; in ddpo of the first noisy step of the first micro-batch.",
     "kl_total": "The same, nats per clip: per element times the number of latent elements.",
     "grad_norm": "Norm of the gradient before clipping, mean over the updates.",
     "ratio": "Importance ratio (per latent element), mean over clips and steps.",
@@ -61,10 +61,10 @@ class SafetyLimit(BaseConfig):
     """Largest share of violating clips that may be reported. The multiplier aims at a quarter of it."""
     rate: float = 0.15
     """Step of the multiplier, in log space."""
-    initial: float = 2.0
+    initial: float = 1.0
     """First multiplier."""
-    cap: float = 10.0
-    """Largest multiplier: with more, the reward counts for nothing while a few prompts always flash."""
+    cap: float = 3.0
+    """Largest multiplier: with more, the reward counts for nothing while a few prompts always flash. What is blocked is never learned from as good at any."""
     gate: float = -1.0
     """A blocked clip's advantage is at most this, before the division by 1 + multiplier, where another clip of its prompt is not blocked."""
 

@@ -18,6 +18,7 @@ from align.config import Config as BaseConfig
 from align.config import dump
 from align.kernels import ODE
 from align.progress import Progress
+from align.threads import in_threads
 from align.trajectory import rollout
 from base_model.errors import UserError
 from base_model.times import sampling_times
@@ -46,8 +47,8 @@ class Sampler(BaseConfig):
     """Width in pixels, a multiple of 8."""
     fps: float = 12.0
     """Frames a second."""
-    batch: int = 64
-    """Clips denoised together."""
+    batch: int = 32
+    """Clips denoised together; on a CPU every core has a batch of its own."""
 
     @property
     def clip(self) -> ClipShape:
@@ -95,12 +96,18 @@ def seeded_noise(model: LatentVideoModel, clip: ClipShape, seeds: Sequence[int])
 
 @torch.no_grad()
 def sample(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
-    """Denoises and decodes B clips, yielded in batches [b,T,3,H,W] on the CPU."""
+    """Denoises and decodes B clips, yielded in order in batches [b,T,3,H,W] on the CPU; two batches a core are made at a time."""
     times = sampling_times(model.path, sampler.steps, shift=sampler.shift)
-    for begin in range(0, len(seeds), sampler.batch):
+
+    def make(begin: int) -> Tensor:
         part = slice(begin, begin + sampler.batch)
         noise = seeded_noise(model, sampler.clip, seeds[part])
-        yield model.decode(rollout(model, ODE(), noise, times, cond[part], noise=torch.Generator()).x0).cpu()
+        return model.decode(rollout(model, ODE(), noise, times, cond[part], noise=torch.Generator()).x0).cpu()
+
+    begins = list(range(0, len(seeds), sampler.batch))
+    together = 2 * torch.get_num_threads()
+    for k in range(0, len(begins), together):
+        yield from in_threads(make, begins[k : k + together], model.device)
 
 
 def fill_store(
@@ -123,8 +130,9 @@ def fill_store(
     keys = [request_key(r.prompt, r.seed, settings, lineage) for r in requests]
     todo = [i for i, r in enumerate(requests) if r.prompt in passed and store.find(keys[i]) is None]
     with Progress(label, total=len(requests), done=len(requests) - len(todo)) as progress:
-        for begin in range(0, len(todo), sampler.batch):
-            part = [requests[i] for i in todo[begin : begin + sampler.batch]]
+        together = sampler.batch * torch.get_num_threads()
+        for begin in range(0, len(todo), together):
+            part = [requests[i] for i in todo[begin : begin + together]]
             video = torch.cat(list(sample(model, cond[[row_of[r.prompt] for r in part]], [r.seed for r in part], sampler)))  # [b,T,3,H,W]
             decisions = runner.check_videos(video, [r.prompt for r in part], sampler.fps)
             clips = [

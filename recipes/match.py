@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.types import ClipShape
 from recipes.shapes.prompts import COLORS, MOTIONS, SHAPES, ShapesPrompt, Thing, is_held_out, sample_prompt, write_prompt
-from recipes.shapes.render import DEMO_CLIP, render, sample_messy_pair, sample_scene
+from recipes.shapes.render import DEMO_CLIP, Facts, render, sample_messy_pair, sample_scene
 from recipes.weights import write_card
 from reward.matcher import Matcher, MatcherSize, save_matcher
 
@@ -65,6 +65,8 @@ class Config(BaseConfig):
     """Share of the clips that the base model denoises again from a time between 0.2 and 0.7: later than that the shape seldom stays what it was."""
     iterations: int = 5000
     """Optimizer steps."""
+    morphed: float = 0.25
+    """Share of the clips whose things look like a blend with another shape, less than half of it: generators make those, and people still see which it is more."""
     batch: int = 24
     """Clips a step."""
     others: int = 2
@@ -116,7 +118,7 @@ def change(things: tuple[Thing, ...], attribute: Attribute, rng: np.random.Gener
     return (*things[:i], options[int(rng.integers(len(options)))], *things[i + 1 :])
 
 
-def captioned_clips(rng: np.random.Generator, clip: ClipShape, n: int, *, model: LatentVideoModel, regenerated: float) -> tuple[Tensor, list[list[str]]]:
+def captioned_clips(rng: np.random.Generator, clip: ClipShape, n: int, *, model: LatentVideoModel, regenerated: float, morphed: float) -> tuple[Tensor, list[list[str]]]:
     """n messy pairs: pixels [n,T,3,H,W] uint8 and, for each, its caption and three captions with one attribute of the scene changed.
 
     A changed caption is that of another clip where one says so (encoding text is the dearest part of this), else newly written.
@@ -124,7 +126,7 @@ def captioned_clips(rng: np.random.Generator, clip: ClipShape, n: int, *, model:
     video, shown, captions = torch.empty(n, clip.frames, 3, clip.height, clip.width, dtype=torch.uint8), [], []
     said: dict[tuple[Thing, ...], list[str]] = {}
     for i in range(n):
-        caption, pixels, facts = sample_messy_pair(rng, clip)
+        caption, pixels, facts = morphed_pair(rng, clip) if rng.random() < morphed else sample_messy_pair(rng, clip)
         video[i] = (pixels * 255).round().to(torch.uint8)
         shown.append(facts.prompt)
         captions.append([caption])
@@ -143,6 +145,15 @@ def captioned_clips(rng: np.random.Generator, clip: ClipShape, n: int, *, model:
     return video, captions
 
 
+def morphed_pair(rng: np.random.Generator, clip: ClipShape) -> tuple[str, Tensor, Facts]:
+    """A clean pair whose things are blended with another shape by less than half."""
+    prompt = sample_prompt(rng, two_objects=0.25)
+    scene = sample_scene(prompt, rng, clip=clip, pan=0.1)
+    bodies = [replace(body, thing=replace(body.thing, shape=str(rng.choice([shape for shape in SHAPES if shape != body.thing.shape])))) for body in scene.bodies]
+    video = torch.lerp(render(scene, clip), render(replace(scene, bodies=tuple(bodies)), clip), rng.uniform(0, 0.5))
+    return prompt.text, video, Facts(prompt, False, False, False, False)
+
+
 def regenerate(model: LatentVideoModel, video: Tensor, prompts: Sequence[str], t: Tensor, generator: torch.Generator, *, steps: int = 5) -> Tensor:
     """Noise clips [B,T,3,H,W] to the times t [B] and denoise them in a few steps (SDEdit: Meng et al. 2022, arXiv 2108.01073)."""
     x0 = model.encode(video)  # [B,C,F,H,W]
@@ -155,7 +166,7 @@ def regenerate(model: LatentVideoModel, video: Tensor, prompts: Sequence[str], t
 def make_data(cfg: Config, rng: np.random.Generator, model: LatentVideoModel) -> tuple[list[Captioned], Texts, str]:
     """The training set, its texts, and the sha256 of both: first the demo's size, then the others."""
     sizes = [(DEMO_CLIP, cfg.clips), *((clip, cfg.clips // 40) for clip in OTHER_SHAPES)]
-    parts = [captioned_clips(rng, clip, n, model=model, regenerated=cfg.regenerated) for clip, n in sizes if n]
+    parts = [captioned_clips(rng, clip, n, model=model, regenerated=cfg.regenerated, morphed=cfg.morphed) for clip, n in sizes if n]
     texts = Texts([caption for _, captions in parts for group in captions for caption in group], model.text)
     digest = hashlib.sha256()
     for video, captions in parts:

@@ -10,24 +10,31 @@ Letters: N prompts, G clips a prompt, B = N G clips.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from align import selfcheck
 from align.advantage import group_advantage
 from align.config import Config as BaseConfig
 from align.data import PromptSampler
 from align.kernels import ODE
+from align.objectives import Loss
 from align.objectives.forward_process import implicit_split, signed_flow_matching
 from align.objectives.regression import clip_error
 from align.optimizers import build_optimizer
 from align.run import Run
-from align.trajectory import rollout
+from align.threads import in_threads
+from align.trajectory import Trajectory, rollout
 from base_model.lora import add_lora, reference
 from base_model.paths import add_noise
 from base_model.times import sampling_times, stratified_logit_normal
 from base_model.tiny import LatentVideoModel
+from base_model.types import Conditioning
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
 
@@ -79,6 +86,32 @@ METRICS = {name: sentence for name, sentence in feedback.METRICS.items() if name
 }
 
 
+class Noised(NamedTuple):
+    """b of the B clips, noised to times of their own."""
+
+    rows: Tensor  # [b]
+    cond: Conditioning  # b
+    x_t: Tensor  # [b,C,F,H,W]
+    t: Tensor  # [b]
+    target: Tensor  # [b,C,F,H,W] velocity of the clip that was made
+
+
+def clean_rollout(model: LatentVideoModel, times: Tensor, cond: Conditioning, noise: Tensor, rows: Tensor) -> Trajectory:
+    """The clips `rows` of B, by the deterministic sampler."""
+    return rollout(model, ODE(), noise[rows], times, cond[rows], noise=torch.Generator())
+
+
+def batch_loss(p: Policy, model: LatentVideoModel, a: Tensor, valid: Tensor, known: float, part: tuple[Noised, Tensor, Tensor | None]) -> Iterator[Loss]:
+    """The loss of a micro-batch, as its share of an update that learns from `known` clips. part: the clips, and what the old and the SFT policy say of them."""
+    noised, u_old, prior = part
+    u = model(noised.x_t, noised.t, noised.cond)  # [b,C,F,H,W]
+    taught = valid[noised.rows].to(u.device)  # [b]
+    loss = signed_flow_matching(u, u_old, noised.target, a[noised.rows].to(u.device), p.proximal, valid=taught)
+    if prior is not None:
+        loss = loss.plus("reference", p.kl_coef * clip_error(u, prior).mean())
+    yield Loss(loss.value * (float(taught.sum()) / known), loss.stats)
+
+
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
     p = cfg.policy
     _, texts = feedback.training_prompts(cfg)
@@ -98,7 +131,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         # 1. Roll out by the deterministic sampler, score, compare within each prompt.
         cond = pool[torch.tensor(sampler[i]).repeat_interleave(p.group_size)]  # B
         noise = run.noise(model.latents.shape(cfg.sampler.clip), clips, "rollout", i * clips)  # [B,C,F,H,W]
-        taken = [rollout(model, ODE(), noise[rows], times, cond[rows], noise=torch.Generator()) for rows in batches]
+        taken = in_threads(partial(clean_rollout, model, times, cond, noise), batches, run.device)
         seen = assess(feedback.decode(model, taken), cond.prompts)
         advantage = group_advantage(seen.reward, p.group_size)
         if i == 0:
@@ -116,34 +149,29 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
             for rows, made in zip(batches, taken, strict=True):
                 eps = torch.randn(made.x0.shape, generator=generator).to(run.device)  # [b,C,F,H,W]
                 at = t[rows].to(run.device)  # [b]
-                x_t = add_noise(model.path, made.x0, eps, at)
-                with torch.no_grad():
-                    noised.append((rows, x_t, at, model.path.velocity(made.x0, eps, at), model(x_t, at, made.cond)))
+                noised.append(Noised(rows, made.cond, add_noise(model.path, made.x0, eps, at), at, model.path.velocity(made.x0, eps, at)))
+        with torch.no_grad():
+            old = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised, run.device)  # [b,C,F,H,W] each
+            with reference(model.network):
+                first = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised if p.kl_coef else noised[:1], run.device)
+        distance = clip_error(old[0], first[0]).mean()
+        prior = first if p.kl_coef else [None] * len(noised)
 
         # 3. Move the policy.
-        rows, x_t, at, _, u_old = noised[0]
-        with reference(model.network), torch.no_grad():
-            distance = clip_error(u_old, model(x_t, at, cond[rows])).mean()
-        stats, norms = [], []
-        for k, (rows, x_t, at, target, u_old) in enumerate(noised):
-            u = model(x_t, at, cond[rows])  # [b,C,F,H,W]
-            valid = limited.valid[rows].to(run.device)  # [b]
-            loss = signed_flow_matching(u, u_old, target, a[rows].to(run.device), p.proximal, valid=valid)
-            if p.kl_coef:
-                with reference(model.network), torch.no_grad():
-                    prior = model(x_t, at, cond[rows])
-                loss = loss.plus("reference", p.kl_coef * clip_error(u, prior).mean())
-            run.backward(loss.value * (valid.sum() / limited.valid.sum().clamp_min(1)))
-            stats.append(loss.stats)
-            if (k + 1) % len(batches) == 0:
-                norms.append(run.step(optimizer, p.max_grad_norm))
+        losses, norms = [], []
+        known = float(limited.valid.sum().clamp_min(1))
+        for u in range(p.updates):
+            part = slice(u * len(batches), (u + 1) * len(batches))
+            share = list(zip(noised[part], old[part], prior[part], strict=True))
+            losses += run.backward_each(optimizer, partial(batch_loss, p, model, a, limited.valid, known), share)
+            norms.append(run.step(optimizer, p.max_grad_norm))
 
         # 4. Tell.
         run.log(
             **feedback.rollout_stats(seen, p.group_size, multiplier),
             **looked,
-            toward_good=torch.stack([s["forward/toward_good"] for s in stats]).mean(),
-            drift=torch.stack([s["forward/drift"] for s in stats]).mean(),
+            toward_good=torch.stack([loss.stats["forward/toward_good"] for loss in losses]).mean(),
+            drift=torch.stack([loss.stats["forward/drift"] for loss in losses]).mean(),
             reference_distance=distance,
             grad_norm=sum(norms) / len(norms),
             zero_std_share=advantage.stats["advantage/zero_std_share"],

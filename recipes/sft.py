@@ -7,7 +7,10 @@ What it leaves out: gradient checkpointing, several resolutions of one clip, con
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,25 +18,26 @@ from torch import Tensor
 from align.config import Config as BaseConfig
 from align.data import PackSampler
 from align.ema import EMA
+from align.objectives import Loss
 from align.objectives.regression import clip_error, flow_matching, packed_clip_error
 from align.optimizers import OptimizerName, build_optimizer, warmup_cosine
 from align.run import Run
 from base_model.lora import add_lora, merge
-from base_model.networks.packing import pack
+from base_model.networks.packing import Packed, pack
 from base_model.paths import add_noise
 from base_model.times import quantile_times, stratified_logit_normal
 from base_model.tiny import LatentVideoModel, load_tiny, packed_text, save_network
-from base_model.types import ClipShape
+from base_model.types import ClipShape, Conditioning
 from recipes.pairs import Pairs, encode_pairs, load_pairs
 from recipes.shapes.dataset import draw_clips
 from recipes.weights import file_hash, write_card
 
 METRICS = {
-    "loss": "Flow-matching error, mean over the elements of a clip, then over the clips of the pack; unit velocity^2 per latent element.",
+    "loss": "Flow-matching error, mean over the elements of a clip, then over the clips of the step; unit velocity^2 per latent element.",
     "grad_norm": "Norm of the gradient before clipping.",
     "learning_rate": "Learning rate of this step.",
-    "clips": "Clips in the pack.",
-    "tokens": "Latent tokens in the pack.",
+    "clips": "Clips in the packs of the step.",
+    "tokens": "Latent tokens in the packs of the step.",
     "held_out_loss": "Flow-matching error of held-out curated clips at fixed noise quantiles, on the averaged weights.",
     "held_out_loss_low_noise": "The same, at the quarter of the quantiles with the least noise.",
     "held_out_loss_high_noise": "The same, at the quarter of the quantiles with the most noise.",
@@ -47,8 +51,10 @@ class Fit(BaseConfig):
     """Optimizer steps."""
     lr: float
     """Peak learning rate, warmed up, then a cosine."""
-    capacity: int = 4096
-    """Latent tokens a pack may hold: the batch size, said in tokens."""
+    capacity: int = 2048
+    """Latent tokens a pack may hold."""
+    packs: int = 2
+    """Packs of a step: the batch size, said in tokens, is `packs` times `capacity`. On a CPU every core has a pack of its own."""
     optimizer: OptimizerName = "adamw"
     """`adamw`, or `adamw8bit` (bitsandbytes)."""
     text_dropout: float = 0.1
@@ -98,6 +104,36 @@ def held_out_losses(model: LatentVideoModel, pairs: Pairs, generator: torch.Gene
     return torch.stack(errors)
 
 
+class Noised(NamedTuple):
+    """A pack of S clips in N tokens, each clip at its own time."""
+
+    packed: Packed  # tokens [N,c]
+    x_t: Tensor  # [N,c]
+    target: Tensor  # [N,c]
+    t: Tensor  # [S]
+    cond: Conditioning  # S
+
+
+def noise_pack(fit: Fit, model: LatentVideoModel, pairs: Pairs, rows: Sequence[int], generator: torch.Generator) -> Noised:
+    """Packs the clips `rows`, drops some captions, draws times and noise."""
+    packed = pack([pairs.latents[j] for j in rows], model.config.patch)  # tokens [N,c]
+    dropped = torch.rand(len(rows), generator=generator) < fit.text_dropout  # [S]
+    cond = model.encode_text(["" if drop else pairs.texts[j] for j, drop in zip(rows, dropped.tolist(), strict=True)])
+    t = stratified_logit_normal(model.path, len(rows), shift=fit.time_shift, generator=generator)  # [S]
+    t_token = packed.segments.spread(t)  # [N]
+    eps = torch.randn(packed.tokens.shape, generator=generator)  # [N,c]
+    return Noised(packed, add_noise(model.path, packed.tokens, eps, t_token), model.path.velocity(packed.tokens, eps, t_token), t, cond)
+
+
+def pack_loss(model: LatentVideoModel, clips: int, noised: Noised) -> Iterator[Loss]:
+    """The error of a pack, as its share of a step of `clips` clips."""
+    packed, x_t, target, t, cond = noised
+    device = model.device
+    u = model.network(x_t.to(device), packed.positions.to(device), packed.segments, t.to(device), *packed_text(cond))  # [N,c]
+    loss = flow_matching(packed_clip_error(u, target.to(device), packed.segments.ids.to(device), len(t)))
+    yield Loss(loss.value * (len(t) / clips), loss.stats)
+
+
 def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: Pairs) -> None:
     """Fits `model.network` to `pairs`; leaves the averaged weights in it."""
     optimizer = build_optimizer(model.network.parameters(), fit.optimizer, lr=fit.lr)
@@ -109,27 +145,19 @@ def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: P
     sampler = PackSampler(pairs.num_tokens(model.config.patch), fit.capacity, seed=run.seed)
 
     for i in run.iterations(fit.iterations, save_every=fit.save_every, label="sft"):
-        chosen = sampler[i]  # S clips
-        packed = pack([pairs.latents[j] for j in chosen], model.config.patch)  # tokens [N,c]
-        generator = run.generator("noise", i)
-        dropped = torch.rand(len(chosen), generator=generator) < fit.text_dropout  # [S]
-        cond = model.encode_text(["" if drop else pairs.texts[j] for j, drop in zip(chosen, dropped.tolist(), strict=True)])
-        t = stratified_logit_normal(model.path, len(chosen), shift=fit.time_shift, generator=generator)  # [S]
-        t_token = packed.segments.spread(t)  # [N]
-        eps = torch.randn(packed.tokens.shape, generator=generator)  # [N,c]
-        x_t = add_noise(model.path, packed.tokens, eps, t_token)  # [N,c]
-        target = model.path.velocity(packed.tokens, eps, t_token)  # [N,c]
-        u = model.network(x_t.to(run.device), packed.positions.to(run.device), packed.segments, t.to(run.device), *packed_text(cond))  # [N,c]
-        loss = flow_matching(packed_clip_error(u, target.to(run.device), packed.segments.ids.to(run.device), len(chosen)))
-        run.backward(loss.value)
+        chosen = [sampler[i * fit.packs + k] for k in range(fit.packs)]  # packs times S clips
+        clips = sum(map(len, chosen))
+        noised = [noise_pack(fit, model, pairs, rows, run.generator("noise", i * fit.packs + k)) for k, rows in enumerate(chosen)]
+        losses = run.backward_each(optimizer, partial(pack_loss, model, clips), noised)
         rate = optimizer.param_groups[0]["lr"]
         norm = run.step(optimizer, fit.max_grad_norm, schedule)
         average.update()
-        run.log(loss=loss.value, grad_norm=norm, learning_rate=rate, clips=len(chosen), tokens=len(packed.tokens))
+        tokens = sum(len(each.packed.tokens) for each in noised)
+        run.log(loss=torch.stack([loss.value for loss in losses]).sum(), grad_norm=norm, learning_rate=rate, clips=clips, tokens=tokens)
         if (i + 1) % fit.evaluate_every == 0 or i + 1 == fit.iterations:
             with average.swap():
-                losses = held_out_losses(model, held_out, run.generator("held out", 0))
-            run.log(held_out_loss=losses.mean(), held_out_loss_low_noise=losses[:2].mean(), held_out_loss_high_noise=losses[-2:].mean())
+                errors = held_out_losses(model, held_out, run.generator("held out", 0))
+            run.log(held_out_loss=errors.mean(), held_out_loss_low_noise=errors[:2].mean(), held_out_loss_high_noise=errors[-2:].mean())
     average.apply()
 
 

@@ -83,7 +83,8 @@ class Dazzle:
 
 def run_rl(recipe: str, out: Path, *, constrained: bool, runner: SafetyRunner | None = None) -> list[dict[str, float]]:
     assess = Assessor(BRIGHT, runner or safety_runner(), 12.0, max_error_share=1.0)
-    common = {"out": out, "prompt_pool": 6, "strobe": 0.0, "two_objects": 0.0, "constrained": constrained, "sampler": SAMPLER, "safety": SafetyLimit(limit=0.2, initial=5.0)}
+    safety = SafetyLimit(limit=0.2, initial=5.0, cap=20.0)
+    common = {"out": out, "prompt_pool": 6, "strobe": 0.0, "two_objects": 0.0, "constrained": constrained, "sampler": SAMPLER, "safety": safety}
     model = small_model()
     model.network.requires_grad_(False)
     texts = ["a red circle moves left", "a blue square grows"] * 4

@@ -35,8 +35,8 @@ def test_a_change_touches_one_attribute_of_one_thing_and_keeps_combinations_in_t
 
 def test_messy_pairs_come_with_three_changed_captions_and_repeat_with_the_seed() -> None:
     model = load_tiny(None)
-    video, captions = captioned_clips(np.random.default_rng(1), ClipShape(5, 16, 24), 12, model=model, regenerated=0.5)
-    again, same = captioned_clips(np.random.default_rng(1), ClipShape(5, 16, 24), 12, model=model, regenerated=0.5)
+    video, captions = captioned_clips(np.random.default_rng(1), ClipShape(5, 16, 24), 12, model=model, regenerated=0.5, morphed=0.5)
+    again, same = captioned_clips(np.random.default_rng(1), ClipShape(5, 16, 24), 12, model=model, regenerated=0.5, morphed=0.5)
     assert video.shape == (12, 5, 3, 16, 24) and torch.equal(video, again) and captions == same
     assert all(len(group) == 4 and group[0] not in group[1:] for group in captions if group[0])
 

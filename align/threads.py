@@ -1,0 +1,41 @@
+"""Batches side by side on the CPU's cores.
+
+One forward pass of a small network cannot feed two cores: its operations are too short to be worth sharing (two threads an operation make a pass of
+48 clips 1.3 times as fast, two batches side by side 2 times).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T], device: torch.device) -> list[R]:
+    """`[work(item) for item in items]`, on the CPU side by side: as many threads as torch may use are shared out among the items. One by one elsewhere.
+
+    The results are in order and do not depend on how many run at once, if `work` neither draws from a shared generator nor changes what another call reads
+    (adapters switched off, gradients added up). The first exception is raised when all that was begun has ended.
+    """
+    cores = torch.get_num_threads() if device.type == "cpu" else 1
+    workers = max(1, min(cores, len(items)))
+    if workers == 1:
+        return [work(item) for item in items]
+    grad = torch.is_grad_enabled()
+
+    def alone(item: T) -> R:
+        torch.set_num_threads(cores // workers)
+        with torch.set_grad_enabled(grad):
+            return work(item)
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            return list(pool.map(alone, items))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(cores)
