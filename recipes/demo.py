@@ -10,10 +10,12 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from align.config import Config as BaseConfig
-from align.config import dump, leaves, path_keys
+from align.config import Count, Several, Share, Whole, dump, leaves, path_keys
 from base_model.errors import UserError
 from base_model.tiny import load_tiny
 from base_model.video.files import write_atomic
@@ -38,27 +40,27 @@ PEOPLE: dict[Literal["reward", "guard"], tuple[labelers.Labeler, ...]] = {"rewar
 class Config(BaseConfig):
     out: Path = Path("runs/demo")
     """Folder with one folder a stage; `report/index.html` is the end."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**40)] = 0
     """Seed of everything."""
     stage: Stage = "report"
     """Last stage to do."""
     clips: Path | None = None
     """Folder of real clips with a metadata.jsonl, in place of the built-in world."""
-    pairs: int = 2_500
+    pairs: Count = 2_500
     """Curated pairs for SFT."""
     fit: sft.Fit = sft.Fit(iterations=180, lr=1e-3)
     """How SFT fits."""
-    candidate_prompts: int = 320
+    candidate_prompts: Count = 320
     """Prompts whose takes are ranked, four or eight takes each."""
-    takes: int = 4
+    takes: Several = 4
     """Takes of each prompt; ranked four at a time."""
-    two_objects: float = 0.2
+    two_objects: Share = 0.2
     """Share of training prompts with two objects."""
-    strobe: float = 0.2
+    strobe: Share = 0.2
     """Share of prompts that ask for strobing in words the prompt filter lets pass."""
-    overlap: float = 0.4
+    overlap: Share = 0.4
     """Share of tasks ranked by two or three people."""
-    reward_epochs: int = 0
+    reward_epochs: Whole = 0
     """Passes over the rankings with everything in the reward model learning; a few hundred rankings are too few for any."""
     policy: ddpo.Policy = ddpo.Policy()
     """How DDPO moves the policy."""
@@ -66,11 +68,11 @@ class Config(BaseConfig):
     """The limit on flashing."""
     unconstrained: bool = False
     """Also runs DDPO without the limit, for comparison."""
-    evaluation_prompts: int = 60
+    evaluation_prompts: Count = 60
     """Held-out prompts of the report."""
-    evaluation_clips: int = 4
+    evaluation_clips: Count = 4
     """Clips of each, for every model."""
-    evaluation_two_objects: float = 0.2
+    evaluation_two_objects: Share = 0.2
     """Share of them with two objects."""
     sampler: Sampler = Sampler()
     """How clips are denoised."""

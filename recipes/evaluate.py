@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from align.config import Config as BaseConfig
-from align.config import resolved
+from align.config import Count, Seed, Share, Whole, resolved
 from align.progress import Progress
 from align.run import derived_seed
 from base_model.checkpoint import load_weights
@@ -76,19 +76,19 @@ METRIC_NAMES = {
 class Config(BaseConfig):
     out: Path = Path("runs/evaluate")
     """Folder of `report.json` and `index.html`."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of prompts and noise."""
     models: dict[str, Path] = Field(default={"base": Path("base")})
     """Name -> network file, or the folder of a run that made one; `base` is the shipped base. The names base, sft, rl and rl_unconstrained are compared."""
     runs: dict[str, Path] = Field(default={})
     """Name -> folder of the RL run whose curves are drawn."""
-    prompts: int = 80
+    prompts: Count = 80
     """Held-out prompts."""
-    clips_per_prompt: int = 3
+    clips_per_prompt: Count = 3
     """Clips of each prompt and model."""
-    two_objects: float = 0.15
+    two_objects: Share = 0.15
     """Share of prompts with two objects."""
-    strobe: float = 0.2
+    strobe: Share = 0.2
     """Share of prompts that ask for strobing light; they count for the flash rate only."""
     captions: tuple[str, ...] = ()
     """Captions of real clips in place of the built-in world's prompts. Nobody then knows what is on screen: the judge does not apply."""
@@ -96,11 +96,11 @@ class Config(BaseConfig):
     """How clips are denoised, the same for every model."""
     guard: Path | None = None
     """Folder of a second reward model whose mean score is shown."""
-    flash_limit: float = 0.02
+    flash_limit: Share = 0.02
     """The reported limit of the flash rate."""
-    shown: int = 12
+    shown: Whole = 12
     """Prompts whose clips the page plays."""
-    judge_check: int = 150
+    judge_check: Whole = 150
     """Freshly drawn clips for the judge's own accuracy and confusion table; 0 leaves it out."""
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from align.config import Config as BaseConfig
+from align.config import Count, Seed
 from align.run import Run
+from base_model.errors import UserError
 from base_model.networks.dit import DiT, DiTConfig
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_codec, load_tiny, save_network
@@ -27,9 +30,9 @@ from recipes.weights import file_hash, write_card
 class Leg(BaseConfig):
     """One stretch of training with its own data and schedule; it begins with the weights of the leg before."""
 
-    seed: int
+    seed: Seed
     """Seed of weights, data and noise."""
-    clips: int
+    clips: Count
     """Messy pairs of native sizes."""
     fit: Fit
     """How the network is fitted."""
@@ -47,18 +50,22 @@ class Config(BaseConfig):
     """Folder with one run a leg, `leg-0`, `leg-1`, ...; the network ends up in `dit.safetensors` of the last one."""
     codec: Path = WEIGHTS / "vae.safetensors"
     """The autoencoder whose latents are modelled."""
-    width: int = 128
+    width: Count = 128
     """Width of the denoiser."""
-    depth: int = 4
+    depth: Count = 4
     """Blocks of the denoiser."""
-    legs: tuple[Leg, ...] = LEGS
+    legs: Annotated[tuple[Leg, ...], Field(min_length=1)] = LEGS
     """The legs, in order."""
 
 
 def fresh_model(cfg: Config) -> LatentVideoModel:
     codec = load_codec(cfg.codec)
     config = DiTConfig(channels=codec.vae.config.channels, width=cfg.width, depth=cfg.depth)
-    return LatentVideoModel(DiT(config), codec, TextEncoder(), config)
+    try:
+        network = DiT(config)
+    except ValueError as error:
+        raise UserError(f"width: {error}. Give another width") from error
+    return LatentVideoModel(network, codec, TextEncoder(), config)
 
 
 def train_leg(cfg: Config, leg: Leg, out: Path, start: Path | None, *, resume: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from align.config import Config as BaseConfig
+from align.config import Count, NonNegative, Positive, Seed
 from align.run import Run
 from base_model.networks.vae import VAEConfig
 from base_model.tiny import LatentCodec, save_codec
@@ -32,25 +33,25 @@ METRICS = {
 class Config(BaseConfig):
     out: Path = Path("runs/vae")
     """Folder of the run; the weights end up in `vae.safetensors` there."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, data and noise."""
-    clips: int = 12_000
+    clips: Count = 12_000
     """Clips of native sizes, drawn from the messy base data."""
-    held_out: int = 256
+    held_out: Count = 256
     """Held-out clips of 13x32x32 for the PSNR."""
-    iterations: int = 3_000
+    iterations: Count = 3_000
     """Optimizer steps."""
-    batch: int = 16
+    batch: Count = 16
     """Clips a step; all of one size."""
-    lr: float = 2e-3
+    lr: Positive = 2e-3
     """Peak learning rate of AdamW, warmed up over 50 steps, then a cosine to a fiftieth."""
-    kl_coef: float = 2e-4
+    kl_coef: NonNegative = 2e-4
     """Weight of the Kullback-Leibler term."""
-    width: int = 96
+    width: Count = 96
     """Channels inside the encoder and the decoder."""
-    latent_channels: int = 16
+    latent_channels: Count = 16
     """Channels of the latents."""
-    save_every: int = 500
+    save_every: Count = 500
     """Iterations between checkpoints."""
 
 

@@ -93,6 +93,49 @@ def test_an_unknown_key_names_the_nearest_and_a_wrong_type_says_both(tmp_path: P
     fails(capfd, ["sft", "--fit.iterations", "ten"], "fit.iterations", "integer", "ten")
 
 
+@pytest.mark.parametrize(
+    ("command", "key", "value"),
+    [
+        ("generate", "sampler.steps", "0"),
+        ("generate", "sampler.steps", "1001"),
+        ("generate", "sampler.shift", "0"),
+        ("generate", "sampler.frames", "-3"),
+        ("generate", "sampler.height", "36"),
+        ("generate", "sampler.width", "0"),
+        ("generate", "sampler.width", "8192"),
+        ("generate", "sampler.fps", "0"),
+        ("generate", "sampler.batch", "0"),
+        ("generate", "clips-per-prompt", "0"),
+        ("generate", "seed", "-1"),
+        ("generate", "seed", str(2**63)),
+        ("sft", "fit.iterations", "0"),
+        ("sft", "fit.lr", "-1"),
+        ("sft", "fit.ema-decay", "1"),
+        ("sft", "fit.save-every", "0"),
+        ("sft", "lora-rank", "-1"),
+        ("ddpo", "policy.micro-batch", "0"),
+        ("ddpo", "policy.group-size", "1"),
+        ("ddpo", "policy.eta", "0"),
+        ("ddpo", "safety.limit", "0"),
+        ("ddpo", "safety.gate", "1"),
+        ("grpo", "policy.evaluate-every", "0"),
+        ("nft", "policy.lr", "0"),
+        ("nft", "strobe", "1.5"),
+        ("match", "batch", "0"),
+        ("reward-model", "epochs", "-1"),
+        ("evaluate", "prompts", "0"),
+        ("demo", "takes", "1"),
+        ("demo", "overlap", "2"),
+        ("demo", "seed", "-1"),
+        ("pretrain", "depth", "0"),
+        ("vae", "iterations", "0"),
+    ],
+)
+def test_a_number_out_of_its_bounds(command: str, key: str, value: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fails(capfd, [command, "--out", str(tmp_path / "out"), f"--{key}", value], key.replace("-", "_").rpartition(".")[0], "command line")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", ["sft", "generate"])
 def test_a_full_disk(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk runs full at the first byte that has to reach it."""
