@@ -49,7 +49,7 @@ class Sampler(BaseConfig):
     """Height in pixels, a multiple of 8."""
     width: Side = 32
     """Width in pixels, a multiple of 8."""
-    fps: Annotated[float, Field(gt=0, le=240)] = 12.0
+    fps: Annotated[float, Field(ge=0.1, le=240)] = 12.0
     """Frames a second."""
     batch: Count = 64
     """Clips denoised together."""

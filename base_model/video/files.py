@@ -118,7 +118,7 @@ def write_lossless(path: str | Path, video: Tensor | NDArray[np.uint8], fps: flo
     video: float [T,3,H,W] in [0,1] or uint8 [T,H,W,3]. Raises UserError where the file cannot be written.
     """
     frames = _as_frames(video)
-    rate, (count, height, width, _) = _rate(fps), frames.shape
+    rate, (count, height, width, _) = frame_rate(fps), frames.shape
     padded = np.zeros((count, height, width, 4), np.uint8)
     padded[..., :3] = frames[..., ::-1]  # FFV1 wants B G R and an unused byte
     buffer = io.BytesIO()
@@ -142,7 +142,7 @@ def write_mp4(path: str | Path, video: Tensor | NDArray[np.uint8], fps: float, *
     An odd side gets its last row or column twice. Raises UserError where the file cannot be written.
     """
     frames = _as_frames(video)
-    rate = _rate(fps)
+    rate = frame_rate(fps)
     factor = max(1, -(-PREVIEW_SIDE // min(frames.shape[1:3]))) if upscale else 1
     if factor > 1:
         frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)  # [T,H f,W f,3]
@@ -265,10 +265,12 @@ def _as_frames(video: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
     return frames
 
 
-def _rate(fps: float) -> Fraction:
-    if not 0 < fps <= 1000:
+def frame_rate(fps: float) -> Fraction:
+    """A rate as containers write it. Raises ValueError where there is none such: not above 0, above 1000, or so low that it rounds to 0."""
+    rate = Fraction(fps).limit_denominator(1001) if 0 < fps <= 1000 else None
+    if not rate:
         raise ValueError(f"a frame rate is between 0 and 1000, not {fps}")
-    return Fraction(fps).limit_denominator(1001)
+    return rate
 
 
 def _refuse_truncated_mp4(path: Path) -> None:
