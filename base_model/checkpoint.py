@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -31,6 +31,28 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in DISK_FULL:
             raise UserError(f"the disk is full, while writing {path}. Free some space or choose another --out, then go on with --resume") from error
         raise UserError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to") from error
+
+
+def check_can_write(folder: Path) -> None:
+    """Raises UserError where nothing can be written into `folder`, made if need be: before the work, not after it."""
+    with disk_errors(folder):
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise UserError(f"cannot write {folder}: {there} is a file, not a folder. Choose another --out")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write {folder}: no permission to write into {there}. Choose a place you may write to")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in `path`. Raises UserError, calling the file `what` ("the card of the network"), where it is missing, damaged or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "nested too deeply" if isinstance(error, RecursionError) else f"not JSON ({error})"
+        raise UserError(f"cannot read {what}, {path}: {reason}. Restore the file or make it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"cannot read {what}, {path}: a {type(value).__name__} where an object belongs. Restore the file or make it again")
+    return value
 
 
 def fsync_folder(folder: Path) -> None:

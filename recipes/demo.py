@@ -16,6 +16,7 @@ from pydantic import Field
 
 from align.config import Config as BaseConfig
 from align.config import Count, Several, Share, Whole, dump, leaves, path_keys
+from base_model.checkpoint import check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.tiny import load_tiny
 from base_model.video.files import write_atomic
@@ -263,7 +264,10 @@ def world_sampler(cfg: Config) -> Sampler:
 
 def read_done(cfg: Config, stage: str) -> dict[str, Any]:
     """What a finished stage left: result, seconds, peak memory, configuration."""
-    done: dict[str, Any] = json.loads((folder(cfg, stage) / "stage.json").read_text())
+    done = read_json(folder(cfg, stage) / "stage.json", "what a finished stage left")
+    missing = {"seconds", "peak_memory_bytes", "result"} - set(done)
+    if missing:
+        raise UserError(f"no {sorted(missing)[0]} in {folder(cfg, stage) / 'stage.json'}. Delete the file to do that stage again")
     return done
 
 
@@ -273,15 +277,17 @@ def command_line(cfg: Config) -> str:
     return "".join(f" --{key} {value}" for key, value in leaves(dump(cfg)).items() if value != defaults.get(key) and key not in paths)
 
 
+def settings(cfg: Config) -> dict[str, Any]:
+    return {key: value for key, value in leaves(dump(cfg)).items() if key not in ("out", "stage")}
+
+
 def check_same_config(cfg: Config) -> None:
-    """Raises UserError where the folder was begun with other settings; the first call writes them down."""
-    path = cfg.out / "demo.json"
-    now = {key: value for key, value in leaves(dump(cfg)).items() if key not in ("out", "stage")}
+    """Raises UserError where the folder holds stages that were made with other settings."""
+    check_can_write(cfg.out)
+    path, now = cfg.out / "demo.json", settings(cfg)
     if not path.exists():
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(now, indent=2, sort_keys=True) + "\n").encode())
         return
-    before = json.loads(path.read_text())
+    before = read_json(path, "the settings of the demo")
     changed = [f"{key} ({before.get(key)} -> {now.get(key)})" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
         raise UserError(f"{cfg.out} was begun with other settings: {', '.join(changed)}. Give the same ones, or another --out")
@@ -293,10 +299,12 @@ def run_stage(cfg: Config, stage: Stage, work: Callable[[Path, PeakMemory], dict
     if (out / "stage.json").exists():
         return read_done(cfg, stage)
     started = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     with PeakMemory() as memory:
         result = work(out, memory)
     done = {"stage": stage, "seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": memory.peak_bytes, "result": result}
+    write_atomic(cfg.out / "demo.json", (json.dumps(settings(cfg), indent=2, sort_keys=True) + "\n").encode())
     write_atomic(out / "stage.json", (json.dumps(done, indent=2) + "\n").encode())
     return done
 

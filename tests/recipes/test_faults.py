@@ -12,7 +12,7 @@ import torch
 from base_model.tiny import save_network
 from base_model.video.files import read_lossless, write_mp4
 from recipes.cli import main
-from tests.recipes.small import save_small_network, small_model
+from tests.recipes.small import save_small_network, save_small_reward_model, small_model
 
 TINY_SFT = ["--clips", "8", "--fit.iterations", "2", "--fit.held-out", "2", "--fit.capacity", "256"]
 TINY_CLIPS = ["--sampler.frames", "5", "--sampler.height", "16", "--sampler.width", "16", "--sampler.steps", "2", "--clips-per-prompt", "2"]
@@ -32,7 +32,7 @@ def fails(capfd: pytest.CaptureFixture[str], words: list[str], *says: str) -> No
 
 def left_over(folder: Path) -> list[str]:
     """Files that are neither whole results nor the records a run keeps."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and (p.suffix in (".tmp", ".partial") or p.name.startswith(".")))
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ".lock" and (p.suffix in (".tmp", ".partial") or p.name.startswith(".")))
 
 
 def clip_folder(folder: Path, text: str = "a horse runs") -> Path:
@@ -134,6 +134,31 @@ def test_an_unknown_key_names_the_nearest_and_a_wrong_type_says_both(tmp_path: P
 def test_a_number_out_of_its_bounds(command: str, key: str, value: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fails(capfd, [command, "--out", str(tmp_path / "out"), f"--{key}", value], key.replace("-", "_").rpartition(".")[0], "command line")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["sft", "ddpo", "grpo", "nft"])
+def test_a_start_that_failed_leaves_no_run_in_the_way_of_the_corrected_command(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    network, missing = save_small_network(tmp_path / "network.safetensors"), str(tmp_path / "none.safetensors")
+    if command == "sft":
+        fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--base", missing, *TINY_SFT], "none.safetensors")
+        fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--base", str(network), "--pairs", missing, *TINY_SFT], "none.safetensors")
+        assert main(["sft", "--out", str(tmp_path / "out"), "--base", str(network), *TINY_SFT]) == 0
+        return
+    words = [command, "--out", str(tmp_path / "out"), "--model", str(network), "--held-out-prompts", "2", "--prompt-pool", "2"]
+    fails(capfd, [*words, "--reward", missing], "none.safetensors")
+    reward = ["--reward", str(save_small_reward_model(tmp_path / "reward"))]
+    fails(capfd, [*words, *reward, "--sampler.frames", "12"], "frames")
+    if command != "nft":
+        fails(capfd, [*words, *reward, "--sampler.steps", "1"], "steps")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_demo_that_failed_to_start_can_be_begun_with_other_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["demo", "--out", str(tmp_path / "out"), "--stage", "data", "--pairs", "8"]
+    fails(capfd, [*words, "--clips", str(tmp_path / "none")], "metadata.jsonl")
+    assert main(words) == 0
+    capfd.readouterr()
+    fails(capfd, [*words, "--pairs", "9"], "begun with other settings: pairs (8 -> 9)")
 
 
 @pytest.mark.parametrize("command", ["sft", "generate"])
