@@ -115,7 +115,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"damaged weights, {path}: {error}. Make or download the file again") from error
 
 
@@ -147,10 +147,15 @@ def _header(file: BinaryIO, start: bytes, size: int) -> dict[str, dict[str, list
     file.seek(8)
     try:
         header = json.loads(file.read(length))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    whole = all("data_offsets" in entry for name, entry in header.items() if name != "__metadata__")
+    whole = all(_is_entry(entry) for name, entry in header.items() if name != "__metadata__")
     return header if whole else None
+
+
+def _is_entry(entry: object) -> bool:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    return isinstance(offsets, list) and len(offsets) == 2 and all(isinstance(offset, int) and offset >= 0 for offset in offsets)
 
 
 def _what_it_is(start: bytes, path: Path) -> str:
@@ -160,5 +165,5 @@ def _what_it_is(start: bytes, path: Path) -> str:
     if not start:
         return f"empty weights file, {path}. Make or download the file again"
     if start[8:9] == b"{":
-        return f"truncated or damaged weights, {path}: its header is cut short. Make or download the file again"
+        return f"truncated or damaged weights, {path}: its header is cut short or makes no sense. Make or download the file again"
     return f"not a safetensors file, {path}. Weights are read from safetensors only"

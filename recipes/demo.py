@@ -20,7 +20,7 @@ from base_model.checkpoint import check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.tiny import load_tiny
 from base_model.video.files import write_atomic
-from base_model.video.store import ClipStore
+from base_model.video.store import ClipRow, ClipStore
 from recipes import ddpo, evaluate, reward_model, sft
 from recipes.feedback import SafetyLimit, StoppedByGuard
 from recipes.generate import Request, Sampler, fill_store, network_lineage, safety_runner
@@ -126,7 +126,7 @@ def rank_candidates(cfg: Config, out: Path) -> dict[str, Any]:
     """Two panels of simulated labelers rank what the filters allow; one teaches the reward model, the other the guard."""
     store = ClipStore(folder(cfg, "candidates"))
     asked = candidate_prompts(cfg)
-    served = [row for row in store.rows() if json.loads(row.safety_json)["verdict"] == "allow"]
+    served = [row for row in store.rows() if ruling_of(row)["verdict"] == "allow"]
     clips: dict[str, list[tuple[str, Any]]] = {}
     for row in served:
         clips.setdefault(row.prompt_id, []).append((row.clip_id, store.load(row.clip_id)))
@@ -223,12 +223,21 @@ def write_the_report(cfg: Config, out: Path, memory: PeakMemory, started: float)
     return {key: results[key] for key in ("judge", "judge_gain", "flash_rate", "diversity", "wall_seconds", "peak_memory_bytes")}
 
 
+def ruling_of(row: ClipRow) -> dict[str, Any]:
+    """What the filters said of a clip: `verdict` and `rulings`."""
+    try:
+        said = json.loads(row.safety_json)
+        return {"verdict": str(said["verdict"]), "rulings": list(said["rulings"])}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"the clip {row.clip_id} carries no verdict of the filters, clips.jsonl. Make the candidates again in another --out") from error
+
+
 def withheld_candidates(cfg: Config) -> list[dict[str, Any]]:
     """Rows of the report's table for the takes that no labeler was shown: policy, verdict, how many, and a few with the filter's reason."""
     rows = ClipStore(folder(cfg, "candidates")).rows()
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        for ruling in json.loads(row.safety_json)["rulings"]:
+        for ruling in ruling_of(row)["rulings"]:
             if ruling["verdict"] != "allow":
                 reasons = "; ".join(reason["text"] for reason in ruling["reasons"])
                 found.setdefault((ruling["verdict"], ruling["policy"]), []).append(f"“{row.prompt}”: {reasons}")

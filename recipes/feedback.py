@@ -188,7 +188,6 @@ class HeldOut:
     def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
         """Samples, keeps and scores the held-out clips."""
         video = torch.cat(list(sample(model, self.cond, [derived_seed(self.seed, "held out", k) % 2**31 for k in range(len(self.cond))], self.sampler)))  # [B,T,3,H,W]
-        self.folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.folder / f"{iteration:06d}.safetensors", {"video": (video * 255).round().to(torch.uint8)}, {})
         seen = assess(video, self.prompts)
         guard = float("nan") if self.guard is None else float(self.guard(video, self.prompts).reward.nanmean())

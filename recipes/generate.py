@@ -21,6 +21,7 @@ from align.config import Count, Seed, dump
 from align.kernels import ODE
 from align.progress import Progress
 from align.trajectory import rollout
+from base_model.checkpoint import check_can_write
 from base_model.errors import UserError
 from base_model.networks.packing import token_grid
 from base_model.times import sampling_times
@@ -163,6 +164,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     if not cfg.prompts:
         raise UserError("no prompts, prompts. Give at least one: --prompts '[\"a red circle grows\"]'")
     started = time.monotonic()
+    check_can_write(cfg.out)
     model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(), ClipStore(cfg.out)
     requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
     rows = fill_store(store, model, requests, lineage=network_lineage(cfg.model), sampler=cfg.sampler, runner=runner)

@@ -51,7 +51,6 @@ def encode_pairs(model: LatentVideoModel, clips: ClipSet, *, batch: int = 64) ->
 
 def save_pairs(folder: Path, clips: ClipSet) -> None:
     """`captions.jsonl`, one line a clip, and its exact frames in `videos.safetensors` (uint8 [T,3,H,W], "000000" for the first line)."""
-    folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "videos.safetensors", {f"{i:06d}": video for i, video in enumerate(clips.videos)}, {})
     write_atomic(folder / "captions.jsonl", "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in clips.texts).encode())
 

@@ -5,7 +5,6 @@ The loop is that of `sft.py`: only the start and the data differ. Its legs made 
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +23,7 @@ from base_model.types import ClipShape
 from recipes.pairs import encode_pairs
 from recipes.sft import METRICS, Fit, held_out_losses, train
 from recipes.shapes.dataset import draw_clips
-from recipes.weights import file_hash, write_card
+from recipes.weights import file_hash, read_card, write_card
 
 
 class Leg(BaseConfig):
@@ -77,7 +76,7 @@ def train_leg(cfg: Config, leg: Leg, out: Path, start: Path | None, *, resume: b
     held_out = draw_clips("curated", leg.fit.held_out, seed=1_000_003, shape=ClipShape(13, 32, 32))
     train(leg.fit, run, model, encode_pairs(model, clips), encode_pairs(model, held_out))
     loss = float(held_out_losses(model, encode_pairs(model, held_out), run.generator("held out", 0)).mean())
-    earlier = json.loads(start.with_suffix(".json").read_text()) if start else {}
+    earlier = read_card(start) if start else {}
     seconds = run.seconds + earlier.get("wall_seconds", 0.0)
     measured = {"held_out_loss": loss, "held_out_loss_of_earlier_legs": [*_losses(earlier)]}
     write_card(out / "dit.safetensors", lambda path: save_network(path, model), recipe="pretrain", cfg=cfg, data=clips.fingerprint(), seconds=seconds, measured=measured)
@@ -85,7 +84,7 @@ def train_leg(cfg: Config, leg: Leg, out: Path, start: Path | None, *, resume: b
 
 def _losses(card: dict[str, Any]) -> list[float]:
     measured = card.get("measured", {})
-    return [*measured.get("held_out_loss_of_earlier_legs", []), measured["held_out_loss"]] if measured else []
+    return [*measured.get("held_out_loss_of_earlier_legs", []), measured["held_out_loss"]] if "held_out_loss" in measured else []
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
@@ -96,5 +95,5 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
             continue
         train_leg(cfg, leg, out, folders[k - 1] / "dit.safetensors" if k else None, resume=resume and (out / "run.json").exists())
     weights = folders[-1] / "dit.safetensors"
-    card = json.loads(weights.with_suffix(".json").read_text())
+    card = read_card(weights)
     return {"weights": str(weights), "sha256": file_hash(weights), **card["measured"], "wall_seconds": round(time.monotonic() - started, 1)}

@@ -6,7 +6,6 @@ Kullback-Leibler term keeps the latents near a unit Gaussian (Kingma & Welling 2
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from base_model.networks.vae import VAEConfig
 from base_model.tiny import LatentCodec, save_codec
 from base_model.types import ClipShape
 from recipes.shapes.dataset import ClipSet, by_shape, draw_clips
-from recipes.weights import write_card
+from recipes.weights import read_card, write_card
 
 METRICS = {
     "loss": "Reconstruction plus weighted Kullback-Leibler term, mean over the batch.",
@@ -135,5 +134,5 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     torch.manual_seed(cfg.seed)
     train(cfg, run)
-    card = json.loads((cfg.out / "vae.json").read_text())
+    card = read_card(cfg.out / "vae.safetensors")
     return {"weights": str(cfg.out / "vae.safetensors"), **card["measured"], "wall_seconds": round(time.monotonic() - started, 1)}

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from base_model.checkpoint import write_synced
+from base_model.errors import UserError
 from base_model.tiny import save_network
 from base_model.video.files import read_lossless, write_mp4
+from recipes import sft
 from recipes.cli import main
+from recipes.weights import read_card, write_card
 from tests.recipes.small import save_small_network, save_small_reward_model, small_model
 
 TINY_SFT = ["--clips", "8", "--fit.iterations", "2", "--fit.held-out", "2", "--fit.capacity", "256"]
@@ -159,6 +163,51 @@ def test_a_demo_that_failed_to_start_can_be_begun_with_other_settings(tmp_path: 
     assert main(words) == 0
     capfd.readouterr()
     fails(capfd, [*words, "--pairs", "9"], "begun with other settings: pairs (8 -> 9)")
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate", "generate", "sft"])
+def test_an_out_that_is_a_file_is_refused_before_the_work(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    for module in ("generate", "evaluate"):
+        monkeypatch.setattr(f"recipes.{module}.load_tiny", None)
+    for out in ("file", "file/below"):
+        fails(capfd, [command, "--out", str(tmp_path / out)], "is a file, not a folder")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}"])
+@pytest.mark.parametrize("name", ["demo.json", "data/stage.json"])
+def test_a_damaged_note_of_the_demo(name: str, damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["demo", "--out", str(tmp_path / "out"), "--stage", "data", "--pairs", "4"]
+    assert main(words) == 0
+    capfd.readouterr()
+    (tmp_path / "out" / name).write_text(damage)
+    fails(capfd, words)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"measured": {}, "wall_seconds": "x"}'])
+def test_a_card_that_says_nothing_is_a_user_error(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "dit.json").write_text(damage)
+    with pytest.raises(UserError):
+        read_card(tmp_path / "dit.safetensors")
+
+
+def test_a_card_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "network.safetensors"
+
+    def write() -> None:
+        write_card(weights, lambda path: write_synced(path, b"x"), recipe="sft", cfg=sft.Config(), data="", seconds=1.0, measured={})
+
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write()
+    before = weights.with_suffix(".json").read_bytes()
+    monkeypatch.setattr("base_model.checkpoint.write_synced", full)
+    with pytest.raises(UserError, match="disk is full"):
+        write()
+    assert weights.with_suffix(".json").read_bytes() == before and left_over(tmp_path) == []
 
 
 @pytest.mark.parametrize("command", ["sft", "generate"])
