@@ -67,7 +67,10 @@ def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path: Path)
 
 @pytest.mark.parametrize(
     "config",
-    ["", "{", "[]", "5", "[" * 100_000, '{"width": "128"}', '{"width": -1}', '{"heads": 0}', '{"heads": 3}', '{"depth": 1e9}', '{"depth": 10000000000}', '{"patch": [1, 2]}', '{"x": 1}'],
+    [
+        *("", "{", "[]", "5", "[" * 100_000, '{"width": "128"}', '{"width": -1}', '{"heads": 0}', '{"heads": 3}'),
+        *('{"depth": 1e9}', '{"depth": 10000000000}', '{"patch": [1, 2]}', '{"x": 1}'),
+    ],
 )
 def test_an_architecture_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path, config: str) -> None:
     save_weights(tmp_path / "odd.safetensors", {"a": torch.zeros(1)}, {"config": config})
