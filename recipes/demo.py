@@ -46,7 +46,7 @@ class Config(BaseConfig):
     stage: Stage = "report"
     """Last stage to do."""
     clips: Path | None = None
-    """Folder of real clips with a metadata.jsonl, in place of the built-in world."""
+    """Folder of real clips with a metadata.jsonl, in place of the built-in world. They are resampled to `sampler.fps`."""
     pairs: Count = 2_500
     """Curated pairs for SFT."""
     fit: sft.Fit = sft.Fit(iterations=180, lr=1e-3)
@@ -88,7 +88,7 @@ def folder(cfg: Config, stage: str) -> Path:
 
 def make_data(cfg: Config, out: Path) -> dict[str, Any]:
     """Curated pairs, what the filters do not allow left out."""
-    clips = read_clip_folder(cfg.clips, frames=cfg.sampler.frames) if cfg.clips else draw_clips("curated", cfg.pairs, seed=cfg.seed)
+    clips = read_clip_folder(cfg.clips, frames=cfg.sampler.frames, fps=cfg.sampler.fps) if cfg.clips else draw_clips("curated", cfg.pairs, seed=cfg.seed)
     runner = safety_runner()
     kept = curate(clips, runner, cfg.sampler.fps)
     if not len(kept):

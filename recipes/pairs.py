@@ -17,7 +17,7 @@ from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
 from base_model.networks.packing import Patch, token_grid
 from base_model.tiny import LatentVideoModel
-from base_model.video.files import cover, from_uint8, read_video, to_uint8, write_atomic
+from base_model.video.files import cover, from_uint8, read_video, resample_fps, to_uint8, write_atomic
 from recipes.shapes.dataset import ClipSet, by_shape
 
 
@@ -95,10 +95,11 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def read_clip_folder(folder: Path, *, frames: int, every: int = 6) -> ClipSet:
-    """Real clips with captions (`metadata.jsonl` with `file_name` and `text`, the layout of datasets' videofolder) as windows of `frames` frames.
+def read_clip_folder(folder: Path, *, frames: int, fps: float, every: int = 6) -> ClipSet:
+    """Real clips with captions (`metadata.jsonl` with `file_name` and `text`, the layout of datasets' videofolder) as windows of `frames` frames at `fps`.
 
-    Clips keep their aspect and are resized to the token budget. Raises UserError for a folder without clips, a broken clip, a clip that is too short.
+    Each clip is resampled from its own frame rate, so that a window lasts as long and flashes as fast as it says. Clips keep their aspect and are
+    resized to the token budget. Raises UserError for a folder without clips, a broken clip, a clip that is too short.
     """
     table = folder / "metadata.jsonl"
     if not table.is_file():
@@ -106,9 +107,11 @@ def read_clip_folder(folder: Path, *, frames: int, every: int = 6) -> ClipSet:
     texts: list[str] = []
     videos: list[Tensor] = []
     for row in _caption_rows(table):
-        small = torch.from_numpy(read_video(_inside(folder, row["file_name"]), shrink=to_native_size).frames).permute(0, 3, 1, 2)  # [T,3,h,w]
+        video = read_video(_inside(folder, row["file_name"]), shrink=to_native_size)
+        small = resample_fps(torch.from_numpy(video.frames).permute(0, 3, 1, 2), video.fps, fps)  # [T,3,h,w]
         if len(small) < frames:
-            raise UserError(f"{folder / row['file_name']} has {len(small)} frames, a window needs {frames}. Leave the clip out of {table.name}")
+            lasts = f"{len(video.frames)} frames at {video.fps:g} a second, {len(small)} at {fps:g}"
+            raise UserError(f"{folder / row['file_name']} has {lasts}; a window needs {frames}. Leave the clip out of {table.name}")
         starts = range(0, len(small) - frames + 1, every)
         videos += [small[begin : begin + frames] for begin in starts]
         texts += [row["text"]] * len(starts)
