@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from align.config import Config as BaseConfig
@@ -54,6 +54,13 @@ class Sampler(BaseConfig):
     """Frames a second."""
     batch: Count = 64
     """Clips denoised together."""
+
+    @field_validator("frames")
+    @classmethod
+    def _frames_fall_on_the_grid(cls, frames: int) -> int:
+        if frames % 4 != 1:
+            raise ValueError(f"expected 1 + a multiple of 4, got {frames}")
+        return frames
 
     @property
     def clip(self) -> ClipShape:
