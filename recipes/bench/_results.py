@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from align.config import Config, commit, dump, leaves, versions
 from base_model.errors import UserError
-from base_model.video.files import disk_errors, write_atomic
+from base_model.video.files import write_atomic
 from recipes.doctor import hardware
 
 RESULTS = Path(__file__).parent / "results"
@@ -101,8 +101,7 @@ def write(cfg: Bench, name: str, source: Provenance, title: str, sections: Mappi
         parts += [f"## {heading}", table(rows)]
     parts += ["## Where the numbers come from", "```text\n" + "\n".join(source.commands) + "\n```", table(_facts(source))]
     try:
-        with disk_errors(cfg.results):
-            cfg.results.mkdir(parents=True, exist_ok=True)
+        cfg.results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write results, {cfg.results}: {error.strerror}. Give another --results") from error
     path = cfg.results / f"{source.date}_{hardware_name(source.hardware)}_{name}.md"
