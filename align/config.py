@@ -20,22 +20,25 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from base_model.errors import UserError
 
 PACKAGES = ("rushes", "torch", "numpy", "transformers", "diffusers", "peft", "accelerate", "trl", "bitsandbytes", "datasets", "safetensors", "av", "scipy", "pydantic")
+
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes, on the file systems there are
 
 EXPECTED = {
     "int": "an integer",
@@ -62,7 +65,16 @@ class Config(BaseModel):
     """Names of keys, in any section, that `--resume` accepts with another value; paths may change too."""
 
 
+Count = Annotated[int, Field(ge=1)]
+Several = Annotated[int, Field(ge=2)]
+Whole = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
 C = TypeVar("C", bound=Config)
+COMMAND_LINE = "command line"
 Where = dict[str, str]  # dotted key -> "file:line" or "command line"
 
 
@@ -71,9 +83,10 @@ def load(cls: type[C], path: Path | None, overrides: Sequence[str]) -> C:
 
     Keys may be written with `_` or `-`. Raises UserError for a missing or broken file, an unknown or repeated key, a value of the wrong type.
     """
-    data, where = _read_yaml(cls, path) if path is not None else ({}, {})
+    data, where = _read_file(cls, path) if path is not None else ({}, {})
     for key, value in _pairs(cls, overrides):
         _override(cls, data, where, key, value)
+    data = _possible(cls, cls, data, [], where)
     try:
         return cls.model_validate(_with_section_defaults(cls, data))
     except ValidationError as error:
@@ -131,48 +144,81 @@ def help_text(cls: type[Config]) -> str:
 # Reading
 
 
-def _read_yaml(cls: type[Config], path: Path) -> tuple[dict[str, Any], Where]:
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: 2020-01-01 is text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"] for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(text: str, place: str, remedy: str) -> tuple[Any, yaml.Node | None]:
+    """The value and the nodes of a YAML text. Raises UserError, naming the place and the line, for what is no YAML or names an impossible value."""
     try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except FileNotFoundError as error:
-        raise UserError(f"no such config, {path}. Give the path of a YAML file, or none for the shipped one") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config {path}: {error}. Give a YAML file that you may read") from error
+        root = yaml.compose(text, Loader=_Loader)
+        _check_no_loop(root, ())
+        return yaml.load(text, Loader=_Loader), root
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"not YAML, {path}{line}: {getattr(error, 'problem', None) or 'cannot be parsed'}. Mend that line") from error
+        line = f":{mark.line + 1}" if mark and place != COMMAND_LINE else ""
+        raise UserError(f"not YAML, {place}{line}: {getattr(error, 'problem', None) or 'cannot be parsed'}. {remedy}") from error
+    except RecursionError as error:
+        raise UserError(f"not YAML, {place}: nested too deeply. {remedy}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"not YAML, {place}: {str(error).partition(';')[0] or type(error).__name__}. {remedy}") from error
+
+
+def _check_no_loop(node: yaml.Node | None, above: tuple[int, ...]) -> None:
+    if id(node) in above:
+        raise ValueError("an alias stands inside what it names")
+    if isinstance(node, yaml.CollectionNode):
+        for inner in node.value:
+            for each in inner if isinstance(inner, tuple) else (inner,):
+                _check_no_loop(each, (*above, id(node)))
+
+
+def _read_file(cls: type[Config], path: Path) -> tuple[dict[str, Any], Where]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"no such config, {path}. Give the path of a YAML file, or none for the shipped one") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the config {str(path)!r}: {error}. Give a YAML file that you may read") from error
+    data, root = _read_yaml(text, str(path), "Mend that line")
     if data is None or root is None:
         return {}, {}
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, got {_shown(data)}. Write `key: value` lines")
     where: Where = {}
-    return _normalised(cls, cls, data, root, "", path, where), where
+    return _normalised(cls, cls, data, root, "", lambda node: f"{path}:{node.start_mark.line + 1}", where), where
 
 
-def _normalised(root: type[Config], annotation: Any, data: dict[Any, Any], node: yaml.Node, prefix: str, path: Path, where: Where) -> dict[str, Any]:
+def _normalised(root: type[Config], annotation: Any, data: Any, node: yaml.Node, prefix: str, place: Callable[[yaml.Node], str], where: Where) -> Any:
     """`data` with `-` in keys turned to `_`; fills `where`; raises UserError for keys that are unknown or repeated."""
+    if isinstance(node, yaml.SequenceNode) and isinstance(data, list):
+        return [_normalised(root, _item(annotation), value, each, f"{prefix}{i}.", place, where) for i, (value, each) in enumerate(zip(data, node.value, strict=True))]
+    if not isinstance(node, yaml.MappingNode) or not isinstance(data, dict):
+        return data
     sections = _sections(annotation)
     out: dict[str, Any] = {}
-    assert isinstance(node, yaml.MappingNode)
     for key_node, value_node in node.value:
-        place = f"{path}:{key_node.start_mark.line + 1}"
+        at = place(key_node)
         if key_node.tag == "tag:yaml.org,2002:merge":
-            raise UserError(f"{place}: merge keys (<<) are not supported. Write the keys out")
-        written = yaml.safe_load(yaml.serialize(key_node))
+            raise UserError(f"{at}: merge keys (<<) are not supported. Write the keys out")
+        written = yaml.load(yaml.serialize(key_node), Loader=_Loader)
         key = str(written).replace("-", "_") if sections else str(written)
         dotted = f"{prefix}{key}"
         if key in out:
-            raise UserError(f"{dotted}: given twice ({where[dotted]} and {place}). Keep one")
-        where[dotted] = place
-        child = _child(root, annotation, key, dotted, place)
-        value = data[written]
+            places = " and ".join(dict.fromkeys((where[dotted], at)))
+            raise UserError(f"{dotted}: given twice ({places}). Keep one")
+        where[dotted] = at
+        child = _child(root, annotation, key, dotted, at)
+        value = data.get(written)
         members = set(_members(child))
         if isinstance(value, bool) and members & {int, float} and not members & {bool, Any}:
-            raise UserError(f"{dotted}: expected {EXPECTED['int' if int in members else 'float']}, got {_plain(value)} ({place})")
-        out[key] = _normalised(root, child, value, value_node, f"{dotted}.", path, where) if isinstance(value, dict) else value
+            raise UserError(f"{dotted}: expected {EXPECTED['int' if int in members else 'float']}, got {_plain(value)} ({at})")
+        out[key] = _normalised(root, child, value, value_node, f"{dotted}.", place, where)
     return out
 
 
@@ -200,7 +246,7 @@ def _leaf(cls: type[Config], dotted: str) -> Any:
     annotation: Any = cls
     for part in dotted.split("."):
         part = part.replace("-", "_") if _sections(annotation) else part
-        annotation = _child(cls, annotation, part, dotted, "command line")
+        annotation = _child(cls, annotation, part, dotted, COMMAND_LINE)
     return annotation
 
 
@@ -211,33 +257,36 @@ def _override(cls: type[Config], data: dict[str, Any], where: Where, dotted: str
     for part in sections:
         key = part.replace("-", "_") if _sections(level) else part
         taken.append(key)
-        level = _child(cls, level, key, dotted, "command line")
+        level = _child(cls, level, key, dotted, COMMAND_LINE)
         inner = target.get(key)
         if not isinstance(inner, dict):
             inner = target[key] = {}
         target = inner
     key = last.replace("-", "_") if _sections(level) else last
-    target[key] = _value(annotation, text, dotted)
     full = ".".join([*taken, key])
     for known in [known for known in where if known.startswith(f"{full}.")]:
         del where[known]
-    where[full] = "command line"
+    where[full] = COMMAND_LINE
+    target[key] = _value(cls, annotation, text, full, where)
 
 
-def _value(annotation: Any, text: str, dotted: str) -> Any:
-    """Text from the command line: lists, mappings and null are read as YAML, all else stays text and is converted by the field's type."""
+def _value(root: type[Config], annotation: Any, text: str, dotted: str, where: Where) -> Any:
+    """Text from the command line: lists, mappings and null are read as YAML, all else stays text and is converted by the field's type.
+
+    One text for a list of texts is a list of one, commas and all; a list of texts is written '[a, b]'.
+    """
     members = _members(annotation)
     if text in ("null", "none", "None") and type(None) in members:
         return None
-    if any(typing.get_origin(member) in (list, tuple, dict, set, frozenset) or _sections(member) for member in members):
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{dotted}: cannot be parsed, {text!r} (command line). Write a list as '[1, 2]' and a mapping as '{{a: 1}}'") from error
-        if any(typing.get_origin(member) in (list, tuple, set, frozenset) for member in members) and isinstance(value, str | int | float):
-            return [part.strip() for part in text.split(",")]
-        return value
-    return text
+    lists = [member for member in members if typing.get_origin(member) in (list, tuple, set, frozenset)]
+    if not lists and not any(typing.get_origin(member) is dict or _sections(member) for member in members):
+        return text
+    if any(_item(member) is str for member in lists) and not text.lstrip().startswith("["):
+        return [text]
+    value, node = _read_yaml(text, COMMAND_LINE, f"Write --{dotted} with a list as '[1, 2]' and a mapping as '{{a: 1}}'")
+    if lists and isinstance(value, str | int | float):
+        return [part.strip() for part in text.split(",")]
+    return value if node is None else _normalised(root, annotation, value, node, f"{dotted}.", lambda _: COMMAND_LINE, where)
 
 
 def _with_section_defaults(cls: type[Config], data: dict[str, Any]) -> dict[str, Any]:
@@ -279,6 +328,11 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [member for member in _members(annotation) if isinstance(member, type) and issubclass(member, BaseModel)]
 
 
+def _item(annotation: Any) -> Any:
+    """The type of what a list holds; Any where it is no list."""
+    return next((typing.get_args(member)[0] for member in _members(annotation) if typing.get_origin(member) in (list, tuple, set, frozenset)), Any)
+
+
 def _child(root: type[Config], annotation: Any, key: str, dotted: str, place: str) -> Any:
     """The type of `key` inside a section (or a mapping). Raises UserError, naming the nearest key, where there is none."""
     sections = _sections(annotation)
@@ -288,6 +342,8 @@ def _child(root: type[Config], annotation: Any, key: str, dotted: str, place: st
     for member in _members(annotation):
         if typing.get_origin(member) is dict:
             return typing.get_args(member)[1]
+    if Any in _members(annotation):
+        return Any
     raise UserError(f"{dotted}: unknown key ({place}). Did you mean {_nearest_key(root, dotted)}?")
 
 
@@ -329,8 +385,9 @@ def _plain(value: object) -> str:
     return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
 
 
-def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, str | dict | list) else _plain(value)
+def _shown(value: object, most: int = 200) -> str:
+    text = repr(value) if isinstance(value, str | dict | list) else _plain(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def path_keys(cls: type[BaseModel]) -> frozenset[str]:
@@ -343,6 +400,31 @@ def leaves(config: object, prefix: str = "") -> dict[str, Any]:
     if not isinstance(config, dict):
         return {prefix: config}
     return {key: value for name, inner in config.items() for key, value in leaves(inner, f"{prefix}.{name}" if prefix else name).items()} or {prefix: {}}
+
+
+def _possible(root: type[Config], annotation: Any, value: Any, parts: list[str], where: Where) -> Any:
+    """`value` with the halves of a character (JSON's \\ud83d\\ude00) joined in every text. Raises UserError for a half alone and for a path that cannot be."""
+    if isinstance(value, dict):
+        return {key: _possible(root, _child(root, annotation, key, ".".join([*parts, key]), ""), inner, [*parts, key], where) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_possible(root, _item(annotation), inner, [*parts, str(i)], where) for i, inner in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    try:
+        text = value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{'.'.join(parts)}: holds half a character, {value!a} ({_place(parts, where)}). Write it as UTF-8") from error
+    if Path in _members(annotation) and (fault := _fault_of_path(text)):
+        raise UserError(f"{'.'.join(parts)}: {fault} ({_place(parts, where)}). Give the name of a file or folder")
+    return text
+
+
+def _fault_of_path(text: str) -> str:
+    """Why no file can have this name, or an empty string."""
+    if not text or "\0" in text:
+        return f"is no path, {text!r}"
+    longest = max((len(os.fsencode(part)) for part in Path(text).parts), default=0)
+    return f"is too long for a path, {_shown(text, 40)}" if longest > LONGEST_NAME or len(os.fsencode(text)) >= LONGEST_PATH else ""
 
 
 # Errors

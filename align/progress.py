@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -52,4 +53,5 @@ class Progress:
         elif not self.quiet and (self.done == self.total or now - self._last_line >= SECONDS_BETWEEN_LINES):
             self._last_line = now
             left = (now - self._begun) / (self.done - self._first) * (self.total - self.done)
-            print(f"{self.label} {self.done}/{self.total}  {duration(now - self._begun)} gone, {duration(left)} left  {note}".rstrip(), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                print(f"{self.label} {self.done}/{self.total}  {duration(now - self._begun)} gone, {duration(left)} left  {note}".rstrip(), file=sys.stderr, flush=True)

@@ -16,13 +16,14 @@ Rules that make a killed and resumed run bit-identical to an uninterrupted one:
 - everything that changes in the loop is registered; it is restored when the loop begins, so code before the loop always sees the start of the run;
 - `metrics.jsonl` is cut back to the checkpoint; lines differ between such runs in `WALL_CLOCK_FIELDS` only.
 
-On disk: `run.json` (config, seed, commit, versions), `metrics.jsonl`, `metrics.json` (one sentence a metric), `tensorboard/`,
+On disk, from the first iteration on: `.lock`, `run.json` (config, seed, commit, versions), `metrics.jsonl`, `metrics.json` (one sentence a metric), `tensorboard/`,
 `checkpoints/<iteration>/` (safetensors, `state.json`, `run.json`; the last two are kept).
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -48,7 +49,7 @@ from align.objectives import Loss
 from align.progress import Progress
 from align.state import flatten, unflatten
 from align.threads import in_threads
-from base_model.checkpoint import atomic_write, disk_errors, fsync_folder, load_weights, weights_bytes, write_synced
+from base_model.checkpoint import atomic_write, check_can_write, disk_errors, fsync_folder, load_weights, read_json, weights_bytes, write_synced
 from base_model.errors import GuardStop, Interrupted, UserError
 from base_model.networks.packing import Segments
 
@@ -79,7 +80,11 @@ def derived_seed(seed: int, stream: str, index: int) -> int:
 
 def read_metrics(out: Path, *, wall_clock: bool = True) -> list[dict[str, Any]]:
     """The lines of `out/metrics.jsonl`; without `wall_clock`, the fields in `WALL_CLOCK_FIELDS` are left out."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    file = out / "metrics.jsonl"
+    try:
+        lines = [dict(json.loads(line)) for line in file.read_text().splitlines()]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"cannot read the metrics, {file}: {error}. Give the folder of a run, or restore the file") from error
     return [{name: value for name, value in line.items() if wall_clock or name not in WALL_CLOCK_FIELDS} for line in lines]
 
 
@@ -111,7 +116,9 @@ class Run:
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             torch.use_deterministic_algorithms(True, warn_only=True)
         self._seed_globals("start", 0)
-        self._checkpoint = self._open(resume)
+        self._claimed = False
+        self._checkpoint = self._look(resume)
+        self._resumed = self._description_file.exists()
 
     # Verbs of a recipe
 
@@ -139,6 +146,7 @@ class Run:
         if self._looping:
             raise ValueError("a run has one loop")
         self._looping, self._label = True, label
+        self._claim()
         self._restore()
         with self._signals() as received, Progress(label, total=n, done=self.iteration, quiet=self.quiet) as progress:
             for i in range(self.iteration, 0 if self._stopping else n):
@@ -224,7 +232,10 @@ class Run:
         if unknown:
             raise ValueError(f"undocumented metrics {unknown}: give each one a sentence in the `metrics` of Run")
         values = {name: self._mean_over_ranks(value) for name, value in scalars.items()}
-        if not self.is_main or (self._checkpoint is not None and not self._looping):
+        if self._checkpoint is not None and not self._looping:
+            return
+        self._claim()
+        if not self.is_main:
             return
         self._note = "  ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:3])
         line: dict[str, float | None] = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -234,6 +245,7 @@ class Run:
 
     def save(self) -> None:
         """Writes `checkpoints/<iteration>` (whole or not at all) and drops all but the last two. Raises UserError where the disk is full."""
+        self._claim()
         states = {name: flatten(self._state_of(*entry)) for name, entry in self._registered.items()}
         if self.is_main:
             self._write(states)
@@ -251,37 +263,54 @@ class Run:
         return self.out / "metrics.jsonl"
 
     @property
+    def _description_file(self) -> Path:
+        return self.out / "run.json"
+
+    @property
     def _description(self) -> bytes:
         return (json.dumps({"seed": self.seed, **self._resolved}, indent=2, sort_keys=True) + "\n").encode()
 
-    def _open(self, resume: bool) -> Path | None:
-        """Claims `out`; returns the checkpoint to go on from, if any."""
-        description, self._resolved = self.out / "run.json", resolved(self.cfg)
-        if description.exists() and not resume:
+    def _look(self, resume: bool) -> Path | None:
+        """Raises UserError where `out` cannot be used; returns the checkpoint to go on from, if any. Writes nothing into a new folder."""
+        self._resolved = resolved(self.cfg)
+        check_can_write(self.out)
+        if not self._description_file.exists():
+            return None
+        if not resume:
             raise UserError(f"{self.out} already holds a run. Use --resume to go on with it, or another --out")
-        if description.exists():
-            self._check_same_config(json.loads(description.read_text()))
-        checkpoint = latest_checkpoint(self.out) if resume else None
         if self.is_main:
-            kept = _read_state(checkpoint)["metrics_bytes"] if checkpoint else 0
-            if checkpoint and (not self._metrics_file.exists() or self._metrics_file.stat().st_size < kept):
-                raise UserError(f"{self._metrics_file} is shorter than its checkpoint {checkpoint} says. Put it back, or start again with another --out")
+            with disk_errors(self.out):
+                _lock(self.out)
+                _recover(self.out / "checkpoints")
+        self.accelerator.wait_for_everyone()
+        self._check_same_config(read_json(self._description_file, "the description of the run"))
+        checkpoint = latest_checkpoint(self.out)
+        kept = _read_state(checkpoint)["metrics_bytes"] if checkpoint else 0
+        if checkpoint and (not self._metrics_file.exists() or self._metrics_file.stat().st_size < kept):
+            raise UserError(f"{self._metrics_file} is shorter than its checkpoint {checkpoint} says. Put it back, or start again with another --out")
+        return checkpoint
+
+    def _claim(self) -> None:
+        """Makes `out` this run's folder, once: before the first line or iteration, and not before a recipe has loaded what it needs."""
+        if self._claimed:
+            return
+        self._claimed = True
+        if self.is_main:
             with disk_errors(self.out):
                 self.out.mkdir(parents=True, exist_ok=True)
-                for folder in (self.out / "checkpoints").glob(".*"):  # what a kill left behind
-                    shutil.rmtree(folder)
-                for file in self.out.glob(".*.partial"):
-                    file.unlink()
+                _lock(self.out)
+                if not self._resumed and self._description_file.exists():
+                    raise UserError(f"{self.out} already holds a run. Use --resume to go on with it, or another --out")
+                _clean(self.out)
                 with open(self._metrics_file, "ab") as metrics:
-                    metrics.truncate(kept)
+                    metrics.truncate(_read_state(self._checkpoint)["metrics_bytes"] if self._checkpoint else 0)
             atomic_write(self.out / "metrics.json", (json.dumps(self.metrics, indent=2, sort_keys=True) + "\n").encode())
-            atomic_write(description, self._description)
+            atomic_write(self._description_file, self._description)
         self.accelerator.wait_for_everyone()
-        return checkpoint
 
     def _check_same_config(self, before: dict[str, Any]) -> None:
         free = path_keys(type(self.cfg))
-        then, now = ({"seed": seed, **leaves(config)} for seed, config in ((before["seed"], before["config"]), (self.seed, self._resolved["config"])))
+        then, now = ({"seed": seed, **leaves(config)} for seed, config in ((before.get("seed"), before.get("config")), (self.seed, self._resolved["config"])))
         differ = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key not in free and key.rpartition(".")[2] not in self.cfg.may_change]
         changed = [f"{key} ({json.dumps(then.get(key))} -> {json.dumps(now.get(key))})" for key in differ]
         if changed:
@@ -306,6 +335,7 @@ class Run:
                 fsync_folder(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+                _recover(folder)
                 shutil.rmtree(old, ignore_errors=True)
             for superseded in _checkpoints(self.out)[:-CHECKPOINTS_KEPT]:
                 shutil.rmtree(superseded)
@@ -434,6 +464,44 @@ class Run:
                 signal.signal(number, handler)
 
 
+_LOCKS: dict[tuple[int, int], int] = {}
+"""(device, inode) -> descriptor of the lock files this process holds, until it ends."""
+
+
+def _lock(out: Path) -> None:
+    """Keeps other processes out of the run in `out` as long as this one lives. Raises UserError where another is in it."""
+    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    about = os.fstat(file)
+    if (about.st_dev, about.st_ino) in _LOCKS:
+        os.close(file)
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise UserError(f"another process is at work in {out}. Wait for it or end it, or choose another --out") from error
+    except OSError:
+        os.close(file)  # a file system without locks
+        return
+    _LOCKS[about.st_dev, about.st_ino] = file
+
+
+def _recover(folder: Path) -> None:
+    """A checkpoint that was moved aside for a newer one of its name, which then never came, goes back."""
+    for old in folder.glob(".old-*"):
+        final = folder / old.name.removeprefix(".old-")
+        if not final.exists():
+            old.rename(final)
+
+
+def _clean(out: Path) -> None:
+    """Removes what a kill left half-written."""
+    for folder in (out / "checkpoints").glob(".*"):
+        shutil.rmtree(folder)
+    for file in out.glob(".*.partial"):
+        file.unlink()
+
+
 def latest_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint folder of the run in `out`, or None."""
     found = _checkpoints(out)
@@ -446,9 +514,12 @@ def _checkpoints(out: Path) -> list[Path]:
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"damaged checkpoint, {checkpoint}: {error}. Delete that folder to go on from the one before it") from error
+        state = read_json(checkpoint / "state.json", "the state of the run")
+    except UserError as error:
+        raise UserError(f"damaged checkpoint, {checkpoint}: {error}, or delete that folder to go on from the one before it") from error
+    missing = {"iteration", "stopped", "seconds", "forward_passes", "metrics_bytes", "states"} - set(state)
+    if missing:
+        raise UserError(f"damaged checkpoint, {checkpoint}: no {sorted(missing)[0]} in state.json. Delete that folder to go on from the one before it")
     return state
 
 

@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -31,6 +31,28 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in DISK_FULL:
             raise UserError(f"the disk is full, while writing {path}. Free some space or choose another --out, then go on with --resume") from error
         raise UserError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to") from error
+
+
+def check_can_write(folder: Path) -> None:
+    """Raises UserError where nothing can be written into `folder`, made if need be: before the work, not after it."""
+    with disk_errors(folder):
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise UserError(f"cannot write {folder}: {there} is a file, not a folder. Choose another --out")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write {folder}: no permission to write into {there}. Choose a place you may write to")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in `path`. Raises UserError, calling the file `what` ("the card of the network"), where it is missing, damaged or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "nested too deeply" if isinstance(error, RecursionError) else f"not JSON ({error})"
+        raise UserError(f"cannot read {what}, {path}: {reason}. Restore the file or make it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"cannot read {what}, {path}: a {type(value).__name__} where an object belongs. Restore the file or make it again")
+    return value
 
 
 def fsync_folder(folder: Path) -> None:
@@ -93,7 +115,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"damaged weights, {path}: {error}. Make or download the file again") from error
 
 
@@ -125,10 +147,15 @@ def _header(file: BinaryIO, start: bytes, size: int) -> dict[str, dict[str, list
     file.seek(8)
     try:
         header = json.loads(file.read(length))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    whole = all("data_offsets" in entry for name, entry in header.items() if name != "__metadata__")
+    whole = all(_is_entry(entry) for name, entry in header.items() if name != "__metadata__")
     return header if whole else None
+
+
+def _is_entry(entry: object) -> bool:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    return isinstance(offsets, list) and len(offsets) == 2 and all(isinstance(offset, int) and offset >= 0 for offset in offsets)
 
 
 def _what_it_is(start: bytes, path: Path) -> str:
@@ -138,5 +165,5 @@ def _what_it_is(start: bytes, path: Path) -> str:
     if not start:
         return f"empty weights file, {path}. Make or download the file again"
     if start[8:9] == b"{":
-        return f"truncated or damaged weights, {path}: its header is cut short. Make or download the file again"
+        return f"truncated or damaged weights, {path}: its header is cut short or makes no sense. Make or download the file again"
     return f"not a safetensors file, {path}. Weights are read from safetensors only"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from base_model.paths import Path, RectifiedFlow
 from base_model.prompts.text import TextEncoder
 from base_model.types import Conditioning, LatentSpec
 
+LARGEST = 2**16
 WEIGHTS = FilePath(__file__).parent / "weights"
 
 
@@ -116,7 +117,7 @@ def save_codec(path: FilePath, codec: LatentCodec, metadata: dict[str, str] | No
 
 def load_codec(path: FilePath) -> LatentCodec:
     tensors, metadata = load_weights(path)
-    codec = LatentCodec(VAEConfig(**_config(path, metadata)))
+    codec = _built(LatentCodec, _config(VAEConfig, path, metadata), path)
     _load(codec, tensors, path)
     return codec.eval().requires_grad_(False)
 
@@ -128,18 +129,43 @@ def load_tiny(network: FilePath | None = None, codec: FilePath | None = None) ->
     """
     network = network or WEIGHTS / "dit.safetensors"
     tensors, metadata = load_weights(network)
-    values = _config(network, metadata)
-    config = DiTConfig(**values | {k: tuple(v) for k, v in values.items() if isinstance(v, list)})
-    dit = DiT(config)
+    config = _config(DiTConfig, network, metadata)
+    dit = _built(DiT, config, network)
     _load(dit, tensors, network)
     return LatentVideoModel(dit, load_codec(codec or WEIGHTS / "vae.safetensors"), TextEncoder(), config)
 
 
-def _config(path: FilePath, metadata: dict[str, str]) -> dict[str, Any]:
+ConfigType = TypeVar("ConfigType", DiTConfig, VAEConfig)
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def _config(cls: type[ConfigType], path: FilePath, metadata: dict[str, str]) -> ConfigType:
+    """The architecture in the metadata of a weights file. Raises UserError where there is none, or no sensible one."""
     if "config" not in metadata:
         raise UserError(f"{path} holds no `config` in its metadata, so its architecture is unknown. Use a file written by `rushes pretrain`, `rushes sft` or `rushes vae`.")
-    values: dict[str, Any] = json.loads(metadata["config"])
-    return values
+    try:
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in dict(json.loads(metadata["config"])).items()}
+        config = cls(**values)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} holds a `config` that cannot be read: {str(error) or 'nested too deeply'}. Make or download the file again.") from error
+    odd = [each.name for each in fields(cls) if not _is_size(getattr(config, each.name), each.default)]
+    if odd:
+        raise UserError(f"{path} holds a `config` that is no architecture: {odd[0]} is {getattr(config, odd[0])!r}. Make or download the file again.")
+    return config
+
+
+def _built(cls: Callable[[ConfigType], Module], config: ConfigType, path: FilePath) -> Module:
+    try:
+        return cls(config)
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path} holds a `config` that is no architecture: {error}. Make or download the file again.") from error
+
+
+def _is_size(value: object, like: object) -> bool:
+    """A size from 1 to `LARGEST`, or a tuple of as many as in `like`."""
+    if isinstance(like, tuple):
+        return isinstance(value, tuple) and len(value) == len(like) and all(map(_is_size, value, like))
+    return type(value) is int and 1 <= value <= LARGEST
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor], path: FilePath) -> None:

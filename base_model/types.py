@@ -36,7 +36,9 @@ class LatentSpec:
     space_stride: int
 
     def shape(self, clip: ClipShape) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of a clip. Raises ValueError where the clip does not fall on the grid."""
+        """(C, F, H, W) of a clip. Raises ValueError where the clip does not fall on the grid or holds no pixel."""
+        if min(clip.frames, clip.height, clip.width) < 1:
+            raise ValueError(f"clip {clip} holds no pixel: frames, height and width must be positive")
         if (clip.frames - 1) % self.time_stride or clip.height % self.space_stride or clip.width % self.space_stride:
             raise ValueError(f"clip {clip} does not fit the latent grid: frames must be 1 + a multiple of {self.time_stride}, sides a multiple of {self.space_stride}")
         return self.channels, 1 + (clip.frames - 1) // self.time_stride, clip.height // self.space_stride, clip.width // self.space_stride

@@ -86,12 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     flags = {flag for flag in ("--resume", "--json", "--debug", "--help") if flag in words} | ({"--help"} if "-h" in words else set())
     words = [word for word in words if word not in flags and word != "-h"]
+    _open_standard_streams()
+    as_json = "--json" in flags
+    if not words and "--help" in flags:
+        return _say(json.dumps({"help": usage()}) if as_json else usage())
     if not words:
-        print(usage())
-        return 0 if "--help" in flags else 2
+        return (_report(UserError("no command. `rushes --help` lists them"), as_json=True, debug=False) if as_json else _say(usage())) or 2
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    as_json = "--json" in flags
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         with _stdout_to_stderr() if as_json else contextlib.nullcontext():
@@ -101,10 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     if as_json:
-        print(json.dumps({"help": result} if isinstance(result, str) else plain(result)))
-    else:
-        print(result if isinstance(result, str) else _lines(plain(result)), end="")
-    return 0
+        return _say(json.dumps({"help": result} if isinstance(result, str) else plain(result)))
+    return _say(result if isinstance(result, str) else _lines(plain(result)))
 
 
 def usage() -> str:
@@ -140,7 +140,7 @@ def _bench(rest: list[str], flags: set[str]) -> dict[str, Any] | str:
         raise UserError(f"{got} There are: {', '.join(known) or 'none yet'}. Write rushes bench NAME [--quick]")
     module = _import(f"recipes.bench.{rest[0].replace('-', '_')}", f"bench {rest[0]}")
     if "--help" in flags:
-        return _command_help(f"bench {rest[0]}", (module.__doc__ or "").partition("\n")[0], module)
+        return _command_help(f"bench {rest[0]}", (module.__doc__ or "").partition("\n")[0], module, takes_file=False)
     from recipes.doctor import hardware
 
     rows: list[dict[str, Any]] = module.main(load(module.Config, None, rest[1:]), resume="--resume" in flags)["rows"]
@@ -169,12 +169,13 @@ def _import(name: str, command: str) -> ModuleType:
         raise UserError(f"{needed}. See `rushes doctor`") from error
 
 
-def _command_help(name: str, sentence: str, module: ModuleType) -> str:
+def _command_help(name: str, sentence: str, module: ModuleType, *, takes_file: bool = True) -> str:
     from align.config import help_text
 
     shipped = shipped_config(name)
     default = f"\nWithout CONFIG.yaml: {shipped}\n" if shipped else ""
-    return f"rushes {name} [CONFIG.yaml] [--key.path value ...] [--resume] [--json] [--debug]\n\n{sentence}\n{default}\n{help_text(module.Config)}\n"
+    file = "[CONFIG.yaml] " if takes_file else ""
+    return f"rushes {name} {file}[--key.path value ...] [--resume] [--json] [--debug]\n\n{sentence}\n{default}\n{help_text(module.Config)}\n"
 
 
 # Results
@@ -205,13 +206,47 @@ def _report(error: BaseException, *, as_json: bool, debug: bool) -> int:
     bug = not isinstance(error, RushesError | KeyboardInterrupt)
     message = " ".join(str(error).split()) if not isinstance(error, KeyboardInterrupt) else "interrupted. Go on with --resume"
     if debug or bug:
-        traceback.print_exception(error, file=sys.stderr)
+        _complain("".join(traceback.format_exception(error)).rstrip())
     if bug:
         message = f"this is a bug in rushes, please report it with the lines above: {type(error).__name__}: {message}"
-    print(f"rushes: {message}", file=sys.stderr)
+    _complain(f"rushes: {message}")
     if as_json:
-        print(json.dumps({"error": {"kind": type(error).__name__, "message": message}}))
+        _say(json.dumps({"error": {"kind": type(error).__name__, "message": message}}))
     return error.exit_status if isinstance(error, RushesError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _open_standard_streams() -> None:
+    """A stream that was closed before we began (`>&-`) leads nowhere, instead of into the next file that is opened."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            _lead_nowhere(number)
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+
+
+def _lead_nowhere(number: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+def _say(text: str) -> int:
+    """Writes one text to standard output. The exit status: 0, also where the reader has gone (`| head`), and 2 where it cannot be written."""
+    try:
+        print(text.rstrip("\n"), flush=True)
+    except OSError as error:
+        _lead_nowhere(sys.stdout.fileno())  # what is still buffered would fail once more at exit
+        if not isinstance(error, BrokenPipeError):
+            _complain(f"rushes: cannot write to standard output: {error.strerror}. Free some space or send it elsewhere")
+            return UserError.exit_status
+    return 0
+
+
+def _complain(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _lead_nowhere(sys.stderr.fileno())
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

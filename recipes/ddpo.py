@@ -14,12 +14,15 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from align.advantage import Advantage, PromptStatistics, group_advantage
 from align.config import Config as BaseConfig
+from align.config import Count, Positive, Several, Whole
 from align.data import PromptSampler
 from align.kernels import Ancestral, Kernel, StepWeight, step_weight
 from align.objectives import Loss
@@ -40,38 +43,38 @@ from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
 class Policy(BaseConfig):
     """How the policy moves."""
 
-    iterations: int = 40
+    iterations: Count = 40
     """Rollouts."""
-    prompts: int = 12
+    prompts: Count = 12
     """N, prompts a rollout."""
-    group_size: int = 8
+    group_size: Several = 8
     """G, clips of each prompt a rollout."""
-    window: int = 4
+    window: Whole = 4
     """Consecutive noisy (trained) steps a rollout, drawn anew each time from all but the last step; 0 means all of them."""
-    eta: float = 1.0
-    """Noise of the ancestral kernel, 0 to 1."""
+    eta: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Noise of the ancestral kernel, above 0, at most 1."""
     same_noise: bool = True
     """Whether a prompt's clips start from the same noise. They then differ by the window's noise alone, which is all that the gradient sees, and are compared
     with one another; otherwise with their prompt's last rewards."""
-    updates: int = 1
+    updates: Count = 1
     """Optimizer steps a rollout; above 1 the ratio leaves 1 and clipping matters."""
-    micro_batch: int = 48
+    micro_batch: Count = 48
     """Clips in one forward pass, in the rollout and in the replay."""
-    lora_rank: int = 16
+    lora_rank: Count = 16
     """Rank of the adapter."""
-    lr: float = 2e-3
+    lr: Positive = 2e-3
     """Learning rate of AdamW on the adapter."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
-    clip_range: float = 1e-3
+    clip_range: Positive = 1e-3
     """PPO's clip range on the per-element ratio."""
     step_weight: StepWeight = "inv_kappa"
     """Weight of a step: `none`, `g` or `inv_kappa` (equal gradient scale over the steps)."""
-    evaluate_every: int = 10
+    evaluate_every: Count = 10
     """Rollouts between looks at the held-out prompts."""
-    save_every: int = 10
+    save_every: Count = 10
     """Rollouts between checkpoints."""
-    statistics_buffer: int = 32
+    statistics_buffer: Count = 32
     """Rewards remembered per prompt, without `same_noise`."""
 
 
@@ -127,6 +130,7 @@ def first_kl(model: LatentVideoModel, kernel: Kernel, taken: Trajectory) -> floa
 
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
     p = cfg.policy
+    feedback.check_steps(cfg.sampler)
     clips = p.prompts * p.group_size
     if p.updates > -(-clips // p.micro_batch):
         raise UserError(f"policy.updates is {p.updates}, but {clips} clips in micro-batches of {p.micro_batch} cannot be shared among so many. Lower policy.micro_batch")
@@ -140,7 +144,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     optimizer = build_optimizer(model.network.parameters(), "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg)
     feedback.register(run, model, optimizer, multiplier, watch)
-    statistics = PromptStatistics(buffer_size=p.statistics_buffer, min_count=p.group_size)
+    statistics = PromptStatistics(buffer_size=p.statistics_buffer, min_count=min(p.group_size, p.statistics_buffer))
     if not p.same_noise:
         run.register("statistics", statistics)
     sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)

@@ -10,14 +10,17 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from align.config import Config as BaseConfig
-from align.config import dump, leaves, path_keys
+from align.config import Count, Several, Share, Whole, dump, leaves, path_keys
+from base_model.checkpoint import check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.tiny import load_tiny
 from base_model.video.files import write_atomic
-from base_model.video.store import ClipStore
+from base_model.video.store import ClipRow, ClipStore
 from recipes import ddpo, evaluate, reward_model, sft
 from recipes.feedback import SafetyLimit, StoppedByGuard
 from recipes.generate import Request, Sampler, fill_store, network_lineage, safety_runner
@@ -38,27 +41,27 @@ PEOPLE: dict[Literal["reward", "guard"], tuple[labelers.Labeler, ...]] = {"rewar
 class Config(BaseConfig):
     out: Path = Path("runs/demo")
     """Folder with one folder a stage; `report/index.html` is the end."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**40)] = 0
     """Seed of everything."""
     stage: Stage = "report"
     """Last stage to do."""
     clips: Path | None = None
-    """Folder of real clips with a metadata.jsonl, in place of the built-in world."""
-    pairs: int = 2_500
+    """Folder of real clips with a metadata.jsonl, in place of the built-in world. They are resampled to `sampler.fps`."""
+    pairs: Count = 2_500
     """Curated pairs for SFT."""
     fit: sft.Fit = sft.Fit(iterations=200, lr=5e-4)
     """How SFT fits."""
-    candidate_prompts: int = 320
+    candidate_prompts: Count = 320
     """Prompts whose takes are ranked, four or eight takes each."""
-    takes: int = 4
+    takes: Several = 4
     """Takes of each prompt; ranked four at a time."""
-    two_objects: float = 0.2
+    two_objects: Share = 0.2
     """Share of training prompts with two objects."""
-    strobe: float = 0.2
+    strobe: Share = 0.2
     """Share of prompts that ask for strobing in words the prompt filter lets pass."""
-    overlap: float = 0.4
+    overlap: Share = 0.4
     """Share of tasks ranked by two or three people."""
-    reward_epochs: int = 0
+    reward_epochs: Whole = 0
     """Passes over the rankings with everything in the reward model learning; a few hundred rankings are too few for any."""
     policy: ddpo.Policy = ddpo.Policy(lr=3e-3)
     """How DDPO moves the policy."""
@@ -66,11 +69,11 @@ class Config(BaseConfig):
     """The limit on flashing."""
     unconstrained: bool = False
     """Also runs DDPO without the limit, for comparison."""
-    evaluation_prompts: int = 60
+    evaluation_prompts: Count = 60
     """Held-out prompts of the report."""
-    evaluation_clips: int = 4
+    evaluation_clips: Count = 4
     """Clips of each, for every model."""
-    evaluation_two_objects: float = 0.2
+    evaluation_two_objects: Share = 0.2
     """Share of them with two objects."""
     sampler: Sampler = Sampler()
     """How clips are denoised."""
@@ -85,7 +88,7 @@ def folder(cfg: Config, stage: str) -> Path:
 
 def make_data(cfg: Config, out: Path) -> dict[str, Any]:
     """Curated pairs, what the filters do not allow left out."""
-    clips = read_clip_folder(cfg.clips, frames=cfg.sampler.frames) if cfg.clips else draw_clips("curated", cfg.pairs, seed=cfg.seed)
+    clips = read_clip_folder(cfg.clips, frames=cfg.sampler.frames, fps=cfg.sampler.fps) if cfg.clips else draw_clips("curated", cfg.pairs, seed=cfg.seed)
     runner = safety_runner()
     kept = curate(clips, runner, cfg.sampler.fps)
     if not len(kept):
@@ -123,7 +126,7 @@ def rank_candidates(cfg: Config, out: Path) -> dict[str, Any]:
     """Two panels of simulated labelers rank what the filters allow; one teaches the reward model, the other the guard."""
     store = ClipStore(folder(cfg, "candidates"))
     asked = candidate_prompts(cfg)
-    served = [row for row in store.rows() if json.loads(row.safety_json)["verdict"] == "allow"]
+    served = [row for row in store.rows() if ruling_of(row)["verdict"] == "allow"]
     clips: dict[str, list[tuple[str, Any]]] = {}
     for row in served:
         clips.setdefault(row.prompt_id, []).append((row.clip_id, store.load(row.clip_id)))
@@ -220,12 +223,21 @@ def write_the_report(cfg: Config, out: Path, memory: PeakMemory, started: float)
     return {key: results[key] for key in ("judge", "judge_gain", "flash_rate", "diversity", "wall_seconds", "peak_memory_bytes")}
 
 
+def ruling_of(row: ClipRow) -> dict[str, Any]:
+    """What the filters said of a clip: `verdict` and `rulings`."""
+    try:
+        said = json.loads(row.safety_json)
+        return {"verdict": str(said["verdict"]), "rulings": list(said["rulings"])}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"the clip {row.clip_id} carries no verdict of the filters, clips.jsonl. Make the candidates again in another --out") from error
+
+
 def withheld_candidates(cfg: Config) -> list[dict[str, Any]]:
     """Rows of the report's table for the takes that no labeler was shown: policy, verdict, how many, and a few with the filter's reason."""
     rows = ClipStore(folder(cfg, "candidates")).rows()
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        for ruling in json.loads(row.safety_json)["rulings"]:
+        for ruling in ruling_of(row)["rulings"]:
             if ruling["verdict"] != "allow":
                 reasons = "; ".join(reason["text"] for reason in ruling["reasons"])
                 found.setdefault((ruling["verdict"], ruling["policy"]), []).append(f"“{row.prompt}”: {reasons}")
@@ -261,7 +273,10 @@ def world_sampler(cfg: Config) -> Sampler:
 
 def read_done(cfg: Config, stage: str) -> dict[str, Any]:
     """What a finished stage left: result, seconds, peak memory, configuration."""
-    done: dict[str, Any] = json.loads((folder(cfg, stage) / "stage.json").read_text())
+    done = read_json(folder(cfg, stage) / "stage.json", "what a finished stage left")
+    missing = {"seconds", "peak_memory_bytes", "result"} - set(done)
+    if missing:
+        raise UserError(f"no {sorted(missing)[0]} in {folder(cfg, stage) / 'stage.json'}. Delete the file to do that stage again")
     return done
 
 
@@ -271,15 +286,17 @@ def command_line(cfg: Config) -> str:
     return "".join(f" --{key} {value}" for key, value in leaves(dump(cfg)).items() if value != defaults.get(key) and key not in paths)
 
 
+def settings(cfg: Config) -> dict[str, Any]:
+    return {key: value for key, value in leaves(dump(cfg)).items() if key not in ("out", "stage")}
+
+
 def check_same_config(cfg: Config) -> None:
-    """Raises UserError where the folder was begun with other settings; the first call writes them down."""
-    path = cfg.out / "demo.json"
-    now = {key: value for key, value in leaves(dump(cfg)).items() if key not in ("out", "stage")}
+    """Raises UserError where the folder holds stages that were made with other settings."""
+    check_can_write(cfg.out)
+    path, now = cfg.out / "demo.json", settings(cfg)
     if not path.exists():
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(now, indent=2, sort_keys=True) + "\n").encode())
         return
-    before = json.loads(path.read_text())
+    before = read_json(path, "the settings of the demo")
     changed = [f"{key} ({before.get(key)} -> {now.get(key)})" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
         raise UserError(f"{cfg.out} was begun with other settings: {', '.join(changed)}. Give the same ones, or another --out")
@@ -291,10 +308,12 @@ def run_stage(cfg: Config, stage: Stage, work: Callable[[Path, PeakMemory], dict
     if (out / "stage.json").exists():
         return read_done(cfg, stage)
     started = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     with PeakMemory() as memory:
         result = work(out, memory)
     done = {"stage": stage, "seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": memory.peak_bytes, "result": result}
+    write_atomic(cfg.out / "demo.json", (json.dumps(settings(cfg), indent=2, sort_keys=True) + "\n").encode())
     write_atomic(out / "stage.json", (json.dumps(done, indent=2) + "\n").encode())
     return done
 

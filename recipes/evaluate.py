@@ -20,15 +20,16 @@ from pydantic import Field
 from torch import Tensor
 
 from align.config import Config as BaseConfig
-from align.config import resolved
+from align.config import Count, Seed, Share, Whole, resolved
 from align.progress import Progress
 from align.run import derived_seed
-from base_model.checkpoint import load_weights
+from base_model.checkpoint import check_can_write, load_weights, read_json
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, load_codec, load_tiny
 from base_model.video.files import write_atomic
 from recipes.doctor import hardware
+from recipes.feedback import Feedback
 from recipes.generate import Sampler, network_lineage, safety_runner, sample
 from recipes.memory import PeakMemory
 from recipes.report import NAMES, CurveRun, ReportData, Shown, Take, read_rows, write_report
@@ -76,19 +77,19 @@ METRIC_NAMES = {
 class Config(BaseConfig):
     out: Path = Path("runs/evaluate")
     """Folder of `report.json` and `index.html`."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of prompts and noise."""
     models: dict[str, Path] = Field(default={"base": Path("base")})
     """Name -> network file, or the folder of a run that made one; `base` is the shipped base. The names base, sft, rl and rl_unconstrained are compared."""
     runs: dict[str, Path] = Field(default={})
     """Name -> folder of the RL run whose curves are drawn."""
-    prompts: int = 80
+    prompts: Count = 80
     """Held-out prompts."""
-    clips_per_prompt: int = 3
+    clips_per_prompt: Count = 3
     """Clips of each prompt and model."""
-    two_objects: float = 0.15
+    two_objects: Share = 0.15
     """Share of prompts with two objects."""
-    strobe: float = 0.2
+    strobe: Share = 0.2
     """Share of prompts that ask for strobing light; they count for the flash rate only."""
     captions: tuple[str, ...] = ()
     """Captions of real clips in place of the built-in world's prompts. Nobody then knows what is on screen: the judge does not apply."""
@@ -96,11 +97,11 @@ class Config(BaseConfig):
     """How clips are denoised, the same for every model."""
     guard: Path | None = None
     """Folder of a second reward model whose mean score is shown."""
-    flash_limit: float = 0.02
+    flash_limit: Share = 0.02
     """The reported limit of the flash rate."""
-    shown: int = 12
+    shown: Whole = 12
     """Prompts whose clips the page plays."""
-    judge_check: int = 150
+    judge_check: Whole = 150
     """Freshly drawn clips for the judge's own accuracy and confusion table; 0 leaves it out."""
 
 
@@ -261,7 +262,7 @@ def lineage(models: Mapping[str, Path]) -> dict[str, Any]:
 
 def _card(file: Path | None) -> dict[str, Any]:
     card = (file or WEIGHTS / "dit.safetensors").with_suffix(".json")
-    return {"card": json.loads(card.read_text())} if card.is_file() else {}
+    return {"card": read_json(card, "the card of a network")} if card.is_file() else {}
 
 
 def read_run(folder: Path, model: str, label: str, *, judged: bool = True) -> CurveRun:
@@ -280,14 +281,21 @@ def _judged_on_the_way(folder: Path) -> list[dict[str, float]]:
 
     The look before iteration i is placed where i - 1 ended, the one after a run that its guard ended early at the end of the run.
     """
-    config = json.loads((folder / "run.json").read_text())["config"]
-    prompts = make_prompts(config["held_out_prompts"], seed=config["seed"] + 1, split="eval", strobe=config["strobe"])
-    ends = {row["iteration"] + 1: row for row in read_rows(folder / "metrics.jsonl", {name: name for name in ("iteration", "forward_passes", "seconds")})}
+    try:
+        told = Feedback.model_validate({key: read_json(folder / "run.json", "the description of the run")["config"][key] for key in ("held_out_prompts", "seed", "strobe")})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"not the description of an RL run, {folder / 'run.json'}. Give the folder of a `rushes ddpo`, `rushes grpo` or `rushes nft`") from error
+    prompts = make_prompts(told.held_out_prompts, seed=told.seed + 1, split="eval", strobe=told.strobe)
+    columns = ("iteration", "forward_passes", "seconds")
+    ends = {int(row["iteration"]) + 1: row for row in read_rows(folder / "metrics.jsonl", {name: name for name in columns}) if len(row) == len(columns)}
     start, end = {"forward_passes": 0, "seconds": 0.0}, max(ends.values(), key=lambda row: row["seconds"], default={})
     rows = []
-    for file in sorted((folder / "held_out").glob("*.safetensors")):
+    for file in sorted((folder / "held_out").glob("[0-9]*.safetensors")):
+        video = load_weights(file)[0].get("video")
+        if video is None or not file.stem.isdigit() or video.dim() != 5 or len(video) != len(prompts):
+            raise UserError(f"not the held-out clips of this run, {file}. Delete the file, or give the folder of another run")
         at = ends.get(int(file.stem), end or start) if int(file.stem) else start
-        seen = measure(load_weights(file)[0]["video"].float() / 255, prompts, 1)
+        seen = measure(video.float() / 255, prompts, 1)
         right = bootstrap_mean(list(shares(seen).values())).mean
         rows.append({"forward_passes": at["forward_passes"], "seconds": at["seconds"], "judge": right, "diversity": diversity_across(seen)})
     return rows
@@ -311,7 +319,9 @@ def report(cfg: Config, extra: Callable[[], Mapping[str, Any]] = dict) -> dict[s
     extra: called last, so that it can tell the wall time and the peak memory so far; its entries are added to report.json or replace what is there
     (`filtered` rows are put in front). See `ReportData` for the entries the page shows.
     """
+    check_can_write(cfg.out)
     files = {name: network_file(path) for name, path in cfg.models.items()}
+    origins = lineage(cfg.models)
     seed = cfg.seed + EVALUATION_SEED
     prompts = make_prompts(cfg.prompts, seed=seed, split="eval", two_objects=cfg.two_objects, strobe=cfg.strobe)
     scorers: dict[str, Score] = {}
@@ -331,7 +341,7 @@ def report(cfg: Config, extra: Callable[[], Mapping[str, Any]] = dict) -> dict[s
         shown=cfg.shown,
     )
     results = _readings(cfg, found)
-    results |= {"lineage": lineage(cfg.models), "hardware": hardware(), "reward_model": None, **resolved(cfg)}
+    results |= {"lineage": origins, "hardware": hardware(), "reward_model": None, **resolved(cfg)}
     runs = [read_run(path, name, NAMES.get(name, name), judged=not cfg.captions) for name, path in cfg.runs.items()]
     told = dict(extra())
     results |= told | {"filtered": [*told.get("filtered", []), *found.filtered]}

@@ -9,24 +9,26 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from align import selfcheck
 from align.advantage import Advantage
 from align.config import Config as BaseConfig
+from align.config import Count, NonNegative, Positive, Seed, Share
 from align.constraints import Multiplier, all_violating, constrained_advantage, gate
 from align.kernels import Kernel
 from align.run import Run, derived_seed
 from align.trajectory import Trajectory, transition
 from base_model.checkpoint import save_weights
-from base_model.errors import GuardStop
+from base_model.errors import GuardStop, UserError
 from base_model.lora import adapter_state, load_adapter_state, merge, reference
 from base_model.tiny import LatentVideoModel, load_tiny, save_network
 from base_model.types import Conditioning
-from recipes.generate import Sampler, safety_runner, sample
+from recipes.generate import Sampler, latent_shape, safety_runner, sample
 from recipes.shapes.prompts import make_prompts
 from recipes.weights import file_hash, write_card
 from reward.mixture import Mixture, Term
@@ -57,22 +59,28 @@ METRICS = {
 class SafetyLimit(BaseConfig):
     """The limit on flashing that reviewers set, and how RL is held to it."""
 
-    limit: float = 0.02
+    limit: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Largest share of violating clips that may be reported. The multiplier aims at a quarter of it."""
-    rate: float = 0.15
+    rate: Positive = 0.15
     """Step of the multiplier, in log space."""
-    initial: float = 1.0
+    initial: Annotated[float, Field(ge=1e-3)] = 1.0
     """First multiplier."""
-    cap: float = 3.0
+    cap: Positive = 3.0
     """Largest multiplier: with more, the reward counts for nothing while a few prompts always flash. What is blocked is never learned from as good at any."""
-    gate: float = -1.0
+    gate: Annotated[float, Field(lt=0)] = -1.0
     """A blocked clip's advantage is at most this, before the division by 1 + multiplier, where another clip of its prompt is not blocked."""
+
+    @model_validator(mode="after")
+    def _initial_is_below_the_cap(self) -> SafetyLimit:
+        if self.initial > self.cap:
+            raise ValueError(f"initial is {self.initial:g}, above the cap of {self.cap:g}. Raise cap or lower initial")
+        return self
 
 
 class Feedback(BaseConfig):
     """What every RL recipe is told: where it starts, who scores, which limit holds. A recipe adds `out` and `policy`."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of prompts and noise."""
     model: Path | None = None
     """Network to start from and to stay near; none means the shipped base."""
@@ -82,21 +90,21 @@ class Feedback(BaseConfig):
     """Folder of a second reward model that watches and may stop the run."""
     captions: tuple[str, ...] = ()
     """Captions of real clips, trained on and looked at in place of the built-in world's prompts."""
-    prompt_pool: int = 400
+    prompt_pool: Count = 400
     """Training prompts to draw from."""
-    two_objects: float = 0.2
+    two_objects: Share = 0.2
     """Share of them with two objects."""
-    strobe: float = 0.2
+    strobe: Share = 0.2
     """Share of them that ask for strobing in words the prompt filter lets pass."""
-    held_out_prompts: int = 64
+    held_out_prompts: Count = 64
     """Held-out prompts looked at during the run."""
     constrained: bool = True
     """Whether the safety limit holds; false is for the comparison only."""
     safety: SafetyLimit = SafetyLimit()
     """The limit."""
-    pessimism: float = 0.5
+    pessimism: NonNegative = 0.5
     """Reward is the mean minus this many spreads of the reward model."""
-    guard_drop: float = 0.5
+    guard_drop: NonNegative = 0.5
     """The run stops when the guard falls this far (in standard deviations of its scores) below its best."""
     sampler: Sampler = Sampler()
     """How clips are denoised."""
@@ -180,7 +188,6 @@ class HeldOut:
     def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
         """Samples, keeps and scores the held-out clips."""
         video = torch.cat(list(sample(model, self.cond, [derived_seed(self.seed, "held out", k) % 2**31 for k in range(len(self.cond))], self.sampler)))  # [B,T,3,H,W]
-        self.folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.folder / f"{iteration:06d}.safetensors", {"video": (video * 255).round().to(torch.uint8)}, {})
         seen = assess(video, self.prompts)
         guard = float("nan") if self.guard is None else float(self.guard(video, self.prompts).reward.nanmean())
@@ -300,6 +307,12 @@ class StoppedByGuard(GuardStop):
         self.result = result
 
 
+def check_steps(sampler: Sampler) -> None:
+    """Raises UserError where no step could take noise: the last one never does."""
+    if sampler.steps < 2:
+        raise UserError(f"sampler.steps is {sampler.steps}, but a policy learns from noisy steps and the last one has none. Give at least 2")
+
+
 C = TypeVar("C", bound=Feedback)
 Train = Callable[[C, Run, LatentVideoModel, Assessor, HeldOut], GuardWatch]
 
@@ -332,6 +345,7 @@ def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) ->
     """
     model = load_tiny(cfg.model).to(run.device)
     model.network.requires_grad_(False)
+    latent_shape(model, cfg.sampler.clip)
     guard = standardised(load_reward_model(cfg.guard, model.text)) if cfg.guard else None
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")

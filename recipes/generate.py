@@ -10,17 +10,21 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from align.config import Config as BaseConfig
-from align.config import dump
+from align.config import Count, Seed, dump
 from align.kernels import ODE
 from align.progress import Progress
 from align.threads import in_threads
 from align.trajectory import rollout
+from base_model.checkpoint import check_can_write
 from base_model.errors import UserError
+from base_model.networks.packing import token_grid
 from base_model.times import sampling_times
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny
 from base_model.types import ClipShape, Conditioning
@@ -31,24 +35,33 @@ from reward.safety.policy import load_policy
 from reward.safety.prompt import WordFilter
 from reward.safety.video import DegenerateFilter, FlashFilter
 
+Side = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
+
 
 class Sampler(BaseConfig):
     """How a clip is denoised: the same for every model that is compared."""
 
-    steps: int = 8
+    steps: Annotated[int, Field(ge=1, le=1000)] = 8
     """Denoising steps of the probability-flow ODE."""
-    shift: float = 3.0
+    shift: Annotated[float, Field(ge=0.01, le=100)] = 3.0
     """Shift of the time grid; above 1 spends more steps on noise."""
-    frames: int = 13
+    frames: Annotated[int, Field(ge=1, le=1025)] = 13
     """Frames of a clip, 1 + a multiple of 4."""
-    height: int = 32
+    height: Side = 32
     """Height in pixels, a multiple of 8."""
-    width: int = 32
+    width: Side = 32
     """Width in pixels, a multiple of 8."""
-    fps: float = 12.0
+    fps: Annotated[float, Field(ge=0.1, le=240)] = 12.0
     """Frames a second."""
-    batch: int = 32
+    batch: Count = 32
     """Clips denoised together; on a CPU every core has a batch of its own."""
+
+    @field_validator("frames")
+    @classmethod
+    def _frames_fall_on_the_grid(cls, frames: int) -> int:
+        if frames % 4 != 1:
+            raise ValueError(f"expected 1 + a multiple of 4, got {frames}")
+        return frames
 
     @property
     def clip(self) -> ClipShape:
@@ -62,9 +75,9 @@ class Config(BaseConfig):
     """Network of the model; none means the shipped base."""
     prompts: tuple[str, ...] = ("a red circle moves to the left", "a blue square grows")
     """What to show, one clip set each."""
-    clips_per_prompt: int = 4
+    clips_per_prompt: Count = 4
     """Clips of every prompt, with seeds seed, seed + 1, ..."""
-    seed: int = 0
+    seed: Seed = 0
     """First seed."""
     sampler: Sampler = Sampler()
     """How clips are denoised."""
@@ -85,12 +98,19 @@ def safety_runner() -> SafetyRunner:
     return SafetyRunner([WordFilter(policy), FlashFilter(policy), DegenerateFilter(policy)], policy)
 
 
-def seeded_noise(model: LatentVideoModel, clip: ClipShape, seeds: Sequence[int]) -> Tensor:
-    """One stream a seed, whatever the batch: [B,C,F,H,W]. Raises UserError where the clip does not fit the latent grid."""
+def latent_shape(model: LatentVideoModel, clip: ClipShape) -> tuple[int, int, int, int]:
+    """(C, F, H, W) of a clip. Raises UserError where it does not fit the latent grid or the model's patches."""
     try:
         shape = model.latents.shape(clip)
+        token_grid(shape, model.config.patch)
     except ValueError as error:
-        raise UserError(f"sampler: {error}. Change sampler.frames, sampler.height or sampler.width.") from error
+        raise UserError(f"sampler of {clip}: {error}. Change sampler.frames, sampler.height or sampler.width.") from error
+    return shape
+
+
+def seeded_noise(model: LatentVideoModel, clip: ClipShape, seeds: Sequence[int]) -> Tensor:
+    """One stream a seed, whatever the batch: [B,C,F,H,W]. Raises UserError where the clip does not fit the latent grid."""
+    shape = latent_shape(model, clip)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(model.device)
 
 
@@ -159,6 +179,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     if not cfg.prompts:
         raise UserError("no prompts, prompts. Give at least one: --prompts '[\"a red circle grows\"]'")
     started = time.monotonic()
+    check_can_write(cfg.out)
     model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(), ClipStore(cfg.out)
     requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
     rows = fill_store(store, model, requests, lineage=network_lineage(cfg.model), sampler=cfg.sampler, runner=runner)
@@ -166,7 +187,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     return {
         "store": str(cfg.out),
         "clips": [str(store.preview_path(row.clip_id)) for row in made],
-        "blocked_prompts": len(rows) - len(made),
+        "blocked_prompts": runner.counts["prompt.checked"] - runner.counts["prompt.allow"],
         "safety": dict(runner.counts),
         "wall_seconds": round(time.monotonic() - started, 2),
     }

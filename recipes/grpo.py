@@ -17,6 +17,7 @@ from torch import Tensor
 
 from align.advantage import DivideBy, group_advantage
 from align.config import Config as BaseConfig
+from align.config import Count, NonNegative, Positive, Several
 from align.data import PromptSampler
 from align.kernels import FlowSDE, StepWeight, step_weight
 from align.objectives.policy_gradient import kl_penalty, ppo_clip
@@ -38,37 +39,37 @@ METRICS = {
 class Policy(BaseConfig):
     """How the policy moves."""
 
-    iterations: int = 40
+    iterations: Count = 40
     """Rollouts."""
-    prompts: int = 12
+    prompts: Count = 12
     """N, prompts a rollout."""
-    group_size: int = 12
+    group_size: Several = 12
     """G, clips of each prompt a rollout."""
-    first_steps: int = 5
+    first_steps: Count = 5
     """The noisy step is one of the first so many."""
-    a: float = 0.9
+    a: Positive = 0.9
     """Noise of the flow SDE."""
     same_noise: bool = False
     """Whether the clips of a prompt start from the same noise."""
-    micro_batch: int = 48
+    micro_batch: Count = 48
     """Clips in one forward pass, in the rollout and in the replay."""
     divide_by: DivideBy = "group_std"
     """What centred rewards are divided by."""
-    lora_rank: int = 16
+    lora_rank: Count = 16
     """Rank of the adapter."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Learning rate of AdamW on the adapter."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
-    clip_range: float = 1e-3
+    clip_range: Positive = 1e-3
     """PPO's clip range on the per-element ratio."""
     step_weight: StepWeight = "inv_kappa"
     """Weight of a step."""
-    kl_coef: float = 0.01
+    kl_coef: NonNegative = 0.01
     """Weight of the KL from the SFT policy, per latent element."""
-    evaluate_every: int = 10
+    evaluate_every: Count = 10
     """Rollouts between looks at the held-out prompts."""
-    save_every: int = 10
+    save_every: Count = 10
     """Rollouts between checkpoints."""
 
 
@@ -87,6 +88,7 @@ def one_step_a_prompt(steps: int, prompts: int, group_size: int, first: int, gen
 
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> feedback.GuardWatch:
     p = cfg.policy
+    feedback.check_steps(cfg.sampler)
     _, texts = feedback.training_prompts(cfg)
     states = model.encode_text(texts)
     kernel, times = FlowSDE(p.a), sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from align.config import Config as BaseConfig
+from align.config import Count, Positive, Seed, Share, Whole
 from align.kernels import ODE
 from align.run import Run
 from align.trajectory import rollout
@@ -57,25 +58,25 @@ METRICS = {
 class Config(BaseConfig):
     out: Path = Path("runs/match")
     """Folder of the run; `matcher.safetensors` and `matcher.json` appear in it."""
-    seed: int = 1
+    seed: Seed = 1
     """Seed of data, weights and order."""
-    clips: int = 8000
+    clips: Count = 8000
     """Clips of the demo's size in the training set; a tenth as many again in four other sizes."""
-    regenerated: float = 0.6
+    regenerated: Share = 0.6
     """Share of the clips that the base model denoises again from a time between 0.2 and 0.7: later than that the shape seldom stays what it was."""
-    iterations: int = 5000
+    iterations: Count = 5000
     """Optimizer steps."""
-    morphed: float = 0.25
+    morphed: Share = 0.0
     """Share of the clips whose things look like a blend with another shape, less than half of it: generators make those, and people still see which it is more."""
-    batch: int = 24
+    batch: Count = 24
     """Clips a step."""
-    others: int = 2
+    others: Whole = 2
     """Captions of other clips each clip is held against."""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """Peak step size (linear warm-up over 100 steps, then a cosine to zero)."""
-    save_every: int = 500
+    save_every: Count = 500
     """Steps between checkpoints."""
-    evaluation_clips: int = 400
+    evaluation_clips: Count = 400
     """Fresh clips for the accuracy table."""
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from align import selfcheck
 from align.advantage import group_advantage
 from align.config import Config as BaseConfig
+from align.config import Count, NonNegative, Positive, Several
 from align.data import PromptSampler
 from align.kernels import ODE
 from align.objectives import Loss
@@ -42,33 +43,33 @@ from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
 class Policy(BaseConfig):
     """How the policy moves."""
 
-    iterations: int = 40
+    iterations: Count = 40
     """Rollouts."""
-    prompts: int = 12
+    prompts: Count = 12
     """N, prompts a rollout."""
-    group_size: int = 8
+    group_size: Several = 8
     """G, clips of each prompt a rollout."""
-    updates: int = 4
+    updates: Count = 4
     """Optimizer steps a rollout; each noises every clip once, at its own time."""
-    micro_batch: int = 48
+    micro_batch: Count = 48
     """Clips in one forward pass."""
-    time_shift: float = 3.0
+    time_shift: Positive = 3.0
     """Shift s of the times clips are noised to: logit-normal(log s, 1)."""
-    largest_advantage: float = 2.0
+    largest_advantage: Positive = 2.0
     """Advantages are clipped to this and divided by it."""
-    proximal: float = 1.0
+    proximal: Positive = 1.0
     """Strength of the pull to the policy that made the clips."""
-    lora_rank: int = 16
+    lora_rank: Count = 16
     """Rank of the adapter."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Learning rate of AdamW on the adapter."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
-    kl_coef: float = 0.0
+    kl_coef: NonNegative = 0.0
     """Weight of the squared distance of the velocity from the SFT policy's."""
-    evaluate_every: int = 10
+    evaluate_every: Count = 10
     """Rollouts between looks at the held-out prompts."""
-    save_every: int = 10
+    save_every: Count = 10
     """Rollouts between checkpoints."""
 
 

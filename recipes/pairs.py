@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
 from base_model.networks.packing import Patch, token_grid
 from base_model.tiny import LatentVideoModel
-from base_model.video.files import cover, from_uint8, read_video, write_atomic
+from base_model.video.files import cover, from_uint8, read_video, resample_fps, to_uint8, write_atomic
 from recipes.shapes.dataset import ClipSet, by_shape
 
 
@@ -48,7 +51,6 @@ def encode_pairs(model: LatentVideoModel, clips: ClipSet, *, batch: int = 64) ->
 
 def save_pairs(folder: Path, clips: ClipSet) -> None:
     """`captions.jsonl`, one line a clip, and its exact frames in `videos.safetensors` (uint8 [T,3,H,W], "000000" for the first line)."""
-    folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "videos.safetensors", {f"{i:06d}": video for i, video in enumerate(clips.videos)}, {})
     write_atomic(folder / "captions.jsonl", "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in clips.texts).encode())
 
@@ -57,12 +59,16 @@ def load_pairs(folder: Path) -> ClipSet:
     """What `save_pairs` wrote. Raises UserError for a folder that is missing, empty or damaged."""
     videos, _ = load_weights(folder / "videos.safetensors")
     try:
-        texts = tuple(json.loads(line)["text"] for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines())
+        texts = tuple(json.loads(line)["text"] for line in (folder / "captions.jsonl").read_text(encoding="utf-8").split("\n") if line)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"damaged captions, {folder / 'captions.jsonl'}: {error}. Make the folder again") from error
     if not texts or len(texts) != len(videos):
         raise UserError(f"{len(texts)} captions for {len(videos)} clips, {folder}. Make the folder again")
-    return ClipSet(texts, tuple(videos[f"{i:06d}"] for i in range(len(texts))))
+    names = [f"{i:06d}" for i in range(len(texts))]
+    odd = [name for name in names if name not in videos or videos[name].dtype != torch.uint8 or videos[name].dim() != 4 or videos[name].shape[1] != 3]
+    if odd or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"clip or caption {odd[0] if odd else 'of another type'} is not what was saved, {folder}. Make the folder again")
+    return ClipSet(texts, tuple(videos[name] for name in names))
 
 
 def native_size(width: int, height: int, *, sides: Sequence[int] = range(16, 65, 8), tokens: int = 24) -> tuple[int, int]:
@@ -71,10 +77,29 @@ def native_size(width: int, height: int, *, sides: Sequence[int] = range(16, 65,
     return min(fitting, key=lambda size: (round(abs(size[1] / size[0] - width / height), 2), -size[0] * size[1]))
 
 
-def read_clip_folder(folder: Path, *, frames: int, every: int = 6) -> ClipSet:
-    """Real clips with captions (`metadata.jsonl` with `file_name` and `text`, the layout of datasets' videofolder) as windows of `frames` frames.
+def to_native_size(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8 [H,W,3] -> [h,w,3] of the native size with its aspect."""
+    height, width = native_size(frame.shape[1], frame.shape[0])
+    return to_uint8(cover(from_uint8(frame[None]), height, width))[0]
 
-    Clips keep their aspect and are resized to the token budget. Raises UserError for a folder without clips, a broken clip, a clip that is too short.
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of that name in the folder. Raises UserError where the name leads out of it (absolute, `..`, a link)."""
+    try:
+        (folder / name).exists()  # a name that is too long cannot even be asked for
+        leaves_it = not (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"no clip can be named {name!r}, {folder / 'metadata.jsonl'}: {error}. Name a file in that folder") from error
+    if leaves_it:
+        raise UserError(f"{name!r} lies outside its folder, {folder / 'metadata.jsonl'}. Copy the clip into the folder and name it there")
+    return folder / name
+
+
+def read_clip_folder(folder: Path, *, frames: int, fps: float, every: int = 6) -> ClipSet:
+    """Real clips with captions (`metadata.jsonl` with `file_name` and `text`, the layout of datasets' videofolder) as windows of `frames` frames at `fps`.
+
+    Each clip is resampled from its own frame rate, so that a window lasts as long and flashes as fast as it says. Clips keep their aspect and are
+    resized to the token budget. Raises UserError for a folder without clips, a broken clip, a clip that is too short.
     """
     table = folder / "metadata.jsonl"
     if not table.is_file():
@@ -82,12 +107,12 @@ def read_clip_folder(folder: Path, *, frames: int, every: int = 6) -> ClipSet:
     texts: list[str] = []
     videos: list[Tensor] = []
     for row in _caption_rows(table):
-        video = from_uint8(read_video(folder / row["file_name"]).frames)  # [T,3,H,W]
-        if len(video) < frames:
-            raise UserError(f"{folder / row['file_name']} has {len(video)} frames, a window needs {frames}. Leave the clip out of {table.name}")
-        height, width = native_size(video.shape[-1], video.shape[-2])
-        small = (cover(video, height, width) * 255).round().to(torch.uint8)
-        starts = range(0, len(video) - frames + 1, every)
+        video = read_video(_inside(folder, row["file_name"]), shrink=to_native_size)
+        small = resample_fps(torch.from_numpy(video.frames).permute(0, 3, 1, 2), video.fps, fps)  # [T,3,h,w]
+        if len(small) < frames:
+            lasts = f"{len(video.frames)} frames at {video.fps:g} a second, {len(small)} at {fps:g}"
+            raise UserError(f"{folder / row['file_name']} has {lasts}; a window needs {frames}. Leave the clip out of {table.name}")
+        starts = range(0, len(small) - frames + 1, every)
         videos += [small[begin : begin + frames] for begin in starts]
         texts += [row["text"]] * len(starts)
     return ClipSet(tuple(texts), tuple(videos))
@@ -99,7 +124,7 @@ def _caption_rows(table: Path) -> list[dict[str, str]]:
 
     disable_progress_bar()
     try:
-        rows = [dict(row) for row in load_dataset("json", data_files=str(table), split="train", streaming=True)]
+        rows = [dict(row) for row in load_dataset("json", data_files=glob.escape(str(table)), split="train", streaming=True)]
     except Exception as error:
         raise UserError(f"cannot read {table}: {error}. Write one JSON object a line") from error
     if not rows or any(not isinstance(row.get(key), str) or not row[key].strip() for row in rows for key in ("file_name", "text")):

@@ -5,15 +5,17 @@ The loop is that of `sft.py`: only the start and the data differ. Its legs made 
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from align.config import Config as BaseConfig
+from align.config import Count, Seed
 from align.run import Run
+from base_model.errors import UserError
 from base_model.networks.dit import DiT, DiTConfig
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_codec, load_tiny, save_network
@@ -21,15 +23,15 @@ from base_model.types import ClipShape
 from recipes.pairs import encode_pairs
 from recipes.sft import METRICS, Fit, held_out_losses, train
 from recipes.shapes.dataset import draw_clips
-from recipes.weights import file_hash, write_card
+from recipes.weights import file_hash, read_card, write_card
 
 
 class Leg(BaseConfig):
     """One stretch of training with its own data and schedule; it begins with the weights of the leg before."""
 
-    seed: int
+    seed: Seed
     """Seed of weights, data and noise."""
-    clips: int
+    clips: Count
     """Messy pairs of native sizes."""
     fit: Fit
     """How the network is fitted."""
@@ -47,18 +49,22 @@ class Config(BaseConfig):
     """Folder with one run a leg, `leg-0`, `leg-1`, ...; the network ends up in `dit.safetensors` of the last one."""
     codec: Path = WEIGHTS / "vae.safetensors"
     """The autoencoder whose latents are modelled."""
-    width: int = 128
+    width: Count = 128
     """Width of the denoiser."""
-    depth: int = 4
+    depth: Count = 4
     """Blocks of the denoiser."""
-    legs: tuple[Leg, ...] = LEGS
+    legs: Annotated[tuple[Leg, ...], Field(min_length=1)] = LEGS
     """The legs, in order."""
 
 
 def fresh_model(cfg: Config) -> LatentVideoModel:
     codec = load_codec(cfg.codec)
     config = DiTConfig(channels=codec.vae.config.channels, width=cfg.width, depth=cfg.depth)
-    return LatentVideoModel(DiT(config), codec, TextEncoder(), config)
+    try:
+        network = DiT(config)
+    except ValueError as error:
+        raise UserError(f"width: {error}. Give another width") from error
+    return LatentVideoModel(network, codec, TextEncoder(), config)
 
 
 def train_leg(cfg: Config, leg: Leg, out: Path, start: Path | None, *, resume: bool) -> None:
@@ -70,7 +76,7 @@ def train_leg(cfg: Config, leg: Leg, out: Path, start: Path | None, *, resume: b
     held_out = draw_clips("curated", leg.fit.held_out, seed=1_000_003, shape=ClipShape(13, 32, 32))
     train(leg.fit, run, model, encode_pairs(model, clips), encode_pairs(model, held_out))
     loss = float(held_out_losses(model, encode_pairs(model, held_out), run.generator("held out", 0)).mean())
-    earlier = json.loads(start.with_suffix(".json").read_text()) if start else {}
+    earlier = read_card(start) if start else {}
     seconds = run.seconds + earlier.get("wall_seconds", 0.0)
     measured = {"held_out_loss": loss, "held_out_loss_of_earlier_legs": [*_losses(earlier)]}
     write_card(out / "dit.safetensors", lambda path: save_network(path, model), recipe="pretrain", cfg=cfg, data=clips.fingerprint(), seconds=seconds, measured=measured)
@@ -78,7 +84,7 @@ def train_leg(cfg: Config, leg: Leg, out: Path, start: Path | None, *, resume: b
 
 def _losses(card: dict[str, Any]) -> list[float]:
     measured = card.get("measured", {})
-    return [*measured.get("held_out_loss_of_earlier_legs", []), measured["held_out_loss"]] if measured else []
+    return [*measured.get("held_out_loss_of_earlier_legs", []), measured["held_out_loss"]] if "held_out_loss" in measured else []
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
@@ -89,5 +95,5 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
             continue
         train_leg(cfg, leg, out, folders[k - 1] / "dit.safetensors" if k else None, resume=resume and (out / "run.json").exists())
     weights = folders[-1] / "dit.safetensors"
-    card = json.loads(weights.with_suffix(".json").read_text())
+    card = read_card(weights)
     return {"weights": str(weights), "sha256": file_hash(weights), **card["measured"], "wall_seconds": round(time.monotonic() - started, 1)}

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from base_model.video.files import to_uint8, write_atomic, write_mp4
+from base_model.errors import UserError
+from base_model.video.files import disk_errors, to_uint8, write_atomic, write_mp4
 from recipes.charts import Series, Whisker, interval_chart, line_chart, number
 
 NOT_MEASURED = "not measured"
@@ -107,7 +108,8 @@ class ReportData:
 
 def write_report(folder: Path, data: ReportData) -> Path:
     """Writes report.json and index.html into `folder`; returns the page. Raises UserError where the folder cannot be written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     page = render_page(data)
     write_atomic(folder / "report.json", (json.dumps(finite(data.results), indent=2) + "\n").encode())
     write_atomic(folder / "index.html", page.encode())
@@ -198,15 +200,24 @@ def read_rows(metrics: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
     Example: `read_rows(folder / "metrics.jsonl", {"reward": "reward/mean", "seconds": "seconds"})`.
     """
     rows = []
-    for line in metrics.read_text().splitlines():
+    for line in _lines(metrics):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(row, dict):
             continue
         kept = {ours: row[theirs] for ours, theirs in names.items() if _is_number(row.get(theirs))}
         if kept:
             rows.append(kept)
     return rows
+
+
+def _lines(metrics: Path) -> list[str]:
+    try:
+        return metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the metrics, {metrics}: {error.strerror}. Give the folder of a run") from error
 
 
 def shown_rows(data: ReportData) -> tuple[list[dict[str, Any]], int]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from align.config import Config as BaseConfig
+from align.config import Count, NonNegative, Positive, Seed, Whole
 from align.run import Run
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
@@ -51,21 +52,21 @@ class Config(BaseConfig):
     """Which shipped matcher to start from; a guard starts from another one than the model it watches."""
     matcher: Path | None = None
     """A matcher of your own instead."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of heads, bootstrap weights and order."""
-    members: int = 5
+    members: Count = 5
     """Heads in the ensemble; each learns from its own bootstrap of the rankings."""
-    ridge: float = 5.0
+    ridge: NonNegative = 5.0
     """Weight of the squared distance of the parts' weights from a multiple of the match; a ranking's likelihood has weight 1 / sqrt(answers of its prompt)."""
-    signal_ridge: float = 100.0
+    signal_ridge: NonNegative = 100.0
     """Weight of the squared weights of the weight-free signals: what depends on no prompt has to be clear before it counts."""
-    epochs: int = 0
+    epochs: Whole = 0
     """Passes over the rankings with everything learning, after the heads are fitted; a few hundred rankings are too few for any."""
-    learning_rate: float = 2e-4
+    learning_rate: Positive = 2e-4
     """Step size of these passes (linear to zero)."""
-    batch: int = 16
+    batch: Count = 16
     """Rankings a step."""
-    save_every: int = 1000
+    save_every: Count = 1000
     """Steps between checkpoints."""
 
 

@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from align.config import Config as BaseConfig
+from align.config import Count, Positive, Seed, Share, Whole
 from align.data import PackSampler
 from align.ema import EMA
 from align.objectives import Loss
@@ -47,44 +49,44 @@ METRICS = {
 class Fit(BaseConfig):
     """How a denoiser is fitted to captioned clips."""
 
-    iterations: int
+    iterations: Count
     """Optimizer steps."""
-    lr: float
+    lr: Positive
     """Peak learning rate, warmed up, then a cosine."""
-    capacity: int = 2048
+    capacity: Count = 2048
     """Latent tokens a pack may hold."""
-    packs: int = 2
+    packs: Count = 2
     """Packs of a step: the batch size, said in tokens, is `packs` times `capacity`. On a CPU every core has a pack of its own."""
     optimizer: OptimizerName = "adamw"
     """`adamw`, or `adamw8bit` (bitsandbytes)."""
-    text_dropout: float = 0.1
+    text_dropout: Share = 0.1
     """Share of clips trained without their caption, so that guidance is possible."""
-    time_shift: float = 3.0
+    time_shift: Positive = 3.0
     """Shift s of the training times: logit-normal(log s, 1); above 1 looks more at noise."""
-    ema_decay: float = 0.999
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged weights, which are what is saved."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
-    held_out: int = 128
+    held_out: Count = 128
     """Held-out clips for the held-out loss."""
-    evaluate_every: int = 50
+    evaluate_every: Count = 50
     """Iterations between held-out losses."""
-    save_every: int = 50
+    save_every: Count = 50
     """Iterations between checkpoints."""
 
 
 class Config(BaseConfig):
     out: Path = Path("runs/sft")
     """Folder of the run; the network ends up in `network.safetensors` there."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data and noise."""
     base: Path | None = None
     """Network to start from; none means the shipped base."""
     pairs: Path | None = None
     """Folder of captioned clips (`recipes/pairs.py`); none draws `clips` curated ones from the built-in world."""
-    clips: int = 4_000
+    clips: Count = 4_000
     """Curated pairs of native sizes to draw."""
-    lora_rank: int = 0
+    lora_rank: Whole = 0
     """Rank of a LoRA adapter that is merged at the end; 0 trains every weight."""
     fit: Fit = Fit(iterations=250, lr=5e-4)
     """How the network is fitted."""

@@ -6,7 +6,6 @@ Kullback-Leibler term keeps the latents near a unit Gaussian (Kingma & Welling 2
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 from align.config import Config as BaseConfig
+from align.config import Count, NonNegative, Positive, Seed
 from align.run import Run
 from base_model.networks.vae import VAEConfig
 from base_model.tiny import LatentCodec, save_codec
 from base_model.types import ClipShape
 from recipes.shapes.dataset import ClipSet, by_shape, draw_clips
-from recipes.weights import write_card
+from recipes.weights import read_card, write_card
 
 METRICS = {
     "loss": "Reconstruction plus weighted Kullback-Leibler term, mean over the batch.",
@@ -32,25 +32,25 @@ METRICS = {
 class Config(BaseConfig):
     out: Path = Path("runs/vae")
     """Folder of the run; the weights end up in `vae.safetensors` there."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, data and noise."""
-    clips: int = 12_000
+    clips: Count = 12_000
     """Clips of native sizes, drawn from the messy base data."""
-    held_out: int = 256
+    held_out: Count = 256
     """Held-out clips of 13x32x32 for the PSNR."""
-    iterations: int = 3_000
+    iterations: Count = 3_000
     """Optimizer steps."""
-    batch: int = 16
+    batch: Count = 16
     """Clips a step; all of one size."""
-    lr: float = 2e-3
+    lr: Positive = 2e-3
     """Peak learning rate of AdamW, warmed up over 50 steps, then a cosine to a fiftieth."""
-    kl_coef: float = 2e-4
+    kl_coef: NonNegative = 2e-4
     """Weight of the Kullback-Leibler term."""
-    width: int = 96
+    width: Count = 96
     """Channels inside the encoder and the decoder."""
-    latent_channels: int = 16
+    latent_channels: Count = 16
     """Channels of the latents."""
-    save_every: int = 500
+    save_every: Count = 500
     """Iterations between checkpoints."""
 
 
@@ -134,5 +134,5 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     torch.manual_seed(cfg.seed)
     train(cfg, run)
-    card = json.loads((cfg.out / "vae.json").read_text())
+    card = read_card(cfg.out / "vae.safetensors")
     return {"weights": str(cfg.out / "vae.safetensors"), **card["measured"], "wall_seconds": round(time.monotonic() - started, 1)}

@@ -6,8 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from align.config import Config, dump, leaves, path_keys, resolved
+from base_model.checkpoint import atomic_write, read_json
+from base_model.errors import UserError
 
 
 def file_hash(path: Path) -> str:
@@ -20,7 +23,6 @@ def write_card(path: Path, save: Callable[[Path], None], *, recipe: str, cfg: Co
 
     `data` is the hash of the training data, `seconds` the wall time of the training.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     save(path)
     about = resolved(cfg)
     about["config"] = {key: value for key, value in leaves(dump(cfg)).items() if key not in path_keys(type(cfg))}
@@ -37,4 +39,13 @@ def write_card(path: Path, save: Callable[[Path], None], *, recipe: str, cfg: Co
         "measured": dict(measured),
         **about,
     }
-    path.with_suffix(".json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
+    atomic_write(path.with_suffix(".json"), (json.dumps(card, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The card beside the weights at `path`. Raises UserError where it is missing or damaged."""
+    file = path.with_suffix(".json")
+    card = read_json(file, "the card of the weights")
+    if not isinstance(card.get("measured"), dict) or not isinstance(card.get("wall_seconds"), int | float):
+        raise UserError(f"not a card of weights, {file}: `measured` or `wall_seconds` is missing. Make the weights again")
+    return card

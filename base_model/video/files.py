@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -87,15 +87,19 @@ def resample_fps(video: Tensor, fps: float, to: float) -> Tensor:
     return video[index]
 
 
-def read_video(path: str | Path, *, max_frames: int | None = None) -> Video:
+Frame = NDArray[np.uint8]  # [H,W,3]
+
+
+def read_video(path: str | Path, *, max_frames: int | None = None, shrink: Callable[[Frame], Frame] | None = None) -> Video:
     """Decodes the first video stream of any file PyAV knows, upright (the rotation a phone writes is applied).
 
+    shrink: what becomes of each frame [H,W,3] as it is decoded, so that a long clip of large frames never lies in memory whole.
     Raises UserError where the file is missing, is no video, is truncated or damaged, or holds no frame.
     """
     path = Path(path)
     _require_file(path)
     _refuse_truncated_mp4(path)
-    frames, fps, _ = _decode(path, max_frames)
+    frames, fps, _ = _decode(path, max_frames, shrink)
     return Video(np.stack(frames), fps)
 
 
@@ -118,7 +122,7 @@ def write_lossless(path: str | Path, video: Tensor | NDArray[np.uint8], fps: flo
     video: float [T,3,H,W] in [0,1] or uint8 [T,H,W,3]. Raises UserError where the file cannot be written.
     """
     frames = _as_frames(video)
-    rate, (count, height, width, _) = _rate(fps), frames.shape
+    rate, (count, height, width, _) = frame_rate(fps), frames.shape
     padded = np.zeros((count, height, width, 4), np.uint8)
     padded[..., :3] = frames[..., ::-1]  # FFV1 wants B G R and an unused byte
     buffer = io.BytesIO()
@@ -142,7 +146,7 @@ def write_mp4(path: str | Path, video: Tensor | NDArray[np.uint8], fps: float, *
     An odd side gets its last row or column twice. Raises UserError where the file cannot be written.
     """
     frames = _as_frames(video)
-    rate = _rate(fps)
+    rate = frame_rate(fps)
     factor = max(1, -(-PREVIEW_SIDE // min(frames.shape[1:3]))) if upscale else 1
     if factor > 1:
         frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)  # [T,H f,W f,3]
@@ -203,12 +207,13 @@ def _require_file(path: Path) -> None:
         raise UserError(f"no permission to read the video file, {path}. Change its permissions")
 
 
-def _decode(path: Path, max_frames: int | None) -> tuple[list[NDArray[np.uint8]], float, str | None]:
+def _decode(path: Path, max_frames: int | None, shrink: Callable[[Frame], Frame] | None = None) -> tuple[list[NDArray[np.uint8]], float, str | None]:
     """(frames, fps, the digest the file carries)."""
     import av
     from av.video.reformatter import VideoReformatter
 
-    frames: list[NDArray[np.uint8]] = []
+    frames: list[Frame] = []
+    sizes: set[tuple[int, ...]] = set()
     reformatter = VideoReformatter()
     try:
         with av.open(str(path), options={"err_detect": "crccheck+explode"}) as container:
@@ -223,7 +228,9 @@ def _decode(path: Path, max_frames: int | None) -> tuple[list[NDArray[np.uint8]]
                 if packet.is_corrupt:
                     raise UserError(f"the video file is truncated or damaged after {len(frames)} frames, {path}. Copy or make it again")
                 for frame in packet.decode():
-                    frames.append(_rgb(frame, reformatter))
+                    pixels = _rgb(frame, reformatter)
+                    sizes.add(pixels.shape)
+                    frames.append(shrink(pixels) if shrink else pixels)
                     if len(frames) == max_frames:
                         return frames, fps or 1.0, digest
     except (av.error.FFmpegError, OSError) as error:
@@ -231,7 +238,7 @@ def _decode(path: Path, max_frames: int | None) -> tuple[list[NDArray[np.uint8]]
         raise UserError(f"cannot read the video: {reason} after {len(frames)} frames, {path}. Copy or make it again, or give a file ffmpeg can play") from error
     if not frames:
         raise UserError(f"the video file holds no frame, {path}. Copy or make it again")
-    if len({frame.shape for frame in frames}) > 1:
+    if len(sizes) > 1:
         raise UserError(f"the frames change their size, {path}. Encode the video again with one size")
     return frames, fps or 1.0, digest
 
@@ -265,10 +272,12 @@ def _as_frames(video: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
     return frames
 
 
-def _rate(fps: float) -> Fraction:
-    if not 0 < fps <= 1000:
+def frame_rate(fps: float) -> Fraction:
+    """A rate as containers write it. Raises ValueError where there is none such: not above 0, above 1000, or so low that it rounds to 0."""
+    rate = Fraction(fps).limit_denominator(1001) if 0 < fps <= 1000 else None
+    if not rate:
         raise ValueError(f"a frame rate is between 0 and 1000, not {fps}")
-    return Fraction(fps).limit_denominator(1001)
+    return rate
 
 
 def _refuse_truncated_mp4(path: Path) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from torch import Tensor
 
 from base_model.errors import UserError
-from base_model.video.files import digest_of, disk_errors, from_uint8, read_lossless, to_uint8, write_lossless, write_mp4
+from base_model.video.files import digest_of, disk_errors, frame_rate, from_uint8, read_lossless, to_uint8, write_lossless, write_mp4
 
 JsonDict = Mapping[str, object]
 
@@ -151,6 +151,7 @@ class ClipStore:
         return kept
 
     def _write_files(self, clip: NewClip, preview: bool) -> ClipRow:
+        frame_rate(clip.fps)
         frames = to_uint8(clip.video)
         clip_id = digest_of(frames)
         with disk_errors(self.folder):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from base_model.checkpoint import read_json
 from base_model.errors import UserError
 from recipes.bench._results import Bench, Provenance, Row, command, hardware_text, write
 from recipes.evaluate import read_measured
@@ -84,7 +85,7 @@ def _read(folder: Path) -> ProofRun:
 def _settings(folder: Path) -> dict[str, Any]:
     """What a demo was told, seed and folder left out; nothing where it left no note."""
     path = folder / "demo.json"
-    values = json.loads(path.read_text()) if path.is_file() else {}
+    values = read_json(path, "the settings of the demo") if path.is_file() else {}
     return {key: value for key, value in values.items() if key not in ("seed", "out", "stage")}
 
 

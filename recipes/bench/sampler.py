@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from align.config import Count
 from align.kernels import ODE
 from align.progress import Progress
 from align.trajectory import rollout
@@ -36,9 +37,9 @@ class Config(Bench):
     """Network to sample; none means the shipped base."""
     peers: tuple[Literal["one clip at a time", "diffusers"], ...] = ("one clip at a time", "diffusers")
     """What is measured beside it."""
-    clips: int = 64
+    clips: Count = 64
     """Clips of one repeat; one batch. `quick` takes at most 16."""
-    repeats: int = 7
+    repeats: Count = 7
     """Measured repeats. `quick` takes at most 3."""
     sampler: Sampler = Sampler()
     """Size of the clips and number of steps."""

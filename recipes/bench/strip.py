@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from align.config import Config as BaseConfig
+from align.config import Count
 from base_model.errors import UserError
 from base_model.video.files import to_uint8, write_atomic
 from recipes import evaluate
@@ -37,11 +38,11 @@ class Config(BaseConfig):
     """Folder of a finished `rushes demo` on the built-in world."""
     out: Path = RESULTS / "before_after.png"
     """The picture."""
-    prompts: int = 8
+    prompts: Count = 8
     """Prompts shown, the first ones of the report."""
-    frames: int = 5
+    frames: Count = 5
     """Frames shown of each clip, first and last included."""
-    scale: int = 2
+    scale: Count = 2
     """Screen pixels a side of one clip pixel."""
     quick: bool = False
     """Two prompts only."""

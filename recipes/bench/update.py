@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from align.config import Count
 from align.progress import Progress
 from align.run import Run
 from base_model.errors import UserError
@@ -49,9 +50,9 @@ class Config(Bench):
     """Network to start from; none means the shipped base."""
     reward: Path | None = None
     """Folder of a reward model; none means one of the same size with fresh weights."""
-    rounds: int = 3
+    rounds: Count = 3
     """Rounds over the recipes. `quick` takes 1."""
-    updates: int = 2
+    updates: Count = 2
     """Measured updates of each recipe a round."""
     ddpo: DDPOPolicy = DDPOPolicy()
     """DDPO's settings. `quick` takes at most 4 prompts."""

@@ -24,7 +24,8 @@ LOOK_ALIKES = {
 CONFUSABLES = str.maketrans("".join(LOOK_ALIKES), "".join(LOOK_ALIKES.values()))
 LEET = str.maketrans({"0": "o", "3": "e", "4": "a", "5": "s", "6": "g", "7": "t", "8": "b", "9": "g", "@": "a", "$": "s", "+": "t", "€": "e", "£": "l", "(": "c", "¢": "c"})
 LEET_ONES = (str.maketrans("1!|", "iii"), str.maketrans("1!|", "lll"))
-LEET_TOKEN = re.compile(r"\S*[a-z]\S*")
+LEET_TOKEN = re.compile(r"(?<!\S)[^\sa-z]*+[a-z]\S*")
+LONGEST_PROMPT = 2_000  # characters; the time to read a run of combining signs grows with its square
 INNER_SIGN = re.compile(r"(?<=[^\W_])[-_.*·~'](?=[^\W_])")
 SPACED = re.compile(r"(?<![^\W_])[^\W_](?:[\W_]{1,3}[^\W_](?![^\W_])){2,}")
 STRETCHED = re.compile(r"([^\W\d_])\1{2,}")
@@ -55,10 +56,13 @@ def _join(run: re.Match[str]) -> str:
 
 
 class WordFilter:
-    """Rules on every policy that has words. The score is 1 for a hit and 0 for none; the verdict of a hit is the policy's action."""
+    """Rules on every policy that has words. The score is 1 for a hit and 0 for none; the verdict of a hit is the policy's action.
+
+    Of a prompt longer than `LONGEST_PROMPT` only the beginning is read, and the verdict is at least "review".
+    """
 
     id = "prompt-words"
-    version = "1"
+    version = "2"
     threshold = 0.5
 
     def __init__(self, policy: Policy, languages: Sequence[str] = ("en",)) -> None:
@@ -73,12 +77,17 @@ class WordFilter:
         return [self._check(prompt) for prompt in prompts]
 
     def _check(self, prompt: str) -> list[Ruling]:
-        texts = [text for reading in readings(prompt) if self._any.search(text := self._harmless.sub(" ", reading))]
-        return [self._rule(code, sorted({hit.group() for text in texts for hit in pattern.finditer(text)})) for code, pattern in self._words.items()]
+        texts = [text for reading in readings(prompt[:LONGEST_PROMPT]) if self._any.search(text := self._harmless.sub(" ", reading))]
+        unread = len(prompt) - LONGEST_PROMPT
+        return [self._rule(code, sorted({hit.group() for text in texts for hit in pattern.finditer(text)}), unread) for code, pattern in self._words.items()]
 
-    def _rule(self, code: str, hits: list[str]) -> Ruling:
+    def _rule(self, code: str, hits: list[str], unread: int) -> Ruling:
         verdict = VERDICT_OF[self._policy.action(code)] if hits else Verdict.ALLOW
-        return Ruling(verdict, code, float(bool(hits)), tuple(Reason(f"the prompt says {hit!r}") for hit in hits), self.id, self.version, self.threshold)
+        reasons = [Reason(f"the prompt says {hit!r}") for hit in hits]
+        if unread > 0:
+            verdict = max(verdict, Verdict.REVIEW)
+            reasons.append(Reason(f"the prompt goes on for {unread} characters after the {LONGEST_PROMPT} that are read"))
+        return Ruling(verdict, code, float(bool(reasons)), tuple(reasons), self.id, self.version, self.threshold)
 
 
 def _pattern(words: Iterable[str], gap: str = r"[\W_]+") -> re.Pattern[str]:

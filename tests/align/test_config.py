@@ -48,6 +48,10 @@ class Example(Config):
     """A name."""
     quick: bool = False
     """Do less."""
+    prompts: tuple[str, ...] = ()
+    """What to show."""
+    models: dict[str, Path] = Field(default_factory=dict)
+    """Name -> folder."""
 
     @model_validator(mode="after")
     def _sizes_rise(self) -> "Example":
@@ -101,6 +105,15 @@ def test_a_section_given_in_part_keeps_the_rest_of_its_default(file: Path) -> No
         (["--base", "null"], {"base": None}),
         (["--base", "runs/a"], {"base": Path("runs/a")}),
         (["--name", "12"], {"name": "12"}),
+        (["--name", "title: a cat"], {"name": "title: a cat"}),
+        (["--prompts", "a red circle, moving left"], {"prompts": ("a red circle, moving left",)}),
+        (["--prompts", "title: a cat"], {"prompts": ("title: a cat",)}),
+        (["--prompts", "# a"], {"prompts": ("# a",)}),
+        (["--prompts", "2020-01-01"], {"prompts": ("2020-01-01",)}),
+        (["--prompts", "[2020-01-01, 2020-13-45, 'a, b']"], {"prompts": ("2020-01-01", "2020-13-45", "a, b")}),
+        (["--prompts", r'["\ud83d\ude00"]'], {"prompts": ("\U0001f600",)}),
+        (["--name", "\ud83d\ude00"], {"name": "\U0001f600"}),
+        (["--models", "{base-1: runs/a}"], {"models": {"base-1": Path("runs/a")}}),
         (["--name", "[a] b: c"], {"name": "[a] b: c"}),
         (["--algorithm.type", "grpo", "--algorithm.beta", "1e-5"], {"algorithm": Grpo(beta=1e-5)}),
         (["--algorithm.clip-range", "0.1"], {"algorithm": Ddpo(clip_range=0.1)}),
@@ -143,6 +156,20 @@ def test_floats_that_yaml_reads_as_text_and_dashes_in_keys_work(file: Path) -> N
         ("out: a\n", ["--lr"], "--lr: expected a value after it on the command line. Write --lr VALUE"),
         ("out: a\n", ["lr"], "unexpected argument 'lr' on the command line. Options are written --key.path value"),
         ("out: a\n\nout: b\n", [], "out: given twice (x.yaml:1 and x.yaml:3). Keep one"),
+        ("out: a\nname: 2020-01-01\n", ["--name", "\udcff"], "name: holds half a character, '\\udcff' (command line). Write it as UTF-8"),
+        ('out: a\nprompts: ["\\ud83d"]\n', [], "prompts.0: holds half a character, '\\ud83d' (x.yaml:2). Write it as UTF-8"),
+        ("out: a\nlr: !!timestamp 2020-13-45\n", [], "not YAML, x.yaml: month must be in 1..12. Mend that line"),
+        ("out: a\niterations: " + "9" * 5000, [], "not YAML, x.yaml: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits. Mend that line"),
+        ("out: a\nprompts: " + "[" * 5000, [], "not YAML, x.yaml: nested too deeply. Mend that line"),
+        ("out: a\nprompts: &p [*p]\n", [], "not YAML, x.yaml: an alias stands inside what it names. Mend that line"),
+        ("out: !!int x\n", [], "not YAML, x.yaml: invalid literal for int() with base 10: 'x'. Mend that line"),
+        ("out: a\n", ["--models", "{a: x, a: y}"], "models.a: given twice (command line). Keep one"),
+        ("out: a\n", ["--sampler", "{steps: 3, stepz: 4}"], "sampler.stepz: unknown key (command line). Did you mean sampler.steps?"),
+        ("out: a\n", ["--sizes", "[1"], "not YAML, command line: expected ',' or ']', but got '<stream end>'. Write --sizes with a list as '[1, 2]' and a mapping as '{a: 1}'"),
+        ("out: a\n", ["--out", ""], "out: is no path, '' (command line). Give the name of a file or folder"),
+        ("out: a\n", ["--base", "a\0b"], "base: is no path, 'a\\x00b' (command line). Give the name of a file or folder"),
+        ("out: a\n", ["--out", "x" * 300], "out: is too long for a path, '" + "x" * 39 + "... (command line). Give the name of a file or folder"),
+        ("out: a\n", ["--models", "{a: ''}"], "models.a: is no path, '' (command line). Give the name of a file or folder"),
         ("out: [a\n", [], "not YAML, x.yaml:2: expected ',' or ']', but got '<stream end>'. Mend that line"),
         ("- a\n", [], "x.yaml: expected a mapping of keys to values, got ['a']. Write `key: value` lines"),
         ("out: !!python/object/apply:os.system [ls]\n", [], "not YAML"),

@@ -166,9 +166,83 @@ def test_a_finished_run_resumes_to_the_same_end(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> None:
-    fresh(tmp_path)
+    next(fresh(tmp_path).iterations(1, save_every=1, label="toy"))
     with pytest.raises(UserError, match=r"already holds a run\. Use --resume to go on with it, or another --out"):
         fresh(tmp_path)
+
+
+def test_a_run_that_never_began_leaves_nothing_behind(tmp_path: Path) -> None:
+    fresh(tmp_path / "run", lr=0.5)
+    assert not (tmp_path / "run").exists()
+    next(fresh(tmp_path / "run").iterations(1, save_every=1, label="toy"))
+
+
+def test_two_runs_that_looked_at_one_empty_folder_do_not_share_it(tmp_path: Path) -> None:
+    first, second = fresh(tmp_path), fresh(tmp_path)
+    first.log(loss=1.0)
+    with pytest.raises(UserError, match="already holds a run"):
+        second.log(loss=2.0)
+    assert len(read_metrics(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_processes_cannot_work_in_one_folder(resume: bool, tmp_path: Path) -> None:
+    train(LoopConfig(out=tmp_path, iterations=2))
+    if not resume:
+        (tmp_path / "run.json").unlink()
+    code = f"""if True:
+        import sys
+        from pathlib import Path
+        from tests.align.loop import LoopConfig, train
+        from base_model.errors import UserError
+        try:
+            train(LoopConfig(out=Path({str(tmp_path)!r}), iterations=4), resume={resume})
+        except UserError as error:
+            sys.exit(str(error))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 1 and "another process is at work in" in done.stderr, done.stderr
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "00000002"
+
+
+def test_a_checkpoint_moved_aside_by_a_killed_process_is_found_again(tmp_path: Path) -> None:
+    whole = train(LoopConfig(out=tmp_path / "whole", iterations=6))
+    train(LoopConfig(out=tmp_path / "cut", iterations=4))
+    folder = tmp_path / "cut" / "checkpoints"
+    (folder / "00000004").rename(folder / ".old-00000004")
+    shutil.rmtree(folder / "00000002")
+    (folder / ".partial-00000004").mkdir()
+    resumed = train(LoopConfig(out=tmp_path / "cut", iterations=6), resume=True)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert all(each.name.isdigit() for each in folder.iterdir())
+
+
+def test_a_checkpoint_survives_a_replacement_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fresh(tmp_path)
+    run.save()
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.startswith(".partial-"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(UserError, match="Input/output error"):
+        run.save()
+    assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["00000000"]
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoints/00000002/state.json"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", "[" * 100_000])
+def test_a_damaged_record_is_a_user_error(name: str, content: str, tmp_path: Path) -> None:
+    train(LoopConfig(out=tmp_path, iterations=2))
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError):
+        train(LoopConfig(out=tmp_path, iterations=4), resume=True)
+    (tmp_path / "metrics.jsonl").write_text(content)
+    if content not in ("", "{}"):
+        with pytest.raises(UserError):
+            read_metrics(tmp_path)
 
 
 def test_resuming_with_another_config_names_the_changed_keys(tmp_path: Path) -> None:

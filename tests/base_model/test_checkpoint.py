@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 import base_model.checkpoint
-from base_model.checkpoint import atomic_write, load_weights, save_weights, weights_bytes
+from base_model.checkpoint import atomic_write, check_can_write, load_weights, read_json, save_weights, weights_bytes
 from base_model.errors import UserError
 
 
@@ -109,6 +109,49 @@ def test_bytes_after_the_end_and_a_broken_header_are_damage(tmp_path: Path) -> N
     assert "damaged" in complaint(path)
     path.write_bytes(b"hello, these are not weights")
     assert "not a safetensors file" in complaint(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a":5}',
+        '{"a":null}',
+        '{"a":[]}',
+        '{"a":{"data_offsets":5}}',
+        '{"a":{"data_offsets":[0]}}',
+        '{"a":{"data_offsets":["0","4"]}}',
+        '{"a":{"data_offsets":[0,4]}}',
+        '{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}',
+        '{"a":{"dtype":"X","shape":[1],"data_offsets":[0,4]}}',
+        '{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}',
+        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}',
+        '{"__metadata__":5}',
+        '{"__metadata__":{"a":5}}',
+        '{"a":' + "[" * 100_000 + "]" * 100_000 + "}",
+    ],
+)
+def test_a_header_that_makes_no_sense_is_damage(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + b"\0" * 4)
+    assert "damaged" in complaint(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "5", "null", "[" * 100_000, '{"a": NaN'])
+def test_json_that_is_no_object_is_a_user_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    for path in (tmp_path / "a.json", tmp_path / "none.json", tmp_path):
+        with pytest.raises(UserError, match="cannot read the card") as caught:
+            read_json(path, "the card")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_made_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_can_write(tmp_path / "new" / "er")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="is a file, not a folder"):
+            check_can_write(folder)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_partial_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

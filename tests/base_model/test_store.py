@@ -46,6 +46,15 @@ def test_the_name_of_a_clip_is_the_digest_of_its_shape_and_pixels(tmp_path: Path
     assert row.clip_id == hashlib.sha256(b"(5, 8, 8, 3)" + pixels.tobytes()).hexdigest()
 
 
+@pytest.mark.parametrize("fps", [0.0, -12.0, float("nan"), 2000.0, 1e-6])
+def test_an_impossible_rate_is_refused_also_for_pixels_that_are_there_already(tmp_path: Path, fps: float) -> None:
+    store = ClipStore(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="frame rate"):
+            store.add_many([NewClip(clip(1), "a red circle", "p1", 2, SAMPLER, "model-1", fps)])
+        assert len(store.add_many([new(1)])) == 1 == len(store)
+
+
 @pytest.mark.parametrize(
     "other",
     [("a blue circle", 1, SAMPLER, "model-1"), ("a red circle", 2, SAMPLER, "model-1"), ("a red circle", 1, {"steps": 9}, "model-1"), ("a red circle", 1, SAMPLER, "m")],

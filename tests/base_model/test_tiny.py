@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from base_model.checkpoint import save_weights
 from base_model.errors import UserError
 from base_model.lora import adapter_state, add_lora, load_adapter_state, merge, reference
 from base_model.networks.dit import DiTConfig
 from base_model.prompts.text import TextEncoder
-from base_model.tiny import build_tiny, load_tiny, save_network
+from base_model.tiny import build_tiny, load_codec, load_tiny, save_network
 from base_model.types import ClipShape
 from tests.recipes.small import save_small_network, small_model
 
@@ -62,6 +63,21 @@ def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path: Path)
     save_network(tmp_path / "wrong.safetensors", model)
     with pytest.raises(UserError, match=r"wrong\.safetensors"):
         load_tiny(tmp_path / "wrong.safetensors")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *("", "{", "[]", "5", "[" * 100_000, '{"width": "128"}', '{"width": -1}', '{"heads": 0}', '{"heads": 3}'),
+        *('{"depth": 1e9}', '{"depth": 10000000000}', '{"patch": [1, 2]}', '{"x": 1}'),
+    ],
+)
+def test_an_architecture_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path, config: str) -> None:
+    save_weights(tmp_path / "odd.safetensors", {"a": torch.zeros(1)}, {"config": config})
+    for load in (load_tiny, load_codec):
+        with pytest.raises(UserError) as caught:
+            load(tmp_path / "odd.safetensors")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_fresh_adapter_changes_nothing_and_only_it_trains() -> None:

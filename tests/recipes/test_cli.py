@@ -73,6 +73,42 @@ def test_no_command_shows_the_usage_with_status_2(capsys: pytest.CaptureFixture[
     assert "rushes COMMAND" in capsys.readouterr().out
 
 
+def shell(command: str) -> tuple[int, str, str]:
+    """(status, standard output, standard error) of a line with `rushes` in it."""
+    code = f'rushes() {{ {sys.executable} -m recipes.cli "$@"; }}; {command}'
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", ["--help", "doctor --help", "doctor --json", "--json"])
+def test_a_reader_that_left_is_no_error(words: str) -> None:
+    status, _, said = shell(f"rushes {words} | true; exit ${{PIPESTATUS[0]}}")
+    assert status == (2 if words == "--json" else 0) and "Traceback" not in said and "Broken" not in said
+
+
+@pytest.mark.parametrize("where", [">/dev/full", ">&-", "2>&-", "2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_that_are_full_or_closed_give_no_traceback(where: str) -> None:
+    for words in ("--help", "doctor", "doctor --json", "generate --sampler.steps 0"):
+        status, _, said = shell(f"rushes {words} {where}")
+        assert status == 2 if "0" in words else status in (0, 2), (words, status, said)
+        assert "Traceback" not in said and said.count("\n") <= 1
+
+
+def test_json_is_one_object_also_without_a_command(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help", "--json"]) == 0
+    assert "rushes COMMAND" in json.loads(capfd.readouterr().out)["help"]
+    assert main(["--json"]) == 2
+    assert json.loads(capfd.readouterr().out)["error"]["kind"] == "UserError"
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "x" * 300, "a/" * 3000])
+def test_a_path_that_cannot_be_is_refused(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["generate", "--out", path], ["generate", "--model", path], ["evaluate", "--models.rl", path], *([["generate", path]] if path else [])):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said and said.count("\n") == 1
+
+
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reward_modle"]) == 2
     assert capsys.readouterr().err == "rushes: unknown command 'reward_modle', on the command line. Did you mean reward-model? `rushes --help` lists them\n"
@@ -198,7 +234,8 @@ def test_bench_lists_its_names_and_wraps_the_rows(trifle: SimpleNamespace, monke
     assert main(["bench", "toy-sped"]) == 2
     assert "did you mean toy-speed?" in capsys.readouterr().err
     assert main(["bench", "toy-speed", "--help"]) == 0
-    assert "Time a toy." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Time a toy." in out and "CONFIG.yaml" not in out
 
 
 def test_every_command_is_a_module_with_a_config_and_a_main() -> None:

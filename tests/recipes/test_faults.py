@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from base_model.checkpoint import write_synced
+from base_model.errors import UserError
 from base_model.tiny import save_network
 from base_model.video.files import read_lossless, write_mp4
+from recipes import sft
 from recipes.cli import main
-from tests.recipes.small import save_small_network, small_model
+from recipes.weights import read_card, write_card
+from tests.recipes.small import save_small_network, save_small_reward_model, small_model
 
 TINY_SFT = ["--clips", "8", "--fit.iterations", "2", "--fit.held-out", "2", "--fit.capacity", "256"]
 TINY_CLIPS = ["--sampler.frames", "5", "--sampler.height", "16", "--sampler.width", "16", "--sampler.steps", "2", "--clips-per-prompt", "2"]
@@ -32,7 +36,7 @@ def fails(capfd: pytest.CaptureFixture[str], words: list[str], *says: str) -> No
 
 def left_over(folder: Path) -> list[str]:
     """Files that are neither whole results nor the records a run keeps."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and (p.suffix in (".tmp", ".partial") or p.name.startswith(".")))
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ".lock" and (p.suffix in (".tmp", ".partial") or p.name.startswith(".")))
 
 
 def clip_folder(folder: Path, text: str = "a horse runs") -> Path:
@@ -91,6 +95,119 @@ def test_an_unknown_key_names_the_nearest_and_a_wrong_type_says_both(tmp_path: P
     config.write_text("fit: {iterations: 4, lr: 1e-3}\nclipz: 3\n")
     fails(capfd, ["sft", str(config)], "clipz", "a.yaml:2", "clips")
     fails(capfd, ["sft", "--fit.iterations", "ten"], "fit.iterations", "integer", "ten")
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "value"),
+    [
+        ("generate", "sampler.steps", "0"),
+        ("generate", "sampler.steps", "1001"),
+        ("generate", "sampler.shift", "0"),
+        ("generate", "sampler.frames", "-3"),
+        ("generate", "sampler.frames", "12"),
+        ("generate", "sampler.height", "36"),
+        ("generate", "sampler.width", "0"),
+        ("generate", "sampler.width", "8192"),
+        ("generate", "sampler.fps", "0"),
+        ("generate", "sampler.batch", "0"),
+        ("generate", "clips-per-prompt", "0"),
+        ("generate", "seed", "-1"),
+        ("generate", "seed", str(2**63)),
+        ("sft", "fit.iterations", "0"),
+        ("sft", "fit.lr", "-1"),
+        ("sft", "fit.ema-decay", "1"),
+        ("sft", "fit.save-every", "0"),
+        ("sft", "lora-rank", "-1"),
+        ("ddpo", "policy.micro-batch", "0"),
+        ("ddpo", "policy.group-size", "1"),
+        ("ddpo", "policy.eta", "0"),
+        ("ddpo", "safety.limit", "0"),
+        ("ddpo", "safety.gate", "1"),
+        ("grpo", "policy.evaluate-every", "0"),
+        ("nft", "policy.lr", "0"),
+        ("nft", "strobe", "1.5"),
+        ("match", "batch", "0"),
+        ("reward-model", "epochs", "-1"),
+        ("evaluate", "prompts", "0"),
+        ("demo", "takes", "1"),
+        ("demo", "overlap", "2"),
+        ("demo", "seed", "-1"),
+        ("pretrain", "depth", "0"),
+        ("vae", "iterations", "0"),
+    ],
+)
+def test_a_number_out_of_its_bounds(command: str, key: str, value: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fails(capfd, [command, "--out", str(tmp_path / "out"), f"--{key}", value], key.replace("-", "_").rpartition(".")[0], "command line")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["sft", "ddpo", "grpo", "nft"])
+def test_a_start_that_failed_leaves_no_run_in_the_way_of_the_corrected_command(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    network, missing = save_small_network(tmp_path / "network.safetensors"), str(tmp_path / "none.safetensors")
+    if command == "sft":
+        fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--base", missing, *TINY_SFT], "none.safetensors")
+        fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--base", str(network), "--pairs", missing, *TINY_SFT], "none.safetensors")
+        assert main(["sft", "--out", str(tmp_path / "out"), "--base", str(network), *TINY_SFT]) == 0
+        return
+    words = [command, "--out", str(tmp_path / "out"), "--model", str(network), "--held-out-prompts", "2", "--prompt-pool", "2"]
+    fails(capfd, [*words, "--reward", missing], "none.safetensors")
+    reward = ["--reward", str(save_small_reward_model(tmp_path / "reward"))]
+    if command != "nft":
+        fails(capfd, [*words, *reward, "--sampler.steps", "1"], "steps")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_demo_that_failed_to_start_can_be_begun_with_other_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["demo", "--out", str(tmp_path / "out"), "--stage", "data", "--pairs", "8"]
+    fails(capfd, [*words, "--clips", str(tmp_path / "none")], "metadata.jsonl")
+    assert main(words) == 0
+    capfd.readouterr()
+    fails(capfd, [*words, "--pairs", "9"], "begun with other settings: pairs (8 -> 9)")
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate", "generate", "sft"])
+def test_an_out_that_is_a_file_is_refused_before_the_work(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    for module in ("generate", "evaluate"):
+        monkeypatch.setattr(f"recipes.{module}.load_tiny", None)
+    for out in ("file", "file/below"):
+        fails(capfd, [command, "--out", str(tmp_path / out)], "is a file, not a folder")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}"])
+@pytest.mark.parametrize("name", ["demo.json", "data/stage.json"])
+def test_a_damaged_note_of_the_demo(name: str, damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["demo", "--out", str(tmp_path / "out"), "--stage", "data", "--pairs", "4"]
+    assert main(words) == 0
+    capfd.readouterr()
+    (tmp_path / "out" / name).write_text(damage)
+    fails(capfd, words)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"measured": {}, "wall_seconds": "x"}'])
+def test_a_card_that_says_nothing_is_a_user_error(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "dit.json").write_text(damage)
+    with pytest.raises(UserError):
+        read_card(tmp_path / "dit.safetensors")
+
+
+def test_a_card_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "network.safetensors"
+
+    def write() -> None:
+        write_card(weights, lambda path: write_synced(path, b"x"), recipe="sft", cfg=sft.Config(), data="", seconds=1.0, measured={})
+
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write()
+    before = weights.with_suffix(".json").read_bytes()
+    monkeypatch.setattr("base_model.checkpoint.write_synced", full)
+    with pytest.raises(UserError, match="disk is full"):
+        write()
+    assert weights.with_suffix(".json").read_bytes() == before and left_over(tmp_path) == []
 
 
 @pytest.mark.parametrize("command", ["sft", "generate"])

@@ -30,7 +30,7 @@ def test_what_the_store_holds_is_not_made_again_and_blocked_prompts_are_not_made
     network = save_small_network(tmp_path / "network.safetensors")
     cfg = Config(out=tmp_path / "clips", model=network, prompts=("a red circle grows", "a strobe light"), clips_per_prompt=2, sampler=SAMPLER)
     first = generate.main(cfg)
-    assert first["blocked_prompts"] == 2
+    assert first["blocked_prompts"] == 1
     rows = ClipStore(cfg.out).rows()
     assert len(rows) == 2 and all(row.prompt == "a red circle grows" for row in rows)
     assert all(json.loads(row.safety_json)["verdict"] in ("allow", "review", "block") for row in rows)
@@ -51,6 +51,12 @@ def test_a_killed_run_goes_on_with_the_clips_it_has(tmp_path: Path) -> None:
     rows = fill_store(ClipStore(tmp_path), model, requests, lineage="x", sampler=SAMPLER, runner=runner, preview=False)
     assert [row.seed for row in rows if row] == [0, 1, 2, 3]
     assert runner.counts["clip.checked"] == 2
+
+
+@pytest.mark.parametrize("clip", [ClipShape(13, 36, 32), ClipShape(13, 0, 32), ClipShape(-3, 32, 32)], ids=str)
+def test_a_clip_that_cannot_be_cut_into_patches_or_has_no_pixel_is_refused(clip: ClipShape) -> None:
+    with pytest.raises(UserError, match=str(clip.height)):
+        seeded_noise(small_model(), clip, [0])
 
 
 def test_a_clip_off_the_latent_grid_is_refused_before_any_computing() -> None:

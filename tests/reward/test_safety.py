@@ -322,6 +322,24 @@ def test_a_hit_names_its_words_and_policy_and_there_is_one_ruling_for_each_polic
     assert allowed(decision)
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["1 " * 3000, "a" * 200_000, "- " * 5000, "1-" * 20_000, "_" * 100_000, "ab-" * 20_000, "a" + "\u0301\u0316" * 20_000, "\ufdfa" * 5000, "nude" + "-" * 50_000],
+    ids=lambda prompt: ascii(prompt[:6]),
+)
+def test_a_long_prompt_is_never_allowed_and_read_in_no_time(prompt: str) -> None:
+    begun = time.perf_counter()
+    assert verdict(prompt) > Verdict.ALLOW
+    assert verdict(prompt[:2000]) >= Verdict.ALLOW
+    assert time.perf_counter() - begun < 5
+
+
+def test_a_word_is_found_in_the_part_of_a_long_prompt_that_is_read() -> None:
+    assert verdict("a strobe light " + "and so on " * 1000) == Verdict.BLOCK
+    assert verdict("and so on " * 1000 + "a strobe light") == Verdict.REVIEW
+    assert verdict("a red circle " * 150) == Verdict.ALLOW
+
+
 def test_real_prompts_are_rarely_stopped(real_data: Path) -> None:
     files = [path for path in real_data.rglob("*.txt") if "prompts" in path.parts]
     prompts = [line for path in files for line in path.read_text().splitlines() if line.strip()]
