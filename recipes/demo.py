@@ -49,7 +49,7 @@ class Config(BaseConfig):
     """Folder of real clips with a metadata.jsonl, in place of the built-in world. They are resampled to `sampler.fps`."""
     pairs: Count = 2_500
     """Curated pairs for SFT."""
-    fit: sft.Fit = sft.Fit(iterations=200, lr=5e-4)
+    fit: sft.Fit = sft.Fit(iterations=170, lr=5e-4)
     """How SFT fits."""
     candidate_prompts: Count = 320
     """Prompts whose takes are ranked, four or eight takes each."""
@@ -63,7 +63,7 @@ class Config(BaseConfig):
     """Share of tasks ranked by two or three people."""
     reward_epochs: Whole = 0
     """Passes over the rankings with everything in the reward model learning; a few hundred rankings are too few for any."""
-    policy: ddpo.Policy = ddpo.Policy(lr=3e-3)
+    policy: ddpo.Policy = ddpo.Policy(iterations=28)
     """How DDPO moves the policy."""
     safety: SafetyLimit = SafetyLimit()
     """The limit on flashing."""
