@@ -19,7 +19,7 @@ def time_at(path: Path, log_ratio: Tensor) -> Tensor:
     """The time t where log(sigma / alpha) has this value; the inverse of the path's schedule. Raises ValueError on a path that is not known."""
     if isinstance(path, VariancePreserving):
         return torch.atan(log_ratio.exp())
-    if isinstance(path, RectifiedFlow):
+    if isinstance(path, RectifiedFlow) and path.t_max == 1:
         return torch.sigmoid(log_ratio)
     raise ValueError(f"no inverse schedule for {type(path).__name__}: add it to base_model/times.py")
 

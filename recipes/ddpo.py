@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from align.advantage import Advantage, PromptStatistics, group_advantage
 from align.config import Config as BaseConfig
 from align.config import Count, Positive, Several, Whole
 from align.data import PromptSampler
-from align.kernels import Ancestral, Kernel, StepWeight, step_weight
+from align.kernels import Ancestral, Gaussian, Kernel, StepWeight, step_weight
 from align.objectives import Loss
 from align.objectives.policy_gradient import ppo_clip
 from align.optimizers import build_optimizer
@@ -106,26 +106,32 @@ def roll_out_some(
     return rollout(model, kernel, noise[rows], times, cond[rows], noise=lambda k: injected[k, rows], stochastic=noisy)
 
 
-def replay(p: Policy, model: LatentVideoModel, kernel: Kernel, limited: Advantage, known: float, part: tuple[Tensor, Trajectory]) -> Iterator[Loss]:
+class Replayed(NamedTuple):
+    """A micro-batch of b clips to learn from."""
+
+    rows: Tensor  # [b] which of the B clips
+    taken: Trajectory  # b
+    prior: Gaussian | None  # what the SFT policy says of the first noisy step, where the KL is wanted
+
+
+def replay(p: Policy, model: LatentVideoModel, kernel: Kernel, limited: Advantage, known: float, part: Replayed) -> Iterator[Loss]:
     """The losses of a micro-batch's noisy steps, as shares of an update that learns from `known` clips."""
-    rows, taken = part
-    steps = taken.steps()
-    better, valid = limited.advantage[rows].to(model.device), limited.valid[rows].to(model.device)  # [b]
-    for step in steps:
-        now = transition(model, kernel, step.x, step.t, step.s, taken.cond)
+    steps = part.taken.steps()
+    better, valid = limited.advantage[part.rows].to(model.device), limited.valid[part.rows].to(model.device)  # [b]
+    for number, step in enumerate(steps):
+        now = transition(model, kernel, step.x, step.t, step.s, part.taken.cond)
         weight = step_weight(p.step_weight, kernel, model.path, step.t, step.s)  # [b]
         loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, valid=valid, weight=weight)
-        yield Loss(loss.value * (float(valid.sum()) / known / len(steps)), loss.stats)
+        kl = {"kl": now.kl(part.prior).detach().mean()} if part.prior is not None and number == 0 else {}
+        yield Loss(loss.value * (float(valid.sum()) / known / len(steps)), {**loss.stats, **kl})
 
 
 @torch.no_grad()
-def first_kl(model: LatentVideoModel, kernel: Kernel, taken: Trajectory) -> float:
-    """KL of the first noisy step from the SFT policy, nats per latent element, mean over the clips."""
+def prior_of(model: LatentVideoModel, kernel: Kernel, taken: Trajectory) -> Gaussian:
+    """What the SFT policy says of the first noisy step."""
     step = taken.steps()[0]
-    now = transition(model, kernel, step.x, step.t, step.s, taken.cond)
     with reference(model.network):
-        prior = transition(model, kernel, step.x, step.t, step.s, taken.cond)
-    return float(now.kl(prior).mean())
+        return transition(model, kernel, step.x, step.t, step.s, taken.cond)
 
 
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
@@ -180,12 +186,14 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 
         # 4. Move the policy: replay the noisy steps, weigh their log-probabilities.
         losses, norms = [], []
-        kl = first_kl(model, kernel, rollouts[0])
+        priors = [prior_of(model, kernel, rollouts[0]), *[None] * (len(batches) - 1)]
+        parts = [Replayed(*part) for part in zip(batches, rollouts, priors, strict=True)]
         for u in range(p.updates):
-            share = list(zip(batches[u :: p.updates], rollouts[u :: p.updates], strict=True))
-            known = limited.valid[torch.cat([rows for rows, _ in share])].sum().clamp_min(1)  # clips this update learns from
+            share = parts[u :: p.updates]
+            known = limited.valid[torch.cat([part.rows for part in share])].sum().clamp_min(1)  # clips this update learns from
             losses += run.backward_each(optimizer, partial(replay, p, model, kernel, limited, float(known)), share)
             norms.append(run.step(optimizer, p.max_grad_norm))
+        kl = float(losses[0].stats["kl"])
 
         # 5. Tell.
         run.log(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -72,6 +73,7 @@ class Laps:
     done: list[dict[str, float]] = field(default_factory=list)
     now: dict[str, float] = field(default_factory=dict)
     last: float = 0.0
+    adding: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self) -> None:
         self.now, self.last = {}, time.perf_counter()
@@ -83,7 +85,8 @@ class Laps:
         self.last = moment
 
     def add(self, what: str, amount: float) -> None:
-        self.now[what] = self.now.get(what, 0.0) + amount
+        with self.adding:
+            self.now[what] = self.now.get(what, 0.0) + amount
 
     def end(self) -> None:
         self.lap("update")
