@@ -17,23 +17,21 @@ R = TypeVar("R")
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], device: torch.device) -> list[R]:
-    """`[work(item) for item in items]`, on the CPU side by side: as many threads as torch may use are shared out among the items. One by one elsewhere.
+    """`[work(item) for item in items]`, on the CPU side by side, as many as torch has threads, each of them on one thread. One by one elsewhere.
 
-    The results are in order and do not depend on how many run at once, if `work` neither draws from a shared generator nor changes what another call reads
-    (adapters switched off, gradients added up). The first exception is raised when all that was begun has ended.
+    The results are in order and, to the bit, the same on any number of cores, if `work` neither draws from a shared generator nor changes what another call
+    reads (adapters switched off, gradients added up). The first exception is raised when all that was begun has ended.
     """
-    cores = torch.get_num_threads() if device.type == "cpu" else 1
-    workers = max(1, min(cores, len(items)))
-    if workers == 1:
+    if device.type != "cpu":
         return [work(item) for item in items]
-    grad = torch.is_grad_enabled()
+    cores, grad = torch.get_num_threads(), torch.is_grad_enabled()
 
     def alone(item: T) -> R:
-        torch.set_num_threads(cores // workers)
+        torch.set_num_threads(1)
         with torch.set_grad_enabled(grad):
             return work(item)
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(max(1, min(cores, len(items)))) as pool:
         try:
             return list(pool.map(alone, items))
         finally:

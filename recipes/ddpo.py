@@ -182,7 +182,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
             multiplier.update(seen.violates)
         limited = feedback.apply_limits(advantage, seen, multiplier, cfg.safety, p.group_size)
         if i == 0:
-            feedback.check_first_step(model, kernel, rollouts[0], seen.reward, p.group_size)
+            in_threads(partial(feedback.check_first_step, model, kernel, reward=seen.reward, group_size=p.group_size), rollouts[:1], run.device)
 
         # 4. Move the policy: replay the noisy steps, weigh their log-probabilities.
         losses, norms = [], []

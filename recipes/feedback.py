@@ -216,7 +216,7 @@ class GuardWatch:
             return False
         if guard > self.best_safe_guard and violation_rate <= self.limit:
             self.best_safe_guard, self.best = guard, {name: tensor.detach().clone() for name, tensor in adapter.items()}
-        self.best_guard = max(guard, self.best_guard)
+        self.best_guard = max(self.best_guard, guard)
         self.fallen = self.fallen or not guard >= self.best_guard - self.drop
         return self.fallen
 

@@ -148,11 +148,11 @@ def fill_store(
     cond = model.encode_text(texts)
     row_of = {text: k for k, text in enumerate(texts)}
     keys = [request_key(r.prompt, r.seed, settings, lineage) for r in requests]
-    todo = [i for i, r in enumerate(requests) if r.prompt in passed and store.find(keys[i]) is None]
-    with Progress(label, total=len(requests), done=len(requests) - len(todo)) as progress:
+    missing = [i for i, r in enumerate(requests) if r.prompt in passed and store.find(keys[i]) is None]
+    with Progress(label, total=len(requests), done=len(requests) - len(missing)) as progress:
         together = sampler.batch * torch.get_num_threads()
-        for begin in range(0, len(todo), together):
-            part = [requests[i] for i in todo[begin : begin + together]]
+        for begin in range(0, len(missing), together):
+            part = [requests[i] for i in missing[begin : begin + together]]
             video = torch.cat(list(sample(model, cond[[row_of[r.prompt] for r in part]], [r.seed for r in part], sampler)))  # [b,T,3,H,W]
             decisions = runner.check_videos(video, [r.prompt for r in part], sampler.fps)
             clips = [

@@ -126,6 +126,21 @@ def test_forward_process_rl_makes_clips_brighter_and_starts_at_the_reference(tmp
     assert all(row["drift"] > 0 for row in rows), "the second update of a rollout starts away from the policy that made its clips"
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_first_ratio_is_exactly_one_on_any_number_of_cores(tmp_path: Path, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model, texts = load_tiny(None), ["a red circle moves left"]
+        model.network.requires_grad_(False)
+        cfg = ddpo.Config(out=tmp_path, prompt_pool=6, policy=ddpo.Policy(iterations=1, prompts=3, group_size=8, micro_batch=8))
+        run = Run(tmp_path, cfg, seed=0, resume=False, metrics=ddpo.METRICS, quiet=True)
+        ddpo.train(cfg, run, model, Assessor(BRIGHT, safety_runner(), 12.0), HeldOut(texts, model.encode_text(texts), cfg.sampler, None, 0, tmp_path / "held_out"))
+        assert read_metrics(tmp_path)[0]["ratio"] == 1.0, "in every micro-batch, not in the first alone"
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("recipe", ["ddpo", "grpo", "nft"])
 def test_the_limit_holds_violations_down_although_they_are_what_pays(tmp_path: Path, recipe: str) -> None:
     free = run_rl(recipe, tmp_path / "free", constrained=False, runner=SafetyRunner([Dazzle(0.5)], load_policy()))
@@ -161,7 +176,7 @@ def test_the_guard_watches_a_run_that_never_kept_the_limit_and_an_unknown_score_
         unknown = feedback.GuardWatch(drop=0.5, limit=0.02)
         assert not unknown.fell(1.0, rate, {"a": torch.ones(1)})
         assert bool(unknown.best) == (rate == 0.0), "an unknown violation rate keeps no limit"
-        assert unknown.fell(float("nan"), 0.0, {})
+        assert unknown.fell(float("nan"), 0.0, {}) and unknown.best_guard == 1.0
     assert not feedback.GuardWatch(drop=0.5, limit=0.02).fell(None, 0.0, {}), "no guard, no fall"
 
 
