@@ -17,6 +17,7 @@ from torch import Tensor
 from align.config import Count
 from align.kernels import ODE
 from align.progress import Progress
+from align.threads import in_threads
 from align.trajectory import rollout
 from base_model.networks.packing import token_grid
 from base_model.times import sampling_times
@@ -69,6 +70,15 @@ def contestants(model: LatentVideoModel, sampler: Sampler, peers: Sequence[Name]
     def denoise(noise: Tensor, cond: Conditioning) -> Tensor:
         return rollout(model, ODE(), noise, times, cond, noise=torch.Generator()).x0
 
+    def batches(clips: int) -> list[Tensor]:
+        return list(torch.arange(clips).split(sampler.batch))
+
+    def side_by_side(noise: Tensor, cond: Conditioning) -> Tensor:
+        return torch.cat(in_threads(lambda rows: denoise(noise[rows], cond[rows]), batches(len(noise)), model.device))
+
+    def decode_side_by_side(x0: Tensor) -> Tensor:
+        return torch.cat(in_threads(lambda rows: model.decode(x0[rows]), batches(len(x0)), model.device))
+
     def one_by_one(noise: Tensor, cond: Conditioning) -> Tensor:
         return torch.cat([denoise(noise[k : k + 1], cond[k : k + 1]) for k in range(len(noise))])
 
@@ -77,7 +87,7 @@ def contestants(model: LatentVideoModel, sampler: Sampler, peers: Sequence[Name]
 
     own = sum(parameter.numel() for parameter in model.network.parameters())
     makers: dict[Name, Callable[[], Contestant]] = {
-        "ours": lambda: Contestant(denoise, model.decode, own),
+        "ours": lambda: Contestant(side_by_side, decode_side_by_side, own),
         "one clip at a time": lambda: Contestant(one_by_one, decode_one_by_one, own),
         "diffusers": lambda: diffusers_peer(model, times),
     }
