@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from recipes.shapes.prompts import COLORS, SHAPES, ShapesPrompt, Thing
+from recipes.shapes.prompts import COLORS, ShapesPrompt, Thing
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -37,6 +37,8 @@ _LEAST_COSINE = 0.8  # between (pixel - background) and (palette colour - backgr
 _LEAST_AREA = 0.012  # of the short side squared
 _LEAST_PRESENCE = 0.75  # share of frames that show an object
 _LEAST_OVERLAP = 0.78  # soft intersection over union with a template
+_LONG = 1.6  # of the longer spread to the shorter one: a bar or a pillar from here on
+_COMPACT = 1.45  # neither, up to here
 _MORPH_RATIO = 1.4  # of misfits: the named shape's to the best one's, in each third of a clip
 _MORPH_MISFIT = 2.0  # what blur and noise may add to a misfit
 _HIDDEN_WEIGHT = 0.2  # of frames in which something may hide a part
@@ -321,7 +323,8 @@ def _count_blobs(own: Mask, near: Mask, least: float) -> int:
 def _shape(blob: _Blob) -> tuple[str, float]:
     """Name and overlap of the template nearest to the mean matte in units of its own spread. Of the frames, those in which the least may be hidden.
 
-    "unclear" where no template fits, where width and height differ too much, or where a third of the clip looks like another shape.
+    What is much wider than high is a bar, what is much higher than wide a pillar, whether its ends are square or round. "unclear" where no template fits,
+    where width and height differ by an amount between, or where a third of the clip looks like another shape.
     """
     times = np.flatnonzero(blob.seen & (blob.contact <= np.quantile(blob.contact[blob.seen], 0.2)))
     mattes = _normalised(blob, times)  # [S,G,G]
@@ -329,12 +332,27 @@ def _shape(blob: _Blob) -> tuple[str, float]:
     mean = mattes.mean(0)  # [G,G]
     overlap = np.minimum(mean, templates).sum((1, 2)) / np.maximum(mean, templates).sum((1, 2))  # [M]
     best = int(_misfit(mean, templates).argmin())
-    same = np.array([name == names[best] for name in names])
-    thirds = [_misfit(part.mean(0), templates) for part in np.array_split(mattes, 3)] if len(times) >= 6 else []
-    steady = all(misfit[same].min() <= _MORPH_RATIO * misfit.min() + _MORPH_MISFIT for misfit in thirds)
-    aspect = float(np.median(blob.spread[times, 1] / blob.spread[times, 0]))
-    clear = steady and overlap[best] >= _LEAST_OVERLAP and 0.7 <= aspect <= 1.45
-    return names[best] if clear else "unclear", float(overlap[best])
+    aspect = blob.spread[times, 1] / blob.spread[times, 0]  # [S]
+    long = _long_shape(aspect)
+    if overlap[best] < _LEAST_OVERLAP or (long is None and names[best] == "rectangle"):
+        return "unclear", float(overlap[best])
+    thirds = np.array_split(np.arange(len(times)), 3) if len(times) >= 6 else []
+    if long is None:
+        same = np.array([name == names[best] for name in names])
+        misfits = [_misfit(mattes[part].mean(0), templates) for part in thirds]
+        steady = all(misfit[same].min() <= _MORPH_RATIO * misfit.min() + _MORPH_MISFIT for misfit in misfits)
+    else:
+        steady = names[best] != "triangle"
+    steady = steady and all(_long_shape(aspect[part]) == long for part in thirds)
+    return (long or names[best]) if steady and long != "unclear" else "unclear", float(overlap[best])
+
+
+def _long_shape(aspect: Array) -> str | None:
+    """bar or pillar by the typical height over width [S], None for what is neither, "unclear" between."""
+    typical = float(np.median(aspect))
+    if typical <= 1 / _LONG or typical >= _LONG:
+        return "bar" if typical < 1 else "pillar"
+    return None if 1 / _COMPACT <= typical <= _COMPACT else "unclear"
 
 
 def _misfit(matte: Array, templates: Array) -> Array:
@@ -356,9 +374,7 @@ def _templates() -> tuple[Array, tuple[str, ...]]:
     """Each shape at several blurs on the grid of standard deviations, [M,G,G], and its name."""
     fine = np.linspace(-2.0, 2.0, 321)
     x, y = np.meshgrid(fine, fine)
-    sharp: list[tuple[str, Mask]] = [("circle", x**2 + y**2 <= 1), ("square", np.maximum(abs(x), abs(y)) <= 1), ("triangle", (y <= 1) & (2 * abs(x) - y <= 1))]
-    for thin in (0.27, 0.33, 0.4):
-        sharp.append(("cross", np.minimum(np.maximum(abs(x) - 1, abs(y) - thin), np.maximum(abs(x) - thin, abs(y) - 1)) <= 0))
+    sharp: list[tuple[str, Mask]] = [("circle", x**2 + y**2 <= 1), ("rectangle", np.maximum(abs(x), abs(y)) <= 1), ("triangle", (y <= 1) & (2 * abs(x) - y <= 1))]
     rows, names = [], []
     for name, mask in sharp:
         for blur in (0.1, 0.18, 0.26, 0.36):
@@ -367,7 +383,6 @@ def _templates() -> tuple[Array, tuple[str, ...]]:
             at = np.stack([(np.broadcast_to(c, (len(_GRID),) * 2) - fine[0]) / (fine[1] - fine[0]) for c in ((cy + sy * _GRID)[:, None], cx + sx * _GRID)])
             rows.append(ndimage.map_coordinates(soft, at, order=1))
             names.append(name)
-    assert set(names) == set(SHAPES)
     return np.stack(rows), tuple(names)
 
 

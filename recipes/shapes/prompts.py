@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "triangle", "bar", "pillar")
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.9, 0.15, 0.15),
     "green": (0.15, 0.75, 0.2),
@@ -28,9 +28,9 @@ SPLITS = ("train", "eval")
 
 _SHAPE_WORDS = {
     "circle": ("circle", "disc", "ball"),
-    "square": ("square", "box"),
     "triangle": ("triangle", "wedge"),
-    "cross": ("cross", "plus sign"),
+    "bar": ("bar", "plank"),
+    "pillar": ("pillar", "column"),
 }
 _COLOR_WORDS = {
     "red": ("red", "crimson"),

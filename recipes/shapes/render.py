@@ -152,15 +152,15 @@ def sample_clip_shape(rng: np.random.Generator) -> ClipShape:
 
 
 def sample_curated_pair(rng: np.random.Generator, clip: ClipShape) -> tuple[str, Tensor]:
-    """Caption and clip [T,3,H,W] as a careful curator keeps them: right, sharp, never flashing. A quarter shows two objects; the camera pans in one of ten."""
-    prompt = sample_prompt(rng, two_objects=0.25)
+    """Caption and clip [T,3,H,W] as a careful curator keeps them: right, sharp, never flashing. A fifth shows two objects; the camera pans in one of ten."""
+    prompt = sample_prompt(rng, two_objects=0.2)
     return prompt.text, render(sample_scene(prompt, rng, clip=clip, pan=0.1), clip)
 
 
 def sample_messy_pair(rng: np.random.Generator, clip: ClipShape) -> tuple[str, Tensor, Facts]:
-    """Caption and clip [T,3,H,W] as found: 10 % of captions have one wrong attribute, 10 % of clips are blurred, 12 % flash uninvited, 15 % ask for strobing and get it."""
-    prompt = sample_prompt(rng, two_objects=0.25, strobe=0.15)
-    wrong, blurred, flashing = (bool(rng.random() < share) for share in (0.10, 0.10, 0.12))
+    """Caption and clip [T,3,H,W] as found: 20 % of captions have one wrong attribute, 10 % of clips are blurred, 10 % flash uninvited, 12 % ask for strobing and get it."""
+    prompt = sample_prompt(rng, two_objects=0.2, strobe=0.12)
+    wrong, blurred, flashing = (bool(rng.random() < share) for share in (0.20, 0.10, 0.10))
     video = render(sample_scene(prompt, rng, clip=clip, pan=0.1, flashing=flashing), clip)
     if blurred:
         video = blur(video, rng.uniform(0.8, 1.3))
@@ -185,11 +185,6 @@ def _circle(dx: Array, dy: Array, r: Array) -> Array:
     return np.sqrt(dx[:, None] ** 2 + dy[:, :, None] ** 2) - r  # [T,H,W]
 
 
-def _square(dx: Array, dy: Array, r: Array) -> Array:
-    half = np.float32(0.9) * r
-    return np.maximum(np.abs(dx)[:, None] - half, np.abs(dy)[:, :, None] - half)  # [T,H,W]
-
-
 def _triangle(dx: Array, dy: Array, r: Array) -> Array:
     """Pointing up; box 2.2 r wide and 2 r high, centred on the box."""
     half_width, half_height = np.float32(1.1), np.float32(1.0)
@@ -198,13 +193,17 @@ def _triangle(dx: Array, dy: Array, r: Array) -> Array:
     return np.maximum(flank, dy[:, :, None] - half_height * r)
 
 
-def _cross(dx: Array, dy: Array, r: Array) -> Array:
-    long, thick = np.float32(1.1) * r, np.float32(0.36) * r
-    ax, ay = np.abs(dx)[:, None], np.abs(dy)[:, :, None]
-    return np.minimum(np.maximum(ax - long, ay - thick), np.maximum(ax - thick, ay - long))  # [T,H,W]
+def _bar(dx: Array, dy: Array, r: Array) -> Array:
+    """Lying: 2.2 r wide and 0.9 r high."""
+    return np.maximum(np.abs(dx)[:, None] - np.float32(1.1) * r, np.abs(dy)[:, :, None] - np.float32(0.45) * r)  # [T,H,W]
 
 
-_DISTANCE: dict[str, Callable[[Array, Array, Array], Array]] = {"circle": _circle, "square": _square, "triangle": _triangle, "cross": _cross}
+def _pillar(dx: Array, dy: Array, r: Array) -> Array:
+    """Standing: 0.9 r wide and 2.2 r high."""
+    return np.maximum(np.abs(dx)[:, None] - np.float32(0.45) * r, np.abs(dy)[:, :, None] - np.float32(1.1) * r)  # [T,H,W]
+
+
+_DISTANCE: dict[str, Callable[[Array, Array, Array], Array]] = {"circle": _circle, "triangle": _triangle, "bar": _bar, "pillar": _pillar}
 
 
 def _background(scene: Scene, u: Array, x: Array, y: Array) -> Array:
