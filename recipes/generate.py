@@ -1,7 +1,7 @@
 """Prompts -> clips in a content-addressed store (`rushes generate`).
 
 The prompt filter speaks first; what is sampled goes through the clip filters, and its verdict is written beside it: only "allow" may be shown or learned from as good.
-A clip that the store already holds for the same prompt, seed, sampler and model is not sampled again. What it leaves out: guidance, and every visual prompt.
+A clip that the store already holds for the same prompt, seed, sampler and model is not sampled again. What it leaves out: every visual prompt.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from align.threads import in_threads
 from align.trajectory import rollout
 from base_model.checkpoint import check_can_write
 from base_model.errors import UserError
+from base_model.guidance import Guided
 from base_model.networks.packing import token_grid
 from base_model.times import sampling_times
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny
@@ -45,6 +46,8 @@ class Sampler(BaseConfig):
     """Denoising steps of the probability-flow ODE."""
     shift: Annotated[float, Field(ge=0.01, le=100)] = 3.0
     """Shift of the time grid; above 1 spends more steps on noise."""
+    guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Scale of classifier-free guidance; 1 is none, any other costs two passes a step. RL samples without."""
     frames: Annotated[int, Field(ge=1, le=1025)] = 13
     """Frames of a clip, 1 + a multiple of 4."""
     height: Side = 32
@@ -73,7 +76,7 @@ class Config(BaseConfig):
     """Folder of the clip store."""
     model: Path | None = None
     """Network of the model; none means the shipped base."""
-    prompts: tuple[str, ...] = ("a red circle moves to the left", "a blue square grows")
+    prompts: tuple[str, ...] = ("a red circle moves to the left", "a blue bar grows")
     """What to show, one clip set each."""
     clips_per_prompt: Count = 4
     """Clips of every prompt, with seeds seed, seed + 1, ..."""
@@ -118,11 +121,12 @@ def seeded_noise(model: LatentVideoModel, clip: ClipShape, seeds: Sequence[int])
 def sample(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
     """Denoises and decodes B clips, yielded in order in batches [b,T,3,H,W] on the CPU; two batches a core are made at a time."""
     times = sampling_times(model.path, sampler.steps, shift=sampler.shift)
+    guided = Guided(model, sampler.guidance)
 
     def make(begin: int) -> Tensor:
         part = slice(begin, begin + sampler.batch)
         noise = seeded_noise(model, sampler.clip, seeds[part])
-        return model.decode(rollout(model, ODE(), noise, times, cond[part], noise=torch.Generator()).x0).cpu()
+        return model.decode(rollout(guided, ODE(), noise, times, cond[part], noise=torch.Generator()).x0).cpu()
 
     begins = list(range(0, len(seeds), sampler.batch))
     together = 2 * torch.get_num_threads()

@@ -46,9 +46,9 @@ class Config(BaseConfig):
     """Peak learning rate of AdamW, warmed up over 50 steps, then a cosine to a fiftieth."""
     kl_coef: NonNegative = 2e-4
     """Weight of the Kullback-Leibler term."""
-    width: Count = 96
+    width: Count = 128
     """Channels inside the encoder and the decoder."""
-    latent_channels: Count = 16
+    latent_channels: Count = 8
     """Channels of the latents."""
     save_every: Count = 500
     """Iterations between checkpoints."""

@@ -20,7 +20,7 @@ from base_model.networks.packing import Patch, Segments
 
 @dataclass(frozen=True)
 class DiTConfig:
-    channels: int = 16
+    channels: int = 8
     patch: Patch = (1, 2, 2)
     width: int = 128
     depth: int = 4

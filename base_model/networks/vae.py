@@ -1,6 +1,6 @@
 """A small causal video autoencoder: four frames and 4x4 pixels become one latent position; the first frame stands alone.
 
-Everything after the patch embedding runs on the latent grid, so decoding costs about one pass of the denoiser. Normalisation is over channels and
+Everything after the patch embedding runs on the latent grid, so decoding costs about two passes of the denoiser. Normalisation is over channels and
 temporal convolutions look backwards only, so no latent ever sees a later frame (GroupNorm over time would leak the future).
 Letters: B clips, T frames, C F H W latent channels/frames/height/width, w width.
 """
@@ -20,10 +20,10 @@ from base_model.types import LatentSpec
 
 @dataclass(frozen=True)
 class VAEConfig:
-    channels: int = 16
-    width: int = 96
+    channels: int = 8
+    width: int = 128
     encoder_depth: int = 2
-    decoder_depth: int = 3
+    decoder_depth: int = 4
     time_stride: int = 4
     space_stride: int = 4
 

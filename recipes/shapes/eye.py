@@ -58,7 +58,7 @@ class Signals(NamedTuple):
 class Perception:
     """What the eye saw of B clips. The probabilities are [B, 2], nan where a prompt asks for one thing or (real clips) for none.
 
-    Example: asked for one red circle moving left, shown a red square moving left: color [[.99, nan]], shape [[.02, nan]], motion [[.97, nan]].
+    Example: asked for one red circle moving left, shown a red bar moving left: color [[.99, nan]], shape [[.02, nan]], motion [[.97, nan]].
     """
 
     color: Floats

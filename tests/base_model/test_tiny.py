@@ -14,7 +14,7 @@ from base_model.tiny import build_tiny, load_codec, load_tiny, save_network
 from base_model.types import ClipShape
 from tests.recipes.small import save_small_network, small_model
 
-PROMPTS = ["a red circle moves left", "two words", "a blue square and a green triangle that grow"]
+PROMPTS = ["a red circle moves left", "two words", "a blue bar and a green triangle that grow"]
 
 
 def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

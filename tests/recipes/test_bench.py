@@ -62,7 +62,7 @@ def test_the_sampler_bench_measures_ours_and_its_peers_in_flat_rows(network: Pat
 
 def test_one_clip_at_a_time_makes_the_clips_that_the_batch_and_the_generator_make() -> None:
     model, toy = small_model(), Sampler(steps=4, frames=5, height=16, width=16)
-    cond, noise = model.encode_text(["a red circle grows", "a blue square"]), seeded_noise(model, toy.clip, [0, 1])
+    cond, noise = model.encode_text(["a red circle grows", "a blue bar"]), seeded_noise(model, toy.clip, [0, 1])
     with torch.no_grad():
         entrants = sampler.contestants(model, toy, ["one clip at a time"])
         made = {name: entrant.denoise(noise, cond) for name, entrant in entrants.items()}
@@ -123,7 +123,7 @@ G = 4
 
 
 def prompt(number: int, things: int = 1, *, strobe: bool = False) -> ShapesPrompt:
-    objects = (Thing("circle", "red", "left"), Thing("square", "blue", "up"))[:things]
+    objects = (Thing("circle", "red", "left"), Thing("bar", "blue", "up"))[:things]
     return ShapesPrompt(f"p{number}", f"prompt {number}", objects, strobe, "eval")
 
 

@@ -87,7 +87,7 @@ def run_rl(recipe: str, out: Path, *, constrained: bool, runner: SafetyRunner | 
     common = {"out": out, "prompt_pool": 6, "strobe": 0.0, "two_objects": 0.0, "constrained": constrained, "sampler": SAMPLER, "safety": safety}
     model = small_model()
     model.network.requires_grad_(False)
-    texts = ["a red circle moves left", "a blue square grows"] * 4
+    texts = ["a red circle moves left", "a blue bar grows"] * 4
     if recipe == "ddpo":
         cfg = ddpo.Config(**common, policy=ddpo.Policy(iterations=14, prompts=3, group_size=8, micro_batch=12, lr=1e-2, updates=2, evaluate_every=20, save_every=20))
         run = Run(out, cfg, seed=0, resume=False, metrics=ddpo.METRICS, quiet=True)

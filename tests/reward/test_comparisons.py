@@ -22,7 +22,7 @@ from reward.comparisons import (
     write_comparisons,
 )
 
-PROMPTS = [Prompt("p0", "a red circle moves left"), Prompt("p1", "a blue square grows"), Prompt("p2", "A red circle, moves LEFT!")]
+PROMPTS = [Prompt("p0", "a red circle moves left"), Prompt("p1", "a blue bar grows"), Prompt("p2", "A red circle, moves LEFT!")]
 CLIPS = [Clip(f"c{p}{i}", f"clips/c{p}{i}.mkv", f"p{p}", seed=i, width=32, height=32, fps=12.0, num_frames=13) for p in range(3) for i in range(4)]
 PEOPLE = [Annotator("ann", pool="simulated", reliability=0.9, n_events=2), Annotator("bob")]
 
@@ -180,7 +180,7 @@ def test_a_clip_in_two_splits_is_refused(tmp_path: Path) -> None:
 
 
 def test_prompts_that_share_text_cluster_clip_or_first_frame_stay_together() -> None:
-    prompts = [*PROMPTS, Prompt("p3", "a blue box grows", cluster_id="x"), Prompt("p4", "something else", cluster_id="x"), Prompt("p5", "alone")]
+    prompts = [*PROMPTS, Prompt("p3", "a blue plank grows", cluster_id="x"), Prompt("p4", "something else", cluster_id="x"), Prompt("p5", "alone")]
     clips = [Clip("c", "", "p1", first_frame_hash="f"), Clip("d", "", "p3", first_frame_hash="f")]
     component = components_of(prompts, clips=clips)
     assert component["p0"] == component["p2"]

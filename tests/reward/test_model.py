@@ -75,7 +75,7 @@ def test_blur_lowers_sharpness_noise_raises_noise_and_a_grid_shows() -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 16, 24), (13, 32, 32), (25, 48, 24)])
 def test_every_native_size_gives_finite_signals_scores_and_gradients(shape: tuple[int, int, int]) -> None:
     video = clips(2, *shape).requires_grad_()
-    scores = small_model()(video, ["red circle", "blue square grows"])
+    scores = small_model()(video, ["red circle", "blue bar grows"])
     assert scores.mean.shape == scores.spread.shape == (2, 1)
     (scores.mean.sum() + scores.spread.sum() + signal_features(video).sum()).backward()
     assert video.grad is not None and torch.isfinite(video.grad).all() and (video.grad.flatten(1).abs().sum(1) > 0).all()
@@ -86,7 +86,7 @@ def test_every_native_size_gives_finite_signals_scores_and_gradients(shape: tupl
 
 
 def test_a_score_does_not_depend_on_the_other_clips_or_on_padding() -> None:
-    model, prompts = small_model(("a", "b")), ["red circle", "a blue square that grows and grows", "x"]
+    model, prompts = small_model(("a", "b")), ["red circle", "a blue bar that grows and grows", "x"]
     together = model(clips(), prompts)
     for i in range(3):
         alone = model(clips()[i : i + 1], prompts[i : i + 1])

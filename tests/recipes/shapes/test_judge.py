@@ -130,7 +130,7 @@ def test_two_blobs_of_one_colour_are_not_one_object() -> None:
 def test_a_shape_that_turns_into_another_is_not_right() -> None:
     thing = Thing("circle", "red", "still")
     scene = Scene((Body(thing, (0.5, 0.5), (0.2, 0.2)),), (0.3, 0.3, 0.3), (0.0, 0.6, 0.0))
-    for shape in ("square", "triangle", "cross"):
+    for shape in ("triangle", "bar", "pillar"):
         other = replace(scene, bodies=(replace(scene.bodies[0], thing=Thing(shape, "red", "still")),))
         morph = torch.cat([render(scene, DEMO_CLIP)[:6], render(other, DEMO_CLIP)[6:]])
         assert not any(judge(morph[None], [one(s)])[0].all_right for s in SHAPES)
@@ -152,12 +152,12 @@ def test_garbage_is_never_right(garbage: str) -> None:
 
 
 def test_what_the_prompt_leaves_free_is_measured() -> None:
-    body = Body(Thing("square", "green", "right"), (0.25, 0.6), (0.18, 0.18), travel=(0.4, 0.0))
+    body = Body(Thing("bar", "green", "right"), (0.25, 0.6), (0.18, 0.18), travel=(0.4, 0.0))
     scene = Scene((body,), (0.4, 0.3, 0.2), (0.0, 0.6, 0.0))
-    prompt = one("square", "green", "right")
+    prompt = one("bar", "green", "right")
     free = judge(render(scene, DEMO_CLIP)[None], [prompt])[0].free
     np.testing.assert_allclose(free[:3], (0.4, 0.3, 0.2), atol=0.03)
-    size = 0.18 * np.sqrt(1.8**2 / np.pi)  # radius of the disc of the same area
+    size = 0.18 * np.sqrt(2.2 * 0.9 / np.pi)  # radius of the disc of the same area
     np.testing.assert_allclose(free[3:], (size, 0.25, 0.6, 0.4), atol=0.015)
     nothing = judge(torch.zeros(1, 13, 3, 32, 32), [prompt])[0]
     assert np.isnan(nothing.free[3:]).all()
@@ -165,10 +165,10 @@ def test_what_the_prompt_leaves_free_is_measured() -> None:
 
 
 def test_reading_needs_no_prompt_and_lists_the_largest_first() -> None:
-    bodies = (Body(Thing("cross", "blue", "still"), (0.2, 0.25), (0.14, 0.14)), Body(Thing("circle", "yellow", "left"), (0.75, 0.7), (0.2, 0.2), (-0.4, 0.0)))
+    bodies = (Body(Thing("pillar", "blue", "still"), (0.2, 0.25), (0.14, 0.14)), Body(Thing("circle", "yellow", "left"), (0.75, 0.7), (0.2, 0.2), (-0.4, 0.0)))
     first, second = read(render(Scene(bodies, (0.2, 0.2, 0.25), (0.0, 0.6, 0.0)), DEMO_CLIP))
     assert (first.shape, first.color, first.motion) == ("circle", "yellow", "left")
-    assert (second.shape, second.color, second.motion) == ("cross", "blue", "still")
+    assert (second.shape, second.color, second.motion) == ("pillar", "blue", "still")
 
 
 def test_a_confusion_table_counts_pairs() -> None:

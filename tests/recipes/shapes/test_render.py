@@ -27,7 +27,7 @@ from recipes.shapes.render import (
     sample_scene,
 )
 
-AREA = {"circle": math.pi, "square": 1.8**2, "triangle": 2.2, "cross": 2 * 2.2 * 0.72 - 0.72**2}  # in squared radii
+AREA = {"circle": math.pi, "triangle": 2.2, "bar": 2.2 * 0.9, "pillar": 0.9 * 2.2}  # in squared radii
 GREY = (0.3, 0.3, 0.3)
 PLAIN = Scene((), GREY, (0.3, 0.6, 0.2))
 
@@ -110,7 +110,7 @@ def test_edges_are_smooth() -> None:
 
 
 def test_an_object_that_passes_behind_another_comes_out_the_same() -> None:
-    front = Body(Thing("square", "red", "still"), (0.8, 0.5), (0.2, 0.2))
+    front = Body(Thing("circle", "red", "still"), (0.8, 0.5), (0.2, 0.2))
     behind = Body(Thing("circle", "yellow", "right"), (0.2, 0.5), (0.12, 0.12), travel=(1.2, 0.0))
     clip = ClipShape(13, 32, 52)
     together, alone, only_front = (render(replace(PLAIN, bodies=bodies), clip) for bodies in ((front, behind), (behind,), (front,)))
@@ -139,7 +139,7 @@ def test_a_pan_shifts_the_background_and_the_objects_together() -> None:
     for t in range(1, 13):
         torch.testing.assert_close(video[t, :, :, t:], video[0, :, :, :-t], atol=1e-5, rtol=0)
     assert video[0].std(dim=(1, 2)).min() > 0.01
-    moving = replace(scene, bodies=(Body(Thing("square", "cyan", "still"), (0.3, 0.5), (0.15, 0.15)),))
+    moving = replace(scene, bodies=(Body(Thing("bar", "cyan", "still"), (0.3, 0.5), (0.15, 0.15)),))
     drawn = render(moving, DEMO_CLIP)
     torch.testing.assert_close(drawn[12, :, :, 12:], drawn[0, :, :, :-12], atol=1e-5, rtol=0)
 
@@ -192,9 +192,9 @@ def test_messy_pairs_are_wrong_as_often_as_said_and_never_show_held_out_things()
     rng = np.random.default_rng(0)
     clip = ClipShape(1, 24, 24)
     facts = [sample_messy_pair(rng, clip)[2] for _ in range(800)]
-    for name, share in (("wrong_caption", 0.10), ("blurred", 0.10), ("flashing", 0.102), ("strobe", 0.15)):
+    for name, share in (("wrong_caption", 0.20), ("blurred", 0.10), ("flashing", 0.088), ("strobe", 0.12)):
         assert np.mean([getattr(fact, name) for fact in facts]) == pytest.approx(share, abs=0.035), name
-    assert np.mean([len(fact.prompt.things) == 2 for fact in facts]) == pytest.approx(0.25, abs=0.05)
+    assert np.mean([len(fact.prompt.things) == 2 for fact in facts]) == pytest.approx(0.20, abs=0.05)
     assert not any(is_held_out(thing) for fact in facts for thing in fact.prompt.things)
     assert not any(fact.flashing and fact.strobe for fact in facts)
 

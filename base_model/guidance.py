@@ -1,0 +1,51 @@
+"""Classifier-free guidance: a model that is told its prompt more loudly than it was trained to hear it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from base_model.paths import Path
+from base_model.types import Conditioning, LatentSpec, VideoModel
+
+
+@dataclass(frozen=True)
+class Guided:
+    """`model` under guidance: u = u_empty + scale (u_prompt - u_empty), Ho & Salimans 2022 (arXiv 2207.12598), eq. 6 with scale = 1 + w. Itself a `VideoModel`.
+
+    Two passes of the network a step; one where scale is 1, which is `model` itself. The model must have been trained with some captions dropped.
+    """
+
+    model: VideoModel
+    scale: float
+
+    @property
+    def path(self) -> Path:
+        return self.model.path
+
+    @property
+    def latents(self) -> LatentSpec:
+        return self.model.latents
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model.network
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """x_t [B,C,F,H,W], t [B] -> u [B,C,F,H,W]."""
+        u = self.model(x_t, t, cond)  # [B,C,F,H,W]
+        if self.scale == 1:
+            return u
+        empty = self.model(x_t, t, self.model.encode_text([""]).repeat(len(cond)))  # [B,C,F,H,W]
+        return empty + self.scale * (u - empty)
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        return self.model.encode_text(prompts)
+
+    def encode(self, video: Tensor) -> Tensor:
+        return self.model.encode(video)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return self.model.decode(x0)
