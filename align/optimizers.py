@@ -3,23 +3,62 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-OptimizerName = Literal["adamw", "adamw8bit"]
+OptimizerName = Literal["adamw", "adamw8bit", "muon"]
+BETAS = (0.9, 0.95)
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], name: OptimizerName, *, lr: float, weight_decay: float = 0.01) -> Any:
-    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) with betas (0.9, 0.95): torch's, or bitsandbytes' with 8-bit states for tensors of 4,096 elements and more."""
-    trainable = [p for p in parameters if p.requires_grad]
+def build_optimizer(network: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float = 0.01) -> Any:
+    """An optimizer of the parameters of `network` that train.
+
+    adamw: torch's (Loshchilov & Hutter 2017, arXiv 1711.05101). adamw8bit: bitsandbytes', with 8-bit states for tensors of 4,096 elements and more. muon: Muon for the
+    matrices inside the network's `blocks`, AdamW for all else, at one learning rate.
+    """
+    trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if name == "muon":
+        matrices = [p for name, p in trainable.items() if p.dim() == 2 and ".blocks." in f".{name}"]
+        inside = {id(p) for p in matrices}
+        return MuonWithAdamW(matrices, [p for p in trainable.values() if id(p) not in inside], lr=lr, weight_decay=weight_decay)
     if name == "adamw8bit":
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(trainable, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
-    return torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+        return bitsandbytes.optim.AdamW8bit(list(trainable.values()), lr=lr, betas=BETAS, weight_decay=weight_decay)
+    return torch.optim.AdamW(trainable.values(), lr=lr, betas=BETAS, weight_decay=weight_decay)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon (Jordan et al. 2024; scaled to AdamW's step as in Liu et al. 2025, arXiv 2502.16982, eq. 4) on matrices, AdamW on the others, stepping as one.
+
+    Raises ValueError where there is no matrix, or nothing else.
+    """
+
+    def __init__(self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], *, lr: float, weight_decay: float) -> None:
+        if not matrices or not others:
+            raise ValueError(f"muon needs matrices and other parameters, got {len(matrices)} and {len(others)}: use adamw")
+        super().__init__([*matrices, *others], {"lr": lr})
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.parts = (muon, torch.optim.AdamW(others, lr=lr, betas=BETAS, weight_decay=weight_decay))
+        self._gather()
+
+    def _gather(self) -> None:
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._gather()
 
 
 def warmup_cosine(optimizer: Any, iterations: int, *, warmup: int = 50, final: float = 0.02) -> torch.optim.lr_scheduler.LRScheduler:

@@ -147,7 +147,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     latent_shape = model.latents.shape(cfg.sampler.clip)  # C F H W
 
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
-    optimizer = build_optimizer(model.network.parameters(), "adamw", lr=p.lr, weight_decay=0.0)
+    optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg)
     feedback.register(run, model, optimizer, multiplier, watch)
     statistics = PromptStatistics(buffer_size=p.statistics_buffer, min_count=min(p.group_size, p.statistics_buffer))

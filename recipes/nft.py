@@ -119,7 +119,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     pool = model.encode_text(texts)
     times = sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)  # [K+1]
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
-    optimizer = build_optimizer(model.network.parameters(), "adamw", lr=p.lr, weight_decay=0.0)
+    optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg)
     feedback.register(run, model, optimizer, multiplier, watch)
     sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
