@@ -70,20 +70,6 @@ class VariancePreserving:
         return torch.cos(t) * x_t - torch.sin(t) * u, torch.sin(t) * x_t + torch.cos(t) * u
 
 
-def unit_guess(path: Path, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What (alpha, sigma, alpha', sigma') at t say of u before any network has looked, for data of unit variance: u = skip x_t + scale v.
-
-    skip x_t is the best linear guess of u, and v, what is left for a network, has unit variance at every t and is uncorrelated with x_t: the preconditioning of
-    EDM (Karras et al. 2022, arXiv 2206.00364, appendix B.6) on any path. On a variance-preserving path skip = 0 and scale = 1. -> skip, scale, each like t against x.
-    """
-    t = t.to(x.dtype)
-    alpha, sigma = path.alpha(t), path.sigma(t)
-    one, none = torch.ones_like(t), torch.zeros_like(t)
-    d_alpha, d_sigma = path.velocity(one, none, t), path.velocity(none, one, t)
-    power = alpha.square() + sigma.square()
-    return like((alpha * d_alpha + sigma * d_sigma) / power, x), like((alpha * d_sigma - sigma * d_alpha) * power.rsqrt(), x)
-
-
 def add_noise(path: Path, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t [B, ...] at t [B]."""
     return like(path.alpha(t), x0) * x0 + like(path.sigma(t), x0) * eps

@@ -16,7 +16,7 @@ from base_model.errors import UserError
 from base_model.networks.dit import DiT, DiTConfig
 from base_model.networks.packing import Segments, grid_positions, patchify, token_grid, unpatchify
 from base_model.networks.vae import VAEConfig, VideoVAE
-from base_model.paths import Path, RectifiedFlow, unit_guess
+from base_model.paths import Path, RectifiedFlow
 from base_model.prompts.text import TextEncoder
 from base_model.types import Conditioning, LatentSpec
 
@@ -83,14 +83,8 @@ class LatentVideoModel:
         segments = Segments.equal(len(x_t), tokens.shape[1])
         text, text_segments = packed_text(cond)
         positions = grid_positions(grid).repeat(len(x_t), 1).to(x_t.device)
-        u = self.velocity(tokens.flatten(0, 1), positions, segments, t.expand(len(x_t)), text, text_segments)  # [B n,c]
+        u = self.network(tokens.flatten(0, 1), positions, segments, t.expand(len(x_t)), text, text_segments)  # [B n,c]
         return unpatchify(u.unflatten(0, (len(x_t), -1)), x_t.shape[1], grid, self.config.patch).float()
-
-    def velocity(self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments) -> Tensor:
-        """Packed x_t: tokens [N,c], positions [N,3], t [S], text [M,D] -> u [N,c]. The network adds to the guess that any data of unit variance allow."""
-        v = self.network(tokens, positions, segments, t, text, text_segments)  # [N,c]
-        skip, scale = unit_guess(self.path, segments.spread(t), tokens)  # [N,1] each
-        return torch.addcmul(skip * tokens, scale, v)
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         return self.text(prompts).to(self.device)

@@ -37,11 +37,7 @@ class Leg(BaseConfig):
     """How the network is fitted."""
 
 
-LEGS = (
-    Leg(seed=0, clips=16_000, fit=Fit(iterations=6_000, lr=1.5e-3, packs=1, time_shift=3.0, save_every=200, evaluate_every=200)),
-    Leg(seed=1, clips=16_000, fit=Fit(iterations=7_000, lr=1.2e-3, packs=1, time_shift=2.0, save_every=200, evaluate_every=200)),
-    Leg(seed=2, clips=24_000, fit=Fit(iterations=13_000, lr=1.2e-3, packs=1, time_shift=2.5, save_every=200, evaluate_every=200)),
-)
+LEGS = (Leg(seed=0, clips=24_000, fit=Fit(iterations=10_000, lr=5e-3, optimizer="muon", time_shift=2.5, save_every=200, evaluate_every=500)),)
 
 
 class Config(BaseConfig):

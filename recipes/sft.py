@@ -131,7 +131,7 @@ def pack_loss(model: LatentVideoModel, clips: int, noised: Noised) -> Iterator[L
     """The error of a pack, as its share of a step of `clips` clips."""
     packed, x_t, target, t, cond = noised
     device = model.device
-    u = model.velocity(x_t.to(device), packed.positions.to(device), packed.segments, t.to(device), *packed_text(cond))  # [N,c]
+    u = model.network(x_t.to(device), packed.positions.to(device), packed.segments, t.to(device), *packed_text(cond))  # [N,c]
     loss = flow_matching(packed_clip_error(u, target.to(device), packed.segments.ids.to(device), len(t)))
     yield Loss(loss.value * (len(t) / clips), loss.stats)
 

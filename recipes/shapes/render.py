@@ -297,11 +297,11 @@ def _free_body(thing: Thing, rng: np.random.Generator, clip: ClipShape, crowd: i
         return Body(thing, (0.0, 0.0), (small, large) if thing.motion == "grow" else (large, small))
     if thing.motion == "orbit":
         radius = min(radius, 0.21)
-        turns = max(1.0, length) * rng.uniform(0.8, 1.0) * rng.choice((-1, 1))
-        return Body(thing, (0.0, 0.0), (radius, radius), reach=rng.uniform(0.19, 0.25 if crowd == 1 else 0.22), turns=float(turns), phase=rng.random())
+        turns = max(1.0, length) * rng.uniform(0.8, 0.95) * rng.choice((-1, 1))
+        return Body(thing, (0.0, 0.0), (radius, radius), reach=rng.uniform(0.14, 0.18), turns=float(turns), phase=rng.random())
     if thing.motion == "bounce":
         turns = max(1.0, length) * rng.uniform(1.0, 1.2)
-        return Body(thing, (0.0, 0.0), (radius, radius), reach=rng.uniform(0.3, 0.4), turns=turns, phase=rng.random())
+        return Body(thing, (0.0, 0.0), (radius, radius), reach=rng.uniform(0.25, 0.33), turns=turns, phase=rng.random())
     dx, dy = _STRAIGHT.get(thing.motion, (0, 0))
     room = 0.98 - 2 * EXTENT * radius
     step = rng.uniform(0.28, min(0.55 if crowd == 1 else 0.45, room)) if thing.motion != "still" else 0.0
