@@ -136,7 +136,7 @@ def prior_of(model: LatentVideoModel, kernel: Kernel, taken: Trajectory) -> Gaus
 
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
     p = cfg.policy
-    feedback.check_sampler(cfg.sampler)
+    feedback.check_steps(cfg.sampler)
     clips = p.prompts * p.group_size
     if p.updates > -(-clips // p.micro_batch):
         raise UserError(f"policy.updates is {p.updates}, but {clips} clips in micro-batches of {p.micro_batch} cannot be shared among so many. Lower policy.micro_batch")

@@ -307,10 +307,15 @@ class StoppedByGuard(GuardStop):
         self.result = result
 
 
-def check_sampler(sampler: Sampler) -> None:
-    """Raises UserError where no step could take noise (the last one never does), or where guidance is asked for."""
+def check_unguided(sampler: Sampler) -> None:
+    """Raises UserError where guidance is asked for."""
     if sampler.guidance != 1:
-        raise UserError(f"sampler.guidance is {sampler.guidance:g}, but a policy is sampled and replayed without guidance. Give 1")
+        raise UserError(f"sampler.guidance is {sampler.guidance:g}, but a policy is sampled and trained without guidance. Give 1")
+
+
+def check_steps(sampler: Sampler) -> None:
+    """Raises UserError where no step could take noise (the last one never does), or where guidance is asked for."""
+    check_unguided(sampler)
     if sampler.steps < 2:
         raise UserError(f"sampler.steps is {sampler.steps}, but a policy learns from noisy steps and the last one has none. Give at least 2")
 

@@ -122,6 +122,7 @@ def sample(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sa
     """Denoises and decodes B clips, yielded in order in batches [b,T,3,H,W] on the CPU; two batches a core are made at a time."""
     times = sampling_times(model.path, sampler.steps, shift=sampler.shift)
     guided = Guided(model, sampler.guidance)
+    model.encode_text([""])  # kept from here on: what guidance needs is not encoded in several threads
 
     def make(begin: int) -> Tensor:
         part = slice(begin, begin + sampler.batch)

@@ -88,7 +88,7 @@ def one_step_a_prompt(steps: int, prompts: int, group_size: int, first: int, gen
 
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> feedback.GuardWatch:
     p = cfg.policy
-    feedback.check_sampler(cfg.sampler)
+    feedback.check_steps(cfg.sampler)
     _, texts = feedback.training_prompts(cfg)
     states = model.encode_text(texts)
     kernel, times = FlowSDE(p.a), sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)

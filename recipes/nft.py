@@ -115,6 +115,7 @@ def batch_loss(p: Policy, model: LatentVideoModel, a: Tensor, valid: Tensor, kno
 
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
     p = cfg.policy
+    feedback.check_unguided(cfg.sampler)
     _, texts = feedback.training_prompts(cfg)
     pool = model.encode_text(texts)
     times = sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)  # [K+1]

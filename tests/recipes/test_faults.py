@@ -154,6 +154,7 @@ def test_a_start_that_failed_leaves_no_run_in_the_way_of_the_corrected_command(c
     reward = ["--reward", str(save_small_reward_model(tmp_path / "reward"))]
     if command != "nft":
         fails(capfd, [*words, *reward, "--sampler.steps", "1"], "steps")
+    fails(capfd, [*words, *reward, "--sampler.guidance", "3"], "sampler.guidance")
     assert not (tmp_path / "out").exists()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from base_model.errors import UserError
+from base_model.tiny import save_network
 from base_model.types import ClipShape
 from base_model.video.store import ClipStore
 from recipes import generate
@@ -62,3 +63,15 @@ def test_a_clip_that_cannot_be_cut_into_patches_or_has_no_pixel_is_refused(clip:
 def test_a_clip_off_the_latent_grid_is_refused_before_any_computing() -> None:
     with pytest.raises(UserError, match="12x32x32"):
         seeded_noise(small_model(), ClipShape(12, 32, 32), [0])
+
+
+def test_guidance_changes_what_is_made_and_is_part_of_a_clip_s_identity(tmp_path: Path) -> None:
+    model, network = small_model(), tmp_path / "network.safetensors"
+    for parameter in model.network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # a fresh network does not hear its prompt
+    save_network(network, model)
+    plain = Config(out=tmp_path / "clips", model=network, prompts=("a red circle grows",), clips_per_prompt=1, sampler=SAMPLER)
+    guided = plain.model_copy(update={"sampler": SAMPLER.model_copy(update={"guidance": 4.0})})
+    paths = [path for cfg in (plain, guided, plain) for path in generate.main(cfg)["clips"]]  # type: ignore[attr-defined]
+    assert paths[0] == paths[2] != paths[1]
+    assert len(ClipStore(tmp_path / "clips").rows()) == 2
