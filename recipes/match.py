@@ -64,9 +64,9 @@ class Config(BaseConfig):
     """Clips of the demo's size in the training set; a tenth as many again in four other sizes."""
     regenerated: Share = 0.6
     """Share of the clips that the base model denoises again from a time between 0.2 and 0.7: later than that the shape seldom stays what it was."""
-    iterations: Count = 5000
+    iterations: Count = 3500
     """Optimizer steps."""
-    morphed: Share = 0.0
+    morphed: Share = 0.2
     """Share of the clips whose things look like a blend with another shape, less than half of it: generators make those, and people still see which it is more."""
     batch: Count = 24
     """Clips a step."""

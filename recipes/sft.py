@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -25,11 +25,11 @@ from align.objectives.regression import clip_error, flow_matching, packed_clip_e
 from align.optimizers import OptimizerName, build_optimizer, warmup_cosine
 from align.run import Run
 from base_model.lora import add_lora, merge
-from base_model.networks.packing import Packed, pack
+from base_model.networks.packing import pack
 from base_model.paths import add_noise
 from base_model.times import quantile_times, stratified_logit_normal
 from base_model.tiny import LatentVideoModel, load_tiny, packed_text, save_network
-from base_model.types import ClipShape, Conditioning
+from base_model.types import ClipShape
 from recipes.pairs import Pairs, encode_pairs, load_pairs
 from recipes.shapes.dataset import draw_clips
 from recipes.weights import file_hash, write_card
@@ -106,30 +106,16 @@ def held_out_losses(model: LatentVideoModel, pairs: Pairs, generator: torch.Gene
     return torch.stack(errors)
 
 
-class Noised(NamedTuple):
-    """A pack of S clips in N tokens, each clip at its own time."""
-
-    packed: Packed  # tokens [N,c]
-    x_t: Tensor  # [N,c]
-    target: Tensor  # [N,c]
-    t: Tensor  # [S]
-    cond: Conditioning  # S
-
-
-def noise_pack(fit: Fit, model: LatentVideoModel, pairs: Pairs, rows: Sequence[int], generator: torch.Generator) -> Noised:
-    """Packs the clips `rows`, drops some captions, draws times and noise."""
+def pack_loss(fit: Fit, model: LatentVideoModel, pairs: Pairs, clips: int, part: tuple[Sequence[int], torch.Generator]) -> Iterator[Loss]:
+    """The error of a pack, as its share of a step of `clips` clips. part: which S pairs are in the pack, and the generator of their noise."""
+    rows, generator = part
     packed = pack([pairs.latents[j] for j in rows], model.config.patch)  # tokens [N,c]
     dropped = torch.rand(len(rows), generator=generator) < fit.text_dropout  # [S]
     cond = model.encode_text(["" if drop else pairs.texts[j] for j, drop in zip(rows, dropped.tolist(), strict=True)])
     t = stratified_logit_normal(model.path, len(rows), shift=fit.time_shift, generator=generator)  # [S]
     t_token = packed.segments.spread(t)  # [N]
     eps = torch.randn(packed.tokens.shape, generator=generator)  # [N,c]
-    return Noised(packed, add_noise(model.path, packed.tokens, eps, t_token), model.path.velocity(packed.tokens, eps, t_token), t, cond)
-
-
-def pack_loss(model: LatentVideoModel, clips: int, noised: Noised) -> Iterator[Loss]:
-    """The error of a pack, as its share of a step of `clips` clips."""
-    packed, x_t, target, t, cond = noised
+    x_t, target = add_noise(model.path, packed.tokens, eps, t_token), model.path.velocity(packed.tokens, eps, t_token)  # [N,c] each
     device = model.device
     u = model.network(x_t.to(device), packed.positions.to(device), packed.segments, t.to(device), *packed_text(cond))  # [N,c]
     loss = flow_matching(packed_clip_error(u, target.to(device), packed.segments.ids.to(device), len(t)))
@@ -144,17 +130,18 @@ def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: P
     for name, thing in (("network", model.network), ("optimizer", optimizer), ("schedule", schedule), ("average", average)):
         run.register(name, thing)
     run.count_forwards(model.network)
-    sampler = PackSampler(pairs.num_tokens(model.config.patch), fit.capacity, seed=run.seed)
+    lengths = pairs.num_tokens(model.config.patch)
+    sampler = PackSampler(lengths, fit.capacity, seed=run.seed)
 
     for i in run.iterations(fit.iterations, save_every=fit.save_every, label="sft"):
         chosen = [sampler[i * fit.packs + k] for k in range(fit.packs)]  # packs times S clips
         clips = sum(map(len, chosen))
-        noised = [noise_pack(fit, model, pairs, rows, run.generator("noise", i * fit.packs + k)) for k, rows in enumerate(chosen)]
-        losses = run.backward_each(optimizer, partial(pack_loss, model, clips), noised)
+        packs = [(rows, run.generator("noise", i * fit.packs + k)) for k, rows in enumerate(chosen)]
+        losses = run.backward_each(optimizer, partial(pack_loss, fit, model, pairs, clips), packs)
         rate = optimizer.param_groups[0]["lr"]
         norm = run.step(optimizer, fit.max_grad_norm, schedule)
         average.update()
-        tokens = sum(len(each.packed.tokens) for each in noised)
+        tokens = sum(lengths[j] for rows in chosen for j in rows)
         run.log(loss=torch.stack([loss.value for loss in losses]).sum(), grad_norm=norm, learning_rate=rate, clips=clips, tokens=tokens)
         if (i + 1) % fit.evaluate_every == 0 or i + 1 == fit.iterations:
             with average.swap():
