@@ -412,13 +412,13 @@ def _motion(u: Array, centre: Array, radius: Array, clear: Mask) -> tuple[str, f
     any_bend = math.hypot(*_line(u, centre, np.ones(len(u)))[1])
     if abs(growth) >= math.log(_SCALE_RATIO) and max(clear_wander) <= _SCALE_RANGE:
         return "grow" if growth > 0 else "shrink", abs(growth)
+    if max(clear_wander) > _STILL_RANGE and _is_orbit(centre, weight):
+        return "orbit", path
     if straight >= _STRAIGHT_TRAVEL and bend <= 0.25 * straight and any_bend <= 0.35 * straight and not _turns_back(centre, travel):
         steady = abs(growth) <= math.log(_MOVING_SCALE_RATIO) or not enough
         return _direction(travel) if steady else "unclear", path
     if max(wander) <= _STILL_RANGE or (max(clear_wander) <= _STILL_RANGE / 2 and max(wander) <= 2 * _STILL_RANGE):
         return "still", path
-    if _is_orbit(centre, weight):
-        return "orbit", path
     if wander[1] >= 0.18 and wander[0] <= 0.35 * wander[1]:
         return "bounce", path
     return "unclear", path

@@ -19,7 +19,7 @@ PROMPTS = ["a red circle moves left", "two words", "a blue bar and a green trian
 
 def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, 16, 2, 4, 4, generator=generator), torch.rand(batch, generator=generator)
+    return torch.randn(batch, 8, 2, 4, 4, generator=generator), torch.rand(batch, generator=generator)
 
 
 def test_text_states_do_not_depend_on_the_company_a_prompt_keeps() -> None:
