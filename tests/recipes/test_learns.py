@@ -111,7 +111,7 @@ def test_rl_makes_clips_brighter_when_brightness_is_the_reward(tmp_path: Path, r
     assert last > first + 0.15
     assert rows[0]["kl_per_element"] == 0.0
     assert rows[-1]["kl_per_element"] > 0.0
-    assert rows[-1]["kl_total"] == pytest.approx(rows[-1]["kl_per_element"] * 16 * 2 * 4 * 4)
+    assert rows[-1]["kl_total"] == pytest.approx(rows[-1]["kl_per_element"] * 8 * 2 * 4 * 4)
     forwards = [row["forward_passes"] for row in rows]
     assert forwards == sorted(forwards) and forwards[0] > 0
 
