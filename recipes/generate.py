@@ -42,7 +42,7 @@ Side = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 class Sampler(BaseConfig):
     """How a clip is denoised: the same for every model that is compared."""
 
-    steps: Annotated[int, Field(ge=1, le=1000)] = 8
+    steps: Annotated[int, Field(ge=1, le=1000)] = 6
     """Denoising steps of the probability-flow ODE."""
     shift: Annotated[float, Field(ge=0.01, le=100)] = 3.0
     """Shift of the time grid; above 1 spends more steps on noise."""
