@@ -27,7 +27,7 @@ from align.data import PromptSampler
 from align.kernels import Ancestral, Gaussian, Kernel, StepWeight, step_weight
 from align.objectives import Loss
 from align.objectives.policy_gradient import ppo_clip
-from align.optimizers import build_optimizer
+from align.optimizers import build_optimizer, warmup_cosine
 from align.run import Run
 from align.threads import in_threads
 from align.trajectory import Trajectory, rollout, transition
@@ -63,7 +63,7 @@ class Policy(BaseConfig):
     lora_rank: Count = 16
     """Rank of the adapter."""
     lr: Positive = 2e-3
-    """Learning rate of AdamW on the adapter."""
+    """Peak learning rate of AdamW on the adapter; it falls to nothing by a cosine, so that the last steps average the noise of the gradient out."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     clip_range: Positive = 1e-3
@@ -148,8 +148,10 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
+    schedule = warmup_cosine(optimizer, p.iterations * p.updates, warmup=2)
     multiplier, watch = feedback.limits_of(cfg)
     feedback.register(run, model, optimizer, multiplier, watch)
+    run.register("schedule", schedule)
     statistics = PromptStatistics(buffer_size=p.statistics_buffer, min_count=min(p.group_size, p.statistics_buffer))
     if not p.same_noise:
         run.register("statistics", statistics)
@@ -192,7 +194,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
             share = parts[u :: p.updates]
             known = limited.valid[torch.cat([part.rows for part in share])].sum().clamp_min(1)  # clips this update learns from
             losses += run.backward_each(optimizer, partial(replay, p, model, kernel, limited, float(known)), share)
-            norms.append(run.step(optimizer, p.max_grad_norm))
+            norms.append(run.step(optimizer, p.max_grad_norm, schedule))
         kl = float(losses[0].stats["kl"])
 
         # 5. Tell.

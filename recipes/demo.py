@@ -63,7 +63,7 @@ class Config(BaseConfig):
     """Share of tasks ranked by two or three people."""
     reward_epochs: Whole = 0
     """Passes over the rankings with everything in the reward model learning; a few hundred rankings are too few for any."""
-    policy: ddpo.Policy = ddpo.Policy(iterations=28)
+    policy: ddpo.Policy = ddpo.Policy(iterations=40)
     """How DDPO moves the policy."""
     safety: SafetyLimit = SafetyLimit()
     """The limit on flashing."""
