@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from base_model.errors import UserError
+
 OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 BETAS = (0.9, 0.95)
 
@@ -17,13 +19,13 @@ def build_optimizer(network: nn.Module, name: OptimizerName, *, lr: float, weigh
     """An optimizer of the parameters of `network` that train.
 
     adamw: torch's (Loshchilov & Hutter 2017, arXiv 1711.05101). adamw8bit: bitsandbytes', with 8-bit states for tensors of 4,096 elements and more. muon: Muon for the
-    matrices inside the network's `blocks`, AdamW for all else, at one learning rate.
+    matrices inside the network's `blocks`, AdamW for all else, at one learning rate. Raises UserError where muon finds no such matrix or nothing else, as with LoRA.
     """
-    trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    trainable = {key: p for key, p in network.named_parameters() if p.requires_grad}
     if name == "muon":
-        matrices = [p for name, p in trainable.items() if p.dim() == 2 and ".blocks." in f".{name}"]
-        inside = {id(p) for p in matrices}
-        return MuonWithAdamW(matrices, [p for p in trainable.values() if id(p) not in inside], lr=lr, weight_decay=weight_decay)
+        matrices = {key: p for key, p in trainable.items() if p.dim() == 2 and ".blocks." in f".{key}"}
+        others = [p for key, p in trainable.items() if key not in matrices]
+        return MuonWithAdamW(list(matrices.values()), others, lr=lr, weight_decay=weight_decay)
     if name == "adamw8bit":
         import bitsandbytes
 
@@ -34,12 +36,12 @@ def build_optimizer(network: nn.Module, name: OptimizerName, *, lr: float, weigh
 class MuonWithAdamW(torch.optim.Optimizer):
     """torch's Muon (Jordan et al. 2024; scaled to AdamW's step as in Liu et al. 2025, arXiv 2502.16982, eq. 4) on matrices, AdamW on the others, stepping as one.
 
-    Raises ValueError where there is no matrix, or nothing else.
+    Raises UserError where there is no matrix, or nothing else.
     """
 
     def __init__(self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], *, lr: float, weight_decay: float) -> None:
         if not matrices or not others:
-            raise ValueError(f"muon needs matrices and other parameters, got {len(matrices)} and {len(others)}: use adamw")
+            raise UserError(f"optimizer muon needs matrices inside blocks and other parameters, but {len(matrices)} and {len(others)} train. Use adamw")
         super().__init__([*matrices, *others], {"lr": lr})
         muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.parts = (muon, torch.optim.AdamW(others, lr=lr, betas=BETAS, weight_decay=weight_decay))
@@ -50,7 +52,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for part in self.parts:
-            part.step(closure)
+            part.step()
 
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [part.state_dict() for part in self.parts]}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from recipes.shapes.prompts import COLORS, ShapesPrompt, Thing
+from recipes.shapes.prompts import COLORS, SHAPES, ShapesPrompt, Thing
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -383,6 +383,7 @@ def _templates() -> tuple[Array, tuple[str, ...]]:
             at = np.stack([(np.broadcast_to(c, (len(_GRID),) * 2) - fine[0]) / (fine[1] - fine[0]) for c in ((cy + sy * _GRID)[:, None], cx + sx * _GRID)])
             rows.append(ndimage.map_coordinates(soft, at, order=1))
             names.append(name)
+    assert {*names, "bar", "pillar"} == {*SHAPES, "rectangle"}  # a rectangle is one of the two long shapes, by its aspect
     return np.stack(rows), tuple(names)
 
 

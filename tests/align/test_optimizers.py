@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from align.optimizers import build_optimizer, warmup_cosine
+from base_model.errors import UserError
 
 
 def test_the_schedule_rises_falls_and_follows_a_longer_run_after_a_resume() -> None:
@@ -75,5 +76,5 @@ def test_muon_goes_on_from_its_state_to_the_bit_and_follows_a_schedule() -> None
 
 
 def test_a_network_without_blocks_has_nothing_for_muon() -> None:
-    with pytest.raises(ValueError, match="use adamw"):
+    with pytest.raises(UserError, match="Use adamw"):
         build_optimizer(torch.nn.Linear(2, 2), "muon", lr=1e-2)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from base_model.guidance import Guided
 from base_model.networks.dit import DiTConfig
+from base_model.paths import Path
 from base_model.tiny import LatentVideoModel, build_tiny
 from base_model.types import Conditioning
+from tests.worlds import PATHS, GaussianModel, GaussianWorld, conditions
 
 
 def small_model() -> LatentVideoModel:
@@ -24,14 +28,28 @@ def inputs(model: LatentVideoModel) -> tuple[torch.Tensor, torch.Tensor, Conditi
     return torch.randn(2, model.latents.channels, 1, 2, 2), torch.tensor([0.3, 0.9]), cond
 
 
+class TwoWorlds(GaussianModel):
+    """Clips of a prompt are N(1.1, 0.5^2), clips of the empty prompt N(0.4, 0.5^2)."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(GaussianWorld(path, mean=0.4))
+        self.prompted = GaussianModel(GaussianWorld(path, mean=1.1))
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        asked = torch.tensor([bool(prompt) for prompt in cond.prompts]).reshape(-1, *[1] * (x_t.dim() - 1))
+        return torch.where(asked, self.prompted(x_t, t, cond), super().__call__(x_t, t, cond))
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("scale", [0.0, 2.5])
-def test_guidance_is_the_line_through_the_empty_and_the_prompted_velocity(scale: float) -> None:
-    model = small_model()
-    x, t, cond = inputs(model)
-    prompted, empty = model(x, t, cond), model(x, t, model.encode_text(["", ""]))
-    assert (prompted - empty).abs().max() > 0.1
-    torch.testing.assert_close(Guided(model, scale)(x, t, cond), empty + scale * (prompted - empty), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.5])
+def test_guidance_in_two_gaussian_worlds_is_the_exact_velocity_of_a_third_one(path: Path, scale: float) -> None:
+    """The density p(x|c)^w p(x)^(1-w) of two Gaussians of one width is a Gaussian of that width around (1-w) m + w m_c."""
+    model, third = TwoWorlds(path), GaussianModel(GaussianWorld(path, mean=0.4 + scale * 0.7))
+    x = torch.randn(3, 1, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for share in (0.1, 0.5, 0.9):
+        t, cond = torch.full((3,), share * path.t_max, dtype=torch.float64), replace(conditions(3), prompts=("a red circle",) * 3)
+        torch.testing.assert_close(Guided(model, scale)(x, t, cond), third(x, t, cond), atol=1e-6, rtol=1e-6)
 
 
 @torch.no_grad()

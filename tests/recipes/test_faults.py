@@ -147,6 +147,7 @@ def test_a_start_that_failed_leaves_no_run_in_the_way_of_the_corrected_command(c
     if command == "sft":
         fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--base", missing, *TINY_SFT], "none.safetensors")
         fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--base", str(network), "--pairs", missing, *TINY_SFT], "none.safetensors")
+        fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--base", str(network), "--lora-rank", "2", "--fit.optimizer", "muon", *TINY_SFT], "muon", "adamw")
         assert main(["sft", "--out", str(tmp_path / "out"), "--base", str(network), *TINY_SFT]) == 0
         return
     words = [command, "--out", str(tmp_path / "out"), "--model", str(network), "--held-out-prompts", "2", "--prompt-pool", "2"]
