@@ -1,4 +1,4 @@
-"""Everything, in order (`rushes demo`): curated data, SFT, takes, rankings by simulated labelers, a reward model and its guard, constrained DDPO, the report.
+"""Everything, in order (`rushes demo`): curated data, SFT, takes, rankings by simulated labelers, a reward model and its guard, RL under a safety limit, the report.
 
 Each stage is one recipe with its own folder. A finished stage is not done again, a killed one goes on where it was: run the same command again. With `--clips DIR` the
 data are real clips with captions; people are then simulated from weight-free signals, and nobody knows what is on screen, so the judge does not apply.
@@ -21,8 +21,8 @@ from base_model.errors import UserError
 from base_model.tiny import load_tiny
 from base_model.video.files import write_atomic
 from base_model.video.store import ClipRow, ClipStore
-from recipes import ddpo, evaluate, reward_model, sft
-from recipes.feedback import SafetyLimit, StoppedByGuard, check_steps
+from recipes import ddpo, evaluate, nft, reward_model, sft
+from recipes.feedback import Feedback, SafetyLimit, StoppedByGuard, check_steps
 from recipes.generate import Request, Sampler, fill_store, network_lineage, safety_runner
 from recipes.memory import PeakMemory
 from recipes.pairs import load_pairs, read_clip_folder, save_pairs
@@ -35,6 +35,7 @@ from reward.safety.contract import SafetyRunner, allowed
 
 Stage = Literal["data", "sft", "candidates", "rankings", "reward", "rl", "report"]
 STAGES: tuple[Stage, ...] = ("data", "sft", "candidates", "rankings", "reward", "rl", "report")
+NAMES = {"rl": "RL (NFT)", "rl_ddpo": "RL (DDPO)", "rl_unconstrained": "RL (NFT), no limit"}
 PEOPLE: dict[Literal["reward", "guard"], tuple[labelers.Labeler, ...]] = {"reward": labelers.REWARD_PANEL, "guard": labelers.GUARD_PANEL}
 
 
@@ -51,8 +52,8 @@ class Config(BaseConfig):
     """Curated pairs for SFT."""
     fit: sft.Fit = sft.Fit(iterations=170, lr=5e-4)
     """How SFT fits."""
-    candidate_prompts: Count = 320
-    """Prompts whose takes are ranked, four or eight takes each."""
+    candidate_prompts: Count = 640
+    """Prompts whose takes are ranked."""
     takes: Several = 4
     """Takes of each prompt; ranked four at a time."""
     two_objects: Share = 0.2
@@ -63,12 +64,14 @@ class Config(BaseConfig):
     """Share of tasks ranked by two or three people."""
     reward_epochs: Whole = 0
     """Passes over the rankings with everything in the reward model learning; a few hundred rankings are too few for any."""
-    policy: ddpo.Policy = ddpo.Policy(iterations=40)
-    """How DDPO moves the policy."""
+    policy: nft.Policy = nft.Policy(iterations=20)
+    """How forward-process reinforcement (NFT) moves the policy."""
+    ddpo_policy: ddpo.Policy = ddpo.Policy(iterations=32)
+    """How DDPO moves another policy beside it: same start, reward, prompts and limit."""
     safety: SafetyLimit = SafetyLimit()
     """The limit on flashing."""
     unconstrained: bool = False
-    """Also runs DDPO without the limit, for comparison."""
+    """Also runs NFT without the limit, for comparison."""
     evaluation_prompts: Count = 60
     """Held-out prompts of the report."""
     evaluation_clips: Count = 4
@@ -137,9 +140,19 @@ def rank_candidates(cfg: Config, out: Path) -> dict[str, Any]:
         events = [RankingEvent.of(row) for row in rows]
         people = [Annotator.of(row) for row in labelers.annotators(panel, rows, pool="simulated")]
         prompts = [Prompt(p.prompt_id, p.text, source="built-in world" if not cfg.clips else "captions") for p in asked if p.prompt_id in clips]
-        write_comparisons(out / name, events, clips=[Clip.of(row) for row in served], prompts=prompts, annotators=people)
+        write_comparisons(out / name, events, clips=[Clip.of(row) for row in served], prompts=prompts, annotators=people, shares=split_shares(cfg))
         counts[f"{name}_events"] = len(events)
     return {**counts, "tasks": len(tasks), "served": len(served), "withheld": len(store.rows()) - len(served), "labelers": "simulated"}
+
+
+def split_shares(cfg: Config) -> tuple[float, float, float]:
+    """Of the ranked prompts: to learn from, to calibrate on, to test on. A reward model fits a few dozen numbers, but its accuracy is told with an interval.
+
+    A few captions of real clips are all learned from: there are too few to hold any out, and accuracy stays unknown.
+    """
+    if not cfg.clips:
+        return 0.4, 0.1, 0.5
+    return (0.6, 0.15, 0.25) if len(captions(cfg)) >= 5 else (1.0, 0.0, 0.0)
 
 
 def learn_rewards(cfg: Config, out: Path) -> dict[str, Any]:
@@ -160,40 +173,47 @@ def learn_rewards(cfg: Config, out: Path) -> dict[str, Any]:
 
 
 def align_policy(cfg: Config, out: Path) -> dict[str, Any]:
-    """DDPO under the limit, and without it where that is asked for. A run that the guard ended is reported with what it saved."""
-    runs = {"constrained": True} | ({"unconstrained": False} if cfg.unconstrained else {})
+    """NFT and DDPO under the limit, and NFT without it where that is asked for. A run that the guard ended is reported with what it saved."""
+    shared = Feedback(
+        seed=cfg.seed,
+        model=folder(cfg, "sft") / "network.safetensors",
+        reward=folder(cfg, "reward") / "reward",
+        guard=folder(cfg, "reward") / "guard",
+        captions=captions(cfg),
+        two_objects=cfg.two_objects,
+        strobe=cfg.strobe,
+        safety=cfg.safety,
+        sampler=world_sampler(cfg),
+    )
+    common = dump(shared)
     results = {}
-    for name, constrained in runs.items():
+    for name in policies(cfg).values():
         where = out / name
-        aligned = ddpo.Config(
-            out=where,
-            seed=cfg.seed,
-            model=folder(cfg, "sft") / "network.safetensors",
-            reward=folder(cfg, "reward") / "reward",
-            guard=folder(cfg, "reward") / "guard",
-            captions=captions(cfg),
-            two_objects=cfg.two_objects,
-            strobe=cfg.strobe,
-            constrained=constrained,
-            safety=cfg.safety,
-            policy=cfg.policy,
-            sampler=world_sampler(cfg),
-        )
+        resume = (where / "run.json").exists()
         try:
-            results[name] = ddpo.main(aligned, resume=(where / "run.json").exists())
+            if name == "ddpo":
+                results[name] = ddpo.main(ddpo.Config.model_validate({**common, "out": where, "policy": cfg.ddpo_policy}), resume=resume)
+            else:
+                constrained = name != "unconstrained"
+                results[name] = nft.main(nft.Config.model_validate({**common, "out": where, "policy": cfg.policy, "constrained": constrained}), resume=resume)
         except StoppedByGuard as stop:
             results[name] = stop.result
     return results
 
 
+def policies(cfg: Config) -> dict[str, str]:
+    """Name of a policy in the report -> folder of its run."""
+    return {"rl": "constrained", "rl_ddpo": "ddpo"} | ({"rl_unconstrained": "unconstrained"} if cfg.unconstrained else {})
+
+
 def write_the_report(cfg: Config, out: Path, memory: PeakMemory, started: float) -> dict[str, Any]:
-    rl = folder(cfg, "rl")
-    models = {"base": Path("base"), "sft": folder(cfg, "sft"), "rl": rl / "constrained"} | ({"rl_unconstrained": rl / "unconstrained"} if cfg.unconstrained else {})
+    runs = {name: folder(cfg, "rl") / run for name, run in policies(cfg).items()}
     evaluation = evaluate.Config(
         out=out,
         seed=cfg.seed,
-        models=models,
-        runs={name: path for name, path in models.items() if path.parent == rl},
+        models={"base": Path("base"), "sft": folder(cfg, "sft"), **runs},
+        names=NAMES,
+        runs=runs,
         prompts=cfg.evaluation_prompts,
         clips_per_prompt=cfg.evaluation_clips,
         two_objects=cfg.evaluation_two_objects,
@@ -220,7 +240,7 @@ def write_the_report(cfg: Config, out: Path, memory: PeakMemory, started: float)
         }
 
     results = evaluate.report(evaluation, told)
-    return {key: results[key] for key in ("judge", "judge_gain", "flash_rate", "diversity", "wall_seconds", "peak_memory_bytes")}
+    return {key: results[key] for key in ("judge", "judge_gain", "judge_gain_ddpo", "flash_rate", "diversity", "wall_seconds", "peak_memory_bytes")}
 
 
 def ruling_of(row: ClipRow) -> dict[str, Any]:

@@ -80,7 +80,9 @@ class Config(BaseConfig):
     seed: Seed = 0
     """Seed of prompts and noise."""
     models: dict[str, Path] = Field(default={"base": Path("base")})
-    """Name -> network file, or the folder of a run that made one; `base` is the shipped base. The names base, sft, rl and rl_unconstrained are compared."""
+    """Name -> network file, or the folder of a run that made one; `base` is the shipped base. The names base, sft, rl, rl_ddpo and rl_unconstrained are compared."""
+    names: dict[str, str] = Field(default={})
+    """Name -> what the report calls it, where that is not the usual."""
     runs: dict[str, Path] = Field(default={})
     """Name -> folder of the RL run whose curves are drawn."""
     prompts: Count = 80
@@ -342,10 +344,11 @@ def report(cfg: Config, extra: Callable[[], Mapping[str, Any]] = dict) -> dict[s
     )
     results = _readings(cfg, found)
     results |= {"lineage": origins, "hardware": hardware(), "reward_model": None, **resolved(cfg)}
-    runs = [read_run(path, name, NAMES.get(name, name), judged=not cfg.captions) for name, path in cfg.runs.items()]
+    names = {**NAMES, **cfg.names}
+    runs = [read_run(path, name, names.get(name, name), judged=not cfg.captions) for name, path in cfg.runs.items()]
     told = dict(extra())
     results |= told | {"filtered": [*told.get("filtered", []), *found.filtered]}
-    write_report(cfg.out, ReportData(results, found.shown, runs, cfg.sampler.fps))
+    write_report(cfg.out, ReportData(results, found.shown, runs, cfg.sampler.fps, names=names))
     write_atomic(cfg.out / MEASURED, json.dumps({name: measured.to_json() for name, measured in found.measured.items()}).encode())
     return results
 

@@ -25,7 +25,7 @@ from recipes.charts import Series, Whisker, interval_chart, line_chart, number
 NOT_MEASURED = "not measured"
 NOT_APPLICABLE = "not applicable"
 CLIP_BUDGET = 4_500_000
-NAMES = {"base": "Base", "sft": "SFT", "rl": "RL", "rl_unconstrained": "RL, no limit"}
+NAMES = {"base": "Base", "sft": "SFT", "rl": "RL", "rl_ddpo": "RL (DDPO)", "rl_unconstrained": "RL, no limit"}
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,11 @@ class ReportData:
     """Everything the page shows. `results` is the content of report.json; every key may be missing.
 
     Keys read beyond those of the contract: `per_attribute` {attribute: {model: interval}}, `two_objects` {model: interval}, `guard` {model: interval},
-    `judge_gain_sft`, `judge_gain_two_objects`, `diversity_ratio`, `flash_limit` (a share), `seeds` [the same entries for each seed], `counts` {name: int},
-    `filtered` [{where, policy, verdict, count, of, examples}], `eye_judge_agreement` {attribute: interval or share},
-    `judge_accuracy` {on what: {attribute: interval}}, `judge_confusion` {attribute: {drawn: {read: count}}}, `stage_seconds` {stage: s}, `commands` [str],
-    `config`, `versions`, `hardware` {name: str}, `notes` [str]. An interval is {mean, low, high}, null for what is unknown, or a string that says why not.
+    `judge_gain_sft`, `judge_gain_ddpo`, `judge_gain_two_objects`, `diversity_ratio`, `diversity_ratio_ddpo`, `flash_limit` (a share),
+    `seeds` [the same entries for each seed], `counts` {name: int}, `filtered` [{where, policy, verdict, count, of, examples}],
+    `eye_judge_agreement` {attribute: interval or share}, `judge_accuracy` {on what: {attribute: interval}}, `judge_confusion` {attribute: {drawn: {read: count}}},
+    `stage_seconds` {stage: s}, `commands` [str], `config`, `versions`, `hardware` {name: str}, `notes` [str].
+    An interval is {mean, low, high}, null for what is unknown, or a string that says why not.
     """
 
     results: Mapping[str, Any]
@@ -103,6 +104,7 @@ class ReportData:
     runs: Sequence[CurveRun] = ()
     fps: float = 12.0
     title: str = "What alignment did"
+    names: Mapping[str, str] = field(default_factory=NAMES.copy)  # model -> what the page calls it, in the order of the columns
     curves: Sequence[Curve] = field(default=CURVES)
 
 
@@ -128,16 +130,16 @@ def render_page(data: ReportData) -> str:
         title=data.title,
         results=finite(data.results),
         models=models,
-        names={model: NAMES.get(model, model) for model in models},
+        names={**{model: model for model in models}, **data.names},
         rows=rows,
         dropped=dropped,
-        panels=_panels(data.results, models),
+        panels=_panels(data, models),
         charts=_charts(data),
         legend=[{"label": run.label, "model": run.model} for run in data.runs],
         stages=_stages(data.results),
         confusion=_confusion(data.results),
         readings=_readings(data.results),
-        lead=_lead(data.results),
+        lead=_lead(data),
     )
 
 
@@ -147,7 +149,7 @@ def models_of(data: ReportData) -> list[str]:
     for key in ("judge", "flash_rate", "diversity", "two_objects", "guard"):
         part = data.results.get(key)
         found |= set(part) if isinstance(part, Mapping) else set()
-    return [model for model in NAMES if model in found] + sorted(found - set(NAMES))
+    return [model for model in data.names if model in found] + sorted(found - set(data.names))
 
 
 def interval_text(value: Any, percent: bool = True) -> str:
@@ -225,7 +227,7 @@ def shown_rows(data: ReportData) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
     spent = 0
     for shown in data.shown:
-        takes = [_cell(take, shown, data.fps) for take in shown.takes]
+        takes = [_cell(take, data.names.get(take.model, take.model), shown, data.fps) for take in shown.takes]
         spent += sum(len(cell["source"]) for cell in takes)
         if spent > CLIP_BUDGET:
             break
@@ -233,8 +235,7 @@ def shown_rows(data: ReportData) -> tuple[list[dict[str, Any]], int]:
     return rows, len(data.shown) - len(rows)
 
 
-def _cell(take: Take, shown: Shown, fps: float) -> dict[str, Any]:
-    name = NAMES.get(take.model, take.model)
+def _cell(take: Take, name: str, shown: Shown, fps: float) -> dict[str, Any]:
     return {
         "model": take.model,
         "name": name,
@@ -275,9 +276,9 @@ def png_uri(frame: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _panels(results: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, str]]:
+def _panels(data: ReportData, models: Sequence[str]) -> list[dict[str, str]]:
     """Small charts of intervals: judge, flash rate, diversity; those without a number are left to the table, which says why."""
-    limit = results.get("flash_limit")
+    limit = data.results.get("flash_limit")
     wanted: list[tuple[str, str, bool, float | None]] = [
         ("judge", "Every attribute right", True, None),
         ("flash_rate", "Flash rate, raw output", True, limit if _is_number(limit) else None),
@@ -285,14 +286,11 @@ def _panels(results: Mapping[str, Any], models: Sequence[str]) -> list[dict[str,
     ]
     panels = []
     for key, title, percent, line in wanted:
-        whiskers = [_whisker(model, part) for model in models if _complete(part := _entry(results.get(key), model))]
+        parts = {model: _entry(data.results.get(key), model) for model in models}
+        whiskers = [Whisker(data.names.get(model, model), model, part["mean"], part["low"], part["high"]) for model, part in parts.items() if _complete(part)]
         if whiskers:
             panels.append({"title": title, "svg": interval_chart(whiskers, name=title, percent=percent, limit=line)})
     return panels
-
-
-def _whisker(model: str, part: Mapping[str, float]) -> Whisker:
-    return Whisker(NAMES.get(model, model), model, part["mean"], part["low"], part["high"])
 
 
 def _charts(data: ReportData) -> list[dict[str, Any]]:
@@ -343,20 +341,20 @@ def _readings(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]
     return [(what, part) for what, part in rows if isinstance(part, Mapping)]
 
 
-def _lead(results: Mapping[str, Any]) -> str:
+def _lead(data: ReportData) -> str:
     """The result in one or two sentences, built from the numbers alone."""
-    if _entry(results.get("judge"), "rl") == NOT_APPLICABLE:
+    judged, gain = data.results.get("judge"), data.results.get("judge_gain")
+    if _entry(judged, "rl") == NOT_APPLICABLE:
         return "These are real clips: nobody knows what is on screen, so the judge does not apply. What is left is the flash rate, the curves and your own eyes below."
-    steps = [(name, part) for model, name in NAMES.items() if model != "rl_unconstrained" and _complete(part := _entry(results.get("judge"), model))]
+    steps = [(name, part) for model, name in data.names.items() if model != "rl_unconstrained" and _complete(part := _entry(judged, model))]
     said = ""
     if steps:
         said = "Share of clips with every attribute right, on held-out prompts: " + ", ".join(f"{name} {100 * part['mean']:.0f}\u00a0%" for name, part in steps) + "."
-    gain = results.get("judge_gain")
     if isinstance(gain, Mapping) and _complete(gain):
         mean, low, high = (100 * gain[key] for key in ("mean", "low", "high"))
         word = "gained" if low > 0 else ("lost" if high < 0 else "moved, within chance, by")
         size = abs(mean) if word != "moved, within chance, by" else mean
-        said += f" RL {word} {size:.1f} points against SFT (from {low:+.1f} to {high:+.1f}), paired over the same prompts and noise."
+        said += f" {data.names.get('rl', 'RL')} {word} {size:.1f} points against SFT (from {low:+.1f} to {high:+.1f}), paired over the same prompts and noise."
     return said or "Nothing was measured yet."
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from base_model.checkpoint import read_json
 from base_model.errors import UserError
+from recipes import demo
 from recipes.bench._results import Bench, Provenance, Row, command, hardware_text, write
 from recipes.evaluate import read_measured
 from recipes.shapes.measure import Measured, numbers
@@ -27,7 +28,7 @@ from recipes.shapes.prompts import ShapesPrompt
 
 Interval = Mapping[str, float | None]
 UNKNOWN: Interval = {"mean": None, "low": None, "high": None}
-NAMES = {"base": "base", "sft": "SFT", "rl": "RL", "rl_unconstrained": "RL without the limit"}
+NAMES = {"base": "base", "sft": "SFT", **demo.NAMES}
 GAIN, DIVERSITY, BASE_FLASHING, CLIPS, MINUTES = 0.10, 0.80, 0.10, 1_000, 40
 SHARES = ("judge, one object", "judge, two objects", "judge gain", "judge gain, two objects", "flash rate", "reward model")
 
@@ -119,16 +120,20 @@ def _judged(pooled: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]], model
         value = _at(pooled, keys)
         return _Line(measure, model, value, [_at(seed, keys) for seed in seeds], asked, _check(value, check))
 
+    tuned = {model: key for model, key in {"rl": "", "rl_ddpo": "_ddpo"}.items() if model in models}
     for model in models:
         yield line("judge, one object", model, "judge", model)
     yield line("judge gain", "SFT - base", "judge_gain_sft", asked="low > 0", check=lambda v: v["low"] > 0)
-    yield line("judge gain", "RL - SFT", "judge_gain", asked=f"mean >= {GAIN:.2f} and low > 0", check=lambda v: v["mean"] >= GAIN and v["low"] > 0)
+    for model, key in tuned.items():
+        gain = f"judge_gain{key}"
+        yield line("judge gain", f"{NAMES[model]} - SFT", gain, asked=f"mean >= {GAIN:.2f} and low > 0", check=lambda v: v["mean"] >= GAIN and v["low"] > 0)
     for model in models:
         yield line("judge, two objects", model, "two_objects", model)
-    yield line("judge gain, two objects", "RL - SFT", "judge_gain_two_objects")
+    yield line("judge gain, two objects", f"{NAMES['rl']} - SFT", "judge_gain_two_objects")
     for model in models:
         yield line("diversity", model, "diversity", model)
-    yield line("diversity ratio", "RL / SFT", "diversity_ratio", asked=f"mean >= {DIVERSITY:.2f}", check=lambda v: v["mean"] >= DIVERSITY)
+    for model, key in tuned.items():
+        yield line("diversity ratio", f"{NAMES[model]} / SFT", f"diversity_ratio{key}", asked=f"mean >= {DIVERSITY:.2f}", check=lambda v: v["mean"] >= DIVERSITY)
     for model in models:
         yield _flashes(pooled, seeds, model, limit)
 
@@ -138,7 +143,7 @@ def _flashes(pooled: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]], mode
     hits, clips = int(counted["flashing"]), int(counted["clips"])
     asks: dict[str, tuple[str, Callable[[Mapping[str, float]], bool]]] = {
         "base": (f"mean >= {BASE_FLASHING:.2f}", lambda v: v["mean"] >= BASE_FLASHING),
-        "rl": (f"high <= {limit:g} on at least {CLIPS:,} clips", lambda v: v["high"] <= limit and clips >= CLIPS),
+        **dict.fromkeys(("rl", "rl_ddpo"), (f"high <= {limit:g} on at least {CLIPS:,} clips", lambda v: v["high"] <= limit and clips >= CLIPS)),
         "rl_unconstrained": (f"breaks the limit: low > {limit:g}", lambda v: v["low"] > limit),
     }
     asked, check = asks.get(model, (None, None))

@@ -30,6 +30,8 @@ Array = NDArray[np.float64]
 Values = Mapping[str, float]  # prompt id -> value
 
 ATTRIBUTES = ("shape", "colour", "motion")
+GAINS = ("judge_gain", "judge_gain_ddpo", "judge_gain_sft", "judge_gain_two_objects", "diversity_ratio", "diversity_ratio_ddpo")
+"""Paired comparisons of two models: RL or DDPO with SFT, SFT with the base."""
 SPREAD = {"background": 0.10, "size": 0.02, "start": 0.12, "speed": 0.08}
 """Standard deviation of the judge's readings within a prompt, measured once on drawn clips; with it, drawn clips have a diversity of about 1.3."""
 
@@ -172,7 +174,7 @@ def _mean_distance(points: Array) -> float:
 def numbers(seeds: Sequence[Mapping[str, Measured]], *, flash_limit: float = 0.02) -> dict[str, Any]:
     """The entries of report.json that the judge decides, from one or several seeds of the same models; seeds are pooled, and each one's values kept.
 
-    Models are named base, sft, rl and rl_unconstrained; any subset will do, and what needs a missing one is unknown (null).
+    Models are named base, sft, rl, rl_ddpo and rl_unconstrained; any subset will do, and what needs a missing one is unknown (null).
     """
     models = list(seeds[0])
     diversity = [diversities(seed) for seed in seeds]
@@ -183,6 +185,7 @@ def numbers(seeds: Sequence[Mapping[str, Measured]], *, flash_limit: float = 0.0
     out: dict[str, Any] = {
         "judge": means(plain),
         "judge_gain": _gain(plain, "rl", "sft"),
+        "judge_gain_ddpo": _gain(plain, "rl_ddpo", "sft"),
         "judge_gain_sft": _gain(plain, "sft", "base"),
         "two_objects": means(double),
         "judge_gain_two_objects": _gain(double, "rl", "sft"),
@@ -192,6 +195,7 @@ def numbers(seeds: Sequence[Mapping[str, Measured]], *, flash_limit: float = 0.0
         "flash_limit": flash_limit,
         "diversity": means(varied),
         "diversity_ratio": _ratio(varied, "rl", "sft"),
+        "diversity_ratio_ddpo": _ratio(varied, "rl_ddpo", "sft"),
         "counts": _counts(seeds, diversity),
     }
     if len(seeds) > 1:
@@ -205,7 +209,7 @@ def numbers_of_real_clips(clips: Mapping[str, Sequence[Tensor]], fps: float, *, 
     hits = {model: sum(is_flashing(clip, fps) for clip in takes) for model, takes in clips.items()}
     return {
         **{key: dict(none) for key in ("judge", "two_objects", "diversity")},
-        **dict.fromkeys(("judge_gain", "judge_gain_sft", "judge_gain_two_objects", "diversity_ratio", "eye_judge_agreement"), NOT_APPLICABLE),
+        **dict.fromkeys((*GAINS, "eye_judge_agreement"), NOT_APPLICABLE),
         "per_attribute": {},
         "flash_rate": {model: clopper_pearson(hits[model], len(takes)).as_json() for model, takes in clips.items()},
         "flash_counts": {model: {"flashing": hits[model], "clips": len(takes)} for model, takes in clips.items()},

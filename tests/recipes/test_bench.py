@@ -117,8 +117,8 @@ def test_nothing_to_measure_is_the_users_error() -> None:
 
 # The proof
 
-SHARES = {"base": 0.2, "sft": 0.5, "rl": 0.8, "rl_unconstrained": 0.9}
-FLASHING = {"base": 0.2, "sft": 0.1, "rl": 0.0, "rl_unconstrained": 0.3}
+SHARES = {"base": 0.2, "sft": 0.5, "rl": 0.8, "rl_ddpo": 0.55, "rl_unconstrained": 0.9}
+FLASHING = {"base": 0.2, "sft": 0.1, "rl": 0.0, "rl_ddpo": 0.0, "rl_unconstrained": 0.3}
 G = 4
 
 
@@ -200,7 +200,8 @@ def test_shares_and_gains_are_means_over_the_seeds_and_each_seed_is_shown(rows: 
         found = row(rows, "judge, one object", model)
         assert [found[f"seed_{seed}"] for seed in range(3)] == pytest.approx(expected)
         assert found["mean"] == pytest.approx(np.mean(expected)) and found["low"] < found["mean"] < found["high"]
-    gain = row(rows, "judge gain", "RL - SFT")
+    gain, ddpo = row(rows, "judge gain", "RL (NFT) - SFT"), row(rows, "judge gain", "RL (DDPO) - SFT")
+    assert ddpo["mean"] == pytest.approx(np.mean(shares["rl_ddpo"]) - np.mean(shares["sft"])) and ddpo["holds"] is False
     assert gain["seed_1"] == pytest.approx(shares["rl"][1] - shares["sft"][1]) and gain["mean"] == pytest.approx(np.mean(shares["rl"]) - np.mean(shares["sft"]))
     assert gain["holds"] is True and row(rows, "judge gain", "SFT - base")["holds"] is True
 
@@ -240,10 +241,10 @@ def test_one_seed_alone_is_a_table_too(demos: tuple[list[Path], list[dict[str, M
 def test_the_result_file_says_what_holds_and_what_does_not(demos: tuple[list[Path], list[dict[str, Measured]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pooled(demos[0], "--write", "--results", str(tmp_path), "--date", "2026-11")
     text = (tmp_path / "2026-11_2-core-cpu_proof.md").read_text()
-    assert "Does not hold: flash rate, RL (high <= 0.02 on at least 1,000 clips)." in text
+    assert "flash rate, RL (NFT) (high <= 0.02 on at least 1,000 clips)" in text.split("Does not hold: ")[1].splitlines()[0]
     assert "60 held-out prompts (40 of one object, 10 of two, 10 that ask for strobing), 4 clips a prompt" in text
     assert "rushes demo --seed 1 --out runs/proof-1" in text and "rushes bench proof --quick --runs" in text and "c" * 40 in text
-    assert re.search(r"\| judge, one object \| RL \| \d\d\.\d % \[\d\d\.\d, \d\d\.\d\] \|", text)
+    assert re.search(r"\| judge, one object \| RL \(NFT\) \| \d\d\.\d % \[\d\d\.\d, \d\d\.\d\] \|", text)
     assert "2026-11_2-core-cpu_proof.md" in capsys.readouterr().err
 
 

@@ -14,6 +14,8 @@ import pytest
 from align.config import load
 from recipes import demo
 from recipes.cli import main
+from recipes.pairs import read_clip_folder, save_pairs
+from recipes.shapes.dataset import ClipSet
 from recipes.weights import file_hash
 
 TOY = Path(demo.__file__).parent / "configs" / "tiny" / "toy.yaml"
@@ -34,14 +36,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_report_holds_every_promised_key(finished: Path) -> None:
     results = json.loads((finished / "report" / "report.json").read_text())
     for key in ("judge", "flash_rate", "diversity"):
-        assert set(results[key]) >= {"base", "sft", "rl"}
-        assert all(set(results[key][model]) >= INTERVAL for model in ("base", "sft", "rl"))
-    assert set(results["judge_gain"]) >= INTERVAL
+        assert set(results[key]) == {"base", "sft", "rl", "rl_ddpo"}
+        assert all(set(part) >= INTERVAL for part in results[key].values())
+    assert set(results["judge_gain"]) >= INTERVAL and set(results["judge_gain_ddpo"]) >= INTERVAL
     assert all(set(results["reward_model"][key]) >= INTERVAL for key in ("accuracy", "floor", "ceiling"))
     assert results["wall_seconds"] > 0 and results["peak_memory_bytes"] > 100_000_000
-    assert {"base", "sft", "rl"} <= set(results["lineage"])
-    assert results["lineage"]["rl"]["network_sha256"] == file_hash(finished / "rl" / "constrained" / "network.safetensors")
+    assert set(results["lineage"]) == {"base", "sft", "rl", "rl_ddpo"}
+    for model, run, made_by in (("rl", "constrained", "rushes nft"), ("rl_ddpo", "ddpo", "rushes ddpo")):
+        assert results["lineage"][model]["network_sha256"] == file_hash(finished / "rl" / run / "network.safetensors")
+        assert results["lineage"][model]["card"]["command"].startswith(made_by)
     page = (finished / "report" / "index.html").read_text()
+    assert "RL (NFT)" in page and "RL (DDPO)" in page
     assert "simulated labelers" in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
 
 
@@ -80,6 +85,17 @@ def test_real_clips_go_through_every_stage_and_the_judge_does_not_apply(real_dat
     assert results["judge"] == "not applicable" or set(results["judge"].values()) == {"not applicable"}
     assert all(set(results["flash_rate"][model]) >= INTERVAL for model in ("base", "sft", "rl"))
     assert "not applicable" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+def test_a_few_real_captions_are_all_learned_from_and_more_are_split(real_data: Path, tmp_path: Path) -> None:
+    clips = read_clip_folder(real_data / "clips", frames=13, fps=12)
+    captions = list(dict.fromkeys(clips.texts))
+    for number, expected in ((2, (1.0, 0.0, 0.0)), (5, (0.6, 0.15, 0.25))):
+        cfg = load(demo.Config, TOY, ["--out", str(tmp_path / str(number)), "--clips", str(real_data / "clips")])
+        first = {text: video for text, video in zip(clips.texts, clips.videos, strict=True) if text in captions[:number]}
+        save_pairs(demo.folder(cfg, "data"), ClipSet(tuple(first), tuple(first.values())))
+        assert demo.split_shares(cfg) == expected
+    assert demo.split_shares(load(demo.Config, TOY, [])) == (0.4, 0.1, 0.5)
 
 
 def test_the_stages_of_the_configuration_are_those_of_the_contract() -> None:

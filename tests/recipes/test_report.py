@@ -244,6 +244,15 @@ def test_unknown_numbers_inside_an_interval_are_not_measured(data: ReportData) -
     assert "nan" not in render_page(replace(data, shown=(), results=results))
 
 
+def test_models_are_called_what_the_page_is_told_and_both_policies_are_compared() -> None:
+    data = made_up(1)
+    both = {**data.results, "judge": {**data.results["judge"], "rl_ddpo": interval(0.55, 0.05)}, "judge_gain_ddpo": interval(0.034, 0.05)}
+    text = render_page(replace(data, results=both, names={"base": "Base", "sft": "SFT", "rl": "RL (NFT)", "rl_ddpo": "RL (DDPO)"}))
+    assert "RL (NFT) − SFT, every attribute right, one object" in text and "RL (NFT) gained 16.0 points" in text
+    assert re.search(r"RL \(DDPO\) − SFT, every attribute right, one object</th><td class=\"value\">\+3\.4 points", text)
+    assert "DDPO" not in render_page(data)
+
+
 def test_each_seed_has_its_row(data: ReportData) -> None:
     seeds = [{key: data.results[key] for key in ("judge", "judge_gain", "flash_rate")}] * 3
     text = render_page(replace(data, shown=(), results=dict(data.results) | {"seeds": seeds}))

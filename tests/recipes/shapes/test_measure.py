@@ -13,6 +13,7 @@ from recipes.shapes.eye import Eye, Perception
 from recipes.shapes.judge import judge
 from recipes.shapes.measure import (
     ATTRIBUTES,
+    GAINS,
     Measured,
     check_judge,
     diversities,
@@ -139,8 +140,9 @@ def test_a_prompt_with_fewer_than_two_right_clips_of_a_tuned_model_counts_for_no
 
 def test_report_numbers_of_models_whose_shares_are_known(prompts: list[ShapesPrompt], clips: Tensor, right: Measured) -> None:
     worse, worst = (measure(spoiled(clips, prompts, wrong), prompts, G) for wrong in (1, 3))
-    found = numbers([{"base": worst, "sft": worse, "rl": right}])
-    assert {model: part["mean"] for model, part in found["judge"].items()} == {"base": 0.25, "sft": 0.75, "rl": 1.0}
+    found = numbers([{"base": worst, "sft": worse, "rl": right, "rl_ddpo": worse}])
+    assert {model: part["mean"] for model, part in found["judge"].items()} == {"base": 0.25, "sft": 0.75, "rl": 1.0, "rl_ddpo": 0.75}
+    assert found["judge_gain_ddpo"] == {"mean": 0.0, "low": 0.0, "high": 0.0} and found["diversity_ratio_ddpo"]["mean"] == 1.0
     assert found["judge_gain"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
     assert found["judge_gain_sft"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert set(found["judge"]["rl"]) == {"mean", "low", "high"}
@@ -153,7 +155,7 @@ def test_report_numbers_of_models_whose_shares_are_known(prompts: list[ShapesPro
 
 def test_a_missing_model_leaves_what_needs_it_unknown(right: Measured) -> None:
     found = numbers([{"base": right}])
-    assert found["judge_gain"] is None and found["diversity_ratio"] is None
+    assert all(found[key] is None for key in GAINS)
     assert found["judge"]["base"]["mean"] == 1.0
 
 
@@ -169,7 +171,7 @@ def test_real_clips_have_a_flash_rate_and_nothing_that_needs_the_judge(prompts: 
     calm, flashing = list(drawn(prompts[:3], 1)), list(drawn(prompts[:1], 1, flashing=True))
     found = numbers_of_real_clips({"base": flashing + calm, "rl": calm}, 12.0)
     assert found["judge"] == found["diversity"] == {"base": "not applicable", "rl": "not applicable"}
-    assert found["judge_gain"] == "not applicable"
+    assert all(found[key] == "not applicable" for key in GAINS)
     assert found["flash_rate"] == {"base": clopper_pearson(1, 4).as_json(), "rl": clopper_pearson(0, 3).as_json()}
 
 
