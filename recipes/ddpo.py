@@ -60,8 +60,8 @@ class Policy(BaseConfig):
     """Optimizer steps a rollout; above 1 the ratio leaves 1 and clipping matters."""
     micro_batch: Count = 48
     """Clips in one forward pass, in the rollout and in the replay."""
-    lora_rank: Count = 4
-    """Rank of the adapter. In more directions the noise of the gradient moves the policy more than its signal does."""
+    lora_rank: Count = 16
+    """Rank of the adapter. With 4 the judge finds as many clips right, but the limit is not kept in as few rollouts."""
     lr: Positive = 2e-3
     """Peak learning rate of AdamW on the adapter; it falls to nothing by a cosine, so that the last steps average the noise of the gradient out."""
     max_grad_norm: Positive = 1.0
