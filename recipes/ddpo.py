@@ -61,7 +61,7 @@ class Policy(BaseConfig):
     micro_batch: Count = 48
     """Clips in one forward pass, in the rollout and in the replay."""
     lora_rank: Count = 16
-    """Rank of the adapter. With 4 the judge finds as many clips right, but the limit is not kept in as few rollouts."""
+    """Rank of the adapter."""
     lr: Positive = 2e-3
     """Peak learning rate of AdamW on the adapter; it falls to nothing by a cosine, so that the last steps average the noise of the gradient out."""
     max_grad_norm: Positive = 1.0
