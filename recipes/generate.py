@@ -43,6 +43,7 @@ from reward.safety.video import DegenerateFilter, FlashFilter
 
 BYTES_A_TOKEN = 40_000
 """What denoising and decoding hold at once for one token of 4 frames of 8x8 pixels, about."""
+TEXT_ALONE = Visual()
 Side = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 
 
@@ -180,10 +181,10 @@ def fill_store(
     runner: SafetyRunner,
     label: str = "generate",
     preview: bool = True,
-    visual: Visual = Visual(),
+    visual: Visual = TEXT_ALONE,
 ) -> list[ClipRow | None]:
     """One row a request, in order; None where the prompt was blocked. Made in batches, each committed to the store: a killed run goes on."""
-    prepared = prepare(visual, sampler.clip, sampler.fps) if visual != Visual() else None
+    prepared = prepare(visual, sampler.clip, sampler.fps) if visual != TEXT_ALONE else None
     settings = {key: value for key, value in dump(sampler).items() if key != "batch"} | ({"visual": prepared.key} if prepared else {})
     texts = list(dict.fromkeys(r.prompt for r in requests))
     passed = {text for text, decision in zip(texts, runner.check_prompts(texts), strict=True) if allowed(decision)}

@@ -1,5 +1,6 @@
 """Visual prompts from files: what is given stays, joints fall where they should, long clips need no more memory, and what does not fit is refused in one line."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def test_a_long_clip_goes_on_from_its_own_last_frames_in_bounded_steps(model: La
     (short, _) = made_by(model, Visual(seconds=2))
     assert torch.equal(long[:24], short)
     parts = long[13:].split(8)[:-1]
-    assert all(not torch.equal(a, b) for a, b in zip(parts, parts[1:], strict=False)), "each window has noise of its own"
+    assert all(not torch.equal(a, b) for a, b in pairwise(parts)), "each window has noise of its own"
 
 
 def test_an_image_and_a_clip_can_be_made_long(model: LatentVideoModel, tmp_path: Path) -> None:
