@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -38,7 +38,8 @@ class Guided:
         u = self.model(x_t, t, cond)  # [B,C,F,H,W]
         if self.scale == 1:
             return u
-        empty = self.model(x_t, t, self.model.encode_text([""]).repeat(len(cond)))  # [B,C,F,H,W]
+        unprompted = replace(self.model.encode_text([""]).repeat(len(cond)), known=cond.known)  # B: a visual prompt holds in both passes
+        empty = self.model(x_t, t, unprompted)  # [B,C,F,H,W]
         return empty + self.scale * (u - empty)
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:

@@ -73,3 +73,9 @@ class VariancePreserving:
 def add_noise(path: Path, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t [B, ...] at t [B]."""
     return like(path.alpha(t), x0) * x0 + like(path.sigma(t), x0) * eps
+
+
+def velocity_towards(path: Path, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """The velocity at x_t [B, ...], t [B] > 0 of the path that ends in x0: the noise is what x_t leaves for it."""
+    eps = (x_t - like(path.alpha(t), x_t) * x0) / like(path.sigma(t), x_t)
+    return path.velocity(x0, eps, t)

@@ -16,7 +16,8 @@ from base_model.errors import UserError
 from base_model.networks.dit import DiT, DiTConfig
 from base_model.networks.packing import Segments, grid_positions, patchify, token_grid, unpatchify
 from base_model.networks.vae import VAEConfig, VideoVAE
-from base_model.paths import Path, RectifiedFlow
+from base_model.paths import Path, RectifiedFlow, velocity_towards
+from base_model.prompts.conditions import token_mask
 from base_model.prompts.text import TextEncoder
 from base_model.types import Conditioning, LatentSpec
 
@@ -77,13 +78,23 @@ class LatentVideoModel:
         return self
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """x_t [B,C,F,H,W], t [B] -> u [B,C,F,H,W]."""
+        """x_t [B,C,F,H,W], t [B] -> u [B,C,F,H,W]; where `cond.known` gives a latent, u leads from x_t straight to it."""
+        t = t.expand(len(x_t))  # [B]
+        if cond.known is None:
+            return self._velocity(x_t, t, cond)
+        given, values = cond.known.mask[:, None], cond.known.values  # [B,1,F,H,W], [B,C,F,H,W]
+        times = torch.where(token_mask(cond.known.mask, self.config.patch), 0, t[:, None]).flatten()  # [B n]
+        u = self._velocity(torch.where(given, values, x_t), times, cond)  # [B,C,F,H,W]
+        return torch.where(given, velocity_towards(self.path, x_t, values, t), u)
+
+    def _velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """t: one noise level a clip [B], or one a token [B n]."""
         grid = token_grid(x_t.shape, self.config.patch)
         tokens = patchify(x_t, self.config.patch)  # [B,n,c]
         segments = Segments.equal(len(x_t), tokens.shape[1])
         text, text_segments = packed_text(cond)
         positions = grid_positions(grid).repeat(len(x_t), 1).to(x_t.device)
-        u = self.network(tokens.flatten(0, 1), positions, segments, t.expand(len(x_t)), text, text_segments)  # [B n,c]
+        u = self.network(tokens.flatten(0, 1), positions, segments, t, text, text_segments)  # [B n,c]
         return unpatchify(u.unflatten(0, (len(x_t), -1)), x_t.shape[1], grid, self.config.patch).float()
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:

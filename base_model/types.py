@@ -45,6 +45,20 @@ class LatentSpec:
 
 
 @dataclass(frozen=True)
+class Known:
+    """The latents of B clips that a visual prompt gives: they have noise level 0 and no loss (`prompts/conditions.py`)."""
+
+    values: Tensor  # [B,C,F,H,W], read where `mask` is True
+    mask: Tensor  # [B,F,H,W] bool, whole patches of the network
+
+    def to(self, device: torch.device) -> Known:
+        return Known(self.values.to(device), self.mask.to(device))
+
+    def __getitem__(self, rows: Tensor) -> Known:
+        return Known(self.values[rows], self.mask[rows])
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """What a model is told about B clips.
 
@@ -55,6 +69,7 @@ class Conditioning:
     text: Tensor  # [B, L, D]
     mask: Tensor  # [B, L] bool
     pooled: Tensor | None = None  # [B, P]
+    known: Known | None = None  # B; None where the text is all that is told
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -65,7 +80,8 @@ class Conditioning:
 
     def to(self, device: torch.device) -> Conditioning:
         """The same conditions with their tensors on `device`."""
-        return Conditioning(self.prompts, self.text.to(device), self.mask.to(device), None if self.pooled is None else self.pooled.to(device))
+        pooled = None if self.pooled is None else self.pooled.to(device)
+        return Conditioning(self.prompts, self.text.to(device), self.mask.to(device), pooled, None if self.known is None else self.known.to(device))
 
     @overload
     def __getitem__(self, index: slice) -> Conditioning: ...
@@ -75,8 +91,8 @@ class Conditioning:
     def __getitem__(self, index: Sequence[int]) -> Conditioning: ...
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Conditioning:
         rows = (torch.arange(len(self))[index] if isinstance(index, slice) else torch.as_tensor(index)).to(self.text.device)
-        pooled = None if self.pooled is None else self.pooled[rows]
-        return Conditioning(tuple(self.prompts[i] for i in rows.tolist()), self.text[rows], self.mask[rows], pooled)
+        pooled, known = None if self.pooled is None else self.pooled[rows], None if self.known is None else self.known[rows]
+        return Conditioning(tuple(self.prompts[i] for i in rows.tolist()), self.text[rows], self.mask[rows], pooled, known)
 
 
 class VideoModel(Protocol):

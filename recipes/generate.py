@@ -1,14 +1,15 @@
 """Prompts -> clips in a content-addressed store (`rushes generate`).
 
 The prompt filter speaks first; what is sampled goes through the clip filters, and its verdict is written beside it: only "allow" may be shown or learned from as good.
-A clip that the store already holds for the same prompt, seed, sampler and model is not sampled again. What it leaves out: every visual prompt.
+A clip that the store already holds for the same prompt, seed, sampler, model and visual prompt is not sampled again. Beside its text a clip can be made from an image, another
+clip, two clips, a hole in a clip or a margin around it (`visual.py`), and can go on for as long as `visual.seconds` says.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,22 +21,29 @@ from align.config import Config as BaseConfig
 from align.config import Count, Seed, dump
 from align.kernels import ODE
 from align.progress import Progress
+from align.run import derived_seed
 from align.threads import in_threads
 from align.trajectory import rollout
 from base_model.checkpoint import check_can_write
 from base_model.errors import UserError
 from base_model.guidance import Guided
 from base_model.networks.packing import token_grid
+from base_model.paths import add_noise
+from base_model.prompts.conditions import Canvas, encode_known, give_frames
 from base_model.times import sampling_times
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny
 from base_model.types import ClipShape, Conditioning
 from base_model.video.store import ClipRow, ClipStore, NewClip, request_key
+from recipes.visual import Prepared, Visual, head_frames, prepare
 from recipes.weights import file_hash
 from reward.safety.contract import SafetyRunner, allowed, to_json
 from reward.safety.policy import load_policy
 from reward.safety.prompt import WordFilter
 from reward.safety.video import DegenerateFilter, FlashFilter
 
+BYTES_A_TOKEN = 40_000
+"""What denoising and decoding hold at once for one token of 4 frames of 8x8 pixels, about."""
+TEXT_ALONE = Visual()
 Side = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 
 
@@ -84,6 +92,8 @@ class Config(BaseConfig):
     """First seed."""
     sampler: Sampler = Sampler()
     """How clips are denoised."""
+    visual: Visual = Visual()
+    """What clips are made from beside their text."""
 
 
 @dataclass(frozen=True)
@@ -118,21 +128,47 @@ def seeded_noise(model: LatentVideoModel, clip: ClipShape, seeds: Sequence[int])
 
 
 @torch.no_grad()
-def sample(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
-    """Denoises and decodes B clips, yielded in order in batches [b,T,3,H,W] on the CPU; two batches a core are made at a time."""
-    times = sampling_times(model.path, sampler.steps, shift=sampler.shift)
+def sample(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, start: Tensor | None = None, strength: float = 1.0) -> Iterator[Tensor]:
+    """Denoises and decodes B clips, yielded in order in batches [b,T,3,H,W] on the CPU; two batches a core are made at a time.
+
+    start: latents [C,F,H,W] that are noised to `strength` of the way and denoised from there (SDEdit, Meng et al. 2022, arXiv 2108.01073), instead of noise alone.
+    """
+    times = sampling_times(model.path, sampler.steps, shift=sampler.shift) * strength  # [K+1]
     guided = Guided(model, sampler.guidance)
     model.encode_text([""])  # kept from here on: what guidance needs is not encoded in several threads
 
     def make(begin: int) -> Tensor:
         part = slice(begin, begin + sampler.batch)
-        noise = seeded_noise(model, sampler.clip, seeds[part])
+        noise = seeded_noise(model, sampler.clip, seeds[part])  # [b,C,F,H,W]
+        if start is not None:
+            noise = add_noise(model.path, start.expand_as(noise), noise, times[:1].to(noise))
         return model.decode(rollout(guided, ODE(), noise, times, cond[part], noise=torch.Generator()).x0).cpu()
 
     begins = list(range(0, len(seeds), sampler.batch))
     together = 2 * torch.get_num_threads()
     for k in range(0, len(begins), together):
         yield from in_threads(make, begins[k : k + together], model.device)
+
+
+def make_clips(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, visual: Visual, prepared: Prepared | None) -> list[Tensor]:
+    """B clips [T',3,H,W], joined to what was given and as long as `visual` asks."""
+    if prepared is None:
+        return list(torch.cat(list(sample(model, cond, seeds, sampler))))
+    start = None if prepared.start is None else model.encode(prepared.start[None])  # [1,C,F,H,W]
+    told = with_canvases(model, cond, [prepared.canvas] * len(cond)) if prepared.canvas.given.any() else cond
+    made = torch.cat(list(sample(model, told, seeds, sampler, start, visual.strength if start is not None else 1.0)))  # [B,T,3,H,W]
+    clips = [prepared.join(clip) for clip in made]
+    frames, ahead = round(visual.seconds * sampler.fps), head_frames(visual.frames, sampler.frames, sampler.clip)
+    for k in range(-(-max(0, frames - len(clips[0])) // (sampler.frames - ahead))):
+        told = with_canvases(model, cond, [give_frames(sampler.clip, {0: clip[-ahead:]}) for clip in clips])
+        more = torch.cat(list(sample(model, told, [derived_seed(seed, "extension", k) % 2**31 for seed in seeds], sampler)))  # [B,T,3,H,W]
+        clips = [torch.cat([clip, new[ahead:]]) for clip, new in zip(clips, more, strict=True)]
+    return [clip[:frames] if frames else clip for clip in clips]
+
+
+def with_canvases(model: LatentVideoModel, cond: Conditioning, canvases: Sequence[Canvas]) -> Conditioning:
+    """B texts and B canvases."""
+    return replace(cond, known=encode_known(model, canvases, model.config.patch))
 
 
 def fill_store(
@@ -145,9 +181,11 @@ def fill_store(
     runner: SafetyRunner,
     label: str = "generate",
     preview: bool = True,
+    visual: Visual = TEXT_ALONE,
 ) -> list[ClipRow | None]:
     """One row a request, in order; None where the prompt was blocked. Made in batches, each committed to the store: a killed run goes on."""
-    settings = {key: value for key, value in dump(sampler).items() if key != "batch"}
+    prepared = prepare(visual, sampler.clip, sampler.fps) if visual != TEXT_ALONE else None
+    settings = {key: value for key, value in dump(sampler).items() if key != "batch"} | ({"visual": prepared.key} if prepared else {})
     texts = list(dict.fromkeys(r.prompt for r in requests))
     passed = {text for text, decision in zip(texts, runner.check_prompts(texts), strict=True) if allowed(decision)}
     cond = model.encode_text(texts)
@@ -158,7 +196,7 @@ def fill_store(
         together = sampler.batch * torch.get_num_threads()
         for begin in range(0, len(missing), together):
             part = [requests[i] for i in missing[begin : begin + together]]
-            video = torch.cat(list(sample(model, cond[[row_of[r.prompt] for r in part]], [r.seed for r in part], sampler)))  # [b,T,3,H,W]
+            video = torch.stack(make_clips(model, cond[[row_of[r.prompt] for r in part]], [r.seed for r in part], sampler, visual, prepared))  # [b,T',3,H,W]
             decisions = runner.check_videos(video, [r.prompt for r in part], sampler.fps)
             clips = [
                 NewClip(clip, r.prompt, r.prompt_id, r.seed, settings, lineage, sampler.fps, safety=to_json(decision))
@@ -167,6 +205,19 @@ def fill_store(
             store.add_many(clips, preview=preview)
             progress.advance(f"{len(part)} clips", steps=len(part))
     return [store.find(key) for key in keys]
+
+
+def check_memory(sampler: Sampler) -> None:
+    """Raises UserError where a batch of such clips would not fit the memory that is free."""
+    import psutil
+
+    tokens = (1 + sampler.frames // 4) * (sampler.height // 8) * (sampler.width // 8)
+    needed, free = tokens * BYTES_A_TOKEN * min(sampler.batch, 2), psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"clips of {sampler.clip} need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. "
+            "Lower sampler.frames, sampler.height, sampler.width or sampler.batch; --visual.seconds makes long clips out of short ones"
+        )
 
 
 def best_device() -> torch.device:
@@ -187,7 +238,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     check_can_write(cfg.out)
     model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(), ClipStore(cfg.out)
     requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
-    rows = fill_store(store, model, requests, lineage=network_lineage(cfg.model), sampler=cfg.sampler, runner=runner)
+    check_memory(cfg.sampler)
+    rows = fill_store(store, model, requests, lineage=network_lineage(cfg.model), sampler=cfg.sampler, runner=runner, visual=cfg.visual)
     made = [row for row in rows if row is not None]
     return {
         "store": str(cfg.out),

@@ -23,10 +23,11 @@ from recipes.shapes.dataset import ClipSet, by_shape
 
 @dataclass(frozen=True)
 class Pairs:
-    """N captions and their clips' latents [C,F,H,W] of any sizes."""
+    """N captions, their clips' latents [C,F,H,W] of any sizes, and the clips themselves, uint8 [T,3,H,W], which visual prompts are cut from."""
 
     texts: tuple[str, ...]
     latents: tuple[Tensor, ...]
+    videos: tuple[Tensor, ...]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -46,7 +47,7 @@ def encode_pairs(model: LatentVideoModel, clips: ClipSet, *, batch: int = 64) ->
             video = torch.stack([clips.videos[i] for i in part]).float() / 255  # [b,T,3,H,W]
             latents.update(zip(part, model.encode(video).cpu(), strict=True))
     model.encode_text(["", *clips.texts])
-    return Pairs(clips.texts, tuple(latents[i] for i in range(len(clips))))
+    return Pairs(clips.texts, tuple(latents[i] for i in range(len(clips))), clips.videos)
 
 
 def save_pairs(folder: Path, clips: ClipSet) -> None:

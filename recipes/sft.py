@@ -1,7 +1,8 @@
 """Supervised fine-tuning on captioned clips of mixed sizes and lengths, packed into one sequence a step (`rushes sft`).
 
 Flow matching on the model's own path (Lipman et al. 2022, arXiv 2210.02747, eq. 14), one noise level a clip, mean per clip. Full fine-tuning, or LoRA merged at the end.
-What it leaves out: gradient checkpointing, several resolutions of one clip, conditions other than text.
+Some clips give part of themselves as a visual prompt (`conditions`): those tokens have noise level 0 and no loss.
+What it leaves out: gradient checkpointing, several resolutions of one clip.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from align.config import Config as BaseConfig
@@ -25,8 +26,9 @@ from align.objectives.regression import clip_error, flow_matching, packed_clip_e
 from align.optimizers import OptimizerName, build_optimizer, warmup_cosine
 from align.run import Run
 from base_model.lora import add_lora, merge
-from base_model.networks.packing import pack
+from base_model.networks.packing import pack, token_grid
 from base_model.paths import add_noise
+from base_model.prompts.conditions import Canvas, Kind, draw_given, encode_known, token_mask
 from base_model.times import quantile_times, stratified_logit_normal
 from base_model.tiny import LatentVideoModel, load_tiny, packed_text, save_network
 from base_model.types import ClipShape
@@ -61,6 +63,10 @@ class Fit(BaseConfig):
     """`adamw`, `adamw8bit` (bitsandbytes), or `muon`: fewer steps from a fresh network."""
     text_dropout: Share = 0.1
     """Share of clips trained without their caption, so that guidance is possible."""
+    conditions: dict[Kind, Share] = Field(default={})
+    """Visual prompts to learn: kind (image, head, tail, ends, hole, margin) -> share of the clips that give that of themselves. The rest have their text alone."""
+    condition_noise: Share = 0.0
+    """What is given is noised to a level of its own, drawn up to this one and told: above 0, the model takes given frames less literally."""
     time_shift: Positive = 3.0
     """Shift s of the training times: logit-normal(log s, 1); above 1 looks more at noise."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -73,6 +79,13 @@ class Fit(BaseConfig):
     """Iterations between held-out losses."""
     save_every: Count = 50
     """Iterations between checkpoints."""
+
+    @field_validator("conditions")
+    @classmethod
+    def _shares_fit_into_one(cls, conditions: dict[Kind, float]) -> dict[Kind, float]:
+        if sum(conditions.values()) > 1 + 1e-9:
+            raise ValueError(f"the shares add up to {sum(conditions.values()):g}, expected at most 1")
+        return conditions
 
 
 class Config(BaseConfig):
@@ -106,6 +119,25 @@ def held_out_losses(model: LatentVideoModel, pairs: Pairs, generator: torch.Gene
     return torch.stack(errors)
 
 
+def packed_conditions(fit: Fit, model: LatentVideoModel, pairs: Pairs, rows: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What the clips `rows` give of themselves, each a kind at random: (values of the given tokens [N,c], which tokens those are [N])."""
+    kinds, shares = list(fit.conditions), torch.tensor([*fit.conditions.values(), max(0.0, 1 - sum(fit.conditions.values()))])
+    drawn = torch.multinomial(shares, len(rows), replacement=True, generator=generator).tolist()
+    values, given = [], []
+    for j, kind in zip(rows, drawn, strict=True):
+        latents, video = pairs.latents[j], pairs.videos[j]
+        if kind == len(kinds):
+            values.append(torch.zeros_like(latents))
+            given.append(torch.zeros(token_grid(latents.shape, model.config.patch), dtype=torch.bool).flatten())
+            continue
+        shape = ClipShape(len(video), *video.shape[-2:])
+        canvas = Canvas(video.float() / 255, draw_given(kinds[kind], shape, model.latents, model.config.patch, generator))
+        known = encode_known(model, [canvas], model.config.patch)
+        values.append(known.values[0].cpu())
+        given.append(token_mask(known.mask, model.config.patch)[0].cpu())
+    return pack(values, model.config.patch).tokens, torch.cat(given)
+
+
 def pack_loss(fit: Fit, model: LatentVideoModel, pairs: Pairs, clips: int, part: tuple[Sequence[int], torch.Generator]) -> Iterator[Loss]:
     """The error of a pack, as its share of a step of `clips` clips. part: which S pairs are in the pack, and the generator of their noise."""
     rows, generator = part
@@ -116,10 +148,17 @@ def pack_loss(fit: Fit, model: LatentVideoModel, pairs: Pairs, clips: int, part:
     t_token = packed.segments.spread(t)  # [N]
     eps = torch.randn(packed.tokens.shape, generator=generator)  # [N,c]
     x_t, target = add_noise(model.path, packed.tokens, eps, t_token), model.path.velocity(packed.tokens, eps, t_token)  # [N,c] each
+    keep = None
+    if fit.conditions:
+        values, given = packed_conditions(fit, model, pairs, rows, generator)  # [N,c], [N]
+        level = packed.segments.spread(model.path.t_max * fit.condition_noise * torch.rand(len(rows), generator=generator))  # [N]
+        x_t = torch.where(given[:, None], add_noise(model.path, values, eps, level), x_t)
+        t, keep = torch.where(given, level, t_token), ~given  # [N] each
     device = model.device
     u = model.network(x_t.to(device), packed.positions.to(device), packed.segments, t.to(device), *packed_text(cond))  # [N,c]
-    loss = flow_matching(packed_clip_error(u, target.to(device), packed.segments.ids.to(device), len(t)))
-    yield Loss(loss.value * (len(t) / clips), loss.stats)
+    segment = packed.segments.ids.to(device)  # [N]
+    loss = flow_matching(packed_clip_error(u, target.to(device), segment, len(rows), keep=None if keep is None else keep.to(device)))
+    yield Loss(loss.value * (len(rows) / clips), loss.stats)
 
 
 def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: Pairs) -> None:
