@@ -25,7 +25,7 @@ from align.objectives.regression import clip_error, flow_matching, packed_clip_e
 from align.optimizers import OptimizerName, build_optimizer, warmup_cosine
 from align.run import Run
 from base_model.lora import add_lora, merge
-from base_model.networks.packing import pack
+from base_model.networks.packing import kept_tokens, pack, take_tokens
 from base_model.paths import add_noise
 from base_model.times import quantile_times, stratified_logit_normal
 from base_model.tiny import LatentVideoModel, load_tiny, packed_text, save_network
@@ -39,7 +39,7 @@ METRICS = {
     "grad_norm": "Norm of the gradient before clipping.",
     "learning_rate": "Learning rate of this step.",
     "clips": "Clips in the packs of the step.",
-    "tokens": "Latent tokens in the packs of the step.",
+    "tokens": "Latent tokens in the packs of the step, before any are dropped.",
     "held_out_loss": "Flow-matching error of held-out curated clips at fixed noise quantiles, on the averaged weights.",
     "held_out_loss_low_noise": "The same, at the quarter of the quantiles with the least noise.",
     "held_out_loss_high_noise": "The same, at the quarter of the quantiles with the most noise.",
@@ -61,6 +61,8 @@ class Fit(BaseConfig):
     """`adamw`, `adamw8bit` (bitsandbytes), or `muon`: fewer steps from a fresh network."""
     text_dropout: Share = 0.1
     """Share of clips trained without their caption, so that guidance is possible."""
+    token_drop: Share = 0.0
+    """Largest share of its tokens that a clip is trained without; each clip draws its own, uniform from 0. No loss there."""
     time_shift: Positive = 3.0
     """Shift s of the training times: logit-normal(log s, 1); above 1 looks more at noise."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -112,6 +114,9 @@ def pack_loss(fit: Fit, model: LatentVideoModel, pairs: Pairs, clips: int, part:
     packed = pack([pairs.latents[j] for j in rows], model.config.patch)  # tokens [N,c]
     dropped = torch.rand(len(rows), generator=generator) < fit.text_dropout  # [S]
     cond = model.encode_text(["" if drop else pairs.texts[j] for j, drop in zip(rows, dropped.tolist(), strict=True)])
+    if fit.token_drop:
+        rates = fit.token_drop * torch.rand(len(rows), generator=generator)  # [S]
+        packed = take_tokens(packed, kept_tokens(packed.segments, rates, generator))  # tokens [K,c]; N is K from here on
     t = stratified_logit_normal(model.path, len(rows), shift=fit.time_shift, generator=generator)  # [S]
     t_token = packed.segments.spread(t)  # [N]
     eps = torch.randn(packed.tokens.shape, generator=generator)  # [N,c]
