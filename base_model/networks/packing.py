@@ -134,7 +134,7 @@ def unpack(tokens: Tensor, clips: Sequence[Tensor], patch: Patch) -> list[Tensor
 def kept_tokens(segments: Segments, rates: Tensor, generator: torch.Generator) -> Tensor:
     """Which tokens to train on: of a segment's n a random round((1 - rate) n), at least one; ascending indices [K] long into the N tokens.
 
-    rates [S] in [0, 1], one a clip: drawn per clip, some clips stay whole, as they are in sampling (NaViT: Dehghani et al. 2023, arXiv 2307.06304, section 2.1).
+    rates [S] in [0, 1], one a clip: drawn per clip, some clips stay whole, as they are in sampling (NaViT: Dehghani et al. 2023, arXiv 2307.06304, section 3.3).
     """
     parts = torch.rand(segments.total, generator=generator).split(list(segments.lengths))  # [n] each
     counts = [max(1, round((1 - rate) * n)) for rate, n in zip(rates.tolist(), segments.lengths, strict=True)]
@@ -190,8 +190,8 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
 def balanced_packs(lengths: Sequence[int], costs: Sequence[float], capacity: int) -> list[list[int]]:
     """Indices of segments in packs of at most `capacity` tokens and nearly equal cost: longest first, each into the cheapest pack with room for it; none is dropped.
 
-    Graham 1969 ("Bounds on multiprocessing timing anomalies"), the rule of the longest processing time, in as many packs as `first_fit_decreasing` fills, or the few more that it needs.
-    A segment longer than the capacity gets a pack of its own. costs: one a segment.
+    costs: one a segment. As many packs as `first_fit_decreasing` fills, or the few more that balance needs; a segment longer than the capacity gets a pack of its own.
+    Graham 1969 ("Bounds on multiprocessing timing anomalies"): the longest processing time first.
     """
     number = len(first_fit_decreasing(lengths, capacity))
     while (packs := _deal(lengths, costs, capacity, number)) is None:
