@@ -18,7 +18,7 @@ class PackSampler:
     each other: windows are packed to equal cost (`balanced_packs`), packs of similar cost make up a step, steps are shuffled. `costs` are the FLOPs of each clip (`forward_flops`).
     Where packs do not divide by ranks, an epoch's last ones share a step with the first ones of the next: at any step, no clip is ahead of another by more than one visit.
 
-    On average half a pack stays empty at the end of a window: for packs 99 % full, a window is worth about a hundred packs. A window of all clips lets the same ones meet every epoch.
+    About half a pack stays empty at the end of a window: packs 99 % full ask for windows of some hundred packs. In a window of all clips, the same ones meet every epoch.
     """
 
     def __init__(

@@ -112,6 +112,10 @@ def test_balanced_packs_keep_every_clip_fill_up_and_cost_the_same() -> None:
     assert all(lengths[a] >= lengths[b] for pack in packs for a, b in itertools.pairwise(pack)), "equal lengths are neighbours"
 
 
+def test_balanced_packs_go_by_cost_not_by_tokens() -> None:
+    assert balanced_packs([10] * 6, [9.0, 1.0, 9.0, 1.0, 1.0, 1.0], 30) == [[0, 3, 4], [1, 2, 5]]
+
+
 def test_balanced_packs_of_few_clips_are_nearly_the_best_there_are() -> None:
     """Against every way to share them out that fits: Graham's rule is within 4/3 - 1/(3 packs) of the cheapest costliest pack."""
     generator = torch.Generator().manual_seed(6)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,15 +175,16 @@ def test_every_scheme_is_timed_on_the_same_clips() -> None:
     assert len(packing.pack_work(clips, capacity=32_768, balanced=False)) == len(first_fit_decreasing(lengths, 1_024))
 
 
-def test_the_bench_gives_one_flat_row_a_scheme(tmp_path: object) -> None:
-    rows = packing.main(load(Config, None, ["--quick", "--clips", "400", "--timed-clips", "3", "--repeats", "1", "--write", "--results", str(tmp_path), "--date", "2026-11"]))["rows"]
+def test_the_bench_gives_one_flat_row_a_scheme(tmp_path: Path) -> None:
+    words = ["--quick", "--clips", "400", "--timed-clips", "3", "--repeats", "1", "--write", "--results", str(tmp_path), "--date", "2026-11"]
+    rows = packing.main(load(Config, None, words))["rows"]
     assert isinstance(rows, list)
     assert_flat(rows)
     named = {"scheme", "fill", "flops_wasted", "clips_dropped", "rank_balance_flops", "seconds_per_useful_token"}
     assert named <= set(rows[0]) and len(rows) == 11 and len({row["scheme"] for row in rows}) == 11
     assert [row["scheme"] for row in rows if row["times_slower_than_packs"] is None] == [packing.REFERENCE]
     assert all(row["seconds_per_useful_token"] > 0 for row in rows)
-    json.dumps(rows)
+    assert "| packs of equal FLOPs, 131k |" in (tmp_path / "2026-11_2-core-cpu_packing.md").read_text()
 
 
 def test_too_few_clips_for_the_ranks_are_the_users_error() -> None:
