@@ -6,36 +6,79 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from base_model.networks.packing import first_fit_decreasing
+from base_model.networks.packing import balanced_packs, first_fit_decreasing
 
 
 class PackSampler:
     """Packs of at most `capacity` tokens over endless epochs; every clip occurs exactly once an epoch, in the same pack only with clips of its window.
 
     `sampler[i]` is the list of clip indices of iteration i. Windows of `window` shuffled clips are packed by first-fit decreasing, then the packs are shuffled.
+
+    With several `ranks`, `sampler[i]` is the pack of `rank` and `step(i)` those of all. Attention is quadratic in a clip, so packs of equally many tokens may cost twice as much as
+    each other: windows are packed to equal cost (`balanced_packs`), packs of similar cost make up a step, steps are shuffled. `costs` are the FLOPs of each clip (`forward_flops`).
+    Where packs do not divide by ranks, an epoch's last ones share a step with the first ones of the next: at any step, no clip is ahead of another by more than one visit.
+
+    About half a pack stays empty at the end of a window: packs 99 % full ask for windows of some hundred packs. In a window of all clips, the same ones meet every epoch.
     """
 
-    def __init__(self, lengths: Sequence[int], capacity: int, *, seed: int, window: int = 192) -> None:
+    def __init__(
+        self, lengths: Sequence[int], capacity: int, *, seed: int, window: int = 192, ranks: int = 1, rank: int = 0, costs: Sequence[float] = ()
+    ) -> None:
+        """Raises ValueError for no clips, a rank that is none of the ranks, and several ranks without one cost a clip."""
         if not lengths:
             raise ValueError("no clips to sample from")
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank {rank} is none of {ranks}")
+        if ranks > 1 and len(costs) != len(lengths):
+            raise ValueError(f"{ranks} ranks get packs of equal cost, but there are {len(costs)} costs for {len(lengths)} clips: give the FLOPs of each")
         self.lengths, self.capacity, self.seed, self.window = list(lengths), capacity, seed, window
-        self._packs: list[list[int]] = []
+        self.ranks, self.rank, self.costs = ranks, rank, list(costs)
+        self._steps: list[list[list[int]]] = []
+        self._left: list[list[int]] = []
         self._epochs = 0
 
     def __getitem__(self, iteration: int) -> list[int]:
-        while len(self._packs) <= iteration:
-            self._packs.extend(self._epoch(self._epochs))
-            self._epochs += 1
-        return self._packs[iteration]
+        return self.step(iteration)[self.rank]
 
-    def _epoch(self, epoch: int) -> list[list[int]]:
+    def step(self, iteration: int) -> list[list[int]]:
+        """The packs of all ranks at an iteration. Raises ValueError where an epoch has fewer packs than ranks."""
+        while len(self._steps) <= iteration:
+            self._steps.extend(self._epoch(self._epochs))
+            self._epochs += 1
+        return self._steps[iteration]
+
+    def _epoch(self, epoch: int) -> list[list[list[int]]]:
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.lengths)).tolist()
-        packs = []
-        for begin in range(0, len(order), self.window):
-            clips = order[begin : begin + self.window]
-            packs += [[clips[j] for j in pack] for pack in first_fit_decreasing([self.lengths[c] for c in clips], self.capacity)]
-        return [packs[j] for j in rng.permutation(len(packs))]
+        windows = [order[begin : begin + self.window] for begin in range(0, len(order), self.window)]
+        packs = [[clips[j] for j in pack] for clips in windows for pack in self._pack(clips)]
+        first, steps = ([], [[pack] for pack in packs]) if self.ranks == 1 else self._similar(packs)
+        return first + [steps[j] for j in rng.permutation(len(steps))]
+
+    def _pack(self, clips: list[int]) -> list[list[int]]:
+        lengths = [self.lengths[c] for c in clips]
+        return first_fit_decreasing(lengths, self.capacity) if self.ranks == 1 else balanced_packs(lengths, [self.costs[c] for c in clips], self.capacity)
+
+    def _similar(self, packs: list[list[int]]) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
+        """An epoch's packs as (the step that the last epoch left incomplete, if any; steps of packs of similar cost). What is left over now is kept."""
+        if len(packs) < self.ranks:
+            raise ValueError(f"{len(packs)} packs of {self.capacity} tokens an epoch for {self.ranks} ranks: give more clips or a smaller capacity")
+        packs = sorted(packs, key=self._cost)
+        first = [self._left + self._take(packs, self.ranks - len(self._left), self._mean_cost(self._left))] if self._left else []
+        self._left = self._take(packs, len(packs) % self.ranks, self._mean_cost(packs))
+        return first, [packs[k : k + self.ranks] for k in range(0, len(packs), self.ranks)]
+
+    def _take(self, packs: list[list[int]], number: int, cost: float) -> list[list[int]]:
+        """Removes `number` neighbours from the sorted `packs`: those whose mean cost is nearest to `cost`."""
+        begin = min(range(len(packs) - number + 1), key=lambda k: abs(self._mean_cost(packs[k : k + number]) - cost))
+        taken, packs[begin : begin + number] = packs[begin : begin + number], []
+        return taken
+
+    def _mean_cost(self, packs: list[list[int]]) -> float:
+        return sum(map(self._cost, packs)) / max(1, len(packs))
+
+    def _cost(self, pack: list[int]) -> float:
+        return sum(self.costs[clip] for clip in pack)
 
 
 class PromptSampler:

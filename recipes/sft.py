@@ -26,7 +26,7 @@ from align.objectives.regression import clip_error, flow_matching, packed_clip_e
 from align.optimizers import OptimizerName, build_optimizer, warmup_cosine
 from align.run import Run
 from base_model.lora import add_lora, merge
-from base_model.networks.packing import pack, token_grid
+from base_model.networks.packing import kept_tokens, pack, take_tokens, token_grid
 from base_model.paths import add_noise
 from base_model.prompts.conditions import Canvas, Kind, draw_given, encode_known, token_mask
 from base_model.times import quantile_times, stratified_logit_normal
@@ -41,7 +41,7 @@ METRICS = {
     "grad_norm": "Norm of the gradient before clipping.",
     "learning_rate": "Learning rate of this step.",
     "clips": "Clips in the packs of the step.",
-    "tokens": "Latent tokens in the packs of the step.",
+    "tokens": "Latent tokens in the packs of the step, before any are dropped.",
     "held_out_loss": "Flow-matching error of held-out curated clips at fixed noise quantiles, on the averaged weights.",
     "held_out_loss_low_noise": "The same, at the quarter of the quantiles with the least noise.",
     "held_out_loss_high_noise": "The same, at the quarter of the quantiles with the most noise.",
@@ -67,6 +67,8 @@ class Fit(BaseConfig):
     """Visual prompts to learn: kind (image, head, tail, ends, hole, margin) -> share of the clips that give that of themselves. The rest have their text alone."""
     condition_noise: Share = 0.0
     """What is given is noised to a level of its own, drawn up to this one and told: above 0, the model takes given frames less literally."""
+    token_drop: Share = 0.0
+    """Largest share of its tokens that a clip is trained without; each clip draws its own, uniform from 0. No loss there."""
     time_shift: Positive = 3.0
     """Shift s of the training times: logit-normal(log s, 1); above 1 looks more at noise."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -144,20 +146,26 @@ def pack_loss(fit: Fit, model: LatentVideoModel, pairs: Pairs, clips: int, part:
     packed = pack([pairs.latents[j] for j in rows], model.config.patch)  # tokens [N,c]
     dropped = torch.rand(len(rows), generator=generator) < fit.text_dropout  # [S]
     cond = model.encode_text(["" if drop else pairs.texts[j] for j, drop in zip(rows, dropped.tolist(), strict=True)])
+    values, given = packed.tokens, torch.zeros(packed.segments.total, dtype=torch.bool)  # [N,c], [N]
+    if fit.conditions:
+        values, given = packed_conditions(fit, model, pairs, rows, generator)
+    if fit.token_drop:
+        rates = fit.token_drop * torch.rand(len(rows), generator=generator)  # [S]
+        kept = kept_tokens(packed.segments, rates, generator)  # [K]
+        packed, values, given = take_tokens(packed, kept), values[kept], given[kept]  # N is K from here on
     t = stratified_logit_normal(model.path, len(rows), shift=fit.time_shift, generator=generator)  # [S]
     t_token = packed.segments.spread(t)  # [N]
     eps = torch.randn(packed.tokens.shape, generator=generator)  # [N,c]
     x_t, target = add_noise(model.path, packed.tokens, eps, t_token), model.path.velocity(packed.tokens, eps, t_token)  # [N,c] each
-    keep = None
     if fit.conditions:
-        values, given = packed_conditions(fit, model, pairs, rows, generator)  # [N,c], [N]
         level = packed.segments.spread(model.path.t_max * fit.condition_noise * torch.rand(len(rows), generator=generator))  # [N]
         x_t = torch.where(given[:, None], add_noise(model.path, values, eps, level), x_t)
-        t, keep = torch.where(given, level, t_token), ~given  # [N] each
+        t = torch.where(given, level, t_token)  # [N]
     device = model.device
     u = model.network(x_t.to(device), packed.positions.to(device), packed.segments, t.to(device), *packed_text(cond))  # [N,c]
-    segment = packed.segments.ids.to(device)  # [N]
-    loss = flow_matching(packed_clip_error(u, target.to(device), segment, len(rows), keep=None if keep is None else keep.to(device)))
+    segment, learned = packed.segments.ids, packed.segments.mean((~given).float()) > 0  # [N], [S] a clip may have dropped all that is not given
+    error = packed_clip_error(u, target.to(device), segment.to(device), len(rows), keep=~given.to(device))  # [S]
+    loss = flow_matching(error, valid=learned.to(device))
     yield Loss(loss.value * (len(rows) / clips), loss.stats)
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,6 +128,46 @@ def unpack(tokens: Tensor, clips: Sequence[Tensor], patch: Patch) -> list[Tensor
     return [unpatchify(part[None], clip.shape[0], token_grid(clip.shape, patch), patch)[0] for part, clip in zip(parts, clips, strict=True)]
 
 
+# Token dropping
+
+
+def kept_tokens(segments: Segments, rates: Tensor, generator: torch.Generator) -> Tensor:
+    """Which tokens to train on: of a segment's n a random round((1 - rate) n), at least one; ascending indices [K] long into the N tokens.
+
+    rates [S] in [0, 1], one a clip: drawn per clip, some clips stay whole, as they are in sampling (NaViT: Dehghani et al. 2023, arXiv 2307.06304, section 3.3).
+    """
+    parts = torch.rand(segments.total, generator=generator).split(list(segments.lengths))  # [n] each
+    counts = [max(1, round((1 - rate) * n)) for rate, n in zip(rates.tolist(), segments.lengths, strict=True)]
+    chosen = [offset + part.argsort()[:count].sort().values for offset, part, count in zip(segments.offsets, parts, counts, strict=False)]
+    return torch.cat(chosen)  # [K]
+
+
+def take_tokens(packed: Packed, kept: Tensor) -> Packed:
+    """The tokens `kept` [K], ascending, with their positions, in as many segments as before. Raises ValueError where a segment keeps none."""
+    lengths = torch.bincount(packed.segments.ids[kept], minlength=len(packed.segments)).tolist()
+    if 0 in lengths:
+        raise ValueError(f"segment {lengths.index(0)} keeps no token")
+    return Packed(packed.tokens[kept], packed.positions[kept], Segments(tuple(lengths)))  # [K,c], [K,3]
+
+
+# Which clips share a pack
+
+
+def forward_flops(
+    lengths: Sequence[int], *, width: int, depth: int, mlp_width: int, token_width: int = 0, text_tokens: int = 0, text_width: int = 0
+) -> int:
+    """FLOPs of the DiT's matrix products (2 for a multiplication and an addition) in one forward pass over clips of `lengths` tokens: linear in tokens, quadratic in each clip.
+
+    text_tokens: of each clip's caption. A training step costs three times as much. Wan's layers have the same matrix products, but for the modulation (6 width^2 a clip
+    and layer): Wan2.1-1.3B is width=1536, depth=30, mlp_width=8960.
+    """
+    n, clips, texts = sum(lengths), len(lengths), len(lengths) * text_tokens
+    linear = n * (6 * width**2 + 2 * width * mlp_width) + clips * 6 * width**2 + texts * 2 * width**2  # qkv, out, q, out, mlp; modulation; k, v of the text
+    attention = 2 * width * sum(length * (length + text_tokens) for length in lengths)  # scores and values, over the clip and over its text
+    ends = width * (2 * n * token_width + texts * text_width + clips * 5 * width)  # tokens in and out; text in; time, pooled text and last modulation
+    return 2 * (depth * (linear + attention) + ends)
+
+
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of segments gathered into windows of at most `capacity` tokens; none is dropped, equal lengths stay neighbours.
 
@@ -144,3 +185,29 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
             windows.append([index])
             room.append(capacity - lengths[index])
     return windows
+
+
+def balanced_packs(lengths: Sequence[int], costs: Sequence[float], capacity: int) -> list[list[int]]:
+    """Indices of segments in packs of at most `capacity` tokens and nearly equal cost: longest first, each into the cheapest pack with room for it; none is dropped.
+
+    costs: one a segment. As many packs as `first_fit_decreasing` fills, or the few more that balance needs; a segment longer than the capacity gets a pack of its own.
+    Graham 1969 ("Bounds on multiprocessing timing anomalies"): the longest processing time first.
+    """
+    number = len(first_fit_decreasing(lengths, capacity))
+    while (packs := _deal(lengths, costs, capacity, number)) is None:
+        number += 1
+    return packs
+
+
+def _deal(lengths: Sequence[int], costs: Sequence[float], capacity: int, number: int) -> list[list[int]] | None:
+    packs: list[list[int]] = [[] for _ in range(number)]
+    tokens, cost = np.zeros(number, dtype=np.int64), np.zeros(number)
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        room = (tokens + lengths[index] <= capacity) | (tokens == 0)
+        if not room.any():
+            return None
+        cheapest = int(np.where(room, cost, np.inf).argmin())
+        packs[cheapest].append(index)
+        tokens[cheapest] += lengths[index]
+        cost[cheapest] += costs[index]
+    return packs

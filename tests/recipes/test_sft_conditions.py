@@ -51,15 +51,15 @@ def value_of(fit: sft.Fit, model: LatentVideoModel, pairs: Pairs, seed: int = 0)
 def test_the_packed_loss_is_the_mean_of_each_clip_s_error_where_nothing_is_given(model: LatentVideoModel, pairs: Pairs) -> None:
     generator = torch.Generator().manual_seed(0)
     torch.rand(3, generator=generator)  # which captions are dropped
+    torch.multinomial(torch.tensor([1.0, 0.0]), 3, replacement=True, generator=generator)  # which kind each clip gives
+    shapes = [ClipShape(len(video), *video.shape[-2:]) for video in pairs.videos]
+    given = [draw_given("head", shape, model.latents, PATCH, generator) for shape in shapes]
     t = stratified_logit_normal(model.path, 3, shift=3.0, generator=generator)
     lengths = pairs.num_tokens(PATCH)
     eps = torch.randn(sum(lengths), 32, generator=generator).split(lengths)
-    torch.multinomial(torch.tensor([1.0, 0.0]), 3, replacement=True, generator=generator)
     errors = []
     for k, (x0, noise) in enumerate(zip(pairs.latents, eps, strict=True)):
-        frames, _, height, width = pairs.videos[k].shape
-        given = draw_given("head", ClipShape(frames, height, width), model.latents, PATCH, generator)
-        known = encode_known(model, [Canvas(pairs.videos[k].float() / 255, given)], PATCH)
+        known = encode_known(model, [Canvas(pairs.videos[k].float() / 255, given[k])], PATCH)
         cond = replace(model.encode_text([pairs.texts[k]]), known=known)
         e = unpatchify(noise[None], 8, token_grid(x0.shape, PATCH), PATCH)
         at = t[k : k + 1]
@@ -73,6 +73,11 @@ def test_shares_that_are_nothing_change_nothing_but_the_stream_of_noise(model: L
     plain = value_of(fit_of(), model, pairs)
     assert torch.allclose(value_of(fit_of(conditions={"image": 0.0}), model, pairs), plain, atol=1e-6)
     assert not torch.allclose(value_of(fit_of(conditions={"image": 1.0}), model, pairs), plain, atol=1e-4)
+
+
+def test_tokens_may_be_dropped_beside_what_is_given_and_a_clip_that_keeps_nothing_else_teaches_nothing(model: LatentVideoModel, pairs: Pairs) -> None:
+    values = [value_of(fit_of(conditions={"image": 0.5, "hole": 0.5}, token_drop=1.0), model, pairs, seed) for seed in range(20)]
+    assert all(bool(value.isfinite()) for value in values) and len(set(map(float, values))) == 20
 
 
 def test_given_tokens_may_be_noisy_and_the_network_is_told_how_noisy(model: LatentVideoModel, pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
