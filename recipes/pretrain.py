@@ -16,9 +16,8 @@ from align.config import Config as BaseConfig
 from align.config import Count, Seed
 from align.run import Run
 from base_model.errors import UserError
-from base_model.networks.dit import DiT, DiTConfig
 from base_model.prompts.text import TextEncoder
-from base_model.tiny import WEIGHTS, LatentVideoModel, load_codec, load_tiny, save_network
+from base_model.tiny import CONFIGS, WEIGHTS, LatentVideoModel, NetworkName, build_network, load_codec, load_tiny, save_network
 from base_model.types import ClipShape
 from recipes.pairs import encode_pairs
 from recipes.sft import METRICS, Fit, held_out_losses, train
@@ -45,6 +44,8 @@ class Config(BaseConfig):
     """Folder with one run a leg, `leg-0`, `leg-1`, ...; the network ends up in `dit.safetensors` of the last one."""
     codec: Path = WEIGHTS / "vae.safetensors"
     """The autoencoder whose latents are modelled."""
+    network: NetworkName = "dit"
+    """`dit`, or `uvit`: every input is a token, long skips."""
     width: Count = 128
     """Width of the denoiser."""
     depth: Count = 4
@@ -55,9 +56,9 @@ class Config(BaseConfig):
 
 def fresh_model(cfg: Config) -> LatentVideoModel:
     codec = load_codec(cfg.codec)
-    config = DiTConfig(channels=codec.vae.config.channels, width=cfg.width, depth=cfg.depth)
+    config = CONFIGS[cfg.network](channels=codec.vae.config.channels, width=cfg.width, depth=cfg.depth)
     try:
-        network = DiT(config)
+        network = build_network(config)
     except ValueError as error:
         raise UserError(f"width: {error}. Give another width") from error
     return LatentVideoModel(network, codec, TextEncoder(), config)

@@ -26,6 +26,7 @@ from align.optimizers import OptimizerName, build_optimizer, warmup_cosine
 from align.run import Run
 from base_model.lora import add_lora, merge
 from base_model.networks.packing import pack
+from base_model.networks.routing import choose_route, middle
 from base_model.paths import add_noise
 from base_model.times import quantile_times, stratified_logit_normal
 from base_model.tiny import LatentVideoModel, load_tiny, packed_text, save_network
@@ -61,6 +62,8 @@ class Fit(BaseConfig):
     """`adamw`, `adamw8bit` (bitsandbytes), or `muon`: fewer steps from a fresh network."""
     text_dropout: Share = 0.1
     """Share of clips trained without their caption, so that guidance is possible."""
+    routed: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each clip's tokens that skip the middle blocks in training (TREAD); sampling uses all. 0 routes none."""
     time_shift: Positive = 3.0
     """Shift s of the training times: logit-normal(log s, 1); above 1 looks more at noise."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -117,7 +120,8 @@ def pack_loss(fit: Fit, model: LatentVideoModel, pairs: Pairs, clips: int, part:
     eps = torch.randn(packed.tokens.shape, generator=generator)  # [N,c]
     x_t, target = add_noise(model.path, packed.tokens, eps, t_token), model.path.velocity(packed.tokens, eps, t_token)  # [N,c] each
     device = model.device
-    u = model.network(x_t.to(device), packed.positions.to(device), packed.segments, t.to(device), *packed_text(cond))  # [N,c]
+    route = choose_route(packed.segments, [fit.routed] * len(rows), between=middle(model.config.depth), generator=generator) if fit.routed else None
+    u = model.network(x_t.to(device), packed.positions.to(device), packed.segments, t.to(device), *packed_text(cond), route)  # [N,c]
     loss = flow_matching(packed_clip_error(u, target.to(device), packed.segments.ids.to(device), len(t)))
     yield Loss(loss.value * (len(t) / clips), loss.stats)
 
