@@ -127,7 +127,9 @@ def pack_loss(fit: Fit, model: LatentVideoModel, pairs: Pairs, clips: int, part:
 
 
 def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: Pairs) -> None:
-    """Fits `model.network` to `pairs`; leaves the averaged weights in it."""
+    """Fits `model.network` to `pairs`; leaves the averaged weights in it. Raises UserError where tokens are to skip the middle of a network that has none."""
+    if fit.routed:
+        middle(model.config.depth)
     optimizer = build_optimizer(model.network, fit.optimizer, lr=fit.lr)
     schedule = warmup_cosine(optimizer, fit.iterations)
     average = EMA(model.network, fit.ema_decay)

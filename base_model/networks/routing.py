@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from base_model.errors import UserError
 from base_model.networks.packing import Segments
 
 
@@ -44,9 +45,9 @@ def choose_route(segments: Segments, rates: Sequence[float], *, between: tuple[i
 def middle(depth: int) -> tuple[int, int]:
     """The blocks [first, last) that tokens may skip: all but the first and the last quarter, at least one at each end. The same number at both ends, as skips want it.
 
-    Raises ValueError where nothing lies between.
+    Raises UserError where nothing lies between.
     """
     ends = max(1, depth // 4)
     if depth <= 2 * ends:
-        raise ValueError(f"{depth} blocks have no middle that tokens could skip: give at least 3")
+        raise UserError(f"a network of {depth} blocks has no middle that tokens could skip. Take one of at least 3, or route no tokens (fit.routed 0)")
     return ends, depth - ends

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from base_model.errors import UserError
 from base_model.networks.packing import Segments, pack
 from base_model.networks.routing import Route, choose_route, middle
 from base_model.tiny import build_network
@@ -65,7 +66,7 @@ def test_rates_out_of_range_and_shallow_networks_are_refused() -> None:
         with pytest.raises(ValueError, match="expected 2 rates in"):
             choose_route(Segments((4, 4)), rates, between=(1, 2), generator=seeded())
     assert [middle(depth) for depth in (3, 4, 5, 12, 28)] == [(1, 2), (1, 3), (1, 4), (3, 9), (7, 21)]
-    with pytest.raises(ValueError, match="no middle"):
+    with pytest.raises(UserError, match="2 blocks has no middle"):
         middle(2)
 
 
