@@ -39,7 +39,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: S
 
 @contextmanager
 def attention_backend(name: Backend) -> Iterator[None]:
-    """Inside, every `packed_attention` of this process uses this back end, in all threads (a backward that computes again has its own)."""
+    """Inside, every `packed_attention` of this process uses this back end, in all threads."""
     _forced.append(name)
     try:
         yield
@@ -166,7 +166,7 @@ def rotary_table(positions: Tensor, axes: tuple[int, int, int], theta: float = 1
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the pairs (x_i, x_{i+d/2}) of x [N,h,d] by their token's angles, in the table's precision."""
+    """Turns the pairs (x_i, x_{i+d/2}) of x [N,h,d] by their token's angles, in float32 at least."""
     cos, sin = table
     a, b = x.chunk(2, dim=-1)  # [N,h,d/2] each
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
