@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-LORA_TARGETS = ("qkv", "q", "kv", "out", "mlp_in", "mlp_out")
+LORA_TARGETS = ("qkv", "q", "kv", "out", "mlp_in", "mlp_out", "skip")
 
 
 def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...] = LORA_TARGETS, seed: int = 0) -> Any:

@@ -42,6 +42,17 @@ def shift_time(path: Path, t: Tensor, shift: float | Tensor) -> Tensor:
     return time_at(path, log_ratio(path, t) + _log_shift(shift)).float()
 
 
+def square_root_shift(num_tokens: Tensor, *, reference_shift: float, reference_tokens: int) -> Tensor:
+    """The shift of each clip from its own number of tokens, [S] -> [S] float64: s = s0 sqrt(n / n0) (the sqrt(m / n) of arXiv 2403.03206, eq. 23).
+
+    n times as many tokens show the same picture through sqrt(n) times as much noise. In a pack every clip has a shift of its own, not the pack's. Raises ValueError
+    where a number or the reference is not positive.
+    """
+    if reference_tokens < 1 or reference_shift <= 0 or bool((num_tokens < 1).any()):
+        raise ValueError(f"shift and tokens must be positive, got {reference_shift}, {reference_tokens} and {num_tokens.tolist()}")
+    return reference_shift * (num_tokens.double() / reference_tokens).sqrt()
+
+
 def sampling_times(path: Path, num_steps: int, *, shift: float | Tensor = 1.0) -> Tensor:
     """Grid of a sampler: uniform in t, then shifted. -> [K+1] from t_max to 0, or [K+1,B] where shift is [B], one grid per clip.
 

@@ -1,4 +1,4 @@
-"""The built-in video model: MiniLM text, a causal video VAE and a packed DiT on the rectified path. Small enough to train on a CPU."""
+"""The built-in video model: MiniLM text, a causal video VAE and a packed DiT or U-ViT on the rectified path. Small enough to train on a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path as FilePath
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
 from base_model.networks.dit import DiT, DiTConfig
+from base_model.networks.layers import NetworkConfig
 from base_model.networks.packing import Segments, grid_positions, patchify, token_grid, unpatchify
+from base_model.networks.uvit import UViT, UViTConfig
 from base_model.networks.vae import VAEConfig, VideoVAE
 from base_model.paths import Path, RectifiedFlow, velocity_towards
 from base_model.prompts.conditions import token_mask
@@ -23,6 +25,18 @@ from base_model.types import Conditioning, LatentSpec
 
 LARGEST = 2**16
 WEIGHTS = FilePath(__file__).parent / "weights"
+
+NetworkName = Literal["dit", "uvit"]
+CONFIGS: dict[NetworkName, type[NetworkConfig]] = {"dit": DiTConfig, "uvit": UViTConfig}
+"""The word for a network in configurations and in the metadata of weights, and its architecture."""
+
+
+def build_network(config: NetworkConfig) -> DiT | UViT:
+    """The network of an architecture, with fresh weights. Raises ValueError for sizes that do not fit each other."""
+    if isinstance(config, UViTConfig):
+        return UViT(config)
+    assert isinstance(config, DiTConfig)
+    return DiT(config)
 
 
 class LatentNormaliser(nn.Module):
@@ -57,10 +71,10 @@ class LatentCodec(nn.Module):
 class LatentVideoModel:
     """A `VideoModel` made of a denoiser on packed tokens, a codec and a text encoder."""
 
-    network: nn.Module  # DiT, or DiT wrapped by peft
+    network: nn.Module  # DiT or UViT, perhaps wrapped by peft
     codec: LatentCodec
     text: TextEncoder
-    config: DiTConfig
+    config: NetworkConfig
     path: Path = field(default_factory=RectifiedFlow)
 
     @property
@@ -113,14 +127,15 @@ def packed_text(cond: Conditioning) -> tuple[Tensor, Segments]:
     return cond.text[cond.mask], Segments(tuple(cond.mask.sum(1).tolist()))
 
 
-def build_tiny(dit: DiTConfig | None = None, vae: VAEConfig | None = None) -> LatentVideoModel:
-    """The architecture with fresh weights."""
-    dit, vae = dit or DiTConfig(), vae or VAEConfig()
-    return LatentVideoModel(DiT(dit), LatentCodec(vae).eval().requires_grad_(False), TextEncoder(), dit)
+def build_tiny(network: NetworkConfig | None = None, vae: VAEConfig | None = None) -> LatentVideoModel:
+    """The architecture with fresh weights: a `DiTConfig` (if none is given) or a `UViTConfig`."""
+    network, vae = network or DiTConfig(), vae or VAEConfig()
+    return LatentVideoModel(build_network(network), LatentCodec(vae).eval().requires_grad_(False), TextEncoder(), network)
 
 
 def save_network(path: FilePath, model: LatentVideoModel, metadata: dict[str, str] | None = None) -> None:
-    save_weights(path, dict(model.network.state_dict()), {"config": json.dumps(asdict(model.config)), **(metadata or {})})
+    word = next(word for word, config in CONFIGS.items() if type(model.config) is config)
+    save_weights(path, dict(model.network.state_dict()), {"network": word, "config": json.dumps(asdict(model.config)), **(metadata or {})})
 
 
 def save_codec(path: FilePath, codec: LatentCodec, metadata: dict[str, str] | None = None) -> None:
@@ -135,19 +150,22 @@ def load_codec(path: FilePath) -> LatentCodec:
 
 
 def load_tiny(network: FilePath | None = None, codec: FilePath | None = None) -> LatentVideoModel:
-    """The shipped model, or the same architecture with the network of another checkpoint.
+    """The shipped model, or the same with the network of another checkpoint. Its metadata says which: `network` is a word of `CONFIGS` (older files have none and are DiT).
 
-    Raises UserError for a file that is missing, damaged, pickled, or of another architecture.
+    Raises UserError for a file that is missing, damaged, pickled, of another architecture, or of a network that is not known.
     """
     network = network or WEIGHTS / "dit.safetensors"
     tensors, metadata = load_weights(network)
-    config = _config(DiTConfig, network, metadata)
-    dit = _built(DiT, config, network)
-    _load(dit, tensors, network)
-    return LatentVideoModel(dit, load_codec(codec or WEIGHTS / "vae.safetensors"), TextEncoder(), config)
+    word = metadata.get("network", "dit")
+    if word not in CONFIGS:
+        raise UserError(f"{network} holds the network {word[:40]!r}, which is not known here: there are {', '.join(CONFIGS)}. Use the version of rushes that wrote it.")
+    config = _config(CONFIGS[word], network, metadata)
+    built = _built(build_network, config, network)
+    _load(built, tensors, network)
+    return LatentVideoModel(built, load_codec(codec or WEIGHTS / "vae.safetensors"), TextEncoder(), config)
 
 
-ConfigType = TypeVar("ConfigType", DiTConfig, VAEConfig)
+ConfigType = TypeVar("ConfigType", NetworkConfig, VAEConfig)
 Module = TypeVar("Module", bound=nn.Module)
 
 

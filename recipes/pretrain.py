@@ -16,9 +16,8 @@ from align.config import Config as BaseConfig
 from align.config import Count, Seed
 from align.run import Run
 from base_model.errors import UserError
-from base_model.networks.dit import DiT, DiTConfig
 from base_model.prompts.text import TextEncoder
-from base_model.tiny import WEIGHTS, LatentVideoModel, load_codec, load_tiny, save_network
+from base_model.tiny import CONFIGS, WEIGHTS, LatentVideoModel, NetworkName, build_network, load_codec, load_tiny, save_network
 from base_model.types import ClipShape
 from recipes.pairs import encode_pairs
 from recipes.sft import METRICS, Fit, held_out_losses, train
@@ -42,9 +41,11 @@ LEGS = (Leg(seed=0, clips=24_000, fit=Fit(iterations=10_000, lr=5e-3, optimizer=
 
 class Config(BaseConfig):
     out: Path = Path("runs/pretrain")
-    """Folder with one run a leg, `leg-0`, `leg-1`, ...; the network ends up in `dit.safetensors` of the last one."""
+    """Folder with one run a leg, `leg-0`, `leg-1`, ...; the network ends up in `dit.safetensors` (or `uvit.safetensors`) of the last one."""
     codec: Path = WEIGHTS / "vae.safetensors"
     """The autoencoder whose latents are modelled."""
+    network: NetworkName = "dit"
+    """`dit`, or `uvit`: every input is a token, long skips."""
     width: Count = 128
     """Width of the denoiser."""
     depth: Count = 4
@@ -55,9 +56,9 @@ class Config(BaseConfig):
 
 def fresh_model(cfg: Config) -> LatentVideoModel:
     codec = load_codec(cfg.codec)
-    config = DiTConfig(channels=codec.vae.config.channels, width=cfg.width, depth=cfg.depth)
+    config = CONFIGS[cfg.network](channels=codec.vae.config.channels, width=cfg.width, depth=cfg.depth)
     try:
-        network = DiT(config)
+        network = build_network(config)
     except ValueError as error:
         raise UserError(f"width: {error}. Give another width") from error
     return LatentVideoModel(network, codec, TextEncoder(), config)
@@ -75,7 +76,7 @@ def train_leg(cfg: Config, leg: Leg, out: Path, start: Path | None, *, resume: b
     earlier = read_card(start) if start else {}
     seconds = run.seconds + earlier.get("wall_seconds", 0.0)
     measured = {"held_out_loss": loss, "held_out_loss_of_earlier_legs": [*_losses(earlier)]}
-    write_card(out / "dit.safetensors", lambda path: save_network(path, model), recipe="pretrain", cfg=cfg, data=clips.fingerprint(), seconds=seconds, measured=measured)
+    write_card(out / f"{cfg.network}.safetensors", lambda path: save_network(path, model), recipe="pretrain", cfg=cfg, data=clips.fingerprint(), seconds=seconds, measured=measured)
 
 
 def _losses(card: dict[str, Any]) -> list[float]:
@@ -87,9 +88,9 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     folders = [cfg.out / f"leg-{k}" for k in range(len(cfg.legs))]
     for k, (leg, out) in enumerate(zip(cfg.legs, folders, strict=True)):
-        if resume and (out / "dit.json").exists():
+        if resume and (out / f"{cfg.network}.json").exists():
             continue
-        train_leg(cfg, leg, out, folders[k - 1] / "dit.safetensors" if k else None, resume=resume and (out / "run.json").exists())
-    weights = folders[-1] / "dit.safetensors"
+        train_leg(cfg, leg, out, folders[k - 1] / f"{cfg.network}.safetensors" if k else None, resume=resume and (out / "run.json").exists())
+    weights = folders[-1] / f"{cfg.network}.safetensors"
     card = read_card(weights)
     return {"weights": str(weights), "sha256": file_hash(weights), **card["measured"], "wall_seconds": round(time.monotonic() - started, 1)}

@@ -27,6 +27,7 @@ from align.optimizers import OptimizerName, build_optimizer, warmup_cosine
 from align.run import Run
 from base_model.lora import add_lora, merge
 from base_model.networks.packing import kept_tokens, pack, take_tokens, token_grid
+from base_model.networks.routing import choose_route, middle
 from base_model.paths import add_noise
 from base_model.prompts.conditions import Canvas, Kind, draw_given, encode_known, token_mask
 from base_model.times import quantile_times, stratified_logit_normal
@@ -69,6 +70,8 @@ class Fit(BaseConfig):
     """What is given is noised to a level of its own, drawn up to this one and told: above 0, the model takes given frames less literally."""
     token_drop: Share = 0.0
     """Largest share of its tokens that a clip is trained without; each clip draws its own, uniform from 0. No loss there."""
+    routed: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each clip's tokens that skip the middle blocks in training (TREAD); sampling uses all. 0 routes none."""
     time_shift: Positive = 3.0
     """Shift s of the training times: logit-normal(log s, 1); above 1 looks more at noise."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -162,7 +165,8 @@ def pack_loss(fit: Fit, model: LatentVideoModel, pairs: Pairs, clips: int, part:
         x_t = torch.where(given[:, None], add_noise(model.path, values, eps, level), x_t)
         t = torch.where(given, level, t_token)  # [N]
     device = model.device
-    u = model.network(x_t.to(device), packed.positions.to(device), packed.segments, t.to(device), *packed_text(cond))  # [N,c]
+    route = choose_route(packed.segments, [fit.routed] * len(rows), between=middle(model.config.depth), generator=generator) if fit.routed else None
+    u = model.network(x_t.to(device), packed.positions.to(device), packed.segments, t.to(device), *packed_text(cond), route)  # [N,c]
     segment, learned = packed.segments.ids, packed.segments.mean((~given).float()) > 0  # [N], [S] a clip may have dropped all that is not given
     error = packed_clip_error(u, target.to(device), segment.to(device), len(rows), keep=~given.to(device))  # [S]
     loss = flow_matching(error, valid=learned.to(device))
@@ -170,7 +174,9 @@ def pack_loss(fit: Fit, model: LatentVideoModel, pairs: Pairs, clips: int, part:
 
 
 def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: Pairs) -> None:
-    """Fits `model.network` to `pairs`; leaves the averaged weights in it."""
+    """Fits `model.network` to `pairs`; leaves the averaged weights in it. Raises UserError where tokens are to skip the middle of a network that has none."""
+    if fit.routed:
+        middle(model.config.depth)
     optimizer = build_optimizer(model.network, fit.optimizer, lr=fit.lr)
     schedule = warmup_cosine(optimizer, fit.iterations)
     average = EMA(model.network, fit.ema_decay)

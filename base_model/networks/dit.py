@@ -7,38 +7,21 @@ M text tokens of all clips together, D text width.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
-from base_model.networks.attention import packed_attention, rotary_table, rotate
-from base_model.networks.packing import Patch, Segments
+from base_model.networks.attention import packed_attention, rotary_table
+from base_model.networks.layers import NetworkConfig, SelfAttention, check_heads, time_features, xavier
+from base_model.networks.packing import Segments
+from base_model.networks.routing import Route
 
 
 @dataclass(frozen=True)
-class DiTConfig:
-    channels: int = 8
-    patch: Patch = (1, 2, 2)
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-    text_width: int = 384
-    rotary_axes: tuple[int, int, int] = (8, 12, 12)
-    mlp_ratio: int = 4
-
-    @property
-    def token_width(self) -> int:
-        return self.channels * math.prod(self.patch)
-
-
-def time_features(t: Tensor, width: int) -> Tensor:
-    """Sinusoids of 1000 t: [..] -> [.., width] (Vaswani et al. 2017, section 3.5)."""
-    frequency = torch.exp(-math.log(10_000) * torch.arange(width // 2, dtype=torch.float32, device=t.device) / (width // 2))
-    angle = 1000 * t.float()[..., None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+class DiTConfig(NetworkConfig):
+    """`depth` blocks, all alike."""
 
 
 class Modulation(nn.Module):
@@ -74,21 +57,6 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x + gate * branch, all [N,w] but gate [R,w]."""
     branch = rows(branch, len(gate))
     return x + (branch * (gate[:, None] if branch.dim() == 3 else gate)).reshape(x.shape)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(width // heads)
-        self.k_norm = nn.RMSNorm(width // heads)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [N,h,d] each
-        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
-        return self.out(packed_attention(q, k, v, segments, segments).flatten(1))  # [N,w]
 
 
 class CrossAttention(nn.Module):
@@ -131,10 +99,9 @@ class DiT(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
+        check_heads(config)
         self.config = config
         w = config.width
-        if sum(config.rotary_axes) != w // config.heads:
-            raise ValueError(f"rotary_axes {config.rotary_axes} must add up to the head width {w // config.heads}")
         self.tokens_in = nn.Linear(config.token_width, w)
         self.time_in = nn.Sequential(nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w))
         self.text_in = nn.Sequential(nn.LayerNorm(config.text_width), nn.Linear(config.text_width, w))
@@ -146,22 +113,31 @@ class DiT(nn.Module):
 
     def _initialise(self) -> None:
         """Every block is the identity and the output is zero at the start."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        xavier(self)
         zeroed = [m.linear for m in self.modules() if isinstance(m, Modulation)] + [m.out for m in self.modules() if isinstance(m, CrossAttention)]
         for linear in [*zeroed, self.tokens_out]:
             nn.init.zeros_(linear.weight)
 
-    def forward(self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments, route: Route | None = None) -> Tensor:
+        """`route`: tokens that skip some blocks in training."""
         table = rotary_table(positions, self.config.rotary_axes)  # 2 x [N,1,d/2]
         text = self.text_in(text)  # [M,w]
         pooled = self.text_pooled(text_segments.mean(text))  # [S,w]
-        c = self.time_in(time_features(t, self.config.width))  # [S,w] or [N,w]
+        c = self.time_in(time_features(t, self.config.width).to(text.dtype))  # [S,w] or [N,w]
         c = c + (pooled if len(t) == len(segments) else segments.spread(pooled))
         x = self.tokens_in(tokens)  # [N,w]
-        for block in self.blocks:
-            x = block(x, c, text, table, segments, text_segments)  # [N,w]
+        if route is None:
+            x = self._through(x, 0, self.config.depth, c, text, table, segments, text_segments)  # [N,w]
+        else:
+            kept = route.kept.to(x.device)  # [K]
+            c_kept = c if len(t) == len(segments) else c[kept]  # [S,w] or [K,w]
+            x = self._through(x, 0, route.first, c, text, table, segments, text_segments)  # [N,w]
+            middle = self._through(x[kept], route.first, route.last, c_kept, text, (table[0][kept], table[1][kept]), route.segments, text_segments)  # [K,w]
+            x = self._through(x.index_copy(0, kept, middle), route.last, self.config.depth, c, text, table, segments, text_segments)  # [N,w]
         shift, scale = self.modulation_out(c, segments)
         return self.tokens_out(modulate(x, shift, scale))  # [N,c]
+
+    def _through(self, x: Tensor, first: int, last: int, c: Tensor, text: Tensor, table: tuple[Tensor, Tensor], segments: Segments, text_segments: Segments) -> Tensor:
+        for k in range(first, last):
+            x = self.blocks[k](x, c, text, table, segments, text_segments)  # [N,w]
+        return x

@@ -75,6 +75,10 @@ class Segments:
         lengths = torch.tensor(self.lengths, dtype=per_token.dtype, device=per_token.device)
         return sums / lengths.reshape(-1, *(1,) * (per_token.dim() - 1))
 
+    def largest(self, per_token: Tensor) -> Tensor:
+        """[N] -> [S]: the largest value of each segment."""
+        return per_token.new_zeros(len(self)).scatter_reduce(0, self.ids.to(per_token.device), per_token, "amax", include_self=False)
+
 
 Patch = tuple[int, int, int]
 

@@ -25,7 +25,8 @@ from align.objectives.regression import packed_clip_error
 from align.progress import Progress
 from base_model.errors import UserError
 from base_model.networks.attention import rotate
-from base_model.networks.dit import DiT, DiTConfig, SelfAttention
+from base_model.networks.dit import DiT, DiTConfig
+from base_model.networks.layers import SelfAttention
 from base_model.networks.packing import Segments, balanced_packs, first_fit_decreasing, forward_flops, grid_positions
 from base_model.types import ClipShape
 from recipes.bench._results import Bench, Row, here, paired_ratio, spread, timed, write

@@ -1,23 +1,30 @@
-"""The packed DiT: what is packed together does not mix, what is dense is a special case, and it starts as nothing."""
+"""The packed DiT and U-ViT: what is packed together does not mix, what is dense is a special case, and they start as nothing."""
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from base_model.networks.attention import packed_attention, rotary_table, rotate
+from base_model.networks.attention import rotary_table, rotate
 from base_model.networks.dit import DiT, DiTConfig
 from base_model.networks.packing import Segments, first_fit_decreasing, pack, patchify, token_grid, unpack, unpatchify
+from base_model.networks.uvit import UViT, UViTConfig
+from base_model.tiny import NetworkName
 
 SMALL = DiTConfig(channels=4, width=24, depth=2, heads=2, text_width=10, rotary_axes=(4, 4, 4))
+SMALL_UVIT = UViTConfig(channels=4, width=24, depth=5, heads=2, text_width=10, rotary_axes=(4, 4, 4))
+BOTH = pytest.mark.parametrize("name", ["dit", "uvit"])
 SHAPES = [(4, 2, 4, 4), (4, 2, 4, 4), (4, 1, 4, 6), (4, 3, 2, 4)]
 
 
-def trained_looking_dit() -> DiT:
+def fresh(name: NetworkName) -> DiT | UViT:
     torch.manual_seed(0)
-    dit = DiT(SMALL)
-    for parameter in dit.parameters():
+    return DiT(SMALL) if name == "dit" else UViT(SMALL_UVIT)
+
+
+def trained_looking(name: NetworkName) -> DiT | UViT:
+    network = fresh(name)
+    for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return dit
+    return network
 
 
 def clips_and_texts() -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
@@ -27,73 +34,64 @@ def clips_and_texts() -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Ten
     return clips, texts, torch.rand(4, generator=generator)
 
 
-def run_packed(dit: DiT, clips: list[torch.Tensor], texts: list[torch.Tensor], t: torch.Tensor) -> list[torch.Tensor]:
+def run_packed(network: DiT | UViT, clips: list[torch.Tensor], texts: list[torch.Tensor], t: torch.Tensor) -> list[torch.Tensor]:
     packed = pack(clips, SMALL.patch)
-    out = dit(packed.tokens, packed.positions, packed.segments, t, torch.cat(texts), Segments(tuple(len(x) for x in texts)))
+    out = network(packed.tokens, packed.positions, packed.segments, t, torch.cat(texts), Segments(tuple(len(x) for x in texts)))
     return unpack(out, clips, SMALL.patch)
 
 
-def test_packed_clips_give_what_separate_clips_give_in_outputs_and_gradients() -> None:
-    dit = trained_looking_dit()
+@BOTH
+def test_packed_clips_give_what_separate_clips_give_in_outputs_and_gradients(name: NetworkName) -> None:
+    network = trained_looking(name)
     clips, texts, t = clips_and_texts()
-    together = run_packed(dit, clips, texts, t)
+    together = run_packed(network, clips, texts, t)
     sum(x.square().sum() for x in together).backward()
-    gradients = [p.grad.clone() for p in dit.parameters() if p.grad is not None]
-    dit.zero_grad()
-    alone = [run_packed(dit, [clip], [text], t[i : i + 1])[0] for i, (clip, text) in enumerate(zip(clips, texts, strict=True))]
+    gradients = [p.grad.clone() for p in network.parameters() if p.grad is not None]
+    network.zero_grad()
+    alone = [run_packed(network, [clip], [text], t[i : i + 1])[0] for i, (clip, text) in enumerate(zip(clips, texts, strict=True))]
     sum(x.square().sum() for x in alone).backward()
     for a, b in zip(together, alone, strict=True):
         assert (a - b).abs().max() < 1e-5
-    for a, p in zip(gradients, dit.parameters(), strict=True):
+    for a, p in zip(gradients, network.parameters(), strict=True):
         assert p.grad is not None
         assert (a - p.grad).abs().max() <= 1e-5 * (1 + p.grad.abs().max())
 
 
-def test_one_noise_level_a_token_equals_one_a_segment_where_they_agree() -> None:
-    dit = trained_looking_dit()
+@BOTH
+def test_one_noise_level_a_token_equals_one_a_segment_where_they_agree(name: NetworkName) -> None:
+    network = trained_looking(name)
     clips, texts, t = clips_and_texts()
     packed = pack(clips, SMALL.patch)
     text, segments = torch.cat(texts), Segments(tuple(len(x) for x in texts))
-    per_segment = dit(packed.tokens, packed.positions, packed.segments, t, text, segments)
-    per_token = dit(packed.tokens, packed.positions, packed.segments, packed.segments.spread(t), text, segments)
+    per_segment = network(packed.tokens, packed.positions, packed.segments, t, text, segments)
+    per_token = network(packed.tokens, packed.positions, packed.segments, packed.segments.spread(t), text, segments)
     assert (per_segment - per_token).abs().max() < 1e-5
 
 
-def test_the_order_of_clips_in_a_pack_does_not_matter() -> None:
-    dit = trained_looking_dit()
+@BOTH
+def test_the_order_of_clips_in_a_pack_does_not_matter(name: NetworkName) -> None:
+    network = trained_looking(name)
     clips, texts, t = clips_and_texts()
     order = [2, 0, 3, 1]
-    straight = run_packed(dit, clips, texts, t)
-    shuffled = run_packed(dit, [clips[i] for i in order], [texts[i] for i in order], t[order])
+    straight = run_packed(network, clips, texts, t)
+    shuffled = run_packed(network, [clips[i] for i in order], [texts[i] for i in order], t[order])
     for k, i in enumerate(order):
         assert (shuffled[k] - straight[i]).abs().max() < 1e-5
 
 
-def test_a_fresh_dit_says_zero_and_every_weight_gets_a_gradient_after_one_step() -> None:
-    torch.manual_seed(0)
-    dit = DiT(SMALL)
+@BOTH
+def test_a_fresh_network_says_zero_and_every_weight_gets_a_gradient_after_one_step(name: NetworkName) -> None:
+    network = fresh(name)
     clips, texts, t = clips_and_texts()
-    out = run_packed(dit, clips, texts, t)
+    out = run_packed(network, clips, texts, t)
     assert all(x.abs().max() == 0 for x in out)
-    optimizer = torch.optim.SGD(dit.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     for _ in range(4):
         optimizer.zero_grad()
-        sum((x - 1).square().mean() for x in run_packed(dit, clips, texts, t)).backward()
+        sum((x - 1).square().mean() for x in run_packed(network, clips, texts, t)).backward()
         optimizer.step()
-    silent = [name for name, p in dit.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    silent = [name for name, p in network.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert silent == []
-
-
-def test_attention_of_a_mixed_pack_is_a_loop_of_attention_per_segment() -> None:
-    generator = torch.Generator().manual_seed(3)
-    queries, keys = Segments((3, 3, 2, 5)), Segments((4, 2, 2, 6))
-    q = torch.randn(queries.total, 2, 8, generator=generator)
-    k, v = torch.randn(2, keys.total, 2, 8, generator=generator)
-    out = packed_attention(q, k, v, queries, keys)
-    for s in range(4):
-        rows, columns = slice(queries.offsets[s], queries.offsets[s + 1]), slice(keys.offsets[s], keys.offsets[s + 1])
-        alone = scaled_dot_product_attention(q[rows].transpose(0, 1), k[columns].transpose(0, 1), v[columns].transpose(0, 1)).transpose(0, 1)
-        assert (out[rows] - alone).abs().max() < 1e-6
 
 
 def test_rotary_scores_depend_on_the_difference_of_positions_only() -> None:

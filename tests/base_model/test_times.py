@@ -11,7 +11,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 from base_model.paths import Path, RectifiedFlow, VariancePreserving
-from base_model.times import log_ratio, logit_normal, quantile_times, sampling_times, shift_time, stratified_logit_normal, time_at
+from base_model.times import log_ratio, logit_normal, quantile_times, sampling_times, shift_time, square_root_shift, stratified_logit_normal, time_at
 from tests.worlds import PATHS
 
 RF = RectifiedFlow()
@@ -97,7 +97,21 @@ def test_each_clip_may_have_its_own_shift_in_training() -> None:
     assert_close(logit_normal(RF, 3, shift=shift, generator=seeded()), shift * plain / (1 + (shift - 1) * plain), atol=1e-6, rtol=0)
 
 
+def test_the_shift_of_a_clip_follows_the_square_root_of_its_own_tokens() -> None:
+    shift = square_root_shift(torch.tensor([64, 256, 16]), reference_shift=3.0, reference_tokens=64)
+    assert_close(shift, torch.tensor([3.0, 6.0, 1.5], dtype=torch.float64))
+    t = logit_normal(RF, 60_000, shift=shift.repeat(20_000), generator=seeded()).double().unflatten(0, (-1, 3))  # each of a pack of three, many times
+    medians = torch.logit(t).median(0).values
+    assert_close(medians, shift.log(), atol=0.03, rtol=0)
+    even = stratified_logit_normal(RF, 3, shift=shift, generator=seeded()).double()
+    plain = stratified_logit_normal(RF, 3, generator=seeded()).double()
+    assert_close(torch.logit(even), torch.logit(plain) + shift.log(), atol=1e-5, rtol=0)
+
+
 def test_wrong_arguments_are_refused() -> None:
+    for tokens, reference in (([64, 0], 64), ([64], 0)):
+        with pytest.raises(ValueError, match="must be positive"):
+            square_root_shift(torch.tensor(tokens), reference_shift=3.0, reference_tokens=reference)
     with pytest.raises(ValueError, match="shift must be positive"):
         shift_time(RF, torch.tensor(0.5), 0.0)
     with pytest.raises(ValueError, match="num_steps"):

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from base_model.checkpoint import save_weights
+from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
 from base_model.lora import adapter_state, add_lora, load_adapter_state, merge, reference
-from base_model.networks.dit import DiTConfig
+from base_model.networks.dit import DiT, DiTConfig
+from base_model.networks.uvit import UViT, UViTConfig
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import build_tiny, load_codec, load_tiny, save_network
 from base_model.types import ClipShape
@@ -63,6 +64,36 @@ def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path: Path)
     save_network(tmp_path / "wrong.safetensors", model)
     with pytest.raises(UserError, match=r"wrong\.safetensors"):
         load_tiny(tmp_path / "wrong.safetensors")
+
+
+def test_the_word_in_a_file_says_which_network_it_holds_and_none_means_dit(tmp_path: Path) -> None:
+    x, t = inputs()
+    cond = TextEncoder()(PROMPTS)
+    for config, kind, word in ((UViTConfig(width=48, heads=2, rotary_axes=(8, 8, 8)), UViT, "uvit"), (DiTConfig(width=48, depth=1, heads=2, rotary_axes=(8, 8, 8)), DiT, "dit")):
+        model, path = build_tiny(config), tmp_path / f"{word}.safetensors"
+        torch.nn.init.normal_(model.network.tokens_out.weight)
+        save_network(path, model)
+        again = load_tiny(path)
+        assert load_weights(path)[1]["network"] == word and type(again.network) is kind and again.config == config
+        assert torch.equal(again(x, t, cond), model(x, t, cond))
+    tensors, metadata = load_weights(tmp_path / "dit.safetensors")
+    save_weights(tmp_path / "old.safetensors", tensors, {"config": metadata["config"]})
+    assert type(load_tiny(tmp_path / "old.safetensors").network) is DiT
+    save_weights(tmp_path / "new.safetensors", tensors, {**metadata, "network": "unet"})
+    with pytest.raises(UserError, match="holds the network 'unet', which is not known here: there are dit, uvit") as caught:
+        load_tiny(tmp_path / "new.safetensors")
+    assert "\n" not in str(caught.value)
+    save_weights(tmp_path / "odd.safetensors", tensors, {**metadata, "network": "uvit"})
+    with pytest.raises(UserError, match="does not hold the weights of this architecture"):
+        load_tiny(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("config", [UViTConfig(), DiTConfig()], ids=["uvit", "dit"])
+def test_an_adapter_wraps_every_linear_of_the_blocks_but_the_modulation(config: UViTConfig | DiTConfig) -> None:
+    network = build_tiny(config).network
+    inside = {name for name, module in network.blocks.named_modules() if isinstance(module, torch.nn.Linear) and "modulation" not in name}
+    wrapped = {name.split(".lora_A")[0].split("blocks.")[1] for name, _ in add_lora(network, rank=2, alpha=2).named_parameters() if "lora_A" in name}
+    assert wrapped == inside and len(inside) == (4 * 4 + 1 if isinstance(config, UViTConfig) else 4 * 7)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from scipy.stats import binomtest
 
 from align.config import load
 from base_model.errors import UserError
+from base_model.networks.packing import Segments
 from recipes import cli
-from recipes.bench import _results, proof, sampler, update
+from recipes.bench import _results, networks, proof, sampler, update
 from recipes.bench._results import Provenance
 from recipes.generate import Sampler, sample, seeded_noise
 from recipes.shapes.measure import Measured, PromptTakes
@@ -113,6 +114,47 @@ def test_quick_shrinks_the_demo_and_leaves_smaller_requests_alone() -> None:
 def test_nothing_to_measure_is_the_users_error() -> None:
     with pytest.raises(UserError, match="nothing to measure"):
         update.main(load(update.Config, None, ["--recipes", "[]"]))
+
+
+# DiT against U-ViT
+
+
+def test_the_networks_bench_trains_both_alike_and_says_what_each_costs(tmp_path: Path) -> None:
+    small = ["--dit", "{width: 32, depth: 2, heads: 2}", "--uvit", "{width: 32, depth: 2, heads: 2}"]
+    words = ["--quick", "--clips", "8", "--fit.iterations", "3", "--fit.held_out", "8", "--fit.capacity", "256", *small]
+    rows = networks.main(load(networks.Config, None, [*words, "--write", "--results", str(tmp_path)]))["rows"]
+    assert isinstance(rows, list)
+    assert_flat(rows)
+    dit, uvit = rows
+    assert [row["network"] for row in rows] == ["dit", "uvit"] and (dit["seeds"], dit["iterations"], dit["tokens_per_clip"]) == (1, 3, 64)
+    assert dit["times_slower_than_dit"] is None and uvit["times_slower_than_dit"] == pytest.approx(uvit["seconds_per_step"] / dit["seconds_per_step"])
+    assert uvit["loss_minus_dit"] == pytest.approx(uvit["held_out_loss"] - dit["held_out_loss"])
+    assert dit["flops_over_dit"] == 1 and abs(uvit["flops_over_dit"] - 1) <= networks.CLOSE
+    again = networks.main(load(networks.Config, None, words))["rows"]
+    assert isinstance(again, list) and [row["held_out_loss"] for row in again] == [row["held_out_loss"] for row in rows]
+    assert "equal FLOPs" in next(tmp_path.iterdir()).read_text()
+
+
+def test_the_flops_of_a_pass_are_those_of_its_matrix_products() -> None:
+    """Counted by hand, two a multiply-add: S clips of n patches and m text tokens, width w, c values a token, D text width."""
+    s, n, m, w, c, d = 3, 20, 7, 48, 32, 384
+    packs = Segments.equal(s, n), Segments.equal(s, m)
+    size = networks.Size(width=w, depth=3, heads=2)
+    codec = small_model().codec
+    dit = s * (n * (2 * c * w + 3 * 14 * w * w) + m * (d * w + 3 * 2 * w * w) + 3 * w * w + (3 * 6 + 2) * w * w + 3 * 2 * w * n * (n + m))
+    assert networks.forward_flops(networks.architecture("dit", size, codec), *packs) == 2 * dit
+    j = 1 + m + n
+    uvit = s * (n * 2 * c * w + m * d * w + 2 * w * w + j * (3 * 12 + 2) * w * w + 3 * 2 * w * j * j)
+    assert networks.forward_flops(networks.architecture("uvit", size, codec), *packs) == 2 * uvit
+
+
+def test_networks_that_cost_differently_are_not_compared() -> None:
+    with pytest.raises(UserError, match=r"uvit needs .* times the FLOPs of dit; they must agree within 2%"):
+        networks.main(load(networks.Config, None, ["--quick", "--clips", "4", "--fit.held_out", "4", "--uvit", "{width: 64, depth: 5}"]))
+    with pytest.raises(UserError, match="4 heads do not divide a width of 50"):
+        networks.main(load(networks.Config, None, ["--quick", "--uvit.width", "50"]))
+    with pytest.raises(UserError, match="at least 2"):
+        networks.main(load(networks.Config, None, ["--fit.iterations", "1"]))
 
 
 # The proof
@@ -281,7 +323,7 @@ def test_the_command_line_of_a_bench_is_one_object_with_where_it_comes_from(
     told = json.loads(capsys.readouterr().out)
     assert {"command", "commit", "hardware", "rows"} <= set(told) and told["command"] == "rushes bench proof --runs [proof-0, proof-2]"
     assert_flat(told["rows"])
-    assert {"sampler", "update", "proof"} <= set(cli.benchmarks()) and not any(name.startswith(("-", "_")) for name in cli.benchmarks())
+    assert {"networks", "sampler", "update", "proof"} <= set(cli.benchmarks()) and not any(name.startswith(("-", "_")) for name in cli.benchmarks())
 
 
 def test_a_command_line_is_made_of_what_differs_from_the_defaults() -> None:

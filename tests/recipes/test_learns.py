@@ -10,11 +10,15 @@ import torch
 from align.advantage import group_advantage
 from align.constraints import Multiplier
 from align.run import Run, read_metrics
-from base_model.errors import GuardStop
+from base_model.errors import GuardStop, UserError
+from base_model.networks.routing import Route
+from base_model.networks.uvit import UViT
 from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import ddpo, feedback, grpo, nft, pretrain, sft
 from recipes.feedback import Assessor, HeldOut, SafetyLimit
 from recipes.generate import Sampler, safety_runner
+from recipes.pairs import encode_pairs
+from recipes.shapes.dataset import draw_clips
 from reward.mixture import Mixed, Mixture, Term
 from reward.safety.contract import Ruling, SafetyRunner, Verdict
 from reward.safety.policy import load_policy
@@ -54,6 +58,32 @@ def test_pretraining_goes_from_leg_to_leg_and_does_no_finished_leg_again(tmp_pat
     weights = tmp_path / "run" / "leg-1" / "dit.safetensors"
     weights.with_suffix(".json").unlink()
     assert pretrain.main(cfg, resume=True)["sha256"] == first["sha256"], "a leg without its card goes on from its last checkpoint"
+
+
+def test_one_word_pretrains_a_uvit_that_sft_goes_on_with_by_muon_lora_and_routed_tokens(tmp_path: Path) -> None:
+    fit = sft.Fit(iterations=10, lr=5e-3, capacity=512, held_out=8, evaluate_every=5, save_every=5, ema_decay=0.5, optimizer="muon", routed=0.5)
+    result = pretrain.main(pretrain.Config(out=tmp_path / "base", network="uvit", depth=3, legs=(pretrain.Leg(seed=0, clips=8, fit=fit),)))
+    weights = Path(str(result["weights"]))
+    losses = [row["held_out_loss"] for row in read_metrics(weights.parent) if "held_out_loss" in row]
+    assert weights.name == "uvit.safetensors" and losses[-1] < losses[0]
+    tuned = sft.main(sft.Config(out=tmp_path / "sft", base=weights, clips=8, lora_rank=4, fit=fit.model_copy(update={"optimizer": "adamw"})))
+    model = load_tiny(Path(str(tuned["weights"])))
+    assert isinstance(model.network, UViT) and float(str(tuned["held_out_loss"])) < float(str(result["held_out_loss"]))
+
+
+def test_tokens_are_routed_only_where_asked_and_only_in_a_network_with_a_middle(tmp_path: Path) -> None:
+    fit = sft.Fit(iterations=1, lr=1e-3, capacity=512, held_out=8)
+    with pytest.raises(UserError, match="2 blocks has no middle"):
+        sft.main(sft.Config(out=tmp_path / "run", base=save_small_network(tmp_path / "base.safetensors"), clips=8, fit=fit.model_copy(update={"routed": 0.5})))
+    model = load_tiny()
+    pairs = encode_pairs(model, draw_clips("curated", 4, seed=0))
+    seen: list[Route | None] = []
+    model.network.register_forward_pre_hook(lambda module, given: seen.append(given[6]))
+    for share in (0.0, 0.5):
+        list(sft.pack_loss(fit.model_copy(update={"routed": share}), model, pairs, 4, (range(4), torch.Generator().manual_seed(0))))
+    tokens = pairs.num_tokens(model.config.patch)
+    assert seen[0] is None and seen[1] is not None
+    assert seen[1].segments.lengths == tuple(round(n / 2) for n in tokens) and (seen[1].first, seen[1].last) == (1, 3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
