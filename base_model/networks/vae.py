@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
-from base_model.networks.packing import patchify, token_grid, unpatchify
+from base_model.networks.packing import Patch, patchify, token_grid, unpatchify
 from base_model.types import LatentSpec
 
 
@@ -36,7 +36,7 @@ class VAEConfig:
         return LatentSpec(self.channels, self.time_stride, self.space_stride)
 
     @property
-    def patch(self) -> tuple[int, int, int]:
+    def patch(self) -> Patch:
         return self.time_stride, self.space_stride, self.space_stride
 
 
@@ -87,10 +87,10 @@ class VideoVAE(nn.Module):
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Raises ValueError where the clip does not fall on the latent grid."""
-        return _mean_and_log_variance(self._encode(self._patches(video, first=True), ())[0])
+        return _mean_and_log_variance(self._encode(to_patches(video, self.config.patch), ())[0])
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._pixels(self._decode(latents, ())[0], first=True)
+        return from_patches(self._decode(latents, ())[0], self.config.patch)
 
     def split(self, video: Tensor, frames: int) -> list[Tensor]:
         """[B,T,3,H,W] -> parts of `frames` latent frames each, the first frame alone being one of them; the last part may be shorter."""
@@ -103,23 +103,14 @@ class VideoVAE(nn.Module):
         tile: side of a tile in latent cells, none meaning the whole frame. No activation is larger than those of one part and one tile with its surroundings; two latent
         frames a block are kept between the parts. Raises ValueError where a part does not fall on the latent grid.
         """
-        patches = (self._patches(part, first=i == 0) for i, part in enumerate(parts))
+        patches = (to_patches(part, self.config.patch, first=i == 0) for i, part in enumerate(parts))
         for moments in in_parts(self._encode, patches, tile=tile, halo=self.config.encoder_depth):
             yield _mean_and_log_variance(moments)
 
     def decode_stream(self, parts: Iterable[Tensor], *, tile: int | None = None) -> Iterator[Tensor]:
         """Latents [B,C,f,H,W], part by part -> the frames of each part [B,t,3,H,W]: what `decode` gives for the whole. `tile` and memory as in `encode_stream`."""
-        for i, cells in enumerate(in_parts(self._decode, parts, tile=tile, halo=1 + self.config.decoder_depth)):
-            yield self._pixels(cells, first=i == 0)
-
-    def _patches(self, video: Tensor, *, first: bool) -> Tensor:
-        """[B,T,3,H,W] -> [B,P,F,H,W]; the first frame of a clip fills a patch of its own."""
-        patch = self.config.patch
-        x = video.transpose(1, 2) * 2 - 1  # [B,3,T,H,W]
-        if first:
-            x = torch.cat([x[:, :, :1].expand(-1, -1, patch[0] - 1, -1, -1), x], dim=2)  # [B,3,T+lead,H,W]
-        grid = token_grid(x.shape, patch)
-        return patchify(x, patch).transpose(1, 2).unflatten(2, grid)  # [B,P,F,H,W]
+        for i, patches in enumerate(in_parts(self._decode, parts, tile=tile, halo=1 + self.config.decoder_depth)):
+            yield from_patches(patches, self.config.patch, first=i == 0)
 
     def _encode(self, patches: Tensor, past: Past) -> tuple[Tensor, Past]:
         """[B,P,F,H,W] -> mean and log variance [B,2C,F,H,W]."""
@@ -131,11 +122,24 @@ class VideoVAE(nn.Module):
         x, past = through(self.decoder, latents, past)  # [B,w,F,H,W]
         return self.to_pixels(x), past
 
-    def _pixels(self, patches: Tensor, *, first: bool) -> Tensor:
-        """[B,P,F,H,W] -> [B,T,3,H,W]."""
-        x = unpatchify(patches.flatten(2).transpose(1, 2), 3, token_grid(patches.shape, (1, 1, 1)), self.config.patch)  # [B,3,T+lead,H,W]
-        video = x[:, :, self.config.time_stride - 1 if first else 0 :].transpose(1, 2)  # [B,T,3,H,W]
-        return (video + 1) / 2
+
+def to_patches(video: Tensor, patch: Patch, *, first: bool = True) -> Tensor:
+    """[B,T,3,H,W] in [0,1] -> [B,P,F,H,W] in [-1,1]. `first`: a clip begins here, and its first frame, repeated, fills a patch of its own.
+
+    Raises ValueError where the clip does not fall on the grid.
+    """
+    x = video.transpose(1, 2) * 2 - 1  # [B,3,T,H,W]
+    if first:
+        x = torch.cat([x[:, :, :1].expand(-1, -1, patch[0] - 1, -1, -1), x], dim=2)  # [B,3,T+lead,H,W]
+    grid = token_grid(x.shape, patch)
+    return patchify(x, patch).transpose(1, 2).unflatten(2, grid)  # [B,P,F,H,W]
+
+
+def from_patches(patches: Tensor, patch: Patch, *, first: bool = True) -> Tensor:
+    """[B,P,F,H,W] -> [B,T,3,H,W]: the inverse of `to_patches`."""
+    x = unpatchify(patches.flatten(2).transpose(1, 2), 3, token_grid(patches.shape, (1, 1, 1)), patch)  # [B,3,T+lead,H,W]
+    video = x[:, :, patch[0] - 1 if first else 0 :].transpose(1, 2)  # [B,T,3,H,W]
+    return (video + 1) / 2
 
 
 def _mean_and_log_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
