@@ -164,16 +164,21 @@ def windows(size: int, tile: int, halo: int) -> list[tuple[slice, slice]]:
     return [(slice(first, min(size, end + halo)), slice(begin - first, end - first)) for first, begin, end in begins]
 
 
+def tiled(step: Step, x: Tensor, pasts: dict[tuple[int, int], Past], *, tile: int | None, halo: int) -> Tensor:
+    """Runs `step` on [B,c,F,H,W] tile by tile -> [B,d,F,H,W]. `pasts`: what each tile remembers, brought up to date; `halo`: how many cells `step` looks to either side."""
+    rows, columns = (windows(size, tile or size, halo) for size in x.shape[3:])
+    lines = []
+    for i, (row, inner_row) in enumerate(rows):
+        line = []
+        for j, (column, inner_column) in enumerate(columns):
+            y, pasts[i, j] = step(x[:, :, :, row, column], pasts.get((i, j), ()))
+            line.append(y[:, :, :, inner_row, inner_column])  # [B,d,F,tile,tile]
+        lines.append(torch.cat(line, dim=4))  # [B,d,F,tile,W]
+    return torch.cat(lines, dim=3)
+
+
 def in_parts(step: Step, parts: Iterable[Tensor], *, tile: int | None, halo: int) -> Iterator[Tensor]:
-    """Runs `step` on parts in time [B,c,f,H,W], each tile by tile -> [B,d,f,H,W] of each part. `halo`: how many cells `step` looks to either side."""
+    """`tiled` on parts in time [B,c,f,H,W], one after the other -> [B,d,f,H,W] of each."""
     pasts: dict[tuple[int, int], Past] = {}
     for x in parts:
-        rows, columns = (windows(size, tile or size, halo) for size in x.shape[3:])
-        lines = []
-        for i, (row, inner_row) in enumerate(rows):
-            line = []
-            for j, (column, inner_column) in enumerate(columns):
-                y, pasts[i, j] = step(x[:, :, :, row, column], pasts.get((i, j), ()))
-                line.append(y[:, :, :, inner_row, inner_column])  # [B,d,f,tile,tile]
-            lines.append(torch.cat(line, dim=4))  # [B,d,f,tile,W]
-        yield torch.cat(lines, dim=3)
+        yield tiled(step, x, pasts, tile=tile, halo=halo)

@@ -6,8 +6,10 @@ itself, with the least channels that give it no fewer numbers a clip than ours; 
 `frames, decoder tuned` fine-tunes its decoder with temporal layers inside, encoder frozen (Blattmann et al. 2023, arXiv 2304.08818, section 3.1.1).
 
 Interpolation: clips decoded from the midpoints of two clips' latents are held against real clips by the Frechet distance of their weight-free signals (`reward/features.py`:
-sharpness, noise, grid, contrast, motion, flicker, ...), which no autoencoder has seen. It was chosen before anything was measured. What is real, what each autoencoder
-makes of the ends alone, and midpoints of pixels (a cross-fade) stand beside it.
+sharpness, noise, grid, contrast, motion, flicker, ...), which no autoencoder has seen. Signals are told as ranks among real clips: rendered clips have next to no noise, which in
+units of their spread would outweigh all the rest. What is real, what each autoencoder makes of the ends alone, and midpoints of pixels (a cross-fade) stand beside it.
+
+Decoding: seconds and the largest activation, whole and in parts of latent frames (`chunk`) and tiles of latent cells (`tile`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +36,7 @@ from base_model.errors import UserError
 from base_model.networks.packing import Patch
 from base_model.networks.vae import VideoVAE, from_patches, to_patches
 from base_model.tiny import WEIGHTS, LatentCodec, load_codec
-from base_model.types import LatentSpec
+from base_model.types import ClipShape, LatentSpec
 from recipes import vae
 from recipes.bench._results import Bench, Row, here, paired_ratio, spread, timed, write
 from recipes.shapes.dataset import ClipSet, draw_clips
@@ -42,6 +46,8 @@ from reward.features import signal_features
 
 Reconstruct = Callable[[Tensor], Tensor]
 FRAME_WIDTHS = (16, 32, 64, 64)  # of AutoencoderKL: eight pixels a side become one position
+LARGE_CLIP = ClipShape(13, 256, 256)
+CHUNKS, TILE = (1, 32), 16  # latent frames, latent cells
 
 
 class Config(Bench):
@@ -54,14 +60,14 @@ class Config(Bench):
     held_out: Several = 256
     """Held-out clips of 13x32x32. `quick` takes at most 32."""
     iterations: Count = 500
-    """Steps of `vae`, `plain autoencoder` and `frames`. `quick` takes at most 12."""
+    """Steps of `vae`, `plain autoencoder` and `frames`. `quick` takes at most 8."""
     temporal_iterations: Count = 150
-    """Steps of what is added to `frames` afterwards. `quick` takes at most 6."""
+    """Steps of what is added to `frames` afterwards. `quick` takes at most 4."""
     batch: Count = 16
     """Clips a step."""
-    frame_lr: Positive = 1e-3
-    """Peak learning rate of the frame-wise autoencoder and what is added to it."""
-    long_frames: Count = 721
+    kl_coef: Positive = vae.Config().kl_coef
+    """Weight of the Kullback-Leibler term, of `vae` and of `frames`."""
+    long_frames: Several = 721
     """Frames of the long clip: a minute. `quick` takes at most 97."""
     repeats: Count = 5
     """Measured repeats of each decoding. `quick` takes at most 2."""
@@ -121,8 +127,8 @@ class Temporal(nn.Module):
         super().__init__()
         self.mix = nn.Conv3d(channels, 2 * channels, (3, 1, 1), padding=(1, 0, 0))
         self.out = nn.Conv3d(2 * channels, channels, (3, 1, 1), padding=(1, 0, 0))
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias if self.out.bias is not None else torch.zeros(1))
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(silu(self.mix(x)))
@@ -196,9 +202,9 @@ def frame_channels(latents: int) -> int:
 
 
 def fit_frames(model: FrameCodec, data: ClipSet, cfg: Config, *, iterations: int, label: str) -> float:
-    """Trains what is not frozen with the losses and batches of `rushes vae`; returns its seconds. A frozen encoder gives its means, and has no Kullback-Leibler term."""
+    """Trains what is not frozen with the losses, schedule and batches of `rushes vae`; returns its seconds. A frozen encoder gives its means, and has no Kullback-Leibler term."""
     trained, noisy = [p for p in model.parameters() if p.requires_grad], model.image.quant_conv.weight.requires_grad
-    (optimizer, schedule), draw = vae.adamw(trained, cfg.frame_lr, iterations), vae.batches(data, cfg.batch)
+    (optimizer, schedule), draw = vae.adamw(trained, vae.Config().lr, iterations), vae.batches(data, cfg.batch)
 
     def train() -> None:
         with Progress(label, total=iterations) as progress:
@@ -207,14 +213,14 @@ def fit_frames(model: FrameCodec, data: ClipSet, cfg: Config, *, iterations: int
                 video = draw(generator)  # [B,T,3,H,W]
                 mean, log_variance = model.encode(video)  # [B,c,T,h,w] each
                 latents = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=generator) if noisy else mean
-                kl = vae.Config().kl_coef * vae.gaussian_kl(mean, log_variance) if noisy else 0.0
+                kl = cfg.kl_coef * vae.gaussian_kl(mean, log_variance) if noisy else 0.0
                 loss = vae.reconstruction_loss(model.decode(latents), video) + kl
                 loss.backward()
                 nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
-                progress.advance(f"loss {float(loss):.4f}")
+                progress.advance(f"loss {float(loss.detach()):.4f}")
 
     return timed(train)[1]
 
@@ -264,7 +270,7 @@ def train_all(cfg: Config, shipped: LatentCodec, data: ClipSet, held_out: Tensor
     config = shipped.vae.config
     latents = math.prod(config.latents.shape(DEMO_CLIP))
     codecs, ways = {"shipped vae": shipped}, {"shipped vae": Way(round_trip(shipped), latents, parameters(shipped), None, None)}
-    for name, kl_coef in (("vae", vae.Config().kl_coef), ("plain autoencoder", 0.0)):
+    for name, kl_coef in (("vae", cfg.kl_coef), ("plain autoencoder", 0.0)):
         codecs[name], seconds = fit_video(cfg, shipped.vae, data, held_out, kl_coef=kl_coef)
         ways[name] = Way(round_trip(codecs[name]), latents, parameters(codecs[name]), cfg.iterations, seconds)
     linear, seconds = timed(lambda: pca(data, config.patch, config.channels))
@@ -324,17 +330,21 @@ def _root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return root
 
 
+def ranks(x: Tensor, among: Tensor) -> NDArray[np.float64]:
+    """Share of `among` [N,S] that is below each value of x [B,S], equal ones counting half, [B,S]."""
+    values, ordered = x.T.contiguous(), among.T.sort(1).values.contiguous()  # [S,B], [S,N]
+    below, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))  # [S,B]
+    return np.asarray(((below + up_to) / (2 * len(among))).T.double().numpy())
+
+
 @torch.no_grad()
 def interpolation(codecs: dict[str, LatentCodec], held_out: Tensor, reference: Tensor, *, draws: int = 500) -> list[Row]:
-    """Every held-out clip and the next one: ends and midpoints against `reference`, both uint8 [B,T,3,H,W].
-
-    Signals are in standard deviations of the reference. Intervals are 95 % bootstraps over the clips, the same draws for all.
-    """
+    """Every held-out clip and the next one: ends and midpoints against `reference`, both uint8 [B,T,3,H,W]. Intervals: 95 % bootstraps over clips, the same draws for all."""
     real, video = (vae.as_float(x) for x in (reference, held_out))
-    scale = signal_features(real).double().std(0)  # [S]
+    among = signal_features(real)  # [N,S]
 
     def signals(x: Tensor) -> NDArray[np.float64]:
-        return np.asarray((signal_features(x).double() / scale).numpy())
+        return ranks(signal_features(x), among)
 
     def middle(x: Tensor) -> Tensor:
         return (x + x.roll(-1, 0)) / 2
@@ -348,8 +358,8 @@ def interpolation(codecs: dict[str, LatentCodec], held_out: Tensor, reference: T
     drawn = {name: np.array([frechet(midpoints[pick], against) for pick in picks]) for name, (_, midpoints) in seen.items()}
     rows = []
     for name, (ends, midpoints) in seen.items():
-        low, high = np.quantile(drawn[name], [0.025, 0.975])
-        beyond = np.quantile(drawn[name] - drawn["vae"], [0.025, 0.975]) if name != "vae" else (None, None)
+        low, high = np.quantile(drawn[name], [0.025, 0.975]).tolist()
+        beyond = np.quantile(drawn[name] - drawn["vae"], [0.025, 0.975]).tolist() if name != "vae" else (None, None)
         distance = frechet(midpoints, against)
         rows.append(
             {
@@ -388,49 +398,55 @@ def largest_activation(codec: LatentCodec, work: Callable[[], object]) -> int:
     return largest
 
 
+def sizes(codec: LatentCodec, clip: ClipShape) -> list[tuple[int | None, int | None]]:
+    """(chunk, tile) that are smaller than the clip: whole first, then parts in time, tiles, and both."""
+    _, frames, height, width = codec.vae.config.latents.shape(clip)
+    chunks, tiles = [chunk for chunk in CHUNKS if chunk < frames], [TILE] if min(height, width) > TILE else []
+    return [(None, None), *((chunk, None) for chunk in chunks), *((chunk, tile) for tile in tiles for chunk in (None, *chunks[:1]))]
+
+
 @torch.no_grad()
-def speed(codec: LatentCodec, lengths: Iterable[int], *, repeats: int) -> list[Row]:
-    """Decoding one clip of 32x32 whole and in parts, in turn; parts are dropped as a writer would drop them."""
+def speed(codec: LatentCodec, shapes: Sequence[ClipShape], *, repeats: int) -> list[Row]:
+    """Decoding one clip of each shape, in turn; parts are dropped as soon as they are there, as a writer of files would."""
     rows = []
-    for length in lengths:
-        shape = codec.vae.config.latents.shape(DEMO_CLIP.__class__(length, DEMO_CLIP.height, DEMO_CLIP.width))
-        x0 = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))  # [1,C,F,H,W]
-        sizes: dict[str, tuple[int, int | None]] = {"whole": (shape[1], None)}
-        sizes |= {f"{chunk} latent frames at a time": (chunk, None) for chunk in (1, 4, 16) if chunk < shape[1]}
-        sizes["1 latent frame and 4x4 cells at a time"] = (1, 4)
-
-        def decode(chunk: int, tile: int | None, x0: Tensor = x0) -> None:
-            for _ in codec.decode_stream(x0.split(chunk, dim=2), tile=tile):
-                pass
-
-        seconds: dict[str, list[float]] = {name: [] for name in sizes}
+    for clip in shapes:
+        x0 = torch.randn(1, *codec.vae.config.latents.shape(clip), generator=torch.Generator().manual_seed(0))  # [1,C,F,H,W]
+        ways = {size: partial(decode, codec, x0, *size) for size in sizes(codec, clip)}
+        seconds: dict[tuple[int | None, int | None], list[float]] = {size: [] for size in ways}
         for repeat in range(1 + repeats):
-            for name, (chunk, tile) in sizes.items():
-                took = timed(lambda chunk=chunk, tile=tile: decode(chunk, tile))[1]
+            for size, way in ways.items():
+                took = timed(way)[1]
                 if repeat:
-                    seconds[name].append(took)
-        for name, (chunk, tile) in sizes.items():
-            mine, ratio = spread(seconds[name]), paired_ratio(seconds[name], seconds["whole"]) if name != "whole" else None
+                    seconds[size].append(took)
+        for (chunk, tile), way in ways.items():
+            mine, whole = seconds[chunk, tile], seconds[None, None]
+            median, ratio = spread(mine).median, None if mine is whole else paired_ratio(mine, whole)
             rows.append(
                 {
-                    "name": name,
-                    "frames": length,
-                    "seconds": mine.median,
-                    "seconds_low": mine.low,
-                    "seconds_high": mine.high,
-                    "frames_per_second": length / mine.median,
+                    "clip": str(clip),
+                    "chunk": chunk,
+                    "tile": tile,
+                    "seconds": median,
+                    "seconds_low": min(mine),
+                    "seconds_high": max(mine),
+                    "frames_per_second": clip.frames / median,
                     "times_slower_than_whole": ratio and ratio.median,
                     "times_slower_low": ratio and ratio.low,
                     "times_slower_high": ratio and ratio.high,
-                    "largest_activation_bytes": largest_activation(codec, lambda chunk=chunk, tile=tile: decode(chunk, tile)),
+                    "largest_activation_bytes": largest_activation(codec, way),
                 }
             )
     return rows
 
 
+def decode(codec: LatentCodec, x0: Tensor, chunk: int | None, tile: int | None) -> None:
+    for _ in codec.decode_stream(x0.split(chunk or x0.shape[2], dim=2), tile=tile):
+        pass
+
+
 def shrunk(cfg: Config) -> Config:
     """The quick form: enough to see that everything runs, too little to learn anything from the numbers."""
-    most = {"clips": 64, "held_out": 32, "iterations": 12, "temporal_iterations": 6, "long_frames": 97, "repeats": 2}
+    most = {"clips": 64, "held_out": 32, "iterations": 8, "temporal_iterations": 4, "long_frames": 97, "repeats": 2}
     return cfg.model_copy(update={key: min(value, getattr(cfg, key)) for key, value in most.items()})
 
 
@@ -449,7 +465,7 @@ def measure(cfg: Config, shipped: LatentCodec) -> dict[str, list[Row]]:
     return {
         "reconstruction": reconstruction(trained.ways, held_out),
         "interpolation": interpolation(trained.codecs, held_out, reference),
-        "decoding": speed(shipped, (DEMO_CLIP.frames, cfg.long_frames), repeats=cfg.repeats),
+        "decoding": speed(shipped, (DEMO_CLIP, replace(DEMO_CLIP, frames=cfg.long_frames), LARGE_CLIP), repeats=cfg.repeats),
     }
 
 
