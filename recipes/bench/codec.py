@@ -1,4 +1,4 @@
-"""How well the video autoencoder keeps a clip, beside floors of the same latent size; whether its latents interpolate; what working in parts costs.
+"""How well the video autoencoder keeps a clip, beside floors of the same latent size; whether its latents interpolate; what decoding in parts costs.
 
 Reconstruction: PSNR on held-out clips. `vae` and `plain autoencoder` (no Kullback-Leibler term, no noise) are trained here by `rushes vae`'s own `fit`, for equally many steps
 on the same clips; `shipped vae` had more. `pca` keeps as many numbers of each patch as the latents have channels. `frames` is diffusers' `AutoencoderKL` on every frame by
@@ -46,8 +46,8 @@ from reward.features import signal_features
 
 Reconstruct = Callable[[Tensor], Tensor]
 FRAME_WIDTHS = (16, 32, 64, 64)  # of AutoencoderKL: eight pixels a side become one position
-LARGE_CLIP = ClipShape(13, 256, 256)
-CHUNKS, TILE = (1, 32), 16  # latent frames, latent cells
+LARGE_CLIP = ClipShape(5, 256, 256)
+CHUNKS, TILE = (1, 16, 32), 16  # latent frames, latent cells
 
 
 class Config(Bench):
@@ -59,9 +59,9 @@ class Config(Bench):
     """Clips of native sizes to train on. `quick` takes at most 64."""
     held_out: Several = 256
     """Held-out clips of 13x32x32. `quick` takes at most 32."""
-    iterations: Count = 500
+    iterations: Count = 400
     """Steps of `vae`, `plain autoencoder` and `frames`. `quick` takes at most 8."""
-    temporal_iterations: Count = 150
+    temporal_iterations: Count = 100
     """Steps of what is added to `frames` afterwards. `quick` takes at most 4."""
     batch: Count = 16
     """Clips a step."""

@@ -176,6 +176,13 @@ def test_memory_in_parts_depends_on_the_part_and_not_on_the_length_of_the_clip()
     assert whole[1] > 3.5 * whole[0] and whole[1] > 8 * decoding[1]
 
 
+def test_a_block_keeps_two_frames_in_memory_and_no_more() -> None:
+    latents = torch.randn(1, 4, 16, 8, 8)
+    stacks = [VideoVAE(VAEConfig(channels=4, width=64, encoder_depth=1, decoder_depth=depth)).eval() for depth in (2, 8)]
+    shallow, deep = (peak(stack.decode_stream([latents]), latents) for stack in stacks)
+    assert deep - shallow <= 6 * 4 * 64 * 2 * 8 * 8
+
+
 @torch.no_grad()
 def test_the_largest_activation_in_chunks_and_tiles_is_that_of_one_tile_whatever_the_size_and_the_length() -> None:
     vae = small_vae()

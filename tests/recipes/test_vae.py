@@ -40,7 +40,7 @@ def test_without_the_kullback_leibler_term_the_latents_get_no_noise(tmp_path: Pa
 
 @pytest.mark.parametrize(("time_stride", "space_stride"), [(3, 4), (8, 4), (4, 16), (4, 5)])
 def test_strides_that_no_native_clip_fits_are_the_users_error_before_any_work(tmp_path: Path, time_stride: int, space_stride: int) -> None:
-    with pytest.raises(UserError, match="time_stride, space_stride: clip .* does not fit the latent grid"):
+    with pytest.raises(UserError, match=r"time_stride, space_stride: clip .* does not fit the latent grid"):
         vae.main(vae.Config(out=tmp_path / "run", time_stride=time_stride, space_stride=space_stride))
     assert not (tmp_path / "run").exists()
 
