@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path as FilePath
 from typing import Any, Literal, TypeVar
@@ -52,19 +52,34 @@ class LatentNormaliser(nn.Module):
 
 
 class LatentCodec(nn.Module):
-    """VAE and latent statistics: pixels [B,T,3,H,W] in [0,1] <-> latents [B,C,F,H,W] of about unit variance."""
+    """VAE and latent statistics: pixels [B,T,3,H,W] in [0,1] <-> latents [B,C,F,H,W] of about unit variance.
+
+    `chunk`: latent frames worked on at a time; `tile`: side of a tile in latent cells. Both bound memory and change nothing else; none means all at once.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.vae = VideoVAE(config)
         self.normaliser = LatentNormaliser(config.channels)
 
-    def encode(self, video: Tensor) -> Tensor:
-        mean, _ = self.vae.encode(video)
-        return (mean - self.normaliser.mean) / self.normaliser.std
+    def encode(self, video: Tensor, *, chunk: int | None = None, tile: int | None = None) -> Tensor:
+        """Raises ValueError where the clip does not fall on the latent grid."""
+        parts = [video] if chunk is None else self.vae.split(video, chunk)
+        return torch.cat(list(self.encode_stream(parts, tile=tile)), dim=2)
 
-    def decode(self, x0: Tensor) -> Tensor:
-        return self.vae.decode(x0 * self.normaliser.std + self.normaliser.mean).clamp(0, 1)
+    def decode(self, x0: Tensor, *, chunk: int | None = None, tile: int | None = None) -> Tensor:
+        """Differentiable."""
+        return torch.cat(list(self.decode_stream([x0] if chunk is None else x0.split(chunk, dim=2), tile=tile)), dim=1)
+
+    def encode_stream(self, parts: Iterable[Tensor], *, tile: int | None = None) -> Iterator[Tensor]:
+        """Parts of a clip [B,t,3,H,W] -> the latents of each [B,C,f,H,W]. The first part holds 1 + a multiple of `time_stride` frames, the others a multiple."""
+        for mean, _ in self.vae.encode_stream(parts, tile=tile):
+            yield (mean - self.normaliser.mean) / self.normaliser.std
+
+    def decode_stream(self, parts: Iterable[Tensor], *, tile: int | None = None) -> Iterator[Tensor]:
+        """Latents, any number of frames at a time [B,C,f,H,W] -> their frames [B,t,3,H,W]: a clip of any length in the memory of one part."""
+        for video in self.vae.decode_stream((part * self.normaliser.std + self.normaliser.mean for part in parts), tile=tile):
+            yield video.clamp(0, 1)
 
 
 @dataclass

@@ -7,18 +7,20 @@ Kullback-Leibler term keeps the latents near a unit Gaussian (Kingma & Welling 2
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed
 from align.run import Run
+from base_model.errors import UserError
 from base_model.networks.vae import VAEConfig
 from base_model.tiny import LatentCodec, save_codec
-from base_model.types import ClipShape
 from recipes.shapes.dataset import ClipSet, by_shape, draw_clips
+from recipes.shapes.render import DEMO_CLIP, native_clips
 from recipes.weights import read_card, write_card
 
 METRICS = {
@@ -45,13 +47,30 @@ class Config(BaseConfig):
     lr: Positive = 2e-3
     """Peak learning rate of AdamW, warmed up over 50 steps, then a cosine to a fiftieth."""
     kl_coef: NonNegative = 2e-4
-    """Weight of the Kullback-Leibler term."""
+    """Weight of the Kullback-Leibler term; 0 trains a plain autoencoder, whose latents get no noise."""
     width: Count = 128
     """Channels inside the encoder and the decoder."""
     latent_channels: Count = 8
     """Channels of the latents."""
+    time_stride: Count = 4
+    """Frames that become one latent frame, after the first frame, which stands alone."""
+    space_stride: Count = 4
+    """Pixels, in height and in width, that become one latent position."""
     save_every: Count = 500
     """Iterations between checkpoints."""
+
+    @property
+    def network(self) -> VAEConfig:
+        return VAEConfig(channels=self.latent_channels, width=self.width, time_stride=self.time_stride, space_stride=self.space_stride)
+
+
+def check_strides(config: VAEConfig) -> None:
+    """Raises UserError where a native clip does not fall on the latent grid."""
+    for clip in (DEMO_CLIP, *native_clips()[0]):
+        try:
+            config.latents.shape(clip)
+        except ValueError as error:
+            raise UserError(f"time_stride, space_stride: {error}. Give strides that every native clip fits: --time_stride 1, 2 or 4, --space_stride 1, 2, 4 or 8") from error
 
 
 def as_float(video: Tensor) -> Tensor:
@@ -72,10 +91,36 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def psnr(codec: LatentCodec, videos: Tensor) -> float:
-    """Mean over clips, dB; videos uint8 [B,T,3,H,W]."""
-    errors = [(codec.decode(codec.encode(as_float(part))) - as_float(part)).square().flatten(1).mean(1) for part in videos.split(32)]
-    return float((-10 * torch.cat(errors).log10()).mean())
+def psnr(reconstruct: Callable[[Tensor], Tensor], videos: Tensor) -> Tensor:
+    """Of each clip, dB, [B]. videos: uint8 [B,T,3,H,W]; `reconstruct` takes and gives pixels in [0,1]."""
+    errors = [(reconstruct(as_float(part)) - as_float(part)).square().flatten(1).mean(1) for part in videos.split(32)]
+    return -10 * torch.cat(errors).log10()
+
+
+def batches(data: ClipSet, size: int) -> Callable[[torch.Generator], Tensor]:
+    """A function that draws `size` clips of one native size, [B,T,3,H,W] in [0,1]; a size comes as often as it is in the data."""
+    groups = list(by_shape(data.videos).values())
+    share = torch.tensor([float(len(rows)) for rows in groups])
+
+    def draw(generator: torch.Generator) -> Tensor:
+        rows = groups[int(torch.multinomial(share, 1, generator=generator))]
+        chosen = torch.randint(len(rows), (size,), generator=generator).tolist()
+        return as_float(torch.stack([data.videos[rows[j]] for j in chosen]))
+
+    return draw
+
+
+def adamw(parameters: Iterable[nn.Parameter], lr: float, iterations: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.SequentialLR]:
+    """The optimizer and its schedule: warmed up over 50 steps, then a cosine to a fiftieth."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, iterations - 50), eta_min=lr / 50)
+    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[50])
+
+
+def codec_psnr(codec: LatentCodec, videos: Tensor) -> float:
+    """Mean over clips, dB."""
+    return float(psnr(lambda video: codec.decode(codec.encode(video)), videos).mean())
 
 
 @torch.no_grad()
@@ -87,36 +132,33 @@ def measure_latents(codec: LatentCodec, data: ClipSet) -> None:
     codec.normaliser.std.copy_(values.std(1)[:, None, None, None])
 
 
-def train(cfg: Config, run: Run) -> LatentCodec:
-    data = draw_clips("messy", cfg.clips, seed=cfg.seed)
-    held_out = torch.stack(draw_clips("messy", cfg.held_out, seed=cfg.seed + 1_000_003, shape=ClipShape(13, 32, 32)).videos)
-    groups = list(by_shape(data.videos).values())
-    share = torch.tensor([float(len(rows)) for rows in groups])
-
-    codec = LatentCodec(VAEConfig(channels=cfg.latent_channels, width=cfg.width))
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, cfg.iterations - 50), eta_min=cfg.lr / 50)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[50])
+def fit(cfg: Config, run: Run, data: ClipSet, held_out: Tensor) -> LatentCodec:
+    """A codec trained on `data`; held_out: uint8 [B,T,3,H,W]."""
+    codec, draw = LatentCodec(cfg.network), batches(data, cfg.batch)
+    optimizer, schedule = adamw(codec.parameters(), cfg.lr, cfg.iterations)
     for name, thing in (("codec", codec), ("optimizer", optimizer), ("schedule", schedule)):
         run.register(name, thing)
 
     for i in run.iterations(cfg.iterations, save_every=cfg.save_every, label="vae"):
         generator = run.generator("batch", i)
-        rows = groups[int(torch.multinomial(share, 1, generator=generator))]
-        chosen = torch.randint(len(rows), (cfg.batch,), generator=generator).tolist()
-        video = as_float(torch.stack([data.videos[rows[j]] for j in chosen]))  # [B,T,3,H,W]
+        video = draw(generator)  # [B,T,3,H,W]
         mean, log_variance = codec.vae.encode(video)  # [B,C,F,H,W] each
-        noise = torch.randn(mean.shape, generator=generator)
-        decoded = codec.vae.decode(mean + (log_variance / 2).exp() * noise)  # [B,T,3,H,W]
+        latents = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=generator) if cfg.kl_coef else mean  # [B,C,F,H,W]
         kl = gaussian_kl(mean, log_variance)
-        loss = reconstruction_loss(decoded, video) + cfg.kl_coef * kl
+        loss = reconstruction_loss(codec.vae.decode(latents), video) + cfg.kl_coef * kl
         run.backward(loss)
         norm = run.step(optimizer, 1.0, schedule)
         if i % 200 == 0 or i == cfg.iterations - 1:
-            run.log(loss=loss, kl=kl, grad_norm=norm, held_out_psnr=psnr(codec, held_out))
+            run.log(loss=loss, kl=kl, grad_norm=norm, held_out_psnr=codec_psnr(codec, held_out))
 
     measure_latents(codec, data)
+    return codec
+
+
+def train(cfg: Config, run: Run) -> LatentCodec:
+    data = draw_clips("messy", cfg.clips, seed=cfg.seed)
+    held_out = torch.stack(draw_clips("messy", cfg.held_out, seed=cfg.seed + 1_000_003, shape=DEMO_CLIP).videos)
+    codec = fit(cfg, run, data, held_out)
     write_card(
         cfg.out / "vae.safetensors",
         lambda path: save_codec(path, codec),
@@ -124,13 +166,14 @@ def train(cfg: Config, run: Run) -> LatentCodec:
         cfg=cfg,
         data=data.fingerprint(),
         seconds=run.seconds,
-        measured={"held_out_psnr_db": round(psnr(codec, held_out), 2)},
+        measured={"held_out_psnr_db": round(codec_psnr(codec, held_out), 2)},
     )
     return codec
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
+    check_strides(cfg.network)
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     torch.manual_seed(cfg.seed)
     train(cfg, run)
