@@ -118,8 +118,8 @@ def save_codec(path: FilePath, codec: LatentCodec, metadata: dict[str, str] | No
 
 def load_codec(path: FilePath) -> LatentCodec:
     tensors, metadata = load_weights(path)
-    codec = _built(LatentCodec, _config(VAEConfig, path, metadata), path)
-    _load(codec, tensors, path)
+    codec = build_network(LatentCodec, read_config(VAEConfig, path, metadata), path)
+    load_state(codec, tensors, path)
     return codec.eval().requires_grad_(False)
 
 
@@ -130,9 +130,9 @@ def load_tiny(network: FilePath | None = None, codec: FilePath | None = None) ->
     """
     network = network or WEIGHTS / "dit.safetensors"
     tensors, metadata = load_weights(network)
-    config = _config(DiTConfig, network, metadata)
-    dit = _built(DiT, config, network)
-    _load(dit, tensors, network)
+    config = read_config(DiTConfig, network, metadata)
+    dit = build_network(DiT, config, network)
+    load_state(dit, tensors, network)
     return LatentVideoModel(dit, load_codec(codec or WEIGHTS / "vae.safetensors"), TextEncoder(), config)
 
 
@@ -140,7 +140,7 @@ ConfigType = TypeVar("ConfigType", DiTConfig, VAEConfig)
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def _config(cls: type[ConfigType], path: FilePath, metadata: dict[str, str]) -> ConfigType:
+def read_config(cls: type[ConfigType], path: FilePath, metadata: dict[str, str]) -> ConfigType:
     """The architecture in the metadata of a weights file. Raises UserError where there is none, or no sensible one."""
     if "config" not in metadata:
         raise UserError(f"{path} holds no `config` in its metadata, so its architecture is unknown. Use a file written by `rushes pretrain`, `rushes sft` or `rushes vae`.")
@@ -155,7 +155,7 @@ def _config(cls: type[ConfigType], path: FilePath, metadata: dict[str, str]) -> 
     return config
 
 
-def _built(cls: Callable[[ConfigType], Module], config: ConfigType, path: FilePath) -> Module:
+def build_network(cls: Callable[[ConfigType], Module], config: ConfigType, path: FilePath) -> Module:
     try:
         return cls(config)
     except (ValueError, ArithmeticError, RuntimeError) as error:
@@ -169,7 +169,7 @@ def _is_size(value: object, like: object) -> bool:
     return type(value) is int and 1 <= value <= LARGEST
 
 
-def _load(module: nn.Module, tensors: dict[str, Tensor], path: FilePath) -> None:
+def load_state(module: nn.Module, tensors: dict[str, Tensor], path: FilePath) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

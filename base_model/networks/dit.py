@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,16 @@ def time_features(t: Tensor, width: int) -> Tensor:
     frequency = torch.exp(-math.log(10_000) * torch.arange(width // 2, dtype=torch.float32, device=t.device) / (width // 2))
     angle = 1000 * t.float()[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Beside(NamedTuple):
+    """What a larger network adds to a DiT's inputs (`upsample.py`)."""
+
+    token: Tensor | float = 0.0  # [N,w], to the embedded tokens
+    clip: Tensor | float = 0.0  # [S,w], to the condition vectors
+
+
+NOTHING = Beside()
 
 
 class Modulation(nn.Module):
@@ -154,14 +165,22 @@ class DiT(nn.Module):
         for linear in [*zeroed, self.tokens_out]:
             nn.init.zeros_(linear.weight)
 
-    def forward(self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments, *, beside: Beside = NOTHING) -> Tensor:
         table = rotary_table(positions, self.config.rotary_axes)  # 2 x [N,1,d/2]
-        text = self.text_in(text)  # [M,w]
-        pooled = self.text_pooled(text_segments.mean(text))  # [S,w]
-        c = self.time_in(time_features(t, self.config.width))  # [S,w] or [N,w]
-        c = c + (pooled if len(t) == len(segments) else segments.spread(pooled))
-        x = self.tokens_in(tokens)  # [N,w]
+        x, c, text = self.embed(tokens, segments, t, text, text_segments, beside)
         for block in self.blocks:
             x = block(x, c, text, table, segments, text_segments)  # [N,w]
+        return self.head(x, c, segments)
+
+    def embed(self, tokens: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments, beside: Beside = NOTHING) -> tuple[Tensor, Tensor, Tensor]:
+        """-> x [N,w], condition vectors c [S,w] (or [N,w] with one noise level a token), text [M,w]."""
+        text = self.text_in(text)  # [M,w]
+        pooled = self.text_pooled(text_segments.mean(text)) + beside.clip  # [S,w]
+        c = self.time_in(time_features(t, self.config.width))  # [S,w] or [N,w]
+        c = c + (pooled if len(t) == len(segments) else segments.spread(pooled))
+        return self.tokens_in(tokens) + beside.token, c, text
+
+    def head(self, x: Tensor, c: Tensor, segments: Segments) -> Tensor:
+        """x [N,w] after the blocks -> velocity (N,c)."""
         shift, scale = self.modulation_out(c, segments)
         return self.tokens_out(modulate(x, shift, scale))  # [N,c]
