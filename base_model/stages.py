@@ -33,7 +33,7 @@ class FrameModel:
     `stride`: frames of the finished clip from one frame of this one to the next. `values` and `known`: frames that are given; they have noise level 0.
     """
 
-    network: DiT | TemporalDiT  # DiT: the frames know nothing of each other
+    network: TemporalDiT
     codec: LatentCodec
     text: TextEncoder
     path: Path = field(default_factory=RectifiedFlow)
@@ -51,8 +51,8 @@ class FrameModel:
         return next(self.network.parameters()).device
 
     def given(self, values: Tensor, known: Tensor) -> FrameModel:
-        """The same model, told the frames `known` [T] of `values` [B,C,T,H,W]."""
-        return replace(self, values=values, known=known)
+        """The same model, told the frames `known` [T] of `values` [B,C,T,H,W]; none known: as it is."""
+        return replace(self, values=values, known=known) if known.any() else self
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """x_t [B,C,T,H,W], t [B] -> u [B,C,T,H,W]; what it says at known frames means nothing."""
