@@ -50,6 +50,12 @@ class FrameModel:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    def to(self, device: torch.device) -> FrameModel:
+        """Moves network and codec."""
+        self.network.to(device)
+        self.codec.to(device)
+        return self
+
     def given(self, values: Tensor, known: Tensor) -> FrameModel:
         """The same model, told the frames `known` [T] of `values` [B,C,T,H,W]; none known: as it is."""
         return replace(self, values=values, known=known) if known.any() else self
@@ -101,6 +107,11 @@ class UpsampleStage:
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    def to(self, device: torch.device) -> UpsampleStage:
+        """Moves the network."""
+        self.network.to(device)
+        return self
 
     def told(self, low: Tensor, level: Tensor) -> UpsampleStage:
         """The same stage, told the small clips `low` [B,3,T,H,W], upsampled and corrupted to `level` [B]."""
@@ -154,8 +165,8 @@ def save_stage(path: FilePath, stage: UpsampleStage, metadata: dict[str, str] | 
 def load_stage(path: FilePath) -> UpsampleStage:
     """A stage that `rushes upsample` trained. Raises UserError for a file that is missing, damaged, pickled, or of another architecture."""
     tensors, metadata = load_weights(path)
-    axis, attention = metadata.get("axis"), metadata.get("attention")
-    if axis not in ("space", "time") or attention not in ("joint", "apart"):
+    axis, attention = next((known for known in RESAMPLING if known == metadata.get("axis")), None), metadata.get("attention")
+    if axis is None or attention not in ("joint", "apart"):
         raise UserError(f"{path} is no upsampling stage: its metadata name no axis and attention. Use a file written by `rushes upsample`.")
     network = build_network(lambda config: build_upsampler(config, apart=attention == "apart"), read_config(DiTConfig, path, metadata), path)
     load_state(network, tensors, path)

@@ -7,7 +7,7 @@ A clip that the store already holds for the same prompt, seed, sampler and model
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +30,7 @@ from base_model.times import sampling_times
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny
 from base_model.types import ClipShape, Conditioning
 from base_model.video.store import ClipRow, ClipStore, NewClip, request_key
+from recipes.stack import Stack, frame_shape, load_stack, sample_stack, stack_lineage
 from recipes.weights import file_hash
 from reward.safety.contract import SafetyRunner, allowed, to_json
 from reward.safety.policy import load_policy
@@ -76,6 +77,8 @@ class Config(BaseConfig):
     """Folder of the clip store."""
     model: Path | None = None
     """Network of the model; none means the shipped base."""
+    stack: Path | None = None
+    """Folder of a stack of small models (`recipes/stack.py`), which makes the clips instead; finished at the size the sampler says."""
     prompts: tuple[str, ...] = ("a red circle moves to the left", "a blue bar grows")
     """What to show, one clip set each."""
     clips_per_prompt: Count = 4
@@ -135,6 +138,20 @@ def sample(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sa
         yield from in_threads(make, begins[k : k + together], model.device)
 
 
+Sampling = Callable[[LatentVideoModel, Conditioning, Sequence[int], Sampler], Iterator[Tensor]]
+
+
+def stack_sampling(stack: Stack) -> Sampling:
+    """`sample`, but by the stack; of the model it uses nothing."""
+
+    def sampling(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
+        for begin in range(0, len(seeds), sampler.batch):
+            part = slice(begin, begin + sampler.batch)
+            yield sample_stack(stack, cond[part], sampler.clip, seeds=seeds[part], steps=sampler.steps, shift=sampler.shift, guidance=sampler.guidance)
+
+    return sampling
+
+
 def fill_store(
     store: ClipStore,
     model: LatentVideoModel,
@@ -145,6 +162,7 @@ def fill_store(
     runner: SafetyRunner,
     label: str = "generate",
     preview: bool = True,
+    sampling: Sampling = sample,
 ) -> list[ClipRow | None]:
     """One row a request, in order; None where the prompt was blocked. Made in batches, each committed to the store: a killed run goes on."""
     settings = {key: value for key, value in dump(sampler).items() if key != "batch"}
@@ -158,7 +176,7 @@ def fill_store(
         together = sampler.batch * torch.get_num_threads()
         for begin in range(0, len(missing), together):
             part = [requests[i] for i in missing[begin : begin + together]]
-            video = torch.cat(list(sample(model, cond[[row_of[r.prompt] for r in part]], [r.seed for r in part], sampler)))  # [b,T,3,H,W]
+            video = torch.cat(list(sampling(model, cond[[row_of[r.prompt] for r in part]], [r.seed for r in part], sampler)))  # [b,T,3,H,W]
             decisions = runner.check_videos(video, [r.prompt for r in part], sampler.fps)
             clips = [
                 NewClip(clip, r.prompt, r.prompt_id, r.seed, settings, lineage, sampler.fps, safety=to_json(decision))
@@ -183,11 +201,19 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what the store holds is never made again."""
     if not cfg.prompts:
         raise UserError("no prompts, prompts. Give at least one: --prompts '[\"a red circle grows\"]'")
+    if cfg.stack is not None and cfg.model is not None:
+        raise UserError("model and stack: both make clips. Give one of them")
     started = time.monotonic()
     check_can_write(cfg.out)
     model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(), ClipStore(cfg.out)
     requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
-    rows = fill_store(store, model, requests, lineage=network_lineage(cfg.model), sampler=cfg.sampler, runner=runner)
+    sampling: Sampling = sample
+    lineage = network_lineage(cfg.model)
+    if cfg.stack is not None:
+        stack = load_stack(cfg.stack).to(model.device)
+        frame_shape(stack, cfg.sampler.clip)
+        sampling, lineage = stack_sampling(stack), stack_lineage(cfg.stack)
+    rows = fill_store(store, model, requests, lineage=lineage, sampler=cfg.sampler, runner=runner, sampling=sampling)
     made = [row for row in rows if row is not None]
     return {
         "store": str(cfg.out),

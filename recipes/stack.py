@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,6 +63,13 @@ class Stack:
         """By how much the last stage enlarges height and width."""
         return 1 if self.upsample is None else 2
 
+    def to(self, device: torch.device) -> Stack:
+        """Moves every stage."""
+        for stage in (self.keyframes, self.interpolation, self.upsample):
+            if stage is not None:
+                stage.to(device)
+        return self
+
 
 def load_stack(folder: Path) -> Stack:
     """Raises UserError where a stage is missing or damaged, and for an upsampling stage that makes more frames."""
@@ -89,12 +97,12 @@ def sample_stack(
     steps: int,
     shift: float,
     guidance: float = 1.0,
-    together: int | None = None,
+    together: int = 4,
     level: float = 0.1,
 ) -> Tensor:
     """B prompts -> clips [B,T,3,H,W] of the size `clip`, on the CPU; every clip has noise of its own seed.
 
-    together: keyframes made at once; more are predicted from the last ones that are there, half as many as are made at once (None: all at once).
+    together: the most keyframes made at once, at least 2; more of them are predicted, each lot from the last `together // 2` before it.
     level: how much the decoded clip is corrupted before it is enlarged. Raises UserError where the clip does not suit the stages.
     """
     shape = frame_shape(stack, clip)
@@ -103,20 +111,18 @@ def sample_stack(
     def noise(frames: int) -> Tensor:
         return torch.stack([torch.randn((shape[0], frames, *shape[2:]), generator=g) for g in generators]).to(stack.keyframes.device)  # [B,C,frames,H,W]
 
-    how = {"steps": steps, "shift": shift, "guidance": guidance}
+    make = partial(sample_frames, cond=cond, steps=steps, shift=shift, guidance=guidance)
     number = 1 + (clip.frames - 1) // STRIDES[0]
-    first = min(together or number, number)
-    x0 = sample_frames(stack.keyframes, noise(first), cond, **how)  # [B,C,first,H,W]
-    while x0.shape[2] < number:  # keyframes from earlier ones
-        kept = x0[:, :, -max(1, first // 2) :]  # [B,C,k,H,W]
-        new = noise(min(first - kept.shape[2], number - x0.shape[2]) or 1)
-        values = torch.cat([kept, torch.zeros_like(new)], dim=2)
-        known = torch.arange(values.shape[2], device=x0.device) < kept.shape[2]
-        made = sample_frames(stack.keyframes.given(values, known), torch.cat([torch.zeros_like(kept), new], dim=2), cond, **how)
-        x0 = torch.cat([x0, made[:, :, kept.shape[2] :]], dim=2)
+    x0 = make(stack.keyframes, noise(min(together, number)))  # [B,C,k,H,W]
+    while x0.shape[2] < number:
+        kept = x0[:, :, -(together // 2) :]  # [B,C,k,H,W]
+        fresh = noise(min(together - kept.shape[2], number - x0.shape[2]))  # [B,C,f,H,W]
+        both = torch.cat([kept, fresh], dim=2)  # [B,C,k+f,H,W]
+        known = torch.arange(both.shape[2], device=x0.device) < kept.shape[2]
+        x0 = torch.cat([x0, make(stack.keyframes.given(both, known), both)[:, :, kept.shape[2] :]], dim=2)
     for stride in STRIDES[1:]:  # interpolation I and II
         values, known = between(x0)
-        x0 = sample_frames(replace(stack.interpolation, stride=stride).given(values, known), noise(values.shape[2]), cond, **how)
+        x0 = make(replace(stack.interpolation, stride=stride).given(values, known), noise(values.shape[2]))
     video = stack.interpolation.decode(x0)  # [B,T,3,H,W]
     if stack.upsample is None:
         return video.cpu()
@@ -125,10 +131,11 @@ def sample_stack(
 
 def frame_shape(stack: Stack, clip: ClipShape) -> tuple[int, int, int, int]:
     """(C, T, H, W) of the latents behind a clip. Raises UserError where its frames or sides do not suit the stages."""
-    small = ClipShape(clip.frames, clip.height // stack.enlarges, clip.width // stack.enlarges)
-    unit = stack.enlarges * stack.keyframes.latents.space_stride * stack.keyframes.network.config.patch[1]
-    if (clip.frames - 1) % STRIDES[0] or clip.height % unit or clip.width % unit:
-        raise UserError(f"a clip of {clip} does not suit this stack: frames are 1 + a multiple of {STRIDES[0]}, sides a multiple of {unit}. Change sampler.frames, sampler.height or sampler.width")
-    shape = stack.keyframes.latents.shape(small)
-    token_grid(shape, stack.keyframes.network.config.patch)
+    try:
+        if (clip.frames - 1) % STRIDES[0] or clip.height % stack.enlarges or clip.width % stack.enlarges:
+            raise ValueError(f"frames must be 1 + a multiple of {STRIDES[0]}, sides a multiple of {stack.enlarges}")
+        shape = stack.keyframes.latents.shape(ClipShape(clip.frames, clip.height // stack.enlarges, clip.width // stack.enlarges))
+        token_grid(shape, stack.keyframes.network.config.patch)
+    except ValueError as error:
+        raise UserError(f"sampler of {clip} in a stack that enlarges {stack.enlarges} times: {error}. Change sampler.frames, sampler.height or sampler.width") from error
     return shape

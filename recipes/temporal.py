@@ -63,13 +63,13 @@ class Config(BaseConfig):
     """Frames of the finished clips, 1 + a multiple of 4."""
     side: Annotated[int, Field(ge=16, le=1024, multiple_of=8)] = 32
     """Height and width of the clips, a multiple of 8."""
-    iterations: Count = 400
+    iterations: Count = 200
     """Optimizer steps."""
     batch: Count = 8
     """Clips of a batch."""
     batches: Count = 2
     """Batches a step; on a CPU every core has one of its own."""
-    lr: Positive = 3e-3
+    lr: Positive = 2e-2
     """Peak learning rate of the temporal layers, warmed up, then a cosine."""
     optimizer: OptimizerName = "muon"
     """`muon`, `adamw` or `adamw8bit` (bitsandbytes)."""
@@ -178,9 +178,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     torch.manual_seed(cfg.seed)
-    model = from_image(cfg.image)
-    model.network.to(run.device)
-    model.codec.to(run.device)
+    model = from_image(cfg.image).to(run.device)
     shape = ClipShape(cfg.frames, cfg.side, cfg.side)
     clips, unseen = draw_clips("curated", cfg.clips, seed=cfg.seed, shape=shape), draw_clips("curated", cfg.held_out, seed=cfg.seed + 1_000_003, shape=shape)
     pairs, held_out = (Pairs(each.texts, encode_frames(model, each.videos)) for each in (clips, unseen))

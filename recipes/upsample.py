@@ -65,9 +65,9 @@ class Config(BaseConfig):
     """Frames of the large clips; in time their number is odd."""
     side: Annotated[int, Field(ge=16, le=1024, multiple_of=8)] = 64
     """Height and width of the large clips, a multiple of 8."""
-    crop: Annotated[int, Field(ge=8, le=1024, multiple_of=8)] = 32
+    crop: Annotated[int, Field(ge=8, le=1024, multiple_of=8)] = 16
     """Height and width of the crops that training sees, a multiple of 8."""
-    iterations: Count = 1_500
+    iterations: Count = 600
     """Optimizer steps."""
     batch: Count = 8
     """Crops a pack."""
@@ -97,7 +97,7 @@ class Config(BaseConfig):
     """Gradients are clipped to this norm."""
     held_out: Count = 32
     """Held-out clips for the PSNR."""
-    evaluate_every: Count = 250
+    evaluate_every: Count = 100
     """Iterations between PSNRs."""
     save_every: Count = 100
     """Iterations between checkpoints."""
@@ -216,8 +216,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     torch.manual_seed(cfg.seed)
     shape = ClipShape(cfg.frames, cfg.side, cfg.side)
     clips, held_out = draw_clips("curated", cfg.clips, seed=cfg.seed, shape=shape), draw_clips("curated", cfg.held_out, seed=cfg.seed + 1_000_003, shape=shape)
-    stage = fresh_stage(cfg, clips)
-    stage.network.to(run.device)
+    stage = fresh_stage(cfg, clips).to(run.device)
     train(cfg, run, stage, clips, held_out)
     found = evaluate(cfg, stage, held_out)
     weights = cfg.out / "network.safetensors"
