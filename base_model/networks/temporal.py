@@ -62,7 +62,7 @@ class TemporalDiT(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments, *, beside: Beside = NOTHING) -> Tensor:
         _, frames = regroup(segments, positions[:, :1])
         clip_of_frame = segments.ids[list(frames.offsets[:-1])]  # [f]
-        table = rotary_table(positions * positions.new_tensor([0, 1, 1]), self.config.rotary_axes)  # 2 x [N,1,d/2] as in an image
+        table = rotary_table(positions, self.config.rotary_axes)  # 2 x [N,1,d/2]; within a frame only rows and columns differ
         places = self._places(positions, segments)
         x, c, text = self.image.embed(tokens, segments, t, text, text_segments, beside)
         if len(c) == len(segments):

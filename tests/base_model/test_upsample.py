@@ -10,7 +10,7 @@ from torch import Tensor
 
 from base_model.checkpoint import save_weights
 from base_model.errors import UserError
-from base_model.networks.dit import DiTConfig
+from base_model.networks.dit import Beside, DiTConfig
 from base_model.networks.packing import Segments, pack, unpack
 from base_model.networks.temporal import TemporalDiT
 from base_model.networks.upsample import Upsampler, corrupt, expect, random_crop, shrink_space, shrink_time, upsample_space, upsample_time
@@ -139,9 +139,29 @@ def test_a_stage_packs_and_hears_the_small_clip_its_level_and_the_text(apart: bo
         for lows_told, texts_told in ((nearby, texts), (lows, other_text)):
             heard = run(network, clips, lows_told, t, level, texts_told)
             assert (heard[0] - together[0]).abs().max() > 1e-3 and (heard[1] - together[1]).abs().max() < 1e-5
-        for parameter in network.level_in[2].parameters():
-            parameter.zero_()
-        assert (run(network, clips, lows, t, level, texts)[0] - together[0]).abs().max() > 1e-3, "the level has an embedding of its own"
+
+
+class Listener(torch.nn.Module):
+    """Keeps what it is told beside its tokens and says nothing."""
+
+    config = SMALL
+
+    def forward(self, tokens: Tensor, *_: object, beside: Beside) -> Tensor:
+        self.told = beside
+        return torch.zeros_like(tokens)
+
+
+def test_the_level_of_every_clip_has_an_embedding_of_its_own() -> None:
+    listener = Listener()
+    network = Upsampler(listener, RectifiedFlow())  # type: ignore[arg-type]
+    clips, lows, t, _, texts = stage_inputs()
+    heard = []
+    for level in (torch.tensor([0.1, 0.1, 0.2]), torch.tensor([0.1, 0.3, 0.2])):
+        run(network, clips, lows, t, level, texts)
+        heard.append(listener.told)
+    assert isinstance(heard[0].clip, Tensor) and isinstance(heard[1].clip, Tensor) and heard[0].clip.shape == (3, 24)
+    assert (heard[0].clip[0] - heard[0].clip[1]).abs().max() < 1e-6 < 1e-3 < (heard[0].clip[0] - heard[0].clip[2]).abs().max()
+    assert (heard[1].clip - heard[0].clip).abs().amax(1).tolist()[0] == 0 and (heard[1].clip - heard[0].clip).abs().amax(1)[1] > 1e-3
 
 
 def test_a_stage_and_a_frame_model_come_back_from_disk_as_they_were(tmp_path: FilePath) -> None:
