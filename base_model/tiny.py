@@ -159,8 +159,8 @@ def save_codec(path: FilePath, codec: LatentCodec, metadata: dict[str, str] | No
 
 def load_codec(path: FilePath) -> LatentCodec:
     tensors, metadata = load_weights(path)
-    codec = _built(LatentCodec, _config(VAEConfig, path, metadata), path)
-    _load(codec, tensors, path)
+    codec = build_from(LatentCodec, read_config(VAEConfig, path, metadata), path)
+    load_state(codec, tensors, path)
     return codec.eval().requires_grad_(False)
 
 
@@ -174,17 +174,17 @@ def load_tiny(network: FilePath | None = None, codec: FilePath | None = None) ->
     word = metadata.get("network", "dit")
     if word not in CONFIGS:
         raise UserError(f"{network} holds the network {word[:40]!r}, which is not known here: there are {', '.join(CONFIGS)}. Use the version of rushes that wrote it.")
-    config = _config(CONFIGS[word], network, metadata)
-    built = _built(build_network, config, network)
-    _load(built, tensors, network)
+    config = read_config(CONFIGS[word], network, metadata)
+    built = build_from(build_network, config, network)
+    load_state(built, tensors, network)
     return LatentVideoModel(built, load_codec(codec or WEIGHTS / "vae.safetensors"), TextEncoder(), config)
 
 
-ConfigType = TypeVar("ConfigType", NetworkConfig, VAEConfig)
+ConfigType = TypeVar("ConfigType", bound=NetworkConfig | VAEConfig)
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def _config(cls: type[ConfigType], path: FilePath, metadata: dict[str, str]) -> ConfigType:
+def read_config(cls: type[ConfigType], path: FilePath, metadata: dict[str, str]) -> ConfigType:
     """The architecture in the metadata of a weights file. Raises UserError where there is none, or no sensible one."""
     if "config" not in metadata:
         raise UserError(f"{path} holds no `config` in its metadata, so its architecture is unknown. Use a file written by `rushes pretrain`, `rushes sft` or `rushes vae`.")
@@ -199,7 +199,7 @@ def _config(cls: type[ConfigType], path: FilePath, metadata: dict[str, str]) -> 
     return config
 
 
-def _built(cls: Callable[[ConfigType], Module], config: ConfigType, path: FilePath) -> Module:
+def build_from(cls: Callable[[ConfigType], Module], config: ConfigType, path: FilePath) -> Module:
     try:
         return cls(config)
     except (ValueError, ArithmeticError, RuntimeError) as error:
@@ -213,7 +213,7 @@ def _is_size(value: object, like: object) -> bool:
     return type(value) is int and 1 <= value <= LARGEST
 
 
-def _load(module: nn.Module, tensors: dict[str, Tensor], path: FilePath) -> None:
+def load_state(module: nn.Module, tensors: dict[str, Tensor], path: FilePath) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

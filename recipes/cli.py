@@ -58,6 +58,8 @@ COMMANDS = {
     "pretrain": Command("recipes.pretrain", "Make the shipped base model again."),
     "vae": Command("recipes.vae", "Make the shipped video VAE again."),
     "match": Command("recipes.match", "Make the shipped matchers of clips and captions again, from which reward models start."),
+    "upsample": Command("recipes.upsample", "Learn a stage of a cascade: twice as many pixels a side, or twice as many frames."),
+    "temporal": Command("recipes.temporal", "Make a video model of an image model: keyframes, or the frames between them."),
     "sft": Command("recipes.sft", "Fine-tune a base model on curated prompt-video pairs."),
     "generate": Command("recipes.generate", "Make clips of prompts and keep them in a clip store."),
     "reward-model": Command("recipes.reward_model", "Learn a reward model from ranked clips."),

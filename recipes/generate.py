@@ -8,7 +8,7 @@ clip, two clips, a hole in a clip or a margin around it (`visual.py`), and can g
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +34,7 @@ from base_model.times import sampling_times
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny
 from base_model.types import ClipShape, Conditioning
 from base_model.video.store import ClipRow, ClipStore, NewClip, request_key
+from recipes.stack import Stack, frame_shape, load_stack, sample_stack, stack_lineage
 from recipes.visual import Prepared, Visual, head_frames, prepare
 from recipes.weights import file_hash
 from reward.safety.contract import SafetyRunner, allowed, to_json
@@ -43,7 +44,6 @@ from reward.safety.video import DegenerateFilter, FlashFilter
 
 BYTES_A_TOKEN = 40_000
 """What denoising and decoding hold at once for one token of 4 frames of 8x8 pixels, about."""
-TEXT_ALONE = Visual()
 Side = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 
 
@@ -84,6 +84,8 @@ class Config(BaseConfig):
     """Folder of the clip store."""
     model: Path | None = None
     """Network of the model; none means the shipped base."""
+    stack: Path | None = None
+    """Folder of a stack of small models (`recipes/stack.py`), which makes the clips instead; finished at the size the sampler says."""
     prompts: tuple[str, ...] = ("a red circle moves to the left", "a blue bar grows")
     """What to show, one clip set each."""
     clips_per_prompt: Count = 4
@@ -150,10 +152,31 @@ def sample(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sa
         yield from in_threads(make, begins[k : k + together], model.device)
 
 
-def make_clips(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, visual: Visual, prepared: Prepared | None) -> list[Tensor]:
+Sampling = Callable[[LatentVideoModel, Conditioning, Sequence[int], Sampler], Iterator[Tensor]]
+
+
+def stack_sampling(stack: Stack) -> Sampling:
+    """`sample`, but by the stack; of the model it uses nothing."""
+
+    def sampling(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
+        for begin in range(0, len(seeds), sampler.batch):
+            part = slice(begin, begin + sampler.batch)
+            yield sample_stack(stack, cond[part], sampler.clip, seeds=seeds[part], steps=sampler.steps, shift=sampler.shift, guidance=sampler.guidance)
+
+    return sampling
+
+
+def visual_sampling(visual: Visual, prepared: Prepared) -> Sampling:
+    """`sample`, but from what is given; clips may be longer than the sampler's."""
+
+    def sampling(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
+        yield torch.stack(make_clips(model, cond, seeds, sampler, visual, prepared))
+
+    return sampling
+
+
+def make_clips(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, visual: Visual, prepared: Prepared) -> list[Tensor]:
     """B clips [T',3,H,W], joined to what was given and as long as `visual` asks."""
-    if prepared is None:
-        return list(torch.cat(list(sample(model, cond, seeds, sampler))))
     start = None if prepared.start is None else model.encode(prepared.start[None])  # [1,C,F,H,W]
     told = with_canvases(model, cond, [prepared.canvas] * len(cond)) if prepared.canvas.given.any() else cond
     made = torch.cat(list(sample(model, told, seeds, sampler, start, visual.strength if start is not None else 1.0)))  # [B,T,3,H,W]
@@ -181,11 +204,14 @@ def fill_store(
     runner: SafetyRunner,
     label: str = "generate",
     preview: bool = True,
-    visual: Visual = TEXT_ALONE,
+    sampling: Sampling = sample,
+    given: str = "",
 ) -> list[ClipRow | None]:
-    """One row a request, in order; None where the prompt was blocked. Made in batches, each committed to the store: a killed run goes on."""
-    prepared = prepare(visual, sampler.clip, sampler.fps) if visual != TEXT_ALONE else None
-    settings = {key: value for key, value in dump(sampler).items() if key != "batch"} | ({"visual": prepared.key} if prepared else {})
+    """One row a request, in order; None where the prompt was blocked. Made in batches, each committed to the store: a killed run goes on.
+
+    given: what names a visual prompt, part of a clip's identity.
+    """
+    settings = {key: value for key, value in dump(sampler).items() if key != "batch"} | ({"visual": given} if given else {})
     texts = list(dict.fromkeys(r.prompt for r in requests))
     passed = {text for text, decision in zip(texts, runner.check_prompts(texts), strict=True) if allowed(decision)}
     cond = model.encode_text(texts)
@@ -196,7 +222,7 @@ def fill_store(
         together = sampler.batch * torch.get_num_threads()
         for begin in range(0, len(missing), together):
             part = [requests[i] for i in missing[begin : begin + together]]
-            video = torch.stack(make_clips(model, cond[[row_of[r.prompt] for r in part]], [r.seed for r in part], sampler, visual, prepared))  # [b,T',3,H,W]
+            video = torch.cat(list(sampling(model, cond[[row_of[r.prompt] for r in part]], [r.seed for r in part], sampler)))  # [b,T,3,H,W]
             decisions = runner.check_videos(video, [r.prompt for r in part], sampler.fps)
             clips = [
                 NewClip(clip, r.prompt, r.prompt_id, r.seed, settings, lineage, sampler.fps, safety=to_json(decision))
@@ -234,12 +260,25 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what the store holds is never made again."""
     if not cfg.prompts:
         raise UserError("no prompts, prompts. Give at least one: --prompts '[\"a red circle grows\"]'")
+    if cfg.stack is not None and cfg.model is not None:
+        raise UserError("model and stack: both make clips. Give one of them")
+    if cfg.stack is not None and cfg.visual != Visual():
+        raise UserError("stack and visual: a stack makes clips from text alone. Give one of them")
     started = time.monotonic()
     check_can_write(cfg.out)
     model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(), ClipStore(cfg.out)
     requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
     check_memory(cfg.sampler)
-    rows = fill_store(store, model, requests, lineage=network_lineage(cfg.model), sampler=cfg.sampler, runner=runner, visual=cfg.visual)
+    sampling: Sampling = sample
+    lineage, given = network_lineage(cfg.model), ""
+    if cfg.stack is not None:
+        stack = load_stack(cfg.stack).to(model.device)
+        frame_shape(stack, cfg.sampler.clip)
+        sampling, lineage = stack_sampling(stack), stack_lineage(cfg.stack)
+    elif cfg.visual != Visual():
+        prepared = prepare(cfg.visual, cfg.sampler.clip, cfg.sampler.fps)
+        sampling, given = visual_sampling(cfg.visual, prepared), prepared.key
+    rows = fill_store(store, model, requests, lineage=lineage, sampler=cfg.sampler, runner=runner, sampling=sampling, given=given)
     made = [row for row in rows if row is not None]
     return {
         "store": str(cfg.out),

@@ -8,6 +8,7 @@ M text tokens of all clips together, D text width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,16 @@ from base_model.networks.routing import Route
 @dataclass(frozen=True)
 class DiTConfig(NetworkConfig):
     """`depth` blocks, all alike."""
+
+
+class Beside(NamedTuple):
+    """What a larger network adds to a DiT's inputs (`upsample.py`)."""
+
+    token: Tensor | float = 0.0  # [N,w], to the embedded tokens
+    clip: Tensor | float = 0.0  # [S,w], to the condition vectors
+
+
+NOTHING = Beside()
 
 
 class Modulation(nn.Module):
@@ -118,14 +129,12 @@ class DiT(nn.Module):
         for linear in [*zeroed, self.tokens_out]:
             nn.init.zeros_(linear.weight)
 
-    def forward(self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments, route: Route | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments, route: Route | None = None, *, beside: Beside = NOTHING
+    ) -> Tensor:
         """`route`: tokens that skip some blocks in training."""
         table = rotary_table(positions, self.config.rotary_axes)  # 2 x [N,1,d/2]
-        text = self.text_in(text)  # [M,w]
-        pooled = self.text_pooled(text_segments.mean(text))  # [S,w]
-        c = self.time_in(time_features(t, self.config.width).to(text.dtype))  # [S,w] or [N,w]
-        c = c + (pooled if len(t) == len(segments) else segments.spread(pooled))
-        x = self.tokens_in(tokens)  # [N,w]
+        x, c, text = self.embed(tokens, segments, t, text, text_segments, beside)
         if route is None:
             x = self._through(x, 0, self.config.depth, c, text, table, segments, text_segments)  # [N,w]
         else:
@@ -134,6 +143,18 @@ class DiT(nn.Module):
             x = self._through(x, 0, route.first, c, text, table, segments, text_segments)  # [N,w]
             middle = self._through(x[kept], route.first, route.last, c_kept, text, (table[0][kept], table[1][kept]), route.segments, text_segments)  # [K,w]
             x = self._through(x.index_copy(0, kept, middle), route.last, self.config.depth, c, text, table, segments, text_segments)  # [N,w]
+        return self.head(x, c, segments)
+
+    def embed(self, tokens: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments, beside: Beside = NOTHING) -> tuple[Tensor, Tensor, Tensor]:
+        """-> x [N,w], condition vectors c [S,w] (or [N,w] with one noise level a token), text [M,w]."""
+        text = self.text_in(text)  # [M,w]
+        pooled = self.text_pooled(text_segments.mean(text)) + beside.clip  # [S,w]
+        c = self.time_in(time_features(t, self.config.width).to(text.dtype))  # [S,w] or [N,w]
+        c = c + (pooled if len(t) == len(segments) else segments.spread(pooled))
+        return self.tokens_in(tokens) + beside.token, c, text
+
+    def head(self, x: Tensor, c: Tensor, segments: Segments) -> Tensor:
+        """x [N,w] after the blocks -> velocity (N,c)."""
         shift, scale = self.modulation_out(c, segments)
         return self.tokens_out(modulate(x, shift, scale))  # [N,c]
 

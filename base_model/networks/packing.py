@@ -80,6 +80,15 @@ class Segments:
         return per_token.new_zeros(len(self)).scatter_reduce(0, self.ids.to(per_token.device), per_token, "amax", include_self=False)
 
 
+def regroup(segments: Segments, keys: Tensor) -> tuple[Tensor, Segments]:
+    """Tokens of one segment with equal keys become a segment of their own: `positions[:, :1]` makes every frame one, `positions[:, 1:]` every place.
+
+    keys [N,k] -> (order [N], smaller segments): `x[order]` lies group behind group, by clip, then by key, and keeps its order inside a group.
+    """
+    _, group, lengths = torch.cat([segments.ids.to(keys)[:, None], keys], dim=1).unique(dim=0, return_inverse=True, return_counts=True)
+    return group.argsort(stable=True), Segments(tuple(lengths.tolist()))
+
+
 Patch = tuple[int, int, int]
 
 
