@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def test_a_run_killed_at_random_points_and_resumed_ends_bit_identical(tmp_path: 
         pid = begin(server, out)
         wait_for_growth(out / "metrics.jsonl", rng.randrange(1, 5))
         time.sleep(rng.random() * 0.02)
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # on a busy machine it may have ended by itself
+            os.kill(pid, signal.SIGKILL)
         if ended(server) == -signal.SIGKILL:
             checkpoint = latest_checkpoint(out)
             killed_at.append(((out / "metrics.jsonl").read_bytes().count(b"\n"), checkpoint and checkpoint.name))
