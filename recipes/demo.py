@@ -21,7 +21,7 @@ from base_model.errors import UserError
 from base_model.tiny import load_tiny
 from base_model.video.files import write_atomic
 from base_model.video.store import ClipRow, ClipStore
-from recipes import ddpo, evaluate, nft, reward_model, sft
+from recipes import ddpo, evaluate, nft, report, reward_model, sft
 from recipes.feedback import Feedback, SafetyLimit, StoppedByGuard, check_steps
 from recipes.generate import Request, Sampler, fill_store, network_lineage, safety_runner
 from recipes.memory import PeakMemory
@@ -35,7 +35,7 @@ from reward.safety.contract import SafetyRunner, allowed
 
 Stage = Literal["data", "sft", "candidates", "rankings", "reward", "rl", "report"]
 STAGES: tuple[Stage, ...] = ("data", "sft", "candidates", "rankings", "reward", "rl", "report")
-NAMES = {"rl": "RL (NFT)", "rl_ddpo": "RL (DDPO)", "rl_unconstrained": "RL (NFT), no limit"}
+NAMES = {**report.NAMES, "rl": "RL (NFT)", "rl_unconstrained": "RL (NFT), no limit"}
 PEOPLE: dict[Literal["reward", "guard"], tuple[labelers.Labeler, ...]] = {"reward": labelers.REWARD_PANEL, "guard": labelers.GUARD_PANEL}
 
 

@@ -20,15 +20,14 @@ from typing import Any, NamedTuple
 
 from base_model.checkpoint import read_json
 from base_model.errors import UserError
-from recipes import demo
 from recipes.bench._results import Bench, Provenance, Row, command, hardware_text, write
+from recipes.demo import NAMES
 from recipes.evaluate import read_measured
 from recipes.shapes.measure import Measured, numbers
 from recipes.shapes.prompts import ShapesPrompt
 
 Interval = Mapping[str, float | None]
 UNKNOWN: Interval = {"mean": None, "low": None, "high": None}
-NAMES = {"base": "base", "sft": "SFT", **demo.NAMES}
 GAIN, DIVERSITY, BASE_FLASHING, CLIPS, MINUTES = 0.10, 0.80, 0.10, 1_000, 40
 SHARES = ("judge, one object", "judge, two objects", "judge gain", "judge gain, two objects", "flash rate", "reward model")
 

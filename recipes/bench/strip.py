@@ -24,7 +24,7 @@ from align.config import Count
 from base_model.errors import UserError
 from base_model.video.files import to_uint8, write_atomic
 from recipes import evaluate
-from recipes.report import NAMES
+from recipes.demo import NAMES
 from recipes.shapes.measure import measure
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 
