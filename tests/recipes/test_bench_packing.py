@@ -105,6 +105,7 @@ def test_an_account_is_what_one_counts_by_hand() -> None:
         "tokens_lost": 0,
         "rank_balance_flops": 1,
     }
+    assert account(dense, clips, Config(ranks=3))["rank_balance_flops"] is None, "no step has work for every rank"
     packs = [[Batch((2, 3), (200, 200), 500, padded=False), Batch((0,), (100,), 500, padded=False)]]
     found = account(packs, clips, Config(ranks=2))
     assert found["fill"] == 0.5 and found["flops_wasted"] == 0 and found["clips_dropped"] == 2 and found["tokens_lost"] == pytest.approx(150 / 650)
