@@ -35,6 +35,17 @@ class Beside(NamedTuple):
 NOTHING = Beside()
 
 
+class Told(NamedTuple):
+    """Noise level and text as condition vectors: one a clip, or one for each noise level that a clip's tokens have."""
+
+    c: Tensor  # [R,w]
+    row: Tensor | None = None  # [N] the vector of each token; None where R = S
+
+    def of(self, kept: Tensor) -> Told:
+        """What the tokens `kept` [K] are told."""
+        return self if self.row is None else Told(self.c, self.row[kept])
+
+
 class Modulation(nn.Module):
     """Shift, scale and gate of both branches from the condition vector, zero at the start (adaLN-zero)."""
 
@@ -43,10 +54,12 @@ class Modulation(nn.Module):
         self.parts = parts
         self.linear = nn.Linear(width, parts * width)
 
-    def forward(self, c: Tensor, segments: Segments) -> tuple[Tensor, ...]:
-        """c [S,w] (or [N,w] with one noise level a token) -> `parts` tensors [R,w]: R = S for equal segments, else N."""
-        parts = self.linear(silu(c))  # [S,parts w] or [N,parts w]
-        if len(c) == len(segments) and len(segments.stretches) > 1:
+    def forward(self, told: Told, segments: Segments) -> tuple[Tensor, ...]:
+        """-> `parts` tensors [S,w] for equal segments of one noise level each, else [N,w]."""
+        parts = self.linear(silu(told.c))  # [R,parts w]
+        if told.row is not None:
+            parts = parts.index_select(0, told.row)  # [N,parts w]
+        elif len(segments.stretches) > 1:
             parts = segments.spread(parts)  # [N,parts w]
         return parts.chunk(self.parts, dim=-1)
 
@@ -97,8 +110,8 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(w, config.mlp_ratio * w)
         self.mlp_out = nn.Linear(config.mlp_ratio * w, w)
 
-    def forward(self, x: Tensor, c: Tensor, text: Tensor, table: tuple[Tensor, Tensor], segments: Segments, text_segments: Segments) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c, segments)
+    def forward(self, x: Tensor, told: Told, text: Tensor, table: tuple[Tensor, Tensor], segments: Segments, text_segments: Segments) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(told, segments)
         x = gated(x, gate_a, self.attention(modulate(x, shift_a, scale_a), table, segments))  # [N,w]
         x = x + self.text_attention(self.text_norm(x), text, segments, text_segments)  # [N,w]
         hidden = nn.functional.gelu(self.mlp_in(modulate(x, shift_m, scale_m)), approximate="tanh")  # [N,4w]
@@ -134,31 +147,33 @@ class DiT(nn.Module):
     ) -> Tensor:
         """`route`: tokens that skip some blocks in training."""
         table = rotary_table(positions, self.config.rotary_axes)  # 2 x [N,1,d/2]
-        x, c, text = self.embed(tokens, segments, t, text, text_segments, beside)
+        x, told, text = self.embed(tokens, segments, t, text, text_segments, beside)
         if route is None:
-            x = self._through(x, 0, self.config.depth, c, text, table, segments, text_segments)  # [N,w]
+            x = self._through(x, 0, self.config.depth, told, text, table, segments, text_segments)  # [N,w]
         else:
             kept = route.kept.to(x.device)  # [K]
-            c_kept = c if len(t) == len(segments) else c[kept]  # [S,w] or [K,w]
-            x = self._through(x, 0, route.first, c, text, table, segments, text_segments)  # [N,w]
-            middle = self._through(x[kept], route.first, route.last, c_kept, text, (table[0][kept], table[1][kept]), route.segments, text_segments)  # [K,w]
-            x = self._through(x.index_copy(0, kept, middle), route.last, self.config.depth, c, text, table, segments, text_segments)  # [N,w]
-        return self.head(x, c, segments)
+            x = self._through(x, 0, route.first, told, text, table, segments, text_segments)  # [N,w]
+            middle = self._through(x[kept], route.first, route.last, told.of(kept), text, (table[0][kept], table[1][kept]), route.segments, text_segments)  # [K,w]
+            x = self._through(x.index_copy(0, kept, middle), route.last, self.config.depth, told, text, table, segments, text_segments)  # [N,w]
+        return self.head(x, told, segments)
 
-    def embed(self, tokens: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments, beside: Beside = NOTHING) -> tuple[Tensor, Tensor, Tensor]:
-        """-> x [N,w], condition vectors c [S,w] (or [N,w] with one noise level a token), text [M,w]."""
+    def embed(self, tokens: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments, beside: Beside = NOTHING) -> tuple[Tensor, Told, Tensor]:
+        """-> x [N,w], what its tokens are told, text [M,w]."""
         text = self.text_in(text)  # [M,w]
         pooled = self.text_pooled(text_segments.mean(text)) + beside.clip  # [S,w]
-        c = self.time_in(time_features(t, self.config.width).to(text.dtype))  # [S,w] or [N,w]
-        c = c + (pooled if len(t) == len(segments) else segments.spread(pooled))
-        return self.tokens_in(tokens) + beside.token, c, text
+        clip, row = torch.arange(len(segments), device=t.device), None  # [S]
+        if len(t) != len(segments):
+            pairs, row = torch.stack([segments.ids.to(t), t]).unique(dim=1, return_inverse=True)  # [2,R], [N]
+            clip, t = pairs[0].long(), pairs[1]  # [R] each
+        c = self.time_in(time_features(t, self.config.width).to(text.dtype)) + pooled[clip]  # [R,w]
+        return self.tokens_in(tokens) + beside.token, Told(c, row), text
 
-    def head(self, x: Tensor, c: Tensor, segments: Segments) -> Tensor:
+    def head(self, x: Tensor, told: Told, segments: Segments) -> Tensor:
         """x [N,w] after the blocks -> velocity (N,c)."""
-        shift, scale = self.modulation_out(c, segments)
+        shift, scale = self.modulation_out(told, segments)
         return self.tokens_out(modulate(x, shift, scale))  # [N,c]
 
-    def _through(self, x: Tensor, first: int, last: int, c: Tensor, text: Tensor, table: tuple[Tensor, Tensor], segments: Segments, text_segments: Segments) -> Tensor:
+    def _through(self, x: Tensor, first: int, last: int, told: Told, text: Tensor, table: tuple[Tensor, Tensor], segments: Segments, text_segments: Segments) -> Tensor:
         for k in range(first, last):
-            x = self.blocks[k](x, c, text, table, segments, text_segments)  # [N,w]
+            x = self.blocks[k](x, told, text, table, segments, text_segments)  # [N,w]
         return x

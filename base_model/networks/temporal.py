@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from base_model.networks.attention import rotary_table
-from base_model.networks.dit import NOTHING, Beside, DiT, DiTConfig, Modulation, gated, modulate
+from base_model.networks.dit import NOTHING, Beside, DiT, DiTConfig, Modulation, Told, gated, modulate
 from base_model.networks.layers import SelfAttention
 from base_model.networks.packing import Segments, regroup
 
@@ -40,8 +40,8 @@ class TemporalBlock(nn.Module):
         nn.init.zeros_(self.modulation.linear.weight)
         nn.init.zeros_(self.modulation.linear.bias)
 
-    def forward(self, x: Tensor, c: Tensor, frames: Segments, places: Places) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c, frames)
+    def forward(self, x: Tensor, told: Told, frames: Segments, places: Places) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(told, frames)
         attended = self.attention(modulate(x, shift_a, scale_a)[places.order], places.table, places.segments)[places.back]  # [N,w]
         x = gated(x, gate_a, attended)
         hidden = gelu(self.mlp_in(modulate(x, shift_m, scale_m)), approximate="tanh")  # [N,4w]
@@ -65,16 +65,16 @@ class TemporalDiT(nn.Module):
         clip_of_frame = segments.ids[list(frames.offsets[:-1])]  # [f]
         table = rotary_table(positions, self.config.rotary_axes)  # 2 x [N,1,d/2]; within a frame only rows and columns differ
         places = self._places(positions, segments)
-        x, c, text = self.image.embed(tokens, segments, t, text, text_segments, beside)
-        if len(c) == len(segments):
-            c = c[clip_of_frame]  # [f,w]
+        x, told, text = self.image.embed(tokens, segments, t, text, text_segments, beside)
+        if told.row is None:
+            told = Told(told.c[clip_of_frame])  # [f,w]
         parts = text.split(list(text_segments.lengths))
         text = torch.cat([parts[clip] for clip in clip_of_frame.tolist()])  # each frame reads its clip's text
         text_segments = Segments(tuple(text_segments.lengths[clip] for clip in clip_of_frame.tolist()))
         for block, temporal_block in zip(self.image.blocks, self.blocks, strict=True):
-            x = block(x, c, text, table, frames, text_segments)  # [N,w]
-            x = temporal_block(x, c, frames, places)  # [N,w]
-        return self.image.head(x, c, frames)
+            x = block(x, told, text, table, frames, text_segments)  # [N,w]
+            x = temporal_block(x, told, frames, places)  # [N,w]
+        return self.image.head(x, told, frames)
 
     def _places(self, positions: Tensor, segments: Segments) -> Places:
         order, places = regroup(segments, positions[:, 1:])

@@ -139,3 +139,20 @@ def test_segments_mean_and_spread_agree_with_loops() -> None:
     assert torch.allclose(segments.mean(per_token), means)
     assert torch.equal(segments.spread(means), means[torch.tensor([0, 0, 1, 1, 2, 2, 2])])
     assert [tuple(s) for s in segments.stretches] == [(0, 2, 2), (2, 3, 3)]
+
+
+def test_noise_levels_of_tokens_that_agree_are_the_noise_level_of_their_clip_and_cost_no_more_vectors() -> None:
+    torch.manual_seed(0)
+    network = DiT(DiTConfig(width=32, depth=2, heads=2, rotary_axes=(4, 6, 6)))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    packed = pack([torch.randn(8, 4, 4, 4), torch.randn(8, 1, 4, 6), torch.randn(8, 4, 4, 4)], network.config.patch)
+    text, text_segments, t = torch.randn(9, 384), Segments((3, 4, 2)), torch.tensor([0.9, 0.3, 0.9])
+    seen: list[int] = []
+    network.blocks[0].modulation.linear.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    whole = network(packed.tokens, packed.positions, packed.segments, t, text, text_segments)
+    each = packed.segments.spread(t)
+    assert torch.allclose(network(packed.tokens, packed.positions, packed.segments, each, text, text_segments), whole, atol=1e-5)
+    each[:3] = 0.0
+    network(packed.tokens, packed.positions, packed.segments, each, text, text_segments)
+    assert seen == [3, 3, 4], "a vector for each clip and each of its levels, not for each token"

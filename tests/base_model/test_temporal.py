@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from base_model.networks.dit import DiT, DiTConfig
+from base_model.networks.dit import DiT, DiTConfig, Told
 from base_model.networks.packing import Packed, Segments, pack, regroup, unpack
 from base_model.networks.temporal import Places, TemporalBlock, TemporalDiT
 
@@ -123,9 +123,9 @@ def test_a_temporal_layer_mixes_the_frames_of_a_place_and_nothing_else() -> None
     generator = torch.Generator().manual_seed(4)
     x, c = torch.randn(packed.segments.total, 24, generator=generator), torch.randn(packed.segments.total, 24, generator=generator)
     _, frames = regroup(packed.segments, packed.positions[:, :1])
-    together = block(x, c, frames, network._places(packed.positions, packed.segments))
+    together = block(x, Told(c, torch.arange(len(c))), frames, network._places(packed.positions, packed.segments))
     for rows in groups_by_hand(packed, [1, 2]):
         positions, one = packed.positions[rows], Segments((len(rows),))
         places: Places = network._places(positions, one)
-        alone = block(x[rows], c[rows], Segments.equal(len(rows), 1), places)
+        alone = block(x[rows], Told(c[rows]), Segments.equal(len(rows), 1), places)
         assert (together[rows] - alone).abs().max() < 1e-5
