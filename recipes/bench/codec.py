@@ -477,9 +477,9 @@ def flat(parts: dict[str, list[Row]]) -> list[Row]:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: a benchmark is measured anew."""
-    shipped, cfg = load_codec(cfg.codec or WEIGHTS / "vae.safetensors"), shrunk(cfg) if cfg.quick else cfg
-    check(cfg, shipped)
-    parts = measure(cfg, shipped)
+    shipped, told = load_codec(cfg.codec or WEIGHTS / "vae.safetensors"), shrunk(cfg) if cfg.quick else cfg
+    check(told, shipped)
+    parts = measure(told, shipped)
     if cfg.write:
         write(cfg, "codec", here("codec", cfg), "The video autoencoder", {part.capitalize(): rows for part, rows in parts.items()})
     return {"rows": flat(parts)}
