@@ -151,7 +151,7 @@ class Listener(torch.nn.Module):
         return torch.zeros_like(tokens)
 
 
-def test_the_level_of_every_clip_has_an_embedding_of_its_own() -> None:
+def test_the_small_clip_stands_beside_its_tokens_and_the_level_of_every_clip_has_an_embedding_of_its_own() -> None:
     listener = Listener()
     network = Upsampler(listener, RectifiedFlow())  # type: ignore[arg-type]
     clips, lows, t, _, texts = stage_inputs()
@@ -162,6 +162,8 @@ def test_the_level_of_every_clip_has_an_embedding_of_its_own() -> None:
     assert isinstance(heard[0].clip, Tensor) and isinstance(heard[1].clip, Tensor) and heard[0].clip.shape == (3, 24)
     assert (heard[0].clip[0] - heard[0].clip[1]).abs().max() < 1e-6 < 1e-3 < (heard[0].clip[0] - heard[0].clip[2]).abs().max()
     assert (heard[1].clip - heard[0].clip).abs().amax(1).tolist()[0] == 0 and (heard[1].clip - heard[0].clip).abs().amax(1)[1] > 1e-3
+    matrix, bias = network.low_in.weight, network.low_in.bias
+    assert isinstance(heard[0].token, Tensor) and (heard[0].token - (pack(lows, SMALL.patch).tokens @ matrix.T + bias)).abs().max() < 1e-5
 
 
 def test_a_stage_and_a_frame_model_come_back_from_disk_as_they_were(tmp_path: FilePath) -> None:
