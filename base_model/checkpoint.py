@@ -96,7 +96,18 @@ def weights_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
         storage = flat.untyped_storage().data_ptr()
         own[name] = flat.clone() if storage in seen else flat
         seen.add(storage)
-    return bytes(safetensors.torch.save(own, metadata=dict(metadata) or None))
+    content = bytes(safetensors.torch.save(own, metadata=dict(metadata) or None))
+    return _with_sorted_metadata(content) if len(metadata) > 1 else content
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """The same file, its metadata in order: the library's order changes from process to process, and equal weights are to be equal files."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

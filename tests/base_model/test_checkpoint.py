@@ -37,6 +37,16 @@ def test_tensors_and_metadata_come_back_exactly(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["w.safetensors"]
 
 
+def test_equal_weights_and_metadata_are_equal_files_in_any_order(tmp_path: Path) -> None:
+    metadata = {f"k{number}": f'"{number}\\ \u00e9\n\x01 \U0001f600' for number in range(20)}
+    forwards, backwards = (weights_bytes({"a": torch.arange(3.0)}, dict(items)) for items in (metadata.items(), reversed(metadata.items())))
+    assert forwards == backwards
+    (tmp_path / "w").write_bytes(forwards)
+    loaded, found = load_weights(tmp_path / "w")
+    assert found == metadata and torch.equal(loaded["a"], torch.arange(3.0))
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "w")["a"], torch.arange(3.0))
+
+
 def test_the_file_is_what_the_library_reads(tmp_path: Path) -> None:
     save_weights(tmp_path / "w", {"a": torch.arange(3.0)}, {})
     assert torch.equal(safetensors.torch.load_file(tmp_path / "w")["a"], torch.arange(3.0))

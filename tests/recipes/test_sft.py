@@ -21,7 +21,7 @@ ROWS = (2, 0, 3)
 def some_pairs() -> Pairs:
     generator = torch.Generator().manual_seed(0)
     shapes = [(8, 2, 4, 4), (8, 2, 4, 4), (8, 1, 6, 4), (8, 3, 8, 4)]
-    return Pairs(("a red circle", "a blue bar", "a green bar grows", "a red bar"), tuple(torch.randn(shape, generator=generator) for shape in shapes))
+    return Pairs(("a red circle", "a blue bar", "a green bar grows", "a red bar"), tuple(torch.randn(shape, generator=generator) for shape in shapes), ())
 
 
 def loss_of(fit: Fit, model: LatentVideoModel, clips: int = 3) -> Loss:
