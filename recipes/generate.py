@@ -181,8 +181,10 @@ def make_clips(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int]
     told = with_canvases(model, cond, [prepared.canvas] * len(cond)) if prepared.canvas.given.any() else cond
     made = torch.cat(list(sample(model, told, seeds, sampler, start, visual.strength if start is not None else 1.0)))  # [B,T,3,H,W]
     clips = [prepared.join(clip) for clip in made]
-    frames, ahead = round(visual.seconds * sampler.fps), head_frames(visual.frames, sampler.frames, sampler.clip)
-    for k in range(-(-max(0, frames - len(clips[0])) // (sampler.frames - ahead))):
+    frames, stride = round(visual.seconds * sampler.fps), model.latents.time_stride
+    ahead = head_frames(visual.frames, sampler.frames, sampler.frames - stride, stride)
+    windows = -(-(frames - len(clips[0])) // (sampler.frames - ahead)) if frames > len(clips[0]) else 0
+    for k in range(windows):
         told = with_canvases(model, cond, [give_frames(sampler.clip, {0: clip[-ahead:]}) for clip in clips])
         more = torch.cat(list(sample(model, told, [derived_seed(seed, "extension", k) % 2**31 for seed in seeds], sampler)))  # [B,T,3,H,W]
         clips = [torch.cat([clip, new[ahead:]]) for clip, new in zip(clips, more, strict=True)]
@@ -233,16 +235,18 @@ def fill_store(
     return [store.find(key) for key in keys]
 
 
-def check_memory(sampler: Sampler) -> None:
-    """Raises UserError where a batch of such clips would not fit the memory that is free."""
+def check_memory(sampler: Sampler, clips: int, seconds: float) -> None:
+    """Raises UserError where so many clips, as many as are made together, would not fit the memory that is free."""
     import psutil
 
     tokens = (1 + sampler.frames // 4) * (sampler.height // 8) * (sampler.width // 8)
-    needed, free = tokens * BYTES_A_TOKEN * min(sampler.batch, 2), psutil.virtual_memory().available
+    together = min(clips, sampler.batch * torch.get_num_threads())
+    finished = 12 * sampler.height * sampler.width * max(sampler.frames, round(seconds * sampler.fps))  # bytes of a clip's pixels
+    needed, free = together * (tokens * BYTES_A_TOKEN + 2 * finished), psutil.virtual_memory().available
     if needed > free:
         raise UserError(
             f"clips of {sampler.clip} need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. "
-            "Lower sampler.frames, sampler.height, sampler.width or sampler.batch; --visual.seconds makes long clips out of short ones"
+            "Lower sampler.frames, sampler.height, sampler.width, sampler.batch or visual.seconds"
         )
 
 
@@ -268,7 +272,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     check_can_write(cfg.out)
     model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(), ClipStore(cfg.out)
     requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
-    check_memory(cfg.sampler)
+    check_memory(cfg.sampler, len(requests), cfg.visual.seconds)
     sampling: Sampling = sample
     lineage, given = network_lineage(cfg.model), ""
     if cfg.stack is not None:
@@ -276,7 +280,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         frame_shape(stack, cfg.sampler.clip)
         sampling, lineage = stack_sampling(stack), stack_lineage(cfg.stack)
     elif cfg.visual != Visual():
-        prepared = prepare(cfg.visual, cfg.sampler.clip, cfg.sampler.fps)
+        prepared = prepare(cfg.visual, cfg.sampler.clip, cfg.sampler.fps, model.latents, model.config.patch)
         sampling, given = visual_sampling(cfg.visual, prepared), prepared.key
     rows = fill_store(store, model, requests, lineage=lineage, sampler=cfg.sampler, runner=runner, sampling=sampling, given=given)
     made = [row for row in rows if row is not None]

@@ -170,7 +170,7 @@ def pack_loss(fit: Fit, model: LatentVideoModel, pairs: Pairs, clips: int, part:
     segment, learned = packed.segments.ids, packed.segments.mean((~given).float()) > 0  # [N], [S] a clip may have dropped all that is not given
     error = packed_clip_error(u, target.to(device), segment.to(device), len(rows), keep=~given.to(device))  # [S]
     loss = flow_matching(error, valid=learned.to(device))
-    yield Loss(loss.value * (len(rows) / clips), loss.stats)
+    yield Loss(loss.value * (float(learned.sum()) / clips), loss.stats)
 
 
 def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: Pairs) -> None:

@@ -14,18 +14,19 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from align.config import Config as BaseConfig
-from align.config import Count, NonNegative
+from align.config import Count
 from base_model.errors import UserError
-from base_model.prompts.conditions import Canvas, blank, give_frames
-from base_model.types import ClipShape
-from base_model.video.files import cover, from_uint8, read_video, resample_fps
+from base_model.networks.packing import Patch
+from base_model.prompts.conditions import Canvas, blank, give_frames, known_mask
+from base_model.types import ClipShape, LatentSpec
+from base_model.video.files import cover, from_uint8, read_video, resample_fps, to_uint8
 
 Kind = Literal["text", "image", "edit", "extend", "extend_back", "connect", "loop", "inpaint", "outpaint"]
-STRIDE = 4  # frames of a latent frame after the first
 
 
 class Visual(BaseConfig):
@@ -40,13 +41,13 @@ class Visual(BaseConfig):
     """The clip to arrive at, for `connect`."""
     mask: Path | None = None
     """An image, white where pixels are made anew, for `inpaint`."""
-    strength: Annotated[float, Field(gt=0, le=1)] = 0.6
+    strength: Annotated[float, Field(ge=0.001, le=1)] = 0.6
     """Noise level an edit starts from: 1 forgets the clip."""
     frames: Count = 5
     """Frames of a given clip that the model sees at each joint, at most; rounded down to what the autoencoder can cut."""
     cover: bool = False
     """Resizes and crops what is given to the sampler's size; without it another size is refused."""
-    seconds: NonNegative = 0.0
+    seconds: Annotated[float, Field(ge=0, le=3600)] = 0.0
     """How long the clip is to become, for `text`, `image` and `extend`: made by going on from its last frames again and again. 0 means one clip of `sampler.frames`."""
 
 
@@ -60,47 +61,68 @@ class Prepared:
     key: str  # sha256 of everything that is given
 
 
-def prepare(visual: Visual, clip: ClipShape, fps: float) -> Prepared:
-    """Reads and checks the files. Raises UserError for a file that is missing, superfluous, unreadable, of another size, or too long or short for its kind."""
+def prepare(visual: Visual, clip: ClipShape, fps: float, latents: LatentSpec, patch: Patch) -> Prepared:
+    """Reads and checks the files. Raises UserError for a file that is missing, superfluous, unreadable, of another size, or too long or short for its kind, and where
+    nothing or everything would be given to a network of these patches."""
     needed = {"text": (), "connect": ("file", "second"), "inpaint": ("file", "mask")}.get(visual.kind, ("file",))
     for name in ("file", "second", "mask"):
         path = getattr(visual, name)
         if (path is None) == (name in needed):
             what = f"visual.{name} is missing" if path is None else f"visual.{name} is given"
             raise UserError(f"{what}, visual.kind {visual.kind}: it takes {' and '.join(f'visual.{each}' for each in needed) or 'no file'}")
-    if visual.seconds and visual.kind not in ("text", "image", "extend"):
-        raise UserError(f"visual.seconds is given, visual.kind {visual.kind}. Only text, image and extend grow longer: leave it out")
+    _check_seconds(visual, clip, fps, latents.time_stride)
     read = {name: _read(getattr(visual, name), visual, clip, fps) for name in needed if name != "mask"}
     hole = _hole(visual.mask, clip) if visual.mask else None
     try:
-        canvas, start, join = _canvas(visual, clip, read, hole)
+        canvas, start, join = _canvas(visual, clip, read, hole, latents, patch)
     except ValueError as error:
-        raise UserError(f"{error}, {visual.file}. Change sampler.frames, visual.frames or the file") from error
+        raise UserError(f"{error}, {visual.second or visual.file}. Change sampler.frames, visual.frames or the file") from error
+    if visual.kind == "extend" and 0 < round(visual.seconds * fps) <= len(read["file"]):
+        raise UserError(f"{visual.file} lasts {len(read['file']) / fps:g} s, visual.seconds is {visual.seconds:g}. Give more")
+    known = known_mask(canvas.given[None], latents, patch)
+    if canvas.given.any() and (known.all() or not known.any()):
+        side = f"{latents.space_stride * patch[1]}x{latents.space_stride * patch[2]} pixels"
+        share = "all" if known.all() else "none"
+        raise UserError(f"{share} of the tokens ({side} each) is given, {visual.mask or visual.file}. Give something to keep and leave something to make")
     digest = hashlib.sha256(repr((visual.kind, visual.strength, visual.frames, visual.seconds)).encode())
-    for part in (canvas.video.where(canvas.given[:, None], 0), canvas.given, *([start] if start is not None else []), *read.values()):
-        digest.update(part.contiguous().numpy().tobytes())
+    for name, part in {"given": canvas.given, "start": start, **read}.items():
+        if part is not None:
+            digest.update(repr((name, tuple(part.shape))).encode() + part.contiguous().numpy().tobytes())
     return Prepared(canvas, start, join, digest.hexdigest())
 
 
-def _canvas(visual: Visual, clip: ClipShape, read: dict[str, Tensor], hole: Tensor | None) -> tuple[Canvas, Tensor | None, Callable[[Tensor], Tensor]]:
+def _check_seconds(visual: Visual, clip: ClipShape, fps: float, stride: int) -> None:
+    if not visual.seconds:
+        return
+    if visual.kind not in ("text", "image", "extend"):
+        raise UserError(f"visual.seconds is given, visual.kind {visual.kind}. Only text, image and extend grow longer: leave it out")
+    if clip.frames <= stride or round(visual.seconds * fps) < 1:
+        asked = f"visual.seconds {visual.seconds:g} with clips of {clip.frames} frames at {fps:g} a second"
+        raise UserError(f"{asked}. Give at least one frame, and sampler.frames of at least {1 + stride}")
+
+
+def _canvas(
+    visual: Visual, clip: ClipShape, read: dict[str, Tensor], hole: Tensor | None, latents: LatentSpec, patch: Patch
+) -> tuple[Canvas, Tensor | None, Callable[[Tensor], Tensor]]:
     """Raises ValueError where what is given does not fit the clip."""
     whole: Callable[[Tensor], Tensor] = lambda made: made  # noqa: E731
     if visual.kind == "text":
         return blank(clip), None, whole
-    source = read["file"]
-    ahead = head_frames(visual.frames, len(source), clip)
+    source, stride = read["file"], latents.time_stride
     if visual.kind == "image":
         return give_frames(clip, {0: source[:1]}), None, whole
     if visual.kind == "edit":
         return blank(clip), _fitting(source, clip), whole
     if visual.kind == "extend":
+        ahead = head_frames(visual.frames, len(source), clip.frames - stride, stride)
         return give_frames(clip, {0: source[-ahead:]}), None, lambda made: torch.cat([source, made[ahead:]])
     if visual.kind == "extend_back":
-        behind = tail_frames(visual.frames, len(source), clip)
+        behind = tail_frames(visual.frames, len(source), clip.frames - 1, stride)
         return give_frames(clip, {clip.frames - behind: source[:behind]}), None, lambda made: torch.cat([made[:-behind], source])
     if visual.kind in ("connect", "loop"):
         target = read.get("second", source)
-        behind = tail_frames(min(visual.frames, clip.frames - ahead - STRIDE), len(target), clip)
+        ahead = head_frames(visual.frames, len(source), clip.frames - 2 * stride, stride)
+        behind = tail_frames(visual.frames, len(target), clip.frames - ahead - stride, stride)
         canvas = give_frames(clip, {0: source[-ahead:], clip.frames - behind: target[:behind]})
         tail = target if visual.kind == "connect" else target[:0]
         return canvas, None, lambda made: torch.cat([source, made[ahead : clip.frames - behind], tail])
@@ -108,21 +130,20 @@ def _canvas(visual: Visual, clip: ClipShape, read: dict[str, Tensor], hole: Tens
     if visual.kind == "inpaint":
         assert hole is not None
         return Canvas(video, ~hole.expand(clip.frames, -1, -1)), None, whole
-    return _in_the_middle(video, clip), None, whole
+    return _in_the_middle(video, clip, latents.space_stride * patch[1]), None, whole
 
 
-def head_frames(wanted: int, there: int, clip: ClipShape) -> int:
-    """Frames to go on from: 1 + a multiple of 4, at most `wanted`, as many as there are, and not the whole clip."""
-    return 1 + max(0, (min(wanted, there, clip.frames - STRIDE) - 1) // STRIDE) * STRIDE
+def head_frames(wanted: int, there: int, room: int, stride: int) -> int:
+    """Frames to go on from: 1 + a multiple of `stride`, at most `wanted`, as many as there are and as the clip has room for; at least the last one."""
+    return 1 + max(0, min(wanted, there, room) - 1) // stride * stride
 
 
-def tail_frames(wanted: int, there: int, clip: ClipShape) -> int:
-    """Frames to arrive at: a multiple of 4. Raises ValueError where there are fewer than 4."""
-    found = min(wanted, there, clip.frames - 1) // STRIDE * STRIDE
-    if found < STRIDE and there < STRIDE:
-        raise ValueError(f"{there} frames are too few to arrive at, at least {STRIDE} are needed")
-    if found < STRIDE:
-        raise ValueError(f"visual.frames {wanted} or a clip of {clip.frames} frames leaves fewer than {STRIDE} frames to arrive at")
+def tail_frames(wanted: int, there: int, room: int, stride: int) -> int:
+    """Frames to arrive at: a multiple of `stride`. Raises ValueError where there are too few, too few are wanted, or the clip has no room."""
+    found = min(wanted, there, room) // stride * stride
+    if found < stride:
+        why = f"{there} frames are given" if there < stride else f"visual.frames is {wanted}" if wanted < stride else "the clip is too short"
+        raise ValueError(f"{why}: a clip needs {stride} frames to arrive at, beside those it goes on from and {stride} to make")
     return found
 
 
@@ -132,12 +153,12 @@ def _fitting(source: Tensor, clip: ClipShape) -> Tensor:
     return source[: clip.frames]
 
 
-def _in_the_middle(video: Tensor, clip: ClipShape) -> Canvas:
-    """A smaller clip in the middle of the canvas. Raises ValueError where it does not fit."""
+def _in_the_middle(video: Tensor, clip: ClipShape, side: int) -> Canvas:
+    """A smaller clip in the middle of the canvas, moved to where tokens of `side` pixels begin. Raises ValueError where it does not fit."""
     height, width = video.shape[-2:]
     if height > clip.height or width > clip.width or (height, width) == (clip.height, clip.width):
         raise ValueError(f"the given clip is {height}x{width}, there is nothing to add around it in {clip.height}x{clip.width}")
-    top, left = (clip.height - height) // 2, (clip.width - width) // 2
+    top, left = ((clip.height - height) // 2 // side * side, (clip.width - width) // 2 // side * side)
     canvas = blank(clip)
     canvas.video[:, :, top : top + height, left : left + width] = video
     canvas.given[:, top : top + height, left : left + width] = True
@@ -150,18 +171,24 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def _read(path: Path, visual: Visual, clip: ClipShape, fps: float) -> Tensor:
-    """Frames [T,3,H,W] at `fps`, of the sampler's size."""
+    """Frames [T,3,H,W] at `fps`, of the sampler's size (for `outpaint` of their own)."""
+
+    def fit(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """[H,W,3] as it is decoded, so that no large clip lies in memory whole."""
+        height, width = frame.shape[:2]
+        if visual.kind == "outpaint" and height <= clip.height and width <= clip.width:
+            return frame
+        if visual.cover and visual.kind != "outpaint":
+            return to_uint8(cover(from_uint8(frame[None]), clip.height, clip.width))[0]
+        if (height, width) != (clip.height, clip.width):
+            instead = "" if visual.kind == "outpaint" else ", or --visual.cover true to resize and crop"
+            raise UserError(f"{path} is {height}x{width}, the clip {clip.height}x{clip.width}. Give other --sampler.height and --sampler.width{instead}")
+        return frame
+
     if path.suffix.lower() in IMAGES:
-        frames = read_image(path)[None]
-    else:
-        video = read_video(path)
-        frames = resample_fps(from_uint8(video.frames), video.fps, fps)
-    if visual.cover and visual.kind != "outpaint":
-        return cover(frames, clip.height, clip.width)
-    if visual.kind != "outpaint" and frames.shape[-2:] != (clip.height, clip.width):
-        found = f"{frames.shape[-2]}x{frames.shape[-1]}"
-        raise UserError(f"{path} is {found}, the clip {clip.height}x{clip.width}. Give --sampler.height and --sampler.width, or --visual.cover true to resize and crop")
-    return frames
+        return from_uint8(fit(to_uint8(read_image(path)[None])[0])[None])
+    video = read_video(path, shrink=fit, max_frames=1 if visual.kind == "image" else None)
+    return resample_fps(from_uint8(video.frames), video.fps, fps) if visual.kind != "image" else from_uint8(video.frames)
 
 
 def read_image(path: Path) -> Tensor:
@@ -170,7 +197,13 @@ def read_image(path: Path) -> Tensor:
 
     try:
         with Image.open(path) as image:
-            return from_uint8(np.array(ImageOps.exif_transpose(image).convert("RGB"))[None])[0]
+            if getattr(image, "n_frames", 1) > 1:
+                raise UserError(f"the image moves, {path}. Give one frame of it, or a video")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+                grey = np.asarray(upright).astype(np.float32) / 65535
+                return torch.from_numpy(grey).clamp(0, 1).expand(3, -1, -1)
+            return from_uint8(np.array(upright.convert("RGB"))[None])[0]
     except FileNotFoundError as error:
         raise UserError(f"no such image, {path}. Check the path") from error
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:

@@ -23,11 +23,11 @@ def write_card(path: Path, save: Callable[[Path], None], *, recipe: str, cfg: Co
 
     `data` is the hash of the training data, `seconds` the wall time of the training.
     """
-    save(path)
     about = resolved(cfg)
     about["config"] = {key: value for key, value in leaves(dump(cfg)).items() if key not in path_keys(type(cfg))}
     defaults = leaves(dump(type(cfg)()))
-    overrides = "".join(f" --{key} {value}" for key, value in about["config"].items() if value != defaults[key])
+    overrides = "".join(f" --{key} {value}" for key, value in about["config"].items() if value != defaults.get(key))
+    save(path)
     card = {
         "file": path.name,
         "sha256": file_hash(path),

@@ -1,11 +1,14 @@
 """SFT on visual prompts: the packed loss is that of each clip alone with what it gives, and learning it makes a clip go on from its first frame."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from align.config import load
 from align.kernels import ODE
 from align.objectives.regression import clip_error
 from align.trajectory import rollout
@@ -19,7 +22,7 @@ from base_model.types import ClipShape, Known
 from recipes import sft
 from recipes.pairs import Pairs, encode_pairs
 from recipes.shapes.dataset import ClipSet, draw_clips
-from tests.recipes.small import small_model
+from tests.recipes.small import save_small_network, small_model
 
 PATCH = (1, 2, 2)
 
@@ -92,6 +95,15 @@ def test_shares_of_more_than_everything_and_unknown_kinds_are_refused() -> None:
     for conditions, message in (({"image": 0.7, "tail": 0.5}, "add up to 1.2"), ({"frames": 0.1}, "image")):
         with pytest.raises((UserError, ValueError), match=message):
             fit_of(conditions=conditions)
+
+
+def test_a_run_that_learned_visual_prompts_says_so_in_its_card(tmp_path: Path) -> None:
+    fit = {"iterations": 2, "lr": 1e-3, "capacity": 256, "held_out": 2, "conditions": {"image": 0.5, "ends": 0.25}}
+    base = save_small_network(tmp_path / "base.safetensors")
+    sft.main(sft.Config.model_validate({"out": tmp_path / "run", "base": base, "clips": 8, "fit": fit}))
+    command = json.loads((tmp_path / "run" / "network.json").read_text())["command"]
+    assert "--fit.conditions.image 0.5 --fit.conditions.ends 0.25" in command or "--fit.conditions.ends 0.25 --fit.conditions.image 0.5" in command
+    assert load(sft.Config, None, ["--fit.conditions.image", "0.5", "--fit.iterations", "2"]).fit.conditions == {"image": 0.5}
 
 
 def test_learning_to_go_on_from_a_frame_brings_the_rest_of_the_clip_nearer_to_it() -> None:
