@@ -209,7 +209,8 @@ def fill_store(
     sampling: Sampling = sample,
     given: str = "",
 ) -> list[ClipRow | None]:
-    """One row a request, in order; None where the prompt was blocked. Made in batches, each committed to the store: a killed run goes on.
+    """One row a request, in order; None where the prompt was blocked. Made in batches, each committed to the store: a killed run goes on, and ends with the
+    clips of one that was not killed.
 
     given: what names a visual prompt, part of a clip's identity.
     """
@@ -219,19 +220,25 @@ def fill_store(
     cond = model.encode_text(texts)
     row_of = {text: k for k, text in enumerate(texts)}
     keys = [request_key(r.prompt, r.seed, settings, lineage) for r in requests]
-    missing = [i for i, r in enumerate(requests) if r.prompt in passed and store.find(keys[i]) is None]
+    served = [i for i, r in enumerate(requests) if r.prompt in passed]
+    missing = {i for i in served if store.find(keys[i]) is None}
     with Progress(label, total=len(requests), done=len(requests) - len(missing)) as progress:
         together = sampler.batch * torch.get_num_threads()
-        for begin in range(0, len(missing), together):
-            part = [requests[i] for i in missing[begin : begin + together]]
-            video = torch.cat(list(sampling(model, cond[[row_of[r.prompt] for r in part]], [r.seed for r in part], sampler)))  # [b,T,3,H,W]
-            decisions = runner.check_videos(video, [r.prompt for r in part], sampler.fps)
+        for begin in range(0, len(served), together):
+            batch = served[begin : begin + together]
+            new = [k for k, i in enumerate(batch) if i in missing]
+            if not new:
+                continue
+            asked = [requests[i] for i in batch]  # all of them, whatever is there: beside others a clip's last bits would be others
+            video = torch.cat(list(sampling(model, cond[[row_of[r.prompt] for r in asked]], [r.seed for r in asked], sampler)))[new]  # [b,T,3,H,W]
+            made = [asked[k] for k in new]
+            decisions = runner.check_videos(video, [r.prompt for r in made], sampler.fps)
             clips = [
                 NewClip(clip, r.prompt, r.prompt_id, r.seed, settings, lineage, sampler.fps, safety=to_json(decision))
-                for clip, r, decision in zip(video, part, decisions, strict=True)
+                for clip, r, decision in zip(video, made, decisions, strict=True)
             ]
             store.add_many(clips, preview=preview)
-            progress.advance(f"{len(part)} clips", steps=len(part))
+            progress.advance(f"{len(made)} clips", steps=len(made))
     return [store.find(key) for key in keys]
 
 

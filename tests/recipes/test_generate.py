@@ -54,6 +54,18 @@ def test_a_killed_run_goes_on_with_the_clips_it_has(tmp_path: Path) -> None:
     assert runner.counts["clip.checked"] == 2
 
 
+def test_clips_made_after_a_kill_are_to_the_bit_those_of_a_run_that_was_not_killed(tmp_path: Path) -> None:
+    model = small_model()
+    requests = [Request(f"a red circle {'grows' if seed % 2 else 'moves to the left'}", "p", seed) for seed in range(7)]
+    whole = fill_store(ClipStore(tmp_path / "whole"), model, requests, lineage="x", sampler=SAMPLER, runner=safety_runner(), preview=False)
+    fill_store(ClipStore(tmp_path / "killed"), model, requests, lineage="x", sampler=SAMPLER, runner=safety_runner(), preview=False)
+    rows = tmp_path / "killed" / "clips.jsonl"
+    kept = rows.read_bytes().splitlines(keepends=True)
+    rows.write_bytes(b"".join(kept[:2] + kept[4:5]))
+    again = fill_store(ClipStore(tmp_path / "killed"), model, requests, lineage="x", sampler=SAMPLER, runner=safety_runner(), preview=False)
+    assert [row and row.clip_id for row in again] == [row and row.clip_id for row in whole] and None not in again
+
+
 @pytest.mark.parametrize("clip", [ClipShape(13, 36, 32), ClipShape(13, 0, 32), ClipShape(-3, 32, 32)], ids=str)
 def test_a_clip_that_cannot_be_cut_into_patches_or_has_no_pixel_is_refused(clip: ClipShape) -> None:
     with pytest.raises(UserError, match=str(clip.height)):
