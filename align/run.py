@@ -22,6 +22,7 @@ On disk, from the first iteration on: `.lock`, `run.json` (config, seed, commit,
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -100,6 +101,8 @@ class Run:
         if clash:
             raise ValueError(f"metrics {clash} are written by Run itself")
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        if self.accelerator.num_processes > 1:
+            atexit.register(self.accelerator.end_training)  # torch aborts where its process group is still open at the end
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.out, self.cfg, self.seed, self.quiet = Path(out), cfg, seed, quiet or not self.is_main
         self.metrics = {**BUILT_IN_METRICS, **metrics}
