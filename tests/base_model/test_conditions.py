@@ -29,9 +29,9 @@ def model() -> LatentVideoModel:
     return model
 
 
-def told(model: LatentVideoModel, canvas: Canvas, clips: int = 2) -> Conditioning:
-    cond = model.encode_text(["a red circle moves left"] * clips)
-    return Conditioning(cond.prompts, cond.text, cond.mask, known=encode_known(model, [canvas] * clips, PATCH))
+def told(model: LatentVideoModel, canvas: Canvas, clips: int = 2) -> tuple[Conditioning, Known]:
+    cond, known = model.encode_text(["a red circle moves left"] * clips), encode_known(model, [canvas] * clips, PATCH)
+    return Conditioning(cond.prompts, cond.text, cond.mask, known=known), known
 
 
 def noise_for(clip: ClipShape, clips: int = 2) -> Tensor:
@@ -62,20 +62,18 @@ def test_a_latent_is_known_where_all_pixels_of_its_token_are_given() -> None:
 @pytest.mark.parametrize("kernel", [ODE(), Ancestral(1.0)])
 def test_what_is_given_is_what_comes_out_whatever_the_kernel(model: LatentVideoModel, kernel: ODE | Ancestral) -> None:
     video = torch.rand(13, 3, 32, 24, generator=torch.Generator().manual_seed(2))
-    cond = told(model, give_frames(CLIP, {0: video[:5], 9: video[9:]}))
-    assert cond.known is not None
+    cond, known = told(model, give_frames(CLIP, {0: video[:5], 9: video[9:]}))
     x0 = rollout(model, kernel, noise_for(CLIP), sampling_times(model.path, 4), cond, noise=torch.Generator().manual_seed(3)).x0
-    mask = cond.known.mask[:, None].expand_as(x0)
-    assert torch.allclose(x0[mask], cond.known.values[mask], atol=1e-5) and mask.float().mean() == 0.75
+    mask = known.mask[:, None].expand_as(x0)
+    assert torch.allclose(x0[mask], known.values[mask], atol=1e-5) and mask.float().mean() == 0.75
     free = rollout(model, kernel, noise_for(CLIP), sampling_times(model.path, 4), model.encode_text(list(cond.prompts)), noise=torch.Generator().manual_seed(3)).x0
     assert (x0[~mask] - free[~mask]).abs().max() > 1e-2, "what is given has to be heard by the rest"
 
 
 def test_the_noise_of_given_places_reaches_nothing(model: LatentVideoModel) -> None:
-    cond = told(model, give_frames(CLIP, {0: torch.rand(1, 3, 32, 24)}))
-    assert cond.known is not None
+    cond, known = told(model, give_frames(CLIP, {0: torch.rand(1, 3, 32, 24)}))
     x, t = noise_for(CLIP), torch.tensor([0.7, 0.4])
-    mask = cond.known.mask[:, None].expand_as(x)
+    mask = known.mask[:, None].expand_as(x)
     other = torch.where(mask, torch.randn(x.shape), x)
     u, v = model(x, t, cond), model(other, t, cond)
     assert torch.equal(u[~mask], v[~mask]) and not torch.equal(u[mask], v[mask])
@@ -85,7 +83,7 @@ def test_the_network_hears_noise_level_zero_at_given_tokens(model: LatentVideoMo
     heard: list[Tensor] = []
     forward = model.network.forward
     monkeypatch.setattr(model.network, "forward", lambda tokens, positions, segments, t, *text: heard.append(t) or forward(tokens, positions, segments, t, *text))
-    cond = told(model, give_frames(CLIP, {0: torch.rand(5, 3, 32, 24)}))
+    cond, _ = told(model, give_frames(CLIP, {0: torch.rand(5, 3, 32, 24)}))
     model(noise_for(CLIP), torch.tensor([0.7, 0.4]), cond)
     expected = torch.tensor([0.7, 0.4])[:, None].repeat(1, 48)
     expected[:, :24] = 0
@@ -94,26 +92,24 @@ def test_the_network_hears_noise_level_zero_at_given_tokens(model: LatentVideoMo
 
 def test_a_prompt_that_gives_nothing_is_no_visual_prompt(model: LatentVideoModel) -> None:
     x, t = noise_for(CLIP), torch.tensor([0.7, 0.4])
-    cond = told(model, blank(CLIP))
+    cond, _ = told(model, blank(CLIP))
     assert torch.allclose(model(x, t, cond), model(x, t, model.encode_text(list(cond.prompts))), atol=1e-5)
 
 
 def test_guidance_keeps_what_is_given_in_both_passes(model: LatentVideoModel) -> None:
-    cond = told(model, give_frames(CLIP, {0: torch.rand(1, 3, 32, 24)}))
-    assert cond.known is not None
+    cond, known = told(model, give_frames(CLIP, {0: torch.rand(1, 3, 32, 24)}))
     x0 = rollout(Guided(model, 3.0), ODE(), noise_for(CLIP), sampling_times(model.path, 4), cond, noise=torch.Generator()).x0
-    mask = cond.known.mask[:, None].expand_as(x0)
-    assert torch.allclose(x0[mask], cond.known.values[mask], atol=1e-4)
+    mask = known.mask[:, None].expand_as(x0)
+    assert torch.allclose(x0[mask], known.values[mask], atol=1e-4)
 
 
 def test_a_step_beside_given_latents_has_the_density_of_its_free_part(model: LatentVideoModel) -> None:
-    cond = told(model, give_frames(CLIP, {0: torch.rand(1, 3, 32, 24)}))
-    assert cond.known is not None
+    cond, known = told(model, give_frames(CLIP, {0: torch.rand(1, 3, 32, 24)}))
     x = noise_for(CLIP)
     step = transition(model, Ancestral(1.0), x, torch.tensor(0.8), torch.tensor(0.6), cond)
-    mask = cond.known.mask[:, None].expand_as(x)
-    eps = (x - 0.2 * cond.known.values) / 0.8
-    toward = Ancestral(1.0)(RectifiedFlow(), x, eps - cond.known.values, torch.tensor([0.8, 0.8]), torch.tensor([0.6, 0.6]))
+    mask = known.mask[:, None].expand_as(x)
+    eps = (x - 0.2 * known.values) / 0.8
+    toward = Ancestral(1.0)(RectifiedFlow(), x, eps - known.values, torch.tensor([0.8, 0.8]), torch.tensor([0.6, 0.6]))
     assert torch.allclose(step.mean[mask], toward.mean[mask], atol=1e-5)
 
 
@@ -199,7 +195,7 @@ def test_pieces_that_do_not_fit_are_refused() -> None:
 
 
 def test_rows_and_devices_of_a_visual_prompt_follow_its_text(model: LatentVideoModel) -> None:
-    cond = told(model, give_frames(CLIP, {0: torch.rand(1, 3, 32, 24)}), clips=3)
+    cond, _ = told(model, give_frames(CLIP, {0: torch.rand(1, 3, 32, 24)}), clips=3)
     values = torch.arange(3.0)[:, None, None, None, None].expand(3, *SPEC.shape(CLIP)).clone()
     cond = Conditioning(cond.prompts, cond.text, cond.mask, known=Known(values, torch.ones(3, 4, 8, 6, dtype=torch.bool)))
     picked = cond[[2, 0]].to(torch.device("cpu")).repeat(2)
