@@ -13,9 +13,10 @@ import torch
 from pydantic import Field
 
 from align.config import Config as BaseConfig
-from align.config import Count, Seed
+from align.config import Count, Seed, Share
 from align.run import Run
 from base_model.errors import UserError
+from base_model.prompts.conditions import Kind
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import CONFIGS, WEIGHTS, LatentVideoModel, NetworkName, build_network, load_codec, load_tiny, save_network
 from base_model.types import ClipShape
@@ -32,11 +33,19 @@ class Leg(BaseConfig):
     """Seed of weights, data and noise."""
     clips: Count
     """Messy pairs of native sizes."""
+    events: Share = 0.0
+    """Share of clips that show an event: an occlusion, a collision, parallax."""
     fit: Fit
     """How the network is fitted."""
 
 
-LEGS = (Leg(seed=0, clips=24_000, fit=Fit(iterations=10_000, lr=5e-3, optimizer="muon", time_shift=2.5, save_every=200, evaluate_every=500)),)
+GIVEN: dict[Kind, float] = {"image": 0.12, "head": 0.14, "tail": 0.06, "ends": 0.08, "hole": 0.05, "margin": 0.05}
+"""Visual prompts that the second leg teaches, and the share of clips that give each."""
+LEGS = (
+    Leg(seed=0, clips=24_000, fit=Fit(iterations=10_000, lr=5e-3, optimizer="muon", time_shift=2.5, save_every=200, evaluate_every=500)),
+    Leg(seed=1, clips=24_000, events=0.15, fit=Fit(iterations=4_000, lr=2.5e-3, optimizer="muon", time_shift=2.5, conditions=GIVEN, save_every=200, evaluate_every=500)),
+)
+"""Text alone first, then what is given beside it."""
 
 
 class Config(BaseConfig):
@@ -69,7 +78,7 @@ def train_leg(cfg: Config, leg: Leg, out: Path, start: Path | None, *, resume: b
     torch.manual_seed(leg.seed)
     model = fresh_model(cfg) if start is None else load_tiny(start, cfg.codec)
     model.to(run.device)
-    clips = draw_clips("messy", leg.clips, seed=leg.seed)
+    clips = draw_clips("messy", leg.clips, seed=leg.seed, events=leg.events)
     held_out = draw_clips("curated", leg.fit.held_out, seed=1_000_003, shape=ClipShape(13, 32, 32))
     train(leg.fit, run, model, encode_pairs(model, clips), encode_pairs(model, held_out))
     loss = float(held_out_losses(model, encode_pairs(model, held_out), run.generator("held out", 0)).mean())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from base_model.types import ClipShape
+from recipes.shapes.events import sample_event_pair
 from recipes.shapes.render import sample_clip_shape, sample_curated_pair, sample_messy_pair
 
 Kind = Literal["messy", "curated"]
@@ -37,16 +38,21 @@ class ClipSet:
         return digest.hexdigest()
 
 
-def draw_clips(kind: Kind, number: int, *, seed: int, shape: ClipShape | None = None, progress: Callable[[Iterator[int]], Iterator[int]] = lambda it: it) -> ClipSet:
+def draw_clips(
+    kind: Kind, number: int, *, seed: int, shape: ClipShape | None = None, events: float = 0.0, progress: Callable[[Iterator[int]], Iterator[int]] = lambda it: it
+) -> ClipSet:
     """`number` captioned clips: "messy" as a base model's data are (wrong captions, blur, flashing), "curated" right, sharp and calm.
 
-    `shape` fixes the size of all; without it sizes are native (`render.sample_clip_shape`).
+    `shape` fixes the size of all; without it sizes are native (`render.sample_clip_shape`). `events`: share of clips that show one (`events.py`).
     """
     texts, videos = [], []
     for index in progress(iter(range(number))):
         rng = np.random.default_rng([seed, index, 0 if kind == "messy" else 1])
-        clip = shape or sample_clip_shape(rng)
-        text, video = sample_messy_pair(rng, clip)[:2] if kind == "messy" else sample_curated_pair(rng, clip)
+        if events and rng.random() < events:
+            text, video = sample_event_pair(rng, shape)
+        else:
+            clip = shape or sample_clip_shape(rng)
+            text, video = sample_messy_pair(rng, clip)[:2] if kind == "messy" else sample_curated_pair(rng, clip)
         texts.append(text)
         videos.append((video * 255).round().to(torch.uint8))
     return ClipSet(tuple(texts), tuple(videos))

@@ -222,24 +222,30 @@ def swap_attribute(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple
 
 
 def _one(thing: Thing, rng: np.random.Generator, held_out: bool) -> str:
-    v, p = _motion(thing, rng, held_out)
+    v, p = motion_words(thing, rng, held_out)
     template = _pick(_ONE + _ONE_HELD_OUT if held_out else _ONE, rng)
     color, shape = _word(_COLOR_WORDS[thing.color], rng), _word(_SHAPE_WORDS[thing.shape], rng)
     return template.format(n=_noun(color, shape), c=color, s=shape, v=v, p=p)
 
 
 def _two(a: Thing, b: Thing, rng: np.random.Generator, held_out: bool) -> str:
-    (av, ap), (bv, bp) = _motion(a, rng, held_out), _motion(b, rng, held_out)
-    first, second = (_noun(_word(_COLOR_WORDS[x.color], rng), _word(_SHAPE_WORDS[x.shape], rng)) for x in (a, b))
+    (av, ap), (bv, bp) = motion_words(a, rng, held_out), motion_words(b, rng, held_out)
+    first, second = name(a, rng), name(b, rng)
     template = _pick(_TWO + _TWO_HELD_OUT if held_out else _TWO, rng)
     return template.format(a=first, b=second, av=av, ap=ap, bv=bv, bp=bp)
+
+
+def name(thing: Thing, rng: np.random.Generator) -> str:
+    """Colour and shape in words of the vocabulary: "an emerald disc"."""
+    return _noun(_word(_COLOR_WORDS[thing.color], rng), _word(_SHAPE_WORDS[thing.shape], rng))
 
 
 def _noun(color: str, shape: str) -> str:
     return f"{'an' if color[0] in 'aeiou' else 'a'} {color} {shape}"
 
 
-def _motion(thing: Thing, rng: np.random.Generator, held_out: bool) -> tuple[str, str]:
+def motion_words(thing: Thing, rng: np.random.Generator, held_out: bool) -> tuple[str, str]:
+    """Third person and participle of what it does: ("grows", "growing")."""
     words = _MOTION_WORDS[thing.motion]
     rows = words if held_out else words[:-1]
     return rows[int(rng.integers(len(rows)))]

@@ -45,6 +45,8 @@ class Body:
     reach: float = 0.0  # radius of an orbit, height of a bounce
     turns: float = 0.0  # orbits (negative: counter-clockwise) or bounces in the clip
     phase: float = 0.0  # part of a turn at u = 0
+    span: tuple[float, float] = (0.0, 1.0)  # when a straight path is travelled; before and after it the body rests
+    nearness: float = 1.0  # how far a pan moves it, in displacements of the background
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Scene:
     bodies: tuple[Body, ...]
     background: tuple[float, float, float]
     texture: tuple[float, float, float]  # angle, wavelength, offset in turns of the faint ripples that make a pan visible
-    pan: tuple[float, float] = (0.0, 0.0)  # displacement of everything on screen from u = 0 to u = 1
+    pan: tuple[float, float] = (0.0, 0.0)  # displacement of the background on screen from u = 0 to u = 1
     strobe: str | None = None  # one of STROBES
     strobe_phase: int = 0  # 0: lamp on in even frames, 1: in odd frames
     strobe_band: tuple[float, float] = (0.0, 1.0)  # rows lit by the lamp, as parts of the height
@@ -79,7 +81,7 @@ def sample_scene(prompt: ShapesPrompt, rng: np.random.Generator, *, clip: ClipSh
 
     pan: probability that the camera moves. flashing: strobing light whether or not the prompt asks for it; a prompt that asks gets it anyway.
     """
-    width, height = _extent(clip)
+    width, height = frame_extent(clip)
     shift = _sample_pan(rng) if rng.random() < pan else (0.0, 0.0)
     bodies = _place(prompt.things, rng, clip, shift)
     if bodies is None:
@@ -87,8 +89,13 @@ def sample_scene(prompt: ShapesPrompt, rng: np.random.Generator, *, clip: ClipSh
         bodies = _place(prompt.things, rng, clip, shift)
     if bodies is None:
         raise ValueError(f"no room for {prompt.things} in a frame of {width:.2f} x {height:.2f} short sides")
-    scene = Scene(bodies, _dull_color(rng), (rng.uniform(0, math.pi), rng.uniform(0.5, 0.8), rng.random()), shift)
+    scene = plain_scene(bodies, rng, shift)
     return _strobing(scene, rng) if flashing or prompt.strobe else scene
+
+
+def plain_scene(bodies: tuple[Body, ...], rng: np.random.Generator, pan: tuple[float, float] = (0.0, 0.0)) -> Scene:
+    """These bodies before a dull background with ripples."""
+    return Scene(bodies, _dull_color(rng), (rng.uniform(0, math.pi), rng.uniform(0.5, 0.8), rng.random()), pan)
 
 
 def render(scene: Scene, clip: ClipShape) -> Tensor:
@@ -102,8 +109,7 @@ def render(scene: Scene, clip: ClipShape) -> Tensor:
     if scene.strobe and lit is not None:
         video += lit[:, None] * (_rgb(_LAMP[scene.strobe]) - video)
     for body in reversed(scene.bodies):
-        centre, radius = body_path(body, u)
-        centre = centre + u[:, None] * np.asarray(scene.pan, np.float32)  # [T,2]
+        centre, radius = path_on_screen(body, u, scene.pan)
         distance = _DISTANCE[body.thing.shape](x - centre[:, :1], y - centre[:, 1:], radius[:, None, None])  # [T,H,W]
         cover = np.clip(0.5 - distance * side, 0, 1)[:, None]  # [T,1,H,W]
         color = _rgb(COLORS[body.thing.color])  # [1,3,1,1]
@@ -122,8 +128,15 @@ def body_path(body: Body, u: Array) -> tuple[Array, Array]:
     elif body.thing.motion == "bounce":
         offset = np.stack([0 * u, -body.reach * np.abs(np.sin(angle / 2))], 1)  # [T,2]
     else:
-        offset = u[:, None] * np.asarray(body.travel)  # [T,2]
+        begin, end = body.span
+        offset = np.clip((u - begin) / (end - begin), 0, 1)[:, None] * np.asarray(body.travel)  # [T,2]
     return (np.asarray(body.start) + offset).astype(np.float32), radius.astype(np.float32)
+
+
+def path_on_screen(body: Body, u: Array, pan: tuple[float, float]) -> tuple[Array, Array]:
+    """`body_path`, seen by a camera that pans."""
+    centre, radius = body_path(body, u)
+    return centre + u[:, None] * (body.nearness * np.asarray(pan, np.float32)), radius  # [T,2], [T]
 
 
 def blur(video: Tensor, sigma: float) -> Tensor:
@@ -172,7 +185,8 @@ def _times(clip: ClipShape) -> Array:
     return np.linspace(0, 1, clip.frames, dtype=np.float32) if clip.frames > 1 else np.full(1, 0.5, np.float32)
 
 
-def _extent(clip: ClipShape) -> tuple[float, float]:
+def frame_extent(clip: ClipShape) -> tuple[float, float]:
+    """Width and height in short sides."""
     side = min(clip.height, clip.width)
     return clip.width / side, clip.height / side
 
@@ -274,11 +288,10 @@ def _sample_body(thing: Thing, rng: np.random.Generator, clip: ClipShape, pan: t
     """A body whose whole path fits into the frame, or None where a few tries found none (only a panning camera can cause that)."""
     for _ in range(8):
         body = _free_body(thing, rng, clip, crowd)
-        centre, radius = body_path(body, u)
-        centre = centre + u[:, None] * np.asarray(pan, np.float32)  # [T,2]
+        centre, radius = path_on_screen(body, u, pan)
         margin = EXTENT * radius[:, None]  # [T,1]
         low = (margin - centre).max(0)
-        high = (np.asarray(_extent(clip)) - margin - centre).min(0)
+        high = (np.asarray(frame_extent(clip)) - margin - centre).min(0)
         if (low <= high).all():
             x, y = rng.uniform(low, high)
             return replace(body, start=(float(x), float(y)))
