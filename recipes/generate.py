@@ -180,15 +180,20 @@ def make_clips(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int]
     start = None if prepared.start is None else model.encode(prepared.start[None])  # [1,C,F,H,W]
     told = with_canvases(model, cond, [prepared.canvas] * len(cond)) if prepared.canvas.given.any() else cond
     made = torch.cat(list(sample(model, told, seeds, sampler, start, visual.strength if start is not None else 1.0)))  # [B,T,3,H,W]
-    clips = [prepared.join(clip) for clip in made]
-    frames, stride = round(visual.seconds * sampler.fps), model.latents.time_stride
-    ahead = head_frames(visual.frames, sampler.frames, sampler.frames - stride, stride)
-    windows = -(-(frames - len(clips[0])) // (sampler.frames - ahead)) if frames > len(clips[0]) else 0
+    clips, frames = [prepared.join(clip) for clip in made], round(visual.seconds * sampler.fps)
+    return go_on(model, cond, seeds, sampler, clips, frames=frames, ahead=visual.frames) if frames else clips
+
+
+def go_on(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, clips: Sequence[Tensor], *, frames: int, ahead: int) -> list[Tensor]:
+    """B clips [t,3,H,W] of one length -> [frames,3,H,W]: each goes on from its last `ahead` frames, at most, a clip of the sampler's at a time, again and again."""
+    stride = model.latents.time_stride
+    ahead = head_frames(ahead, min(sampler.frames, len(clips[0])), sampler.frames - stride, stride)
+    windows = max(0, -(-(frames - len(clips[0])) // (sampler.frames - ahead)))
     for k in range(windows):
         told = with_canvases(model, cond, [give_frames(sampler.clip, {0: clip[-ahead:]}) for clip in clips])
         more = torch.cat(list(sample(model, told, [derived_seed(seed, "extension", k) % 2**31 for seed in seeds], sampler)))  # [B,T,3,H,W]
         clips = [torch.cat([clip, new[ahead:]]) for clip, new in zip(clips, more, strict=True)]
-    return [clip[:frames] if frames else clip for clip in clips]
+    return [clip[:frames] for clip in clips]
 
 
 def with_canvases(model: LatentVideoModel, cond: Conditioning, canvases: Sequence[Canvas]) -> Conditioning:

@@ -19,7 +19,7 @@ from recipes.shapes.render import EXTENT, Body, Scene, frame_extent, plain_scene
 
 Event = Literal["occlusion", "collision", "parallax"]
 EVENTS: tuple[Event, ...] = get_args(Event)
-SHAPES_OF_EVENTS = (ClipShape(13, 32, 32), ClipShape(17, 32, 48), ClipShape(17, 48, 32))
+SHAPES_OF_EVENTS = (ClipShape(13, 32, 32), ClipShape(21, 32, 48), ClipShape(21, 48, 32))
 NEARNESS = 2.0  # of the near thing under a pan; the far one moves with the background
 
 _HALF = {"circle": (1.0, 1.0), "triangle": (1.1, 1.0), "bar": (1.1, 0.45), "pillar": (0.45, 1.1)}  # half width and height, in radii
@@ -54,18 +54,18 @@ def sample_event_pair(rng: np.random.Generator, clip: ClipShape | None = None) -
 
 
 def occlusion(rng: np.random.Generator, clip: ClipShape, split: str) -> EventScene:
-    """A small thing passes behind a large disc, which rests."""
+    """A thing passes behind a large disc, which rests, and comes to rest on the other side; wholly beside it before and after where the frame is long enough."""
     axis, sign, motion = _direction(rng, clip)
     passing, resting = _two_things(rng, split, (motion, "still"), second_shape="circle")
-    small, large = rng.uniform(0.12, 0.13), rng.uniform(0.21, 0.23)
-    middle = np.asarray(frame_extent(clip)) / 2  # [2]
+    small, large, size = rng.uniform(0.15, 0.17), rng.uniform(0.23, 0.25), np.asarray(frame_extent(clip))
+    middle = size / 2  # [2]
     middle[1 - axis] += rng.uniform(-1, 1) * max(0.0, middle[1 - axis] - EXTENT * large)
-    reach = frame_extent(clip)[axis] / 2 - EXTENT * small
+    reach = min(size[axis] / 2 - EXTENT * small, large + 1.2 * EXTENT * small)
     start, travel = middle.copy(), np.zeros(2)
     start[axis] -= sign * reach
     travel[axis] = 2 * sign * reach
     front = Body(resting, _pair(middle), (large, large))
-    back = Body(passing, _pair(start), (small, small), travel=_pair(travel))
+    back = Body(passing, _pair(start), (small, small), travel=_pair(travel), span=(0.0, 0.85))
     v, p = motion_words(passing, rng, split == "eval")
     return EventScene(_pick(_PASS, rng).format(a=name(passing, rng), b=name(resting, rng), v=v, p=p), plain_scene((front, back), rng))
 
