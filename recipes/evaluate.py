@@ -1,6 +1,7 @@
 """Compare models on the same prompts, noise and sampler; write `report.json` and the report, `index.html` (`rushes evaluate`).
 
     rushes evaluate --models '{base: base, sft: runs/sft, rl: runs/ddpo}' --runs '{rl: runs/ddpo}' --out runs/evaluate
+    rushes evaluate --models '{base: base, sft: runs/sft}' --world --out runs/world
 
 All filters are off while clips are made: the runner only says what it would have done, and decides which clips the page may play.
 """
@@ -49,6 +50,7 @@ from recipes.shapes.measure import (
 )
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.statistics import bootstrap_mean, pool_prompts
+from recipes.world import measure_world
 from reward.model import load_reward_model
 from reward.safety.contract import Decision, SafetyRunner, Verdict
 from reward.types import Scorer
@@ -105,6 +107,10 @@ class Config(BaseConfig):
     """Prompts whose clips the page plays."""
     judge_check: Whole = 150
     """Freshly drawn clips for the judge's own accuracy and confusion table; 0 leaves it out."""
+    world: bool = False
+    """Measures what the models keep track of as well: things out of sight, a collision, depth under a panning camera, a thing over ten seconds (`recipes/world.py`)."""
+    world_scenes: Count = 40
+    """Unseen scenes of each event, for `world`."""
 
 
 @dataclass(frozen=True)
@@ -343,6 +349,8 @@ def report(cfg: Config, extra: Callable[[], Mapping[str, Any]] = dict) -> dict[s
         shown=cfg.shown,
     )
     results = _readings(cfg, found)
+    if cfg.world:
+        results["world"] = measure_world({name: load_tiny(file) for name, file in files.items()}, cfg.sampler, scenes=cfg.world_scenes, seed=seed)
     results |= {"lineage": origins, "hardware": hardware(), "reward_model": None, **resolved(cfg)}
     names = {**NAMES, **cfg.names}
     runs = [read_run(path, name, names.get(name, name), judged=not cfg.captions) for name, path in cfg.runs.items()]
@@ -377,5 +385,5 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     started = time.monotonic()
     with PeakMemory() as memory:
         results = report(cfg, lambda: {"wall_seconds": time.monotonic() - started, "peak_memory_bytes": memory.sample(), "commands": [f"rushes evaluate --out {cfg.out}"]})
-    kept = ("judge", "judge_gain", "two_objects", "flash_rate", "diversity", "diversity_ratio", "counts", "wall_seconds")
+    kept = ("world",) * cfg.world + ("judge", "judge_gain", "two_objects", "flash_rate", "diversity", "diversity_ratio", "counts", "wall_seconds")
     return {"report": str(cfg.out / "index.html"), **{key: results[key] for key in kept}}

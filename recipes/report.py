@@ -95,7 +95,7 @@ class ReportData:
     `judge_gain_sft`, `judge_gain_ddpo`, `judge_gain_two_objects`, `diversity_ratio`, `diversity_ratio_ddpo`, `flash_limit` (a share),
     `seeds` [the same entries for each seed], `counts` {name: int}, `filtered` [{where, policy, verdict, count, of, examples}],
     `eye_judge_agreement` {attribute: interval or share}, `judge_accuracy` {on what: {attribute: interval}}, `judge_confusion` {attribute: {drawn: {read: count}}},
-    `stage_seconds` {stage: s}, `commands` [str], `config`, `versions`, `hardware` {name: str}, `notes` [str].
+    `world` [{measure, meaning, words, models: {name: interval}}], `stage_seconds` {stage: s}, `commands` [str], `config`, `versions`, `hardware` {name: str}, `notes` [str].
     An interval is {mean, low, high}, null for what is unknown, or a string that says why not.
     """
 
@@ -139,6 +139,7 @@ def render_page(data: ReportData) -> str:
         stages=_stages(data.results),
         confusion=_confusion(data.results),
         readings=_readings(data.results),
+        beheld=_beheld(data.results, models),
         lead=_lead(data),
     )
 
@@ -339,6 +340,13 @@ def _readings(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]
     rows = [("Eye and judge agree, generated clips", results.get("eye_judge_agreement"))]
     rows += [(f"Judge right, {what}", part) for what, part in (results.get("judge_accuracy") or {}).items()]
     return [(what, part) for what, part in rows if isinstance(part, Mapping)]
+
+
+def _beheld(results: Mapping[str, Any], models: Sequence[str]) -> list[str]:
+    """Columns of the table of the world: the models, then what is no model."""
+    rows = results.get("world") or []
+    found = dict.fromkeys(name for row in rows for name in row["models"])
+    return [model for model in models if model in found] + [name for name in found if name not in models]
 
 
 def _lead(data: ReportData) -> str:

@@ -65,6 +65,8 @@ class Life(NamedTuple):
 
 Scores = dict[str, list[float]]
 """Measure -> one value a case, nan where the judge cannot read the true clip itself."""
+Row = dict[str, Any]
+"""Measure, its meaning, whether the caption was told, and {model: {mean, low, high}}."""
 
 
 def draw_cases(event: Event, number: int, *, seed: int) -> list[Case]:
@@ -97,20 +99,25 @@ def score(case: Case, made: Tensor) -> dict[str, float]:
         return {"permanence": _kept(true, seen, case.things[1:], made)}
     if case.event == "collision":
         return {"state": _kept(true, seen, case.things, made)}
-    readable = _shows_parallax(case.things, case.video, case.video)
-    return {"parallax": float(_shows_parallax(case.things, case.video, made)) if readable else math.nan}
+    way, seen_way = _moved(case, case.video), _moved(case, made)
+    return {"parallax": math.nan if way is None else float(seen_way is not None and _as_deep(seen_way, way))}
 
 
-def _shows_parallax(things: Sequence[Thing], given: Tensor, made: Tensor) -> bool:
-    """Whether both things go on as the camera pans, from the last given frame to the last one, at the ratio of their depths."""
-    before, after = _by_color(given[GIVEN - 1 : GIVEN]), _by_color(made[-1:])
-    if not all(thing.color in before and thing.color in after for thing in things):
-        return False
-    near, far = (_place(after[thing.color], made) - _place(before[thing.color], given) for thing in things)  # [2] each
+def _moved(case: Case, made: Tensor) -> tuple[float, float] | None:
+    """How far the near and the far thing moved along the longer side, from the last given frame to the last one; None where one of them is not there."""
+    before, after = _by_color(case.video[GIVEN - 1 : GIVEN]), _by_color(made[-1:])
+    if not all(thing.color in before and thing.color in after for thing in case.things):
+        return None
     axis = int(made.shape[-2] > made.shape[-1])
-    if near[axis] * far[axis] <= 0:
+    near, far = (float((_place(after[thing.color], made) - _place(before[thing.color], made))[axis]) for thing in case.things)
+    return near, far
+
+
+def _as_deep(way: tuple[float, float], true: tuple[float, float]) -> bool:
+    """Both moved the way they truly did, at the ratio of their depths."""
+    if any(a * b <= 0 for a, b in zip(way, true, strict=True)):
         return False
-    return bool(abs(math.log(near[axis] / far[axis] / NEARNESS)) <= math.log(RATIO))
+    return abs(math.log(way[0] / way[1] / NEARNESS)) <= math.log(RATIO)
 
 
 def lasting(life: Life, made: Tensor, seconds: int) -> float:
@@ -182,7 +189,7 @@ def measure_model(model: LatentVideoModel, cases: Sequence[Case], lives: Sequenc
     untold = gather(cases, continue_cases(model, cases, sampler, words=False, seed=seed))
     long = continue_lives(model, lives, sampler, seed=seed)
     lasts = {f"lasts {s} s": [lasting(life, clip, s) for life, clip in zip(lives, long, strict=True)] for s in SECONDS}
-    return told | {f"{measure}, no words": values for measure, values in untold.items()} | lasts
+    return told | {_key(measure, words=False): values for measure, values in untold.items()} | lasts
 
 
 @torch.no_grad()
@@ -193,19 +200,24 @@ def measure_bounds(model: LatentVideoModel, cases: Sequence[Case]) -> dict[str, 
     return {ORACLE: gather(cases, through), FROZEN: gather(cases, still)}
 
 
-def measure_world(models: Mapping[str, LatentVideoModel], sampler: Sampler, *, scenes: int, seed: int) -> dict[str, dict[str, dict[str, float | None]]]:
-    """{measure: {model: {mean, low, high}}}, over `scenes` unseen scenes of each event and as many single things; the same for every model."""
+def measure_world(models: Mapping[str, LatentVideoModel], sampler: Sampler, *, scenes: int, seed: int) -> list[Row]:
+    """One row a measure, over `scenes` unseen scenes of each event and as many single things, the same for every model."""
     cases = [case for event in EVENTS for case in draw_cases(event, scenes, seed=seed)]
     lives = draw_lives(scenes, seed=seed)
-    found: dict[str, Scores] = measure_bounds(next(iter(models.values())), cases)
+    found = {}
     with Progress("world", total=len(models)) as progress:
         for name, model in models.items():
             found[name] = measure_model(model, cases, lives, sampler, seed=seed)
             progress.advance(name)
-    measures = dict.fromkeys(measure for scores in found.values() for measure in scores)
-    return {m: {name: bootstrap_mean(scores[m]).as_json() for name, scores in found.items() if m in scores} for m in sorted(measures, key=_place_in_table)}
+    found |= measure_bounds(next(iter(models.values())), cases)
+    rows = [_row(measure, meaning, words, found) for measure, meaning in MEASURES.items() for words in (True, False)]
+    return [row for row in rows if row["models"]]
 
 
-def _place_in_table(measure: str) -> tuple[int, bool]:
-    plain = measure.removesuffix(", no words")
-    return list(MEASURES).index(plain), plain != measure
+def _row(measure: str, meaning: str, words: bool, found: Mapping[str, Scores]) -> Row:
+    key = _key(measure, words)
+    return {"measure": measure, "meaning": meaning, "words": words, "models": {name: bootstrap_mean(scores[key]).as_json() for name, scores in found.items() if key in scores}}
+
+
+def _key(measure: str, words: bool) -> str:
+    return measure if words else f"{measure}, no words"
