@@ -39,18 +39,19 @@ class Whisker:
     high: float
 
 
-def line_chart(series: Sequence[Series], *, name: str, x_label: str, percent: bool = False, limit: float | None = None) -> str:
+def line_chart(series: Sequence[Series], *, name: str, x_label: str, percent: bool = False, limit: float | None = None, logarithmic: bool = False) -> str:
     """Lines over a common x axis that starts at zero. Long noisy series are drawn thin, with their running mean on top.
 
-    limit: a dashed horizontal line, for example the agreed bound of a rate.
+    limit: a dashed horizontal line, for example the agreed bound of a rate. logarithmic: the x axis is, and has no zero.
     """
     drawn = [line for line in map(_finite, series) if line.x]
     if not drawn:
         raise ValueError(f"{name}: no finite point to draw")
     ys = [y for line in drawn for y in line.y] + ([limit] if limit is not None else [])
-    x_ticks = ticks(0.0, max(x for line in drawn for x in line.x))
+    xs = [x for line in drawn for x in line.x]
+    x_ticks = log_ticks(min(xs), max(xs)) if logarithmic else ticks(0.0, max(xs))
     y_ticks = ticks(min(ys + [0.0] if percent else ys), max(ys))
-    place = _Frame(x_ticks, y_ticks)
+    place = _Frame(x_ticks, y_ticks, logarithmic)
     body = [place.grid(percent), place.x_axis(x_label)]
     if limit is not None:
         y = place.y(limit)
@@ -102,6 +103,20 @@ def ticks(low: float, high: float, *, most: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten from at or below `low` to at or above `high`, both above 0; over a factor of a thousand the powers alone.
+
+    Example: `log_ticks(3, 40)` is [2, 5, 10, 20, 50].
+    """
+    if not 0 < low <= high:
+        raise ValueError(f"a logarithmic axis from {low:g} to {high:g}")
+    digits = (1, 2, 5) if high / low < 1000 else (1,)
+    steps = [float(f"{digit}e{power}") for power in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2) for digit in digits]
+    first = max(step for step in steps if step <= low * (1 + 1e-9))
+    last = min(step for step in steps if step >= high * (1 - 1e-9) and step > first)
+    return [step for step in steps if first <= step <= last]
+
+
 def number(value: float, percent: bool = False) -> str:
     """A number as short as its size allows: 12 %, 0.034, 1.5M.
 
@@ -109,7 +124,7 @@ def number(value: float, percent: bool = False) -> str:
     """
     if percent:
         return f"{value * 100:.3g} %"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
@@ -118,11 +133,13 @@ def number(value: float, percent: bool = False) -> str:
 class _Frame:
     """The plot area of a line chart: data to pixels, grid and axis."""
 
-    def __init__(self, x_ticks: list[float], y_ticks: list[float]) -> None:
-        self.x_ticks, self.y_ticks = x_ticks, y_ticks
+    def __init__(self, x_ticks: list[float], y_ticks: list[float], logarithmic: bool) -> None:
+        self.x_ticks, self.y_ticks, self.logarithmic = x_ticks, y_ticks, logarithmic
 
     def x(self, value: float) -> float:
         low, high = self.x_ticks[0], self.x_ticks[-1]
+        if self.logarithmic:
+            low, high, value = math.log(low), math.log(high), math.log(value)
         return LEFT + (WIDTH - LEFT - RIGHT) * (value - low) / (high - low)
 
     def y(self, value: float) -> float:
@@ -139,6 +156,19 @@ class _Frame:
     def x_axis(self, label: str) -> str:
         marks = "".join(f'<text class="tick" x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{number(tick)}</text>' for tick in self.x_ticks)
         return marks + f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(label)}</text>'
+
+
+def page(panels: Sequence[tuple[str, str, str]], style: str, *, columns: int = 2) -> str:
+    """Charts as one SVG file that needs nothing else. panels: (title, what is drawn, chart) each; `style` is the CSS of their classes."""
+    width, height, head = WIDTH + 24, HEIGHT + 64, 40
+    rows = -(-len(panels) // columns)
+    body = [f"<style>{style}</style>", '<rect class="paper" width="100%" height="100%"/>']
+    for index, (title, drawn, chart) in enumerate(panels):
+        left, top = index % columns * width + 12, index // columns * height
+        body.append(f'<text class="title" x="{left}" y="{top + 18}">{escape(title)}</text><text class="drawn" x="{left}" y="{top + 33}">{escape(drawn)}</text>')
+        body.append(chart.replace("<svg ", f'<svg x="{left}" y="{top + head}" width="{WIDTH}" height="{HEIGHT}" overflow="visible" ', 1))
+    size = columns * width, rows * height
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" viewBox="0 0 {size[0]} {size[1]}">{"".join(body)}</svg>\n'
 
 
 def _line(line: Series, place: _Frame, percent: bool) -> str:

@@ -111,8 +111,8 @@ class Config(BaseConfig):
 
 
 @torch.no_grad()
-def held_out_losses(model: LatentVideoModel, pairs: Pairs, generator: torch.Generator, *, quantiles: int = 8) -> Tensor:
-    """Error at fixed noise quantiles, [quantiles], least noise first. Clips of one size only."""
+def held_out_errors(model: LatentVideoModel, pairs: Pairs, generator: torch.Generator, *, quantiles: int = 8) -> Tensor:
+    """Error of every clip at fixed noise quantiles, [quantiles,B], least noise first. Clips of one size only."""
     x0 = torch.stack(pairs.latents).to(model.device)  # [B,C,F,H,W]
     eps = torch.randn(x0.shape, generator=generator).to(model.device)
     cond = model.encode_text(pairs.texts)
@@ -120,8 +120,13 @@ def held_out_losses(model: LatentVideoModel, pairs: Pairs, generator: torch.Gene
     for t in quantile_times(model.path, quantiles):
         times = t.expand(len(x0)).to(model.device)  # [B]
         u = model(add_noise(model.path, x0, eps, times), times, cond)
-        errors.append(clip_error(u, model.path.velocity(x0, eps, times)).mean())
+        errors.append(clip_error(u, model.path.velocity(x0, eps, times)))
     return torch.stack(errors)
+
+
+def held_out_losses(model: LatentVideoModel, pairs: Pairs, generator: torch.Generator, *, quantiles: int = 8) -> Tensor:
+    """Mean of `held_out_errors` over the clips, [quantiles]."""
+    return torch.stack([errors.mean() for errors in held_out_errors(model, pairs, generator, quantiles=quantiles)])
 
 
 def packed_conditions(fit: Fit, model: LatentVideoModel, pairs: Pairs, rows: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,23 @@ def bootstrap_ratio(after: ArrayLike, before: ArrayLike, *, seed: int = 0, draws
     return _percentiles(float(top / bottom), means[:, 0] / means[:, 1], level)
 
 
+def bootstrap_crossed(values: ArrayLike, *, seed: int = 0, draws: int = DRAWS, level: float = 0.95) -> Interval:
+    """Percentile bootstrap of the mean of values [S,N], S trainings over the same N prompts; both are resampled, each by itself. A nan is left out.
+
+    Three trainings tell little about how trainings vary, so with few of them the interval is rather too narrow. Raises ValueError for another shape.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2:
+        raise ValueError(f"trainings x prompts expected, got an array of shape {table.shape}")
+    known = ~np.isnan(table)
+    if not known.any():
+        return UNKNOWN
+    rng = np.random.default_rng(seed)
+    trainings, prompts = (rng.multinomial(n, np.full(n, 1 / n), size=draws) for n in table.shape)  # [draws,S], [draws,N]
+    total, number = (((trainings @ part) * prompts).sum(1) for part in (np.where(known, table, 0), known.astype(np.float64)))  # [draws] each
+    return _percentiles(float(table[known].mean()), total[number > 0] / number[number > 0], level)
+
+
 def clopper_pearson(hits: int, trials: int, *, level: float = 0.95) -> Interval:
     """Exact two-sided binomial interval (Clopper & Pearson 1934): quantiles of Beta(k, n-k+1) and Beta(k+1, n-k).
 

@@ -71,6 +71,12 @@ def command(name: str, cfg: Bench) -> str:
     return f"rushes bench {name}{''.join(words)}"
 
 
+def flat(parts: dict[str, list[Row]]) -> list[Row]:
+    """All rows with all columns; what does not apply is null."""
+    columns = list(dict.fromkeys(key for rows in parts.values() for row in rows for key in row))
+    return [{"part": part, **{column: row.get(column) for column in columns}} for part, rows in parts.items() for row in rows]
+
+
 # The file of results
 
 

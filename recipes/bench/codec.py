@@ -38,7 +38,7 @@ from base_model.networks.vae import VideoVAE, from_patches, to_patches
 from base_model.tiny import WEIGHTS, LatentCodec, load_codec
 from base_model.types import ClipShape, LatentSpec
 from recipes import vae
-from recipes.bench._results import Bench, Row, here, paired_ratio, spread, timed, write
+from recipes.bench._results import Bench, Row, flat, here, paired_ratio, spread, timed, write
 from recipes.shapes.dataset import ClipSet, draw_clips
 from recipes.shapes.render import DEMO_CLIP
 from recipes.statistics import bootstrap_difference, bootstrap_mean
@@ -467,12 +467,6 @@ def measure(cfg: Config, shipped: LatentCodec) -> dict[str, list[Row]]:
         "interpolation": interpolation(trained.codecs, held_out, reference),
         "decoding": speed(shipped, (DEMO_CLIP, replace(DEMO_CLIP, frames=cfg.long_frames), LARGE_CLIP), repeats=cfg.repeats),
     }
-
-
-def flat(parts: dict[str, list[Row]]) -> list[Row]:
-    """All rows with all columns; what does not apply is null."""
-    columns = list(dict.fromkeys(key for rows in parts.values() for row in rows for key in row))
-    return [{"part": part, **{column: row.get(column) for column in columns}} for part, rows in parts.items() for row in rows]
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from recipes.statistics import Interval, bootstrap_difference, bootstrap_mean, bootstrap_ratio, clopper_pearson, pool_prompts
+from recipes.statistics import Interval, bootstrap_crossed, bootstrap_difference, bootstrap_mean, bootstrap_ratio, clopper_pearson, pool_prompts
 
 
 def shares(n: int, seed: int = 0, p: float = 0.6) -> np.ndarray:
@@ -97,3 +97,17 @@ def test_pooling_seeds_keeps_one_value_a_prompt() -> None:
 def test_values_must_be_one_per_prompt() -> None:
     with pytest.raises(ValueError, match="one value per prompt"):
         bootstrap_mean(np.zeros((3, 4)))
+
+
+def test_the_crossed_bootstrap_is_the_plain_one_for_one_training_and_wider_where_trainings_differ() -> None:
+    rng = np.random.default_rng(0)
+    one = rng.random((1, 80))
+    assert bootstrap_crossed(one, draws=4_000)[1:] == pytest.approx(bootstrap_mean(one[0], draws=4_000)[1:], abs=0.006)
+    apart = one + np.array([[-0.3], [0.0], [0.3]])
+    wide, same = bootstrap_crossed(apart), bootstrap_crossed(np.repeat(one, 3, axis=0))
+    assert wide.mean == pytest.approx(same.mean) and wide.high - wide.low > 3 * (same.high - same.low)
+    holes = np.array([[1.0, np.nan, 0.0], [np.nan, np.nan, 1.0]])
+    assert bootstrap_crossed(holes).mean == pytest.approx(2 / 3)
+    assert all(np.isnan(bootstrap_crossed(np.full((2, 3), np.nan))))
+    with pytest.raises(ValueError, match="trainings x prompts"):
+        bootstrap_crossed([1.0, 2.0])

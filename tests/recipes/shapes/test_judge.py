@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from base_model.types import ClipShape
-from recipes.shapes.judge import Judgement, confusion, confusions, flashes, is_flashing, judge, read
+from recipes.shapes.judge import Judgement, confusion, confusions, flashes, in_frame, is_flashing, judge, read
 from recipes.shapes.prompts import COLORS, MOTIONS, SHAPES, ShapesPrompt, Thing, make_prompts, swap_attribute
 from recipes.shapes.render import DEMO_CLIP, FPS, Body, Scene, blur, render, sample_clip_shape, sample_scene
 
@@ -275,3 +275,27 @@ def test_every_strobing_clip_is_found_and_no_calm_one_is_accused(change: Callabl
     two = make_prompts(60, seed=2, split="train", two_objects=1)
     calm = change(torch.cat([clips[:200], draw(two, 14, pan=0.3)]))
     assert not any(is_flashing(video, FPS) for video in calm)
+
+
+# In the frame
+
+
+def red(shape: str, start: tuple[float, float], travel: tuple[float, float] = (0.0, 0.0)) -> Scene:
+    return Scene((Body(Thing(shape, "red", "left"), start, (0.2, 0.2), travel=travel),), (0.3, 0.3, 0.32), (0.0, 0.6, 0.1))
+
+
+@pytest.mark.parametrize(("shape", "half"), [("circle", 6.4), ("triangle", 7.04), ("bar", 7.04), ("pillar", 2.88)])
+def test_an_object_is_in_the_frame_until_it_is_shifted_over_the_rim(shape: str, half: float) -> None:
+    """half: pixels from its centre to its left end."""
+    for beyond, whole in ((-3.0, True), (-0.5, True), (1.5, False), (half, False)):
+        clip = render(red(shape, ((half - beyond) / 32, 0.5)), DEMO_CLIP)
+        assert in_frame(clip) is whole, beyond
+    for edge in (clip.flip(-1), clip.transpose(-1, -2), clip.transpose(-1, -2).flip(-2)):
+        assert in_frame(edge) is False, "half of it is out at any of the four sides"
+
+
+def test_one_frame_in_which_it_leaves_is_enough_and_nothing_on_screen_is_unknown() -> None:
+    assert in_frame(render(red("circle", (0.7, 0.5), travel=(-0.4, 0.0)), DEMO_CLIP)) is True
+    leaving = render(red("circle", (0.7, 0.5), travel=(-0.6, 0.0)), DEMO_CLIP)
+    assert in_frame(leaving) is False and in_frame(leaving[:8]) is True
+    assert in_frame(render(replace(red("circle", (0.5, 0.5)), bodies=()), DEMO_CLIP)) is None

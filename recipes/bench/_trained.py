@@ -1,0 +1,128 @@
+"""Trainings that a benchmark keeps in a folder: one that was killed goes on, one that is finished is not repeated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from align.config import Config as BaseConfig
+from align.config import Count, dump
+from align.progress import duration
+from align.run import Run, read_metrics
+from base_model.checkpoint import atomic_write, read_json
+from base_model.errors import UserError
+from base_model.prompts.text import TextEncoder
+from base_model.tiny import WEIGHTS, LatentVideoModel, build_network, load_codec, load_tiny, save_network
+from recipes.bench.networks import Size, architecture
+from recipes.generate import Sampler, network_lineage, sample
+from recipes.pairs import Pairs
+from recipes.sft import METRICS, Fit, train
+from recipes.shapes.judge import in_frame, judge
+from recipes.shapes.prompts import ShapesPrompt
+
+LOOKS = ("all_right", "shape_right", "colour_right", "motion_right", "in_frame")
+HELD_OUT_SEED = 1_000_003
+
+
+class Training(BaseConfig):
+    """What a training depends on, beside its seed."""
+
+    data: str
+    """Which clips."""
+    clips: Count
+    """How many of them."""
+    network: Size
+    """Size of a fresh network."""
+    base: str
+    """sha256 of the network it begins with; empty: fresh weights."""
+    fit: Fit
+    """How the network is fitted."""
+
+
+class Trained(NamedTuple):
+    """A finished training."""
+
+    weights: Path
+    seconds: float  # of all its steps, without data and without evaluation
+    tokens: int  # of all its packs
+
+
+def kept(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` found, written to `file` once it is known, and read from there ever after. Raises UserError where the file holds what other settings gave."""
+    told = json.loads(json.dumps(settings))
+    if not file.exists():
+        found = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, (json.dumps({"settings": told, "found": found}, indent=1) + "\n").encode())
+    content = read_json(file, "what was measured")
+    before = content.get("settings")
+    if before != told or not isinstance(content.get("found"), dict):
+        differ = sorted(key for key in told if not isinstance(before, dict) or before.get(key) != told[key]) or ["found"]
+        raise UserError(f"{file} was made with another {', '.join(differ)}. Give the same values, another --out, or delete that file")
+    return dict(content["found"])
+
+
+def training(data: str, clips: int, network: Size, base: Path | None, fit: Fit) -> Training:
+    return Training(data=data, clips=clips, network=network, base=network_lineage(base) if base else "", fit=fit)
+
+
+def first_model(what: Training, seed: int, base: Path | None) -> LatentVideoModel:
+    """The network a training begins with: the one given, or fresh weights of that seed."""
+    if base is not None:
+        return load_tiny(base)
+    codec = load_codec(WEIGHTS / "vae.safetensors")
+    config = architecture("dit", what.network, codec)
+    torch.manual_seed(seed)
+    return LatentVideoModel(build_network(config), codec, TextEncoder(), config)
+
+
+def train_kept(folder: Path, what: Training, seed: int, base: Path | None, data: Callable[[], Pairs], held_out: Pairs) -> Trained:
+    """Trains in `folder`, or says what is there. `data` is asked only where something is left to train."""
+    weights, out = folder / "network.safetensors", folder / "run"
+
+    def make() -> dict[str, Any]:
+        pairs = data()
+        run = Run(out, what, seed=seed, resume=(out / "run.json").exists(), metrics=METRICS)
+        model = first_model(what, seed, base).to(run.device)
+        train(what.fit, run, model, pairs, held_out)
+        save_network(weights, model)
+        steps = [line for line in read_metrics(out) if "loss" in line]
+        return {"seconds": steps[-1]["seconds"], "tokens": int(sum(step["tokens"] for step in steps))}
+
+    found = kept(folder / "trained.json", {"seed": seed, **dump(what)}, make)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # what is kept is the network
+    return Trained(weights, found["seconds"], found["tokens"])
+
+
+def looks(model: LatentVideoModel, prompts: Sequence[ShapesPrompt], seeds: Sequence[int], sampler: Sampler) -> dict[str, list[float | None]]:
+    """What the judge says of one clip a prompt of one thing: {name of `LOOKS`: [N]}; whether all is in the frame is None where nothing is found."""
+    cond = model.encode_text([prompt.text for prompt in prompts])
+    rows: list[tuple[float | None, ...]] = []
+    for video in sample(model, cond, seeds, sampler):  # [b,T,3,H,W]
+        for clip, judged in zip(video, judge(video, prompts[len(rows) : len(rows) + len(video)]), strict=True):
+            whole = in_frame(clip)
+            flags = (judged.all_right, judged.shape_right[0], judged.colour_right[0], judged.motion_right[0])
+            rows.append((*map(float, flags), None if whole is None else float(whole)))
+    return {name: [row[k] for row in rows] for k, name in enumerate(LOOKS)}
+
+
+class Pace:
+    """One line on standard error after every part: what is done of the work, and how long the rest will take if it goes on like this."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.done, self.worked, self.begun = label, total, 0, 0, time.monotonic()
+
+    def advance(self, note: str, work: int, *, fresh: bool) -> None:
+        """`work` more is done. fresh: now, and not in an earlier call."""
+        self.done += work
+        self.worked += work if fresh else 0
+        gone = time.monotonic() - self.begun
+        left = f", about {duration(gone / self.worked * (self.total - self.done))} left" if self.worked else ""
+        print(f"{self.label} {self.done}/{self.total}  {duration(gone)} gone{left}  {note}", file=sys.stderr, flush=True)
