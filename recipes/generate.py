@@ -170,25 +170,26 @@ def visual_sampling(visual: Visual, prepared: Prepared) -> Sampling:
     """`sample`, but from what is given; clips may be longer than the sampler's."""
 
     def sampling(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
-        yield torch.stack(make_clips(model, cond, seeds, sampler, visual, prepared))
+        yield make_clips(model, cond, seeds, sampler, visual, prepared)
 
     return sampling
 
 
-def make_clips(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, visual: Visual, prepared: Prepared) -> list[Tensor]:
-    """B clips [T',3,H,W], joined to what was given and as long as `visual` asks."""
+def make_clips(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, visual: Visual, prepared: Prepared) -> Tensor:
+    """B clips [B,T',3,H,W], joined to what was given and as long as `visual` asks."""
     start = None if prepared.start is None else model.encode(prepared.start[None])  # [1,C,F,H,W]
     told = with_canvases(model, cond, [prepared.canvas] * len(cond)) if prepared.canvas.given.any() else cond
     made = torch.cat(list(sample(model, told, seeds, sampler, start, visual.strength if start is not None else 1.0)))  # [B,T,3,H,W]
-    clips = [prepared.join(clip) for clip in made]
+    clips = torch.stack([prepared.join(clip) for clip in made])  # [B,T',3,H,W]
     frames, stride = round(visual.seconds * sampler.fps), model.latents.time_stride
     ahead = head_frames(visual.frames, sampler.frames, sampler.frames - stride, stride)
-    windows = -(-(frames - len(clips[0])) // (sampler.frames - ahead)) if frames > len(clips[0]) else 0
-    for k in range(windows):
-        told = with_canvases(model, cond, [give_frames(sampler.clip, {0: clip[-ahead:]}) for clip in clips])
+    begins = range(clips.shape[1], frames, max(1, sampler.frames - ahead))
+    clips = torch.cat([clips, clips.new_empty(len(clips), max(0, frames - clips.shape[1]), *clips.shape[2:])], dim=1)  # all the room at once
+    for k, begin in enumerate(begins):
+        told = with_canvases(model, cond, [give_frames(sampler.clip, {0: clip[begin - ahead : begin]}) for clip in clips])
         more = torch.cat(list(sample(model, told, [derived_seed(seed, "extension", k) % 2**31 for seed in seeds], sampler)))  # [B,T,3,H,W]
-        clips = [torch.cat([clip, new[ahead:]]) for clip, new in zip(clips, more, strict=True)]
-    return [clip[:frames] if frames else clip for clip in clips]
+        clips[:, begin : begin + sampler.frames - ahead] = more[:, ahead : ahead + frames - begin]
+    return clips[:, :frames] if frames else clips
 
 
 def with_canvases(model: LatentVideoModel, cond: Conditioning, canvases: Sequence[Canvas]) -> Conditioning:
@@ -230,7 +231,8 @@ def fill_store(
             if not new:
                 continue
             asked = [requests[i] for i in batch]  # all of them, whatever is there: beside others a clip's last bits would be others
-            video = torch.cat(list(sampling(model, cond[[row_of[r.prompt] for r in asked]], [r.seed for r in asked], sampler)))[new]  # [b,T,3,H,W]
+            video = torch.cat(list(sampling(model, cond[[row_of[r.prompt] for r in asked]], [r.seed for r in asked], sampler)))  # [b,T,3,H,W]
+            video = video if len(new) == len(batch) else video[new]
             made = [asked[k] for k in new]
             decisions = runner.check_videos(video, [r.prompt for r in made], sampler.fps)
             clips = [
@@ -248,8 +250,8 @@ def check_memory(sampler: Sampler, clips: int, seconds: float) -> None:
 
     tokens = (1 + sampler.frames // 4) * (sampler.height // 8) * (sampler.width // 8)
     together = min(clips, sampler.batch * torch.get_num_threads())
-    finished = 12 * sampler.height * sampler.width * max(sampler.frames, round(seconds * sampler.fps))  # bytes of a clip's pixels
-    needed, free = together * (tokens * BYTES_A_TOKEN + 2 * finished), psutil.virtual_memory().available
+    finished = 12 * sampler.height * sampler.width * max(sampler.frames, round(seconds * sampler.fps))  # bytes of a clip's pixels; filters and writers hold up to three copies more
+    needed, free = together * (tokens * BYTES_A_TOKEN + 4 * finished), psutil.virtual_memory().available
     if needed > free:
         raise UserError(
             f"clips of {sampler.clip} need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. "
