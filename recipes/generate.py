@@ -170,30 +170,30 @@ def visual_sampling(visual: Visual, prepared: Prepared) -> Sampling:
     """`sample`, but from what is given; clips may be longer than the sampler's."""
 
     def sampling(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
-        yield torch.stack(make_clips(model, cond, seeds, sampler, visual, prepared))
+        yield make_clips(model, cond, seeds, sampler, visual, prepared)
 
     return sampling
 
 
-def make_clips(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, visual: Visual, prepared: Prepared) -> list[Tensor]:
-    """B clips [T',3,H,W], joined to what was given and as long as `visual` asks."""
+def make_clips(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, visual: Visual, prepared: Prepared) -> Tensor:
+    """B clips [B,T',3,H,W], joined to what was given and as long as `visual` asks."""
     start = None if prepared.start is None else model.encode(prepared.start[None])  # [1,C,F,H,W]
     told = with_canvases(model, cond, [prepared.canvas] * len(cond)) if prepared.canvas.given.any() else cond
     made = torch.cat(list(sample(model, told, seeds, sampler, start, visual.strength if start is not None else 1.0)))  # [B,T,3,H,W]
-    clips, frames = [prepared.join(clip) for clip in made], round(visual.seconds * sampler.fps)
+    clips, frames = torch.stack([prepared.join(clip) for clip in made]), round(visual.seconds * sampler.fps)  # [B,T',3,H,W]
     return go_on(model, cond, seeds, sampler, clips, frames=frames, ahead=visual.frames) if frames else clips
 
 
-def go_on(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, clips: Sequence[Tensor], *, frames: int, ahead: int) -> list[Tensor]:
-    """B clips [t,3,H,W] of one length -> [frames,3,H,W]: each goes on from its last `ahead` frames, at most, a clip of the sampler's at a time, again and again."""
-    stride = model.latents.time_stride
-    ahead = head_frames(ahead, min(sampler.frames, len(clips[0])), sampler.frames - stride, stride)
-    windows = max(0, -(-(frames - len(clips[0])) // (sampler.frames - ahead)))
-    for k in range(windows):
-        told = with_canvases(model, cond, [give_frames(sampler.clip, {0: clip[-ahead:]}) for clip in clips])
+def go_on(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, clips: Tensor, *, frames: int, ahead: int) -> Tensor:
+    """[B,t,3,H,W] -> [B,frames,3,H,W]: clips go on from their last `ahead` frames, at most, a clip of the sampler's at a time, again and again."""
+    there, stride = clips.shape[1], model.latents.time_stride
+    ahead = head_frames(ahead, min(there, sampler.frames), sampler.frames - stride, stride)
+    clips = torch.cat([clips, clips.new_empty(len(clips), max(0, frames - there), *clips.shape[2:])], dim=1)  # all the room at once
+    for k, begin in enumerate(range(there, frames, max(1, sampler.frames - ahead))):
+        told = with_canvases(model, cond, [give_frames(sampler.clip, {0: clip[begin - ahead : begin]}) for clip in clips])
         more = torch.cat(list(sample(model, told, [derived_seed(seed, "extension", k) % 2**31 for seed in seeds], sampler)))  # [B,T,3,H,W]
-        clips = [torch.cat([clip, new[ahead:]]) for clip, new in zip(clips, more, strict=True)]
-    return [clip[:frames] for clip in clips]
+        clips[:, begin : begin + sampler.frames - ahead] = more[:, ahead : ahead + frames - begin]
+    return clips[:, :frames]
 
 
 def with_canvases(model: LatentVideoModel, cond: Conditioning, canvases: Sequence[Canvas]) -> Conditioning:
@@ -235,7 +235,8 @@ def fill_store(
             if not new:
                 continue
             asked = [requests[i] for i in batch]  # all of them, whatever is there: beside others a clip's last bits would be others
-            video = torch.cat(list(sampling(model, cond[[row_of[r.prompt] for r in asked]], [r.seed for r in asked], sampler)))[new]  # [b,T,3,H,W]
+            video = torch.cat(list(sampling(model, cond[[row_of[r.prompt] for r in asked]], [r.seed for r in asked], sampler)))  # [b,T,3,H,W]
+            video = video if len(new) == len(batch) else video[new]
             made = [asked[k] for k in new]
             decisions = runner.check_videos(video, [r.prompt for r in made], sampler.fps)
             clips = [
@@ -253,8 +254,8 @@ def check_memory(sampler: Sampler, clips: int, seconds: float) -> None:
 
     tokens = (1 + sampler.frames // 4) * (sampler.height // 8) * (sampler.width // 8)
     together = min(clips, sampler.batch * torch.get_num_threads())
-    finished = 12 * sampler.height * sampler.width * max(sampler.frames, round(seconds * sampler.fps))  # bytes of a clip's pixels
-    needed, free = together * (tokens * BYTES_A_TOKEN + 2 * finished), psutil.virtual_memory().available
+    finished = 12 * sampler.height * sampler.width * max(sampler.frames, round(seconds * sampler.fps))  # bytes of a clip's pixels; filters and writers hold up to three copies more
+    needed, free = together * (tokens * BYTES_A_TOKEN + 4 * finished), psutil.virtual_memory().available
     if needed > free:
         raise UserError(
             f"clips of {sampler.clip} need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. "

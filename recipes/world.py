@@ -167,11 +167,11 @@ def continue_cases(model: LatentVideoModel, cases: Sequence[Case], sampler: Samp
     return [made[i] for i in range(len(cases))]
 
 
-def continue_lives(model: LatentVideoModel, lives: Sequence[Life], sampler: Sampler, *, seed: int) -> list[Tensor]:
-    """Each life for the longest of `SECONDS`, [frames,3,H,W]."""
+def continue_lives(model: LatentVideoModel, lives: Sequence[Life], sampler: Sampler, *, seed: int) -> Tensor:
+    """N lives for the longest of `SECONDS`, [N,frames,3,H,W]."""
     cond, seeds = model.encode_text([life.text for life in lives]), [derived_seed(seed, "life", i) % 2**31 for i in range(len(lives))]
     sized = sampler.model_copy(update={"frames": DEMO_CLIP.frames, "height": DEMO_CLIP.height, "width": DEMO_CLIP.width})
-    return go_on(model, cond, seeds, sized, [life.head for life in lives], frames=round(max(SECONDS) * FPS), ahead=GIVEN)
+    return go_on(model, cond, seeds, sized, torch.stack([life.head for life in lives]), frames=round(max(SECONDS) * FPS), ahead=GIVEN)
 
 
 def gather(cases: Sequence[Case], made: Sequence[Tensor]) -> Scores:

@@ -47,7 +47,7 @@ def to_uint8(video: Tensor) -> NDArray[np.uint8]:
         raise ValueError(f"a clip is [T,3,H,W], not {list(video.shape)}")
     if not bool(torch.isfinite(video).all()):
         raise UserError(f"the clip of shape {list(video.shape)} holds nan or infinite pixels. Check the model or the latents it was decoded from")
-    levels = video.detach().cpu().float().clamp(0, 1).mul(255).round().to(torch.uint8)  # [T,3,H,W]
+    levels = video.detach().cpu().float().clamp(0, 1).mul_(255).round_().to(torch.uint8)  # [T,3,H,W]
     return np.ascontiguousarray(levels.permute(0, 2, 3, 1).numpy())  # [T,H,W,3]
 
 
@@ -122,9 +122,8 @@ def write_lossless(path: str | Path, video: Tensor | NDArray[np.uint8], fps: flo
     video: float [T,3,H,W] in [0,1] or uint8 [T,H,W,3]. Raises UserError where the file cannot be written.
     """
     frames = _as_frames(video)
-    rate, (count, height, width, _) = frame_rate(fps), frames.shape
-    padded = np.zeros((count, height, width, 4), np.uint8)
-    padded[..., :3] = frames[..., ::-1]  # FFV1 wants B G R and an unused byte
+    rate, (_, height, width, _) = frame_rate(fps), frames.shape
+    padded = np.zeros((height, width, 4), np.uint8)
     buffer = io.BytesIO()
     import av
 
@@ -133,8 +132,9 @@ def write_lossless(path: str | Path, video: Tensor | NDArray[np.uint8], fps: flo
         stream.width, stream.height, stream.pix_fmt = width, height, "bgr0"
         stream.codec_context.thread_count = 1
         container.metadata[DIGEST_TAG] = digest_of(frames)
-        for pixels in padded:
-            container.mux(stream.encode(_packed_frame(pixels, "bgr0")))
+        for pixels in frames:
+            padded[..., :3] = pixels[..., ::-1]  # FFV1 wants B G R and an unused byte
+            container.mux(stream.encode(_packed_frame(padded, "bgr0")))
         container.mux(stream.encode())
     write_atomic(path, buffer.getvalue())
 
@@ -148,11 +148,8 @@ def write_mp4(path: str | Path, video: Tensor | NDArray[np.uint8], fps: float, *
     frames = _as_frames(video)
     rate = frame_rate(fps)
     factor = max(1, -(-PREVIEW_SIDE // min(frames.shape[1:3]))) if upscale else 1
-    if factor > 1:
-        frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)  # [T,H f,W f,3]
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
-        frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-    count, height, width, _ = frames.shape
+    count, height, width = len(frames), frames.shape[1] * factor, frames.shape[2] * factor
+    odd = ((0, height % 2), (0, width % 2), (0, 0))
     import av
     from av.video.reformatter import Colorspace, VideoReformatter
 
@@ -160,10 +157,11 @@ def write_mp4(path: str | Path, video: Tensor | NDArray[np.uint8], fps: float, *
     room_for_index = {"moov_size": str(1536 + 32 * count), "fflags": "+bitexact"}  # `+faststart` without reading the file again
     with av.open(buffer, "w", format="mp4", container_options=room_for_index) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "superfast", "flags": "+bitexact"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         context = stream.codec_context
         context.thread_count, context.colorspace, context.color_primaries, context.color_trc, context.color_range = 1, 1, 1, 1, 1
         for pixels in frames:
+            pixels = np.pad(pixels.repeat(factor, axis=0).repeat(factor, axis=1), odd, mode="edge")  # [height,width,3], both even
             frame = reformatter.reformat(_packed_frame(pixels, "rgb24"), format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=1)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

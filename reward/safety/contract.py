@@ -207,7 +207,7 @@ class SafetyRunner:
         rulings = [[self._input_error(fault)] if fault else [] for fault in faults]
         good = [i for i, fault in enumerate(faults) if not fault]
         if good:
-            clips, texts = video.detach()[good], [prompts[i] for i in good]
+            clips, texts = video.detach()[good] if len(good) < len(video) else video.detach(), [prompts[i] for i in good]
             for each in self._video_filters:
                 answers = self._ask(each, lambda each=each: each.check_videos(clips.clone(), list(texts), fps), len(good))  # type: ignore[misc]
                 for i, answer in zip(good, answers, strict=True):

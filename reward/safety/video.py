@@ -33,6 +33,7 @@ FLASHES = 3  # allowed in a second
 AREA = 0.25
 CELLS_A_SIDE = 48
 CELLS_AT_ONCE = 1 << 14
+FRAMES_AT_ONCE = 64
 LEVELS = 16 * 255  # finer than the levels of a file, and holding each of them exactly
 
 Signal = NDArray[np.int16]
@@ -95,7 +96,7 @@ def flash_risk(video: Tensor, fps: float, *, steps: int = 8) -> FlashRisk:
 
 
 def _measure(video: Tensor, fps: float, steps: int) -> FlashRisk:
-    luminance, redness, saturated = _signals(video)  # 3 x [T,B,P]
+    luminance, redness, saturated = (np.concatenate(column) for column in zip(*map(_signals, video.split(FRAMES_AT_ONCE, dim=1)), strict=True))  # 3 x [T,B,P]
     size = min(_window(fps), len(luminance) - 1)
     general, general_window = _largest_swing(Swings(luminance, luminance), size, DARKER_BELOW, steps)
     from_red, from_window = _largest_swing(Swings(np.where(saturated, redness, np.int16(-NO_END // 2)), redness), size, None, steps)
@@ -228,7 +229,7 @@ class DegenerateFilter:
         brightness = video.mean((1, 2, 3, 4))  # [B]
         blank = torch.sigmoid(4 * (self._blank - _half_at_most(spread)) / self._blank)  # [B]
         noise = torch.sigmoid(20 * (-_half_at_most(-roughness) - self._noise))  # [B]
-        frozen = (video[:, 1:] - video[:, :-1]).abs().flatten(1).amax(1) < 1 / 255 if video.shape[1] > 1 else torch.zeros(len(video), dtype=torch.bool)
+        frozen = (video[:, 1:] - video[:, :-1]).abs_().flatten(1).amax(1) < 1 / 255 if video.shape[1] > 1 else torch.zeros(len(video), dtype=torch.bool)
         return [self._check(*row) for row in zip(blank.tolist(), noise.tolist(), brightness.tolist(), frozen.tolist(), strict=True)]
 
     def _check(self, blank: float, noise: float, brightness: float, frozen: bool) -> list[Ruling]:
@@ -251,7 +252,7 @@ def frame_texture(video: Tensor) -> tuple[Tensor, Tensor]:
 def _texture(video: Tensor) -> tuple[Tensor, Tensor]:
     pixels = video.flatten(3)  # [B,T,3,H*W]
     variance = (pixels.square().mean(3) - pixels.mean(3).square()).clamp(min=0).mean(2)  # [B,T]
-    differences = [video.diff(dim=dim).square().mean((2, 3, 4)) for dim in (3, 4) if video.shape[dim] > 1]
+    differences = [video.diff(dim=dim).square_().mean((2, 3, 4)) for dim in (3, 4) if video.shape[dim] > 1]
     rough = torch.stack(differences).mean(0) if differences else torch.zeros_like(variance)  # [B,T]
     return variance.sqrt(), torch.where(variance > 1e-4, rough / (2 * variance).clamp(min=1e-8), 0)
 

@@ -16,6 +16,7 @@ from base_model.video.files import from_uint8, read_lossless, to_uint8, write_lo
 from base_model.video.store import ClipStore
 from recipes import generate
 from recipes.generate import Config, Sampler, check_memory, make_clips, sample
+from recipes.memory import PeakMemory
 from recipes.visual import Visual, head_frames, prepare, tail_frames
 from tests.recipes.small import save_small_network, small_model
 
@@ -45,7 +46,7 @@ def image_file(path: Path, pixels: Tensor) -> Tensor:
 
 
 def made_by(model: LatentVideoModel, visual: Visual, sampler: Sampler = SAMPLER, clips: int = 2) -> list[Tensor]:
-    return make_clips(model, model.encode_text(["a red circle grows"] * clips), list(range(clips)), sampler, visual, prepare(visual, sampler.clip, sampler.fps, SPEC, PATCH))
+    return list(make_clips(model, model.encode_text(["a red circle grows"] * clips), list(range(clips)), sampler, visual, prepare(visual, sampler.clip, sampler.fps, SPEC, PATCH)))
 
 
 def test_extending_forwards_and_backwards_keeps_every_given_frame_and_adds_new_ones(model: LatentVideoModel, tmp_path: Path) -> None:
@@ -124,6 +125,21 @@ def test_a_long_clip_goes_on_from_its_own_last_frames_in_bounded_steps(model: La
     assert torch.equal(long[:24], short)
     parts = long[13:].split(8)[:-1]
     assert all(not torch.equal(a, b) for a, b in pairwise(parts)), "each window has noise of its own"
+
+
+def test_sixty_seconds_need_the_memory_of_their_pixels_and_little_more(tmp_path: Path) -> None:
+    """From prompt to files. What grows with the length are finished pixels and the copies that filters and writers make of them."""
+    network = save_small_network(tmp_path / "network.safetensors")
+    sampler = Sampler(steps=1, frames=25, height=32, width=48)
+    peaks = []
+    for seconds in (3, 60):
+        cfg = Config(out=tmp_path / "clips", model=network, prompts=("a red circle grows",), clips_per_prompt=1, sampler=sampler, visual=Visual(seconds=seconds))
+        with PeakMemory(interval=0.01) as memory:
+            generate.main(cfg)
+        peaks.append(memory.peak_bytes)
+    assert [row.num_frames for row in ClipStore(tmp_path / "clips").rows()] == [36, 720]
+    pixels = 720 * 3 * 32 * 48 * 4
+    assert peaks[1] - peaks[0] < 6 * pixels + 64 * 2**20, f"{(peaks[1] - peaks[0]) / 2**20:.0f} MiB more for {pixels / 2**20:.0f} MiB of pixels"
 
 
 def test_an_image_and_a_clip_can_be_made_long(model: LatentVideoModel, tmp_path: Path) -> None:

@@ -409,6 +409,15 @@ def test_fades_over_many_frames_count_like_jumps() -> None:
         assert max(abs(a - b) for a, b in itertools.pairwise(fade)) < 0.1  # no single step is a transition
 
 
+def test_a_long_clip_is_measured_part_by_part_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    video = torch.rand(2, 130, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.2
+    video[1, 60:68:2] += 0.7  # a burst over the seam at frame 64
+    in_parts = flash_risk(video, 12)
+    monkeypatch.setattr("reward.safety.video.FRAMES_AT_ONCE", 1000)
+    whole = flash_risk(video, 12)
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(in_parts, whole, strict=True)) and whole.luminance[1] > 0.1 > whole.luminance[0]
+
+
 def test_a_brightening_with_jitter_is_no_flashing() -> None:
     assert flash_verdict(flicker([0.05 + 0.05 * t + 0.04 * (t % 2) for t in range(13)])) == Verdict.ALLOW
 

@@ -1,0 +1,50 @@
+"""The shipped base obeys visual prompts: what is given stays, the prompt is still shown, and joints are hard to see. Skipped while its card says that it learned none."""
+
+import json
+
+import pytest
+
+from base_model.tiny import WEIGHTS
+from recipes.bench import visual
+from recipes.bench._results import Row
+
+CLIPS = 16  # a kind
+LOST_DB = 1.5  # of what is given, against what the autoencoder alone gives back
+JUDGE_MARGIN = 0.15  # share of right clips, below text alone; the standard error of a difference of 16 clips is about 0.17 unpaired
+JUMP = 1.5  # at joints, times that of the truth through the autoencoder
+JUMP_LONG = 2.0  # where one made part follows another, times the truth's
+SECONDS = 2.0
+
+
+def learned_conditions() -> bool:
+    """Whether any leg of the shipped base's training gave clips parts of themselves."""
+    config = json.loads((WEIGHTS / "dit.json").read_text())["config"]
+    return any(leg["fit"].get("conditions") for leg in config.get("legs", [config]))
+
+
+pytestmark = pytest.mark.skipif(not learned_conditions(), reason="the shipped base was trained on text alone")
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, Row]:
+    found = visual.make_all(visual.Config(clips=CLIPS, seconds=SECONDS))
+    return {kind: visual.row(kind, plan, made) for kind, (plan, made) in found.items()}
+
+
+@pytest.mark.parametrize("kind", ["image", "extend", "extend_back", "connect", "loop", "inpaint", "outpaint"])
+def test_what_is_given_stays(rows: dict[str, Row], kind: str) -> None:
+    assert rows[kind]["psnr_of_given"] >= rows[kind]["psnr_codec"] - LOST_DB, rows[kind]
+
+
+@pytest.mark.parametrize("kind", ["image", "edit", "extend", "extend_back", "connect", "loop", "inpaint", "outpaint", "one frame", "another size"])
+def test_the_prompt_is_shown_about_as_often_as_from_text_alone(rows: dict[str, Row], kind: str) -> None:
+    assert rows[kind]["judge"] >= rows["text"]["judge"] - JUDGE_MARGIN, (rows[kind], rows["text"]["judge"])
+
+
+@pytest.mark.parametrize("kind", ["extend", "extend_back", "connect", "loop"])
+def test_joints_are_hard_to_see(rows: dict[str, Row], kind: str) -> None:
+    assert rows[kind]["jump"] <= JUMP * rows[kind]["jump_codec"], rows[kind]
+
+
+def test_a_long_clip_goes_on_smoothly(rows: dict[str, Row]) -> None:
+    assert rows["long"]["jump"] <= JUMP_LONG, rows["long"]
