@@ -41,11 +41,14 @@ class Leg(BaseConfig):
 
 GIVEN: dict[Kind, float] = {"image": 0.12, "head": 0.14, "tail": 0.06, "ends": 0.08, "hole": 0.05, "margin": 0.05}
 """Visual prompts that the second leg teaches, and the share of clips that give each."""
+GIVEN_BY_EVENTS: dict[Kind, float] = {"image": 0.10, "head": 0.22, "tail": 0.05, "ends": 0.07, "hole": 0.04, "margin": 0.04}
+"""The same in the third leg, which shows events more often: what the first frames lead to counts more there."""
 LEGS = (
     Leg(seed=0, clips=24_000, fit=Fit(iterations=10_000, lr=5e-3, optimizer="muon", time_shift=2.5, save_every=200, evaluate_every=500)),
     Leg(seed=1, clips=24_000, events=0.15, fit=Fit(iterations=4_000, lr=2.5e-3, optimizer="muon", time_shift=2.5, conditions=GIVEN, save_every=200, evaluate_every=500)),
+    Leg(seed=2, clips=24_000, events=0.35, fit=Fit(iterations=3_500, lr=2.5e-3, optimizer="muon", time_shift=2.5, conditions=GIVEN_BY_EVENTS, save_every=200, evaluate_every=500)),
 )
-"""Text alone first, then what is given beside it."""
+"""Text alone first, then what is given beside it, then more of what happens between things."""
 
 
 class Config(BaseConfig):
