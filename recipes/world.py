@@ -29,7 +29,8 @@ from recipes.shapes.prompts import Thing, sample_prompt
 from recipes.shapes.render import DEMO_CLIP, FPS, render, sample_scene
 from recipes.statistics import bootstrap_mean
 
-GIVEN = 5  # frames that the model sees
+GIVEN = 9  # frames of an event that the model sees: what passes behind another is hidden by then
+AHEAD = 5  # frames of a single thing that it sees, and goes on from
 AFTER = 3  # last frames that are read
 NEAR = 0.15  # short sides from where the renderer has it
 RATIO = 4 / 3  # the near thing's way over the far one's may be off by this factor
@@ -38,8 +39,10 @@ LASTING = ("still", "orbit", "bounce")  # motions that a clip of any length can 
 ORACLE, FROZEN = "the true clip, through the codec", "the last given frame, held still"
 
 MEASURES: Mapping[str, str] = {
-    "permanence": "occlusion: what passed behind another is back on the other side, with its colour and shape",
-    "state": "collision: both keep colour and shape, and rest where the collision left them",
+    "permanence": "occlusion: what is hidden at the last given frame comes out on the other side, where it should be, in its colour",
+    "identity": "the same, and with its shape",
+    "state": "collision: both rest where it left them, in their colours",
+    "state and shapes": "the same, and with their shapes",
     "parallax": f"panning camera: the near thing moves {NEARNESS:g} times as far as the far one, the same way",
     **{f"lasts {s} s": f"going on from its own last frames: after {s} s the thing alone is there, its colour and shape unchanged" for s in SECONDS},
 }
@@ -59,7 +62,7 @@ class Life(NamedTuple):
     """One thing to go on with for many seconds, from its first frames."""
 
     text: str
-    head: Tensor  # [GIVEN,3,H,W]
+    head: Tensor  # [AHEAD,3,H,W]
     thing: Thing
 
 
@@ -85,7 +88,7 @@ def draw_lives(number: int, *, seed: int) -> list[Life]:
     while len(lives) < number:
         prompt = sample_prompt(rng, split="eval")
         if prompt.things[0].motion in LASTING:
-            lives.append(Life(prompt.text, render(sample_scene(prompt, rng, clip=DEMO_CLIP), DEMO_CLIP)[:GIVEN], prompt.things[0]))
+            lives.append(Life(prompt.text, render(sample_scene(prompt, rng, clip=DEMO_CLIP), DEMO_CLIP)[:AHEAD], prompt.things[0]))
     return lives
 
 
@@ -96,9 +99,9 @@ def score(case: Case, made: Tensor) -> dict[str, float]:
     """What the judge says of a clip [T,3,H,W] made from a case, by measure."""
     true, seen = _by_color(case.video[-AFTER:]), _by_color(made[-AFTER:])
     if case.event == "occlusion":
-        return {"permanence": _kept(true, seen, case.things[1:], made)}
+        return dict(zip(("permanence", "identity"), _kept(true, seen, case.things[1:], made), strict=True))
     if case.event == "collision":
-        return {"state": _kept(true, seen, case.things, made)}
+        return dict(zip(("state", "state and shapes"), _kept(true, seen, case.things, made), strict=True))
     way, seen_way = _moved(case, case.video), _moved(case, made)
     return {"parallax": math.nan if way is None else float(seen_way is not None and _as_deep(seen_way, way))}
 
@@ -145,11 +148,12 @@ def _distance(true: Mapping[str, Reading], seen: Mapping[str, Reading], thing: T
     return float(np.linalg.norm(_place(true[thing.color], clip) - _place(seen[thing.color], clip)))
 
 
-def _kept(true: Mapping[str, Reading], seen: Mapping[str, Reading], things: Sequence[Thing], clip: Tensor) -> float:
-    """Whether all things are what they were and where the true clip has them; nan where the judge cannot read the true clip."""
+def _kept(true: Mapping[str, Reading], seen: Mapping[str, Reading], things: Sequence[Thing], clip: Tensor) -> tuple[float, float]:
+    """Whether all things are where the true clip has them, and whether they have their shapes as well; nan where the judge cannot read the true clip."""
     if not all(_same(true, thing) for thing in things):
-        return math.nan
-    return float(all(_same(seen, thing) and _distance(true, seen, thing, clip) <= NEAR for thing in things))
+        return math.nan, math.nan
+    there = all(thing.color in seen and _distance(true, seen, thing, clip) <= NEAR for thing in things)
+    return float(there), float(there and all(_same(seen, thing) for thing in things))
 
 
 # Making
@@ -171,7 +175,7 @@ def continue_lives(model: LatentVideoModel, lives: Sequence[Life], sampler: Samp
     """N lives for the longest of `SECONDS`, [N,frames,3,H,W]."""
     cond, seeds = model.encode_text([life.text for life in lives]), [derived_seed(seed, "life", i) % 2**31 for i in range(len(lives))]
     sized = sampler.model_copy(update={"frames": DEMO_CLIP.frames, "height": DEMO_CLIP.height, "width": DEMO_CLIP.width})
-    return go_on(model, cond, seeds, sized, torch.stack([life.head for life in lives]), frames=round(max(SECONDS) * FPS), ahead=GIVEN)
+    return go_on(model, cond, seeds, sized, torch.stack([life.head for life in lives]), frames=round(max(SECONDS) * FPS), ahead=AHEAD)
 
 
 def gather(cases: Sequence[Case], made: Sequence[Tensor]) -> Scores:

@@ -35,14 +35,15 @@ from recipes.bench._sheet import Line, draw
 from recipes.generate import Sampler, best_device, visual_sampling
 from recipes.shapes.judge import judge
 from recipes.shapes.measure import measure as measure_takes
-from recipes.shapes.prompts import COMBINATIONS, MOTIONS, SHAPES, ShapesPrompt, write_prompt
-from recipes.shapes.render import Scene, render, sample_scene
+from recipes.shapes.prompts import COMBINATIONS, MOTIONS, ShapesPrompt, write_prompt
+from recipes.shapes.render import Scene, blur, render, sample_scene
 from recipes.statistics import clopper_pearson
 from recipes.visual import Prepared, Visual, head_frames, prepare, tail_frames
 
 ENDLESS = ("bounce", "orbit", "still")
 """Motions that can go on for ever, and come back to where they began."""
 WIDE = {"height": 24, "width": 48}
+SKETCH = 2.5  # pixels of blur
 CELL = 8  # pixels a side of a token
 
 
@@ -57,8 +58,8 @@ class Config(Bench):
     """How clips are denoised."""
     given: Annotated[int, Field(ge=5, le=61)] = 5
     """Frames of a clip that is extended, led to or connected. The more, the less of the finished clip is the model's own, and the slower is what moves."""
-    strength: Annotated[float, Field(ge=0.001, le=1)] = 0.8
-    """Noise level an edit starts from; it must forget a shape and keep a motion."""
+    strength: Annotated[float, Field(ge=0.001, le=1)] = 0.6
+    """Noise level an edit starts from."""
     seconds: Annotated[float, Field(ge=0.1, le=60)] = 4.0
     """Length of the clip that goes on and on."""
     sheet: Path | None = None
@@ -96,7 +97,7 @@ def plans(cfg: Config, stride: int) -> dict[str, Plan]:
     return {
         "text": Plan("text alone", Visual(), sampler, n, own),
         "image": Plan("from an image", Visual(kind="image"), sampler, n, own),
-        "edit": Plan("an edit: another shape", Visual(kind="edit", strength=cfg.strength), sampler, n, own),
+        "edit": Plan("an edit: a rough sketch made sharp", Visual(kind="edit", strength=cfg.strength), sampler, n, own),
         "extend": Plan("going on from a clip", Visual(kind="extend"), sampler, there + n - ahead, range(there - ahead, there - ahead + n), (there,)),
         "extend_back": Plan("leading to a clip", Visual(kind="extend_back"), sampler, n - behind + there, own, (n - behind,)),
         "connect": Plan("connecting two clips", Visual(kind="connect"), sampler, other_side + there, range(there - head, there - head + n), (there, other_side)),
@@ -120,28 +121,23 @@ def held_out_prompts(number: int, motions: Sequence[str], seed: int) -> list[Sha
 
 
 class Truth(NamedTuple):
-    """What the finished clip should show [T',3,H,W], and the same with another shape, which is given for an edit; both exact in a file."""
+    """What the finished clip should show [T',3,H,W], and a blurred sketch of it, which is given for an edit; both exact in a file."""
 
     clip: Tensor
-    before: Tensor
+    sketch: Tensor
 
 
 def draw_truth(plan: Plan, prompt: ShapesPrompt, rng: np.random.Generator) -> Truth:
     scene = sample_scene(prompt, rng, clip=plan.clip)
     if plan.visual.kind == "loop":
         scene = closed(scene, plan.frames)
-    other = reshaped(scene, str(rng.choice([shape for shape in SHAPES if shape != prompt.things[0].shape])))
-    clip, before = (from_uint8(to_uint8(render(each, plan.clip))) for each in (scene, other))
-    return Truth(clip, before)
+    clip = render(scene, plan.clip)
+    return Truth(*(from_uint8(to_uint8(each)) for each in (clip, blur(clip, SKETCH))))
 
 
 def closed(scene: Scene, frames: int) -> Scene:
     """The same with one turn in `frames` steps, so that the first frame follows the last one."""
     return replace(scene, bodies=tuple(replace(body, turns=math.copysign((frames - 1) / frames, body.turns)) for body in scene.bodies))
-
-
-def reshaped(scene: Scene, shape: str) -> Scene:
-    return replace(scene, bodies=tuple(replace(body, thing=replace(body.thing, shape=shape)) for body in scene.bodies))
 
 
 def give(plan: Plan, truth: Truth, folder: Path) -> Visual:
@@ -153,7 +149,7 @@ def give(plan: Plan, truth: Truth, folder: Path) -> Visual:
     if kind == "image":
         save_image(file, truth.clip[0])
     elif kind == "edit":
-        write_lossless(file, truth.before, fps)
+        write_lossless(file, truth.sketch, fps)
     elif kind == "outpaint":
         write_lossless(file, truth.clip[..., middle(plan.sampler.width)], fps)
     else:

@@ -2,17 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from base_model.tiny import load_tiny
+from base_model.types import ClipShape
 from recipes import evaluate
 from recipes.generate import Sampler
-from recipes.shapes.events import EVENTS, Event
-from recipes.world import AFTER, GIVEN, MEASURES, SECONDS, Case, continue_cases, continue_lives, draw_cases, draw_lives, lasting, measure_bounds, measure_world, score
+from recipes.shapes.events import EVENTS, Event, sample_event
+from recipes.shapes.render import render
+from recipes.world import AFTER, AHEAD, GIVEN, MEASURES, SECONDS, Case, continue_cases, continue_lives, draw_cases, draw_lives, lasting, measure_bounds, measure_world, score
 from tests.recipes.small import save_small_network, small_model
 
 
@@ -38,7 +42,17 @@ def test_a_thing_that_comes_back_in_another_colour_is_not_the_same(cases: dict[E
     for case in cases["occlusion"]:
         swapped = case.video.clone()
         swapped[-AFTER:] = swapped[-AFTER:, [1, 2, 0]]
-        assert score(case, swapped) == {"permanence": 0.0}
+        assert score(case, swapped) == {"permanence": 0.0, "identity": 0.0}
+
+
+def test_a_thing_that_comes_back_with_another_shape_is_there_and_is_not_the_same(cases: dict[Event, list[Case]]) -> None:
+    for index, case in enumerate(cases["occlusion"]):
+        clip = ClipShape(len(case.video), *case.video.shape[-2:])
+        scene = sample_event("occlusion", np.random.default_rng([1, index, EVENTS.index("occlusion")]), clip=clip, split="eval").scene
+        assert torch.equal(render(scene, clip), case.video)
+        front, back = scene.bodies
+        other = replace(back, thing=replace(back.thing, shape="bar" if back.thing.shape != "bar" else "pillar"))
+        assert score(case, render(replace(scene, bodies=(front, other)), clip)) == {"permanence": 1.0, "identity": 0.0}
 
 
 def test_a_camera_that_pans_the_other_way_or_moves_both_alike_shows_no_parallax(cases: dict[Event, list[Case]]) -> None:
@@ -66,13 +80,13 @@ def test_a_model_goes_on_from_what_is_given_and_hears_its_words() -> None:
     assert all(torch.equal(a, b) for a, b in zip(told, again, strict=True)) and not any(torch.equal(a, b) for a, b in zip(told, untold, strict=True))
     lives = draw_lives(2, seed=2)
     long = continue_lives(model, lives, sampler, seed=0)
-    assert all(len(clip) == 12 * max(SECONDS) and torch.equal(clip[:GIVEN], life.head) for clip, life in zip(long, lives, strict=True))
+    assert all(len(clip) == 12 * max(SECONDS) and torch.equal(clip[:AHEAD], life.head) for clip, life in zip(long, lives, strict=True))
 
 
 def test_the_codec_lets_nearly_all_of_it_through_and_holding_still_reaches_nothing() -> None:
     scores = measure_bounds(small_model(), [case for event in EVENTS for case in draw_cases(event, 12, seed=5)])
     through, still = scores.values()
-    assert set(through) == set(still) == {"permanence", "state", "parallax"}
+    assert set(through) == set(still) == {"permanence", "identity", "state", "state and shapes", "parallax"}
     assert all(sum(value == 1.0 for value in values) >= 9 for values in through.values())
     assert not any(value == 1.0 for values in still.values() for value in values)
 
