@@ -33,6 +33,7 @@ GIVEN = 9  # frames of an event that the model sees: what passes behind another 
 AHEAD = 5  # frames of a single thing that it sees, and goes on from
 AFTER = 3  # last frames that are read
 NEAR = 0.15  # short sides from where the renderer has it
+LEAST_WAY = 0.5  # of the true way on screen, under a pan
 RATIO = 4 / 3  # the near thing's way over the far one's may be off by this factor
 SECONDS = (1, 5, 10)
 LASTING = ("still", "orbit", "bounce")  # motions that a clip of any length can show
@@ -43,7 +44,7 @@ MEASURES: Mapping[str, str] = {
     "identity": "the same, and with its shape",
     "state": "collision: both rest where it left them, in their colours",
     "state and shapes": "the same, and with their shapes",
-    "parallax": f"panning camera: the near thing moves {NEARNESS:g} times as far as the far one, the same way",
+    "parallax": f"panning camera: the near thing moves {NEARNESS:g} times as far as the far one, on the pan's way",
     **{f"lasts {s} s": f"going on from its own last frames: after {s} s the thing alone is there, its colour and shape unchanged" for s in SECONDS},
 }
 
@@ -117,8 +118,8 @@ def _moved(case: Case, made: Tensor) -> tuple[float, float] | None:
 
 
 def _as_deep(way: tuple[float, float], true: tuple[float, float]) -> bool:
-    """Both moved the way they truly did, at the ratio of their depths."""
-    if any(a * b <= 0 for a, b in zip(way, true, strict=True)):
+    """Both moved the way they truly did, at least half as far, at the ratio of their depths."""
+    if any(a / b < LEAST_WAY for a, b in zip(way, true, strict=True)):
         return False
     return abs(math.log(way[0] / way[1] / NEARNESS)) <= math.log(RATIO)
 
