@@ -97,7 +97,7 @@ def plans(cfg: Config, stride: int) -> dict[str, Plan]:
     return {
         "text": Plan("text alone", Visual(), sampler, n, own),
         "image": Plan("from an image", Visual(kind="image"), sampler, n, own),
-        "edit": Plan("an edit: a rough sketch made sharp", Visual(kind="edit", strength=cfg.strength), sampler, n, own),
+        "edit": Plan("an edit of a sketch", Visual(kind="edit", strength=cfg.strength), sampler, n, own),
         "extend": Plan("going on from a clip", Visual(kind="extend"), sampler, there + n - ahead, range(there - ahead, there - ahead + n), (there,)),
         "extend_back": Plan("leading to a clip", Visual(kind="extend_back"), sampler, n - behind + there, own, (n - behind,)),
         "connect": Plan("connecting two clips", Visual(kind="connect"), sampler, other_side + there, range(there - head, there - head + n), (there, other_side)),
