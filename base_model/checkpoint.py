@@ -33,12 +33,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}. Choose a place you may write to") from error
 
 
-def check_can_write(folder: Path) -> None:
-    """Raises UserError where nothing can be written into `folder`, made if need be: before the work, not after it."""
+def check_can_write(folder: Path, option: str = "--out") -> None:
+    """Raises UserError where nothing can be written into `folder`, made if need be: before the work, not after it. option: what the user says to choose another."""
     with disk_errors(folder):
         there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         if not there.is_dir():
-            raise UserError(f"cannot write {folder}: {there} is a file, not a folder. Choose another --out")
+            raise UserError(f"cannot write {folder}: {there} is a file, not a folder. Choose another {option}")
         if not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"cannot write {folder}: no permission to write into {there}. Choose a place you may write to")
 

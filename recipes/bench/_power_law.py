@@ -1,7 +1,9 @@
 """L(C) = floor + scale (C / C1)^-exponent, all three not negative, by least squares; C1 is the smallest C.
 
-For a given exponent the other two follow by linear least squares, so the exponent alone is searched for. Intervals are percentile bootstraps over the residuals of all points about
-the curve (Efron & Tibshirani 1993, 9.4), which are taken to be exchangeable.
+For a given exponent the other two follow by linear least squares, so the exponent alone is searched for. Intervals are percentile bootstraps over the residuals of the
+seeds' means about the curve (Efron & Tibshirani 1993, 9.4), widened by sqrt(K / (K - 3)) since three parameters were fitted; so noise that all seeds share is in them. They are
+rather too narrow: in 500 simulations of two seeds with as much noise of their own as in common, intervals of 95 % held the true floor in 72 % with 4 amounts of compute, in 85 %
+with 6 and in 86 % with 8.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ def fit_power_law(compute: ArrayLike, losses: ArrayLike, *, seed: int = 0, draws
     if len(c) < LEAST_POINTS:
         a, b, e = (Interval(value, math.nan, math.nan) for value in (floor, scale, exponent))
         return PowerLaw(a, b, e, float(c.min()), determined=False)
-    residuals = (table - curve).ravel() * np.sqrt(table.size / (table.size - 3))
-    noise = np.random.default_rng(seed).choice(residuals, size=(draws, *table.shape)).mean(1)  # [draws,K]
+    residuals = (mean - curve) * np.sqrt(len(c) / (len(c) - 3))  # [K]
+    noise = np.random.default_rng(seed).choice(residuals, size=(draws, len(c)))  # [draws,K]
     bounds = np.quantile(_on_grid(x, curve + noise)[:3], [0.025, 0.975], axis=1).T  # [3,2]
     found = [Interval(value, min(value, float(low)), max(value, float(high))) for value, (low, high) in zip((floor, scale, exponent), bounds, strict=True)]
     determined = found[0].low > 0 and found[1].low > 0 and found[0].high - found[0].low <= WIDEST * float(mean.min())

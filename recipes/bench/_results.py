@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from align.config import Config, commit, dump, leaves, versions
+from base_model.checkpoint import check_can_write
 from base_model.errors import UserError
 from base_model.video.files import write_atomic
 from recipes.doctor import hardware
@@ -80,6 +81,28 @@ def flat(parts: dict[str, list[Row]]) -> list[Row]:
 # The file of results
 
 
+def check_can_end(cfg: Bench, *, out: Path | None = None, sheet: Path | None = None) -> None:
+    """Raises UserError where what is found could not be written into `results`, the folder `out` or the picture `sheet`: before the work, not after it."""
+    if cfg.write:
+        _check_date(cfg.date or _today())
+        check_can_write(cfg.results, "--results")
+    if out is not None:
+        check_can_write(out)
+    if sheet is not None:
+        if sheet.is_dir():
+            raise UserError(f"cannot write {sheet}: it is a folder. Give --sheet FILE.png")
+        check_can_write(sheet.parent, "--sheet")
+
+
+def _today() -> str:
+    return time.strftime("%Y-%m")
+
+
+def _check_date(date: str) -> None:
+    if not re.fullmatch(r"\d{4}-\d{2}", date):
+        raise UserError(f"date: expected a year and a month as in 2026-11, got {date!r}. Give --date YYYY-MM")
+
+
 class Provenance(NamedTuple):
     """Where numbers come from."""
 
@@ -92,7 +115,7 @@ class Provenance(NamedTuple):
 
 def here(name: str, cfg: Bench) -> Provenance:
     """This process, on this machine, now."""
-    return Provenance(cfg.date or time.strftime("%Y-%m"), [command(name, cfg)], commit(), versions(), hardware())
+    return Provenance(cfg.date or _today(), [command(name, cfg)], commit(), versions(), hardware())
 
 
 def write(cfg: Bench, name: str, source: Provenance, title: str, sections: Mapping[str, Sequence[Row]], *, remarks: Sequence[str] = ()) -> Path:
@@ -100,8 +123,7 @@ def write(cfg: Bench, name: str, source: Provenance, title: str, sections: Mappi
 
     sections: heading -> rows of one table. Raises UserError where the folder cannot be written or the date is not a year and a month.
     """
-    if not re.fullmatch(r"\d{4}-\d{2}", source.date):
-        raise UserError(f"date: expected a year and a month as in 2026-11, got {source.date!r}. Give --date YYYY-MM")
+    _check_date(source.date)
     parts = [f"# {title}", *remarks]
     for heading, rows in sections.items():
         parts += [f"## {heading}", table(rows)]

@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import AfterValidator, Field
 
 from align.config import Config as BaseConfig
-from align.config import Count, dump
+from align.config import Count, Seed, dump, leaves
 from align.progress import duration
 from align.run import Run, read_metrics
 from base_model.checkpoint import atomic_write, read_json
@@ -21,27 +22,45 @@ from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, LatentVideoModel, build_network, load_codec, load_tiny, save_network
 from recipes.bench.networks import Size, architecture
+from recipes.evaluate import clip_seeds
 from recipes.generate import Sampler, network_lineage, sample
 from recipes.pairs import Pairs
 from recipes.sft import METRICS, Fit, train
 from recipes.shapes.judge import in_frame, judge
-from recipes.shapes.prompts import ShapesPrompt
+from recipes.shapes.prompts import ShapesPrompt, make_prompts
+from recipes.weights import file_hash
 
 LOOKS = ("all_right", "shape_right", "colour_right", "motion_right", "in_frame")
+LOOKS_VERSION = 2
+"""Of what these and the held-out losses mean. One more wherever that changes: what was kept before is then refused, not read."""
+CODEC = WEIGHTS / "vae.safetensors"
 HELD_OUT_SEED = 1_000_003
+PROMPT_SEED = 900_000
+
+
+def _all_different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"expected different seeds, got {list(seeds)}")
+    return seeds
+
+
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_all_different)]
+"""Seeds of trainings. Equal ones would count one training twice."""
 
 
 class Training(BaseConfig):
     """What a training depends on, beside its seed."""
 
     data: str
-    """Which clips."""
+    """Which clips, as they are seen."""
     clips: Count
     """How many of them."""
     network: Size
     """Size of a fresh network."""
     base: str
     """sha256 of the network it begins with; empty: fresh weights."""
+    codec: str
+    """sha256 of the autoencoder."""
     fit: Fit
     """How the network is fitted."""
 
@@ -70,15 +89,15 @@ def kept(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, A
 
 
 def training(data: str, clips: int, network: Size, base: Path | None, fit: Fit) -> Training:
-    return Training(data=data, clips=clips, network=network, base=network_lineage(base) if base else "", fit=fit)
+    return Training(data=data, clips=clips, network=network, base=network_lineage(base) if base else "", codec=file_hash(CODEC), fit=fit)
 
 
 def first_model(what: Training, seed: int, base: Path | None) -> LatentVideoModel:
     """The network a training begins with: the one given, or fresh weights of that seed."""
     if base is not None:
         return load_tiny(base)
-    codec = load_codec(WEIGHTS / "vae.safetensors")
-    config = architecture("dit", what.network, codec)
+    codec = load_codec(CODEC)
+    config = architecture("dit", what.network, codec, "network")
     torch.manual_seed(seed)
     return LatentVideoModel(build_network(config), codec, TextEncoder(), config)
 
@@ -88,6 +107,7 @@ def train_kept(folder: Path, what: Training, seed: int, base: Path | None, data:
     weights, out = folder / "network.safetensors", folder / "run"
 
     def make() -> dict[str, Any]:
+        check_same(out, what, seed)
         pairs = data()
         run = Run(out, what, seed=seed, resume=(out / "run.json").exists(), metrics=METRICS)
         model = first_model(what, seed, base).to(run.device)
@@ -99,6 +119,30 @@ def train_kept(folder: Path, what: Training, seed: int, base: Path | None, data:
     found = kept(folder / "trained.json", {"seed": seed, **dump(what)}, make)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # what is kept is the network
     return Trained(weights, found["seconds"], found["tokens"])
+
+
+def check_same(out: Path, what: Training, seed: int) -> None:
+    """Raises UserError where a killed training in `out` was begun with other settings, its length included: it cannot go on as if it had begun with these."""
+    if not (out / "run.json").exists():
+        return
+    found = read_json(out / "run.json", "the description of the run")
+    before, now = (leaves(json.loads(json.dumps({"seed": one_seed, **config}))) for one_seed, config in ((found.get("seed"), found.get("config") or {}), (seed, dump(what))))
+    differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if differ:
+        raise UserError(f"a training was killed in {out} that had another {', '.join(differ)}. Give the same values, another --out, or delete that folder")
+
+
+def look_settings(weights: Path, prompts: int, sampler: Mapping[str, Any]) -> dict[str, Any]:
+    """What looks and held-out losses of a network depend on, to be kept with them."""
+    return {"measure": LOOKS_VERSION, "network": network_lineage(weights), "codec": file_hash(CODEC), "prompts": prompts, "sampler": dict(sampler)}
+
+
+def asked(number: int) -> tuple[list[ShapesPrompt], list[int]]:
+    """Held-out prompts of one object, and the seed of the noise of each: the same for every network and size. Raises UserError where there are not so many."""
+    try:
+        return make_prompts(number, seed=PROMPT_SEED, split="eval"), clip_seeds(PROMPT_SEED, number)
+    except ValueError as error:
+        raise UserError(f"prompts: {error}. Give fewer --prompts") from error
 
 
 def looks(model: LatentVideoModel, prompts: Sequence[ShapesPrompt], seeds: Sequence[int], sampler: Sampler) -> dict[str, list[float | None]]:

@@ -22,40 +22,55 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from align.config import Count, Seed, dump
+from align.config import Count, dump
 from align.data import PackSampler
 from base_model.errors import UserError
-from base_model.tiny import LatentVideoModel, load_tiny
+from base_model.tiny import LatentCodec, LatentVideoModel, load_codec, load_tiny
 from base_model.types import ClipShape
 from base_model.video.files import write_atomic
-from recipes.bench._results import Bench, Row, flat, here, write
-from recipes.bench._trained import HELD_OUT_SEED, Pace, Trained, first_model, kept, looks, train_kept, training
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._trained import (
+    CODEC,
+    HELD_OUT_SEED,
+    PROMPT_SEED,
+    Pace,
+    Seeds,
+    Trained,
+    Training,
+    asked,
+    first_model,
+    kept,
+    look_settings,
+    looks,
+    train_kept,
+    training,
+)
 from recipes.bench.networks import Size
 from recipes.bench.strip import Shown, draw, judged
-from recipes.evaluate import clip_seeds
-from recipes.generate import Sampler, sample
+from recipes.generate import Sampler, best_device, sample
 from recipes.pairs import Pairs, encode_pairs
 from recipes.sft import Fit, held_out_errors
 from recipes.shapes.dataset import ClipSet, draw_clips
 from recipes.shapes.judge import in_frame, judge
-from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.shapes.render import DEMO_CLIP, native_clips, render, sample_curated_pair, sample_scene
 from recipes.statistics import UNKNOWN, Interval, bootstrap_crossed
 
 Arm = Literal["native", "square"]
 ARMS: tuple[Arm, ...] = ("native", "square")
-PROMPT_SEED = 900_000
+SEEN: dict[Arm, str] = {"native": "native clips", "square": "square crops of native clips"}
 CLOSE = 0.01
 """Tokens of both may differ by this share."""
 SHOWN = 6  # prompts of the sheet
 POOLED = "all sizes"
 MEASURES = {
+    "found_in_frame": "found and in the frame",
     "in_frame": "object in the frame",
     "all_right": "adherence",
     "shape_right": "shape right",
     "colour_right": "colour right",
     "motion_right": "motion right",
     "loss": "held-out loss",
+    "found": "an object is found",
 }
 Table = NDArray[np.float64]
 
@@ -63,7 +78,7 @@ Table = NDArray[np.float64]
 class Config(Bench):
     out: Path = Path("runs/bench-native")
     """Folder of the trainings: what is finished there is not repeated. `quick` keeps nothing."""
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     """Seeds of weights, clips and noise, one training of each arm for every one. `quick` takes the first."""
     base: Path | None = None
     """Network both begin with; none means fresh weights."""
@@ -135,7 +150,7 @@ def tokens_of(pairs: Pairs, fit: Fit, seed: int, model: LatentVideoModel) -> int
 
 def measured(cfg: Config, weights: Path, held_out: dict[str, Pairs]) -> dict[str, Any]:
     """{size: {name of `_trained.LOOKS` or loss: one value a prompt, or a held-out clip}}."""
-    model, (prompts, seeds) = load_tiny(weights), asked(cfg)
+    model, (prompts, seeds) = load_tiny(weights).to(best_device()), asked(cfg.prompts)
     found: dict[str, Any] = {}
     for size, sampler in samplers(cfg).items():
         errors = held_out_errors(model, held_out[size], torch.Generator().manual_seed(0)).mean(0)  # [B]
@@ -143,21 +158,17 @@ def measured(cfg: Config, weights: Path, held_out: dict[str, Pairs]) -> dict[str
     return found
 
 
-def asked(cfg: Config) -> tuple[list[ShapesPrompt], list[int]]:
-    """Held-out prompts of one object, and the seed of the noise of each: the same for every network and size."""
-    return make_prompts(cfg.prompts, seed=PROMPT_SEED, split="eval"), clip_seeds(PROMPT_SEED, cfg.prompts)
-
-
 def samplers(cfg: Config) -> dict[str, Sampler]:
     return {str(ClipShape(f, h, w)): cfg.sampler.model_copy(update={"frames": f, "height": h, "width": w}) for f, h, w in cfg.sizes}
 
 
 def drawn(cfg: Config) -> dict[str, dict[str, list[float | None]]]:
-    """The same measures of clips drawn of the same prompts, in the form of `measured`: what a perfect network would get."""
-    prompts, rng = asked(cfg)[0], np.random.default_rng(PROMPT_SEED)
+    """The same measures of clips drawn of the same prompts and sent through the autoencoder, in the form of `measured`: what a perfect network would get."""
+    codec, prompts, rng = load_codec(CODEC).to(best_device()), asked(cfg.prompts)[0], np.random.default_rng(PROMPT_SEED)
     found: dict[str, dict[str, list[float | None]]] = {}
     for size, sampler in samplers(cfg).items():
-        clips = torch.stack([render(sample_scene(prompt, rng, clip=sampler.clip), sampler.clip) for prompt in prompts])  # [N,T,3,H,W]
+        scenes = [render(sample_scene(prompt, rng, clip=sampler.clip), sampler.clip) for prompt in prompts]
+        clips = torch.cat([through(codec, torch.stack(scenes[begin : begin + sampler.batch])) for begin in range(0, len(scenes), sampler.batch)])  # [N,T,3,H,W]
         seen = judge(clips, prompts)
         flags: dict[str, list[bool | None]] = {
             "all_right": [one.all_right for one in seen],
@@ -168,6 +179,12 @@ def drawn(cfg: Config) -> dict[str, dict[str, list[float | None]]]:
         }
         found[size] = {name: [None if flag is None else float(flag) for flag in values] for name, values in flags.items()}
     return found
+
+
+@torch.no_grad()
+def through(codec: LatentCodec, video: Tensor) -> Tensor:
+    """What the autoencoder makes of clips [B,T,3,H,W]."""
+    return codec.decode(codec.encode(video.to(best_device()))).cpu()
 
 
 # Rows
@@ -183,10 +200,18 @@ class Results(NamedTuple):
 def tables(results: Sequence[Results], size: str, measure: str) -> Table:
     """[seeds, prompts or clips], nan where nothing is known; over all sizes the mean over those that are known."""
     sizes = list(results[0].found) if size == POOLED else [size]
-    values = np.array([[one.found[each][measure] for each in sizes] for one in results], dtype=np.float64)  # [S,sizes,N]
+    values = np.array([[values_of(one.found[each], measure) for each in sizes] for one in results])  # [S,sizes,N]
     known = ~np.isnan(values)
     number = known.sum(1)  # [S,N]
     return np.where(number > 0, np.where(known, values, 0).sum(1) / np.maximum(number, 1), np.nan)
+
+
+def values_of(found: dict[str, list[float | None]], measure: str) -> Table:
+    """[N] of one size. In the frame is only known where an object is found; `found_in_frame` counts the other clips as not in it."""
+    if measure not in ("found", "found_in_frame"):
+        return np.array(found[measure], dtype=np.float64)
+    whole = np.array(found["in_frame"], dtype=np.float64)
+    return np.nan_to_num(whole) if measure == "found_in_frame" else (~np.isnan(whole)).astype(np.float64)
 
 
 def compare(cfg: Config, results: dict[Arm, list[Results]], ceiling: dict[str, dict[str, list[float | None]]]) -> list[Row]:
@@ -200,9 +225,6 @@ def compare(cfg: Config, results: dict[Arm, list[Results]], ceiling: dict[str, d
             found["native_minus_square"] = bootstrap_crossed(mine["native"] - mine["square"])
             best = UNKNOWN if measure == "loss" else bootstrap_crossed(tables(perfect, size, measure))
             rows.append({"size": size, "measure": name, **_flat(found), "drawn_clips": best.as_json()["mean"]})
-        native, square = (float(np.mean(~np.isnan(tables(results[arm], size, "in_frame")))) for arm in ARMS)
-        share = {"native": Interval(native, *UNKNOWN[1:]), "square": Interval(square, *UNKNOWN[1:]), "native_minus_square": Interval(native - square, *UNKNOWN[1:])}
-        rows.append({"size": size, "measure": "an object is found", **_flat(share), "drawn_clips": float(np.mean(~np.isnan(tables(perfect, size, "in_frame"))))})
     return rows
 
 
@@ -238,11 +260,12 @@ def check_tokens(cfg: Config, model: LatentVideoModel, pairs: Callable[[Arm], Pa
 
 def measure(cfg: Config, out: Path) -> dict[str, list[Row]]:
     """The rows of each part."""
-    what = training("native clips", cfg.clips, cfg.network, cfg.base, cfg.fit)
-    model, sizes = first_model(what, cfg.seeds[0], cfg.base), samplers(cfg)
+    asked(cfg.prompts)  # too many are known before the work
+    what: dict[Arm, Training] = {arm: training(SEEN[arm], cfg.clips, cfg.network, cfg.base, cfg.fit) for arm in ARMS}
+    model, sizes = first_model(what["native"], cfg.seeds[0], cfg.base), samplers(cfg)
     demo, *others = (encode_pairs(model, draw_clips("curated", cfg.fit.held_out, seed=HELD_OUT_SEED, shape=shape)) for shape in (DEMO_CLIP, *(one.clip for one in sizes.values())))
     held_out = dict(zip(sizes, others, strict=True))
-    settings = {"prompts": cfg.prompts, "sizes": list(sizes), "sampler": {key: value for key, value in dump(cfg.sampler).items() if key not in ("frames", "height", "width")}}
+    sampler = {key: value for key, value in dump(cfg.sampler).items() if key not in ("frames", "height", "width")}
     results: dict[Arm, list[Results]] = {arm: [] for arm in ARMS}
     pace = Pace("native", len(cfg.seeds) * len(ARMS))
     for seed in cfg.seeds:
@@ -252,7 +275,8 @@ def measure(cfg: Config, out: Path) -> dict[str, list[Row]]:
             check_tokens(cfg, model, pairs, seed)
         for arm, folder in folders.items():
             fresh = not (folder / "result.json").exists()
-            done = train_kept(folder, what, seed, cfg.base, partial(pairs, arm), demo)
+            done = train_kept(folder, what[arm], seed, cfg.base, partial(pairs, arm), demo)
+            settings = {**look_settings(done.weights, cfg.prompts, sampler), "sizes": list(sizes), "held_out": cfg.fit.held_out}
             found = kept(folder / "result.json", settings, partial(measured, cfg, done.weights, held_out))
             results[arm].append(Results(done, found))
             pace.advance(f"seed {seed}, {arm}", 1, fresh=fresh)
@@ -263,11 +287,11 @@ def measure(cfg: Config, out: Path) -> dict[str, list[Row]]:
 
 def write_sheet(cfg: Config, path: Path, weights: dict[Arm, Path]) -> None:
     """The first prompts in the first size, native on the left and square on the right; nobody picks."""
-    prompts, seeds = asked(cfg)[0][:SHOWN], asked(cfg)[1][:SHOWN]
+    prompts, seeds = asked(min(SHOWN, cfg.prompts))
     sampler = next(iter(samplers(cfg).values()))
     shown: dict[str, list[Shown]] = {}
     for arm, file in weights.items():
-        model = load_tiny(file)
+        model = load_tiny(file).to(best_device())
         video = torch.cat(list(sample(model, model.encode_text([prompt.text for prompt in prompts]), seeds, sampler)))  # [N,T,3,H,W]
         shown[arm] = [_remarked(one) for one in judged(video, prompts)]
     buffer = io.BytesIO()
@@ -288,6 +312,7 @@ def shrunk(cfg: Config) -> Config:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
+    check_can_end(cfg, out=None if cfg.quick else cfg.out, sheet=cfg.sheet)
     if cfg.quick:
         with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
             parts = measure(shrunk(cfg), Path(folder))
@@ -297,7 +322,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         remarks = [
             f"Means over {len(parts['training']) // len(ARMS)} seeds; `low` and `high` are 95 % bootstraps over seeds and prompts (of the loss: held-out clips), both resampled. "
             "`native minus square` is paired: equal seeds, prompts and noise; for the object in the frame, where both show one. "
-            "`drawn clips` is what drawn clips of the same prompts get.",
+            "`drawn clips` is what drawn clips of the same prompts get after the autoencoder.",
         ]
         write(cfg, "native", here("native", cfg), "Native sizes against square crops", {part.capitalize(): rows for part, rows in parts.items()}, remarks=remarks)
     return {"rows": flat(parts)}

@@ -60,11 +60,14 @@ class Config(Bench):
     """How both are trained. `quick` takes at most 6 iterations and 16 held-out clips."""
 
 
-def architecture(name: NetworkName, size: Size, codec: LatentCodec) -> NetworkConfig:
-    """The architecture of that size on this codec's latents; a quarter of a head turns with time, the rest with height and width. Raises UserError where heads do not divide."""
+def architecture(name: NetworkName, size: Size, codec: LatentCodec, key: str) -> NetworkConfig:
+    """The architecture of that size on this codec's latents; a quarter of a head turns with time, the rest with height and width.
+
+    Raises UserError where heads do not divide, naming the key of the configuration that holds the size.
+    """
     head, left = divmod(size.width, size.heads)
     if left or head % 2 or head < 8:
-        raise UserError(f"{name}: {size.heads} heads do not divide a width of {size.width} into even parts of at least 8. Give another --{name}.width")
+        raise UserError(f"{key}: {size.heads} heads do not divide a width of {size.width} into even parts of at least 8. Give another --{key}.width")
     time = 2 * (head // 8)
     height = 2 * ((head - time) // 4)
     return CONFIGS[name](channels=codec.vae.config.channels, width=size.width, depth=size.depth, heads=size.heads, rotary_axes=(time, height, head - time - height))
@@ -101,7 +104,7 @@ def train_once(cfg: Config, model: LatentVideoModel, seed: int, pairs: Pairs, he
 def measure(cfg: Config) -> list[Row]:
     """One row a network, DiT first."""
     codec, text = load_codec(WEIGHTS / "vae.safetensors"), TextEncoder()
-    configs = {name: architecture(name, getattr(cfg, name), codec) for name in CONFIGS}
+    configs = {name: architecture(name, getattr(cfg, name), codec, name) for name in CONFIGS}
     anyone = LatentVideoModel(build_network(configs["dit"]), codec, text, configs["dit"])
     held_out = encode_pairs(anyone, draw_clips("curated", cfg.fit.held_out, seed=1_000_003, shape=ClipShape(13, 32, 32)))
     segments, words = Segments(tuple(held_out.num_tokens(configs["dit"].patch))), packed_text(anyone.encode_text(held_out.texts))[1]

@@ -19,28 +19,25 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 
-from align.config import Count, Seed, dump
+from align.config import Count, dump
 from align.data import PackSampler
 from base_model.networks.packing import Segments
 from base_model.tiny import LatentVideoModel, load_tiny, packed_text
 from base_model.types import ClipShape
 from base_model.video.files import write_atomic
 from recipes.bench._power_law import PowerLaw, fit_power_law
-from recipes.bench._results import Bench, Row, flat, here, write
-from recipes.bench._trained import HELD_OUT_SEED, Pace, Trained, first_model, kept, looks, train_kept, training
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._trained import HELD_OUT_SEED, PROMPT_SEED, Pace, Seeds, Trained, asked, first_model, kept, look_settings, looks, train_kept, training
 from recipes.bench.networks import Size, forward_flops
 from recipes.charts import Series, line_chart, page
-from recipes.evaluate import clip_seeds
-from recipes.generate import Sampler, network_lineage
+from recipes.generate import Sampler, best_device, network_lineage
 from recipes.pairs import Pairs, encode_pairs
 from recipes.sft import Fit, held_out_losses
 from recipes.shapes.dataset import draw_clips
 from recipes.shapes.judge import judge
-from recipes.shapes.prompts import make_prompts
 from recipes.shapes.render import DEMO_CLIP, render, sample_scene
 from recipes.statistics import bootstrap_crossed, bootstrap_mean
 
-PROMPT_SEED = 900_000
 DATA_SEED = 0
 PACKS_COUNTED = 16  # of a training, for its FLOPs a token
 STYLE = (
@@ -53,7 +50,7 @@ STYLE = (
 class Config(Bench):
     out: Path = Path("runs/bench-scaling")
     """Folder of the trainings: what is finished there is not repeated, and several calls with other `seeds` may fill it side by side. `quick` keeps nothing."""
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1)
+    seeds: Seeds = (0, 1)
     """Seeds of weights, packs and noise, one training of each budget for every one. `quick` takes the first."""
     budgets: Annotated[tuple[Count, ...], Field(min_length=3)] = (1, 2, 4, 8, 16, 32)
     """Lengths of the trainings in units of `fit.iterations`, increasing. `quick` takes 1, 2 and 3."""
@@ -133,14 +130,14 @@ def flops_per_clip(model: LatentVideoModel, held_out: Pairs, sampler: Sampler) -
 
 def judged(cfg: Config, weights: Path, held_out: Pairs, sampler: Sampler) -> dict[str, Any]:
     """`Judged`, as it is kept."""
-    model = load_tiny(weights)
+    model = load_tiny(weights).to(best_device())
     losses = held_out_losses(model, held_out, torch.Generator().manual_seed(0))
-    right = looks(model, make_prompts(cfg.prompts, seed=PROMPT_SEED, split="eval"), clip_seeds(PROMPT_SEED, cfg.prompts), sampler)["all_right"]
+    right = looks(model, *asked(cfg.prompts), sampler)["all_right"]
     return {"losses": losses.tolist(), "right": right}
 
 
 def judged_kept(cfg: Config, file: Path, weights: Path, held_out: Pairs, sampler: Sampler) -> Judged:
-    settings = {"network": network_lineage(weights), "prompts": cfg.prompts, "held_out": cfg.fit.held_out, "sampler": dump(sampler)}
+    settings = {**look_settings(weights, cfg.prompts, dump(sampler)), "held_out": cfg.fit.held_out}
     found = kept(file, settings, partial(judged, cfg, weights, held_out, sampler))
     return Judged(tuple(found["losses"]), tuple(found["right"]))
 
@@ -189,14 +186,14 @@ class Sampled(NamedTuple):
 
 def resolutions(cfg: Config, out: Path, networks: dict[str, tuple[Path, Path]]) -> list[Sampled]:
     """Networks at every side. networks: name -> (weights, folder of what is kept)."""
-    prompts, found = make_prompts(cfg.prompts, seed=PROMPT_SEED, split="eval"), []
+    prompts, found = asked(cfg.prompts)[0], []
     for side in cfg.sides:
         sampler = cfg.sampler.model_copy(update={"height": side, "width": side})
         rng = np.random.default_rng(PROMPT_SEED)
         clips = torch.stack([render(sample_scene(prompt, rng, clip=sampler.clip), sampler.clip) for prompt in prompts])  # [N,T,3,H,W]
         drawn = float(np.mean([one.all_right for one in judge(clips, prompts)]))
         for name, (weights, folder) in networks.items():
-            model = load_tiny(weights)
+            model = load_tiny(weights).to(best_device())
             held_out = held_out_pairs(cfg, model, sampler.clip)
             seen = judged_kept(cfg, folder / f"side-{side}.json", weights, held_out, sampler)
             tokens = held_out.num_tokens(model.config.patch)[0]
@@ -342,6 +339,7 @@ def shrunk(cfg: Config) -> Config:
 
 def measure(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], list[str], str]:
     """The rows of each part, what is to be said of them, and the chart."""
+    asked(cfg.prompts)  # too many are known before the work
     found = points(cfg, out)
     longest = {one.seed: one for one in found}  # budgets increase
     networks = {f"seed {seed}": (one.trained.weights, one.trained.weights.parent) for seed, one in longest.items()}
@@ -350,7 +348,8 @@ def measure(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], list[str], st
     sampled = resolutions(cfg, out, networks)
     means = budget_means(found)
     law = fit_power_law(means.compute, means.losses)
-    remarks = [f"Against training compute: {law.verdict}. Intervals are bootstraps over residuals; they know nothing of another form of the curve."]
+    narrow = "Intervals are bootstraps over residuals, rather too narrow, and know nothing of another form of the curve."
+    remarks = [f"Against training compute: {law.verdict}. {narrow}"]
     ours = [f"seed {seed}" for seed in longest]
     by_size = [[one.judged.loss for one in sampled if one.network == name] for name in ours]  # [S][K]
     sampled_law = None
@@ -386,6 +385,7 @@ def sections(parts: dict[str, list[Row]]) -> dict[str, list[Row]]:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
+    check_can_end(cfg, out=None if cfg.quick else cfg.out)
     if cfg.quick:
         with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
             parts, remarks, drawn = measure(shrunk(cfg), Path(folder))

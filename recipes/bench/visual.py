@@ -30,7 +30,7 @@ from base_model.errors import UserError
 from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.types import ClipShape
 from base_model.video.files import from_uint8, to_uint8, write_atomic, write_lossless
-from recipes.bench._results import Bench, Row, here, write
+from recipes.bench._results import Bench, Row, check_can_end, here, write
 from recipes.bench._sheet import Line, draw
 from recipes.generate import Sampler, best_device, visual_sampling
 from recipes.shapes.judge import judge
@@ -114,7 +114,7 @@ def plans(cfg: Config, stride: int) -> dict[str, Plan]:
 
 
 def held_out_prompts(number: int, motions: Sequence[str], seed: int) -> list[ShapesPrompt]:
-    """One object each: combinations and sentences that no training caption has."""
+    """One object each: combinations that no training caption has, in sentences that some have and in sentences that none has."""
     rng = np.random.default_rng([seed, 0])
     things = [thing for thing in COMBINATIONS["eval"] if thing.motion in motions]
     return [write_prompt((things[k],), rng, split="eval") for k in islice(cycle(rng.permutation(len(things)).tolist()), number)]
@@ -276,6 +276,7 @@ def shown(plan: Plan, made: Made) -> Line:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: a benchmark is measured anew."""
+    check_can_end(cfg, sheet=cfg.sheet)
     found = make_all(cfg.model_copy(update={"clips": min(2, cfg.clips)}) if cfg.quick else cfg)
     rows = [row(kind, plan, made) for kind, (plan, made) in found.items()]
     if cfg.sheet is not None:

@@ -34,7 +34,7 @@ _GRID: Array = np.linspace(-3.0, 3.0, 31)  # positions in standard deviations of
 _LEAST_COVER = 0.4  # of a palette colour over the background, to be part of an object
 _LEAST_CHROMA = 0.15
 _LEAST_COSINE = 0.8  # between (pixel - background) and (palette colour - background)
-_FULL_COVER = 0.9  # of a pixel of the picture's rim: the object may go on behind it
+_RIM_COVER = 0.64  # of a pixel of the picture's rim: the object may go on behind it. No more, since the autoencoder softens what touches the rim
 _LEAST_AREA = 0.012  # of the short side squared
 _LEAST_PRESENCE = 0.75  # share of frames that show an object
 _LEAST_OVERLAP = 0.78  # soft intersection over union with a template
@@ -113,13 +113,13 @@ def read(clip: Tensor) -> list[Reading]:
 def in_frame(clip: Tensor) -> bool | None:
     """Whether every object of a clip [T,3,H,W] in [0,1] is wholly in the picture in all frames that show it; None where no object is found.
 
-    An object that fully covers a pixel of the picture's rim may go on behind it; one whose edge lies within that pixel does not.
+    An object that covers most of a pixel of the picture's rim may go on behind it; one whose edge lies in the middle of that pixel does not.
     """
     frames = _frames(clip)  # [T,H,W,3]
     mattes = [blob.matte[blob.seen] for _, blob in _segment(frames, min(frames.shape[1:3]))[0] if blob.seen.any()]  # [S,H,W] each
     if not mattes:
         return None
-    return all(rim.max() < _FULL_COVER for matte in mattes for rim in (matte[:, 0], matte[:, -1], matte[:, :, 0], matte[:, :, -1]))
+    return all(rim.max() < _RIM_COVER for matte in mattes for rim in (matte[:, 0], matte[:, -1], matte[:, :, 0], matte[:, :, -1]))
 
 
 def confusion(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:

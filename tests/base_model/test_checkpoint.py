@@ -161,6 +161,8 @@ def test_a_folder_that_cannot_be_made_is_known_before(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="is a file, not a folder"):
             check_can_write(folder)
+    with pytest.raises(UserError, match="Choose another --results"):
+        check_can_write(tmp_path / "file", "--results")
     assert not (tmp_path / "new").exists()
 
 

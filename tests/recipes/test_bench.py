@@ -16,7 +16,7 @@ from align.config import load
 from base_model.errors import UserError
 from base_model.networks.packing import Segments
 from recipes import cli
-from recipes.bench import _results, networks, proof, sampler, update
+from recipes.bench import _results, native, networks, proof, sampler, scaling, update, visual
 from recipes.bench._results import Provenance
 from recipes.generate import Sampler, sample, seeded_noise
 from recipes.shapes.measure import Measured, PromptTakes
@@ -142,10 +142,10 @@ def test_the_flops_of_a_pass_are_those_of_its_matrix_products() -> None:
     size = networks.Size(width=w, depth=3, heads=2)
     codec = small_model().codec
     dit = s * (n * (2 * c * w + 3 * 14 * w * w) + m * (d * w + 3 * 2 * w * w) + 3 * w * w + (3 * 6 + 2) * w * w + 3 * 2 * w * n * (n + m))
-    assert networks.forward_flops(networks.architecture("dit", size, codec), *packs) == 2 * dit
+    assert networks.forward_flops(networks.architecture("dit", size, codec, "dit"), *packs) == 2 * dit
     j = 1 + m + n
     uvit = s * (n * 2 * c * w + m * d * w + 2 * w * w + j * (3 * 12 + 2) * w * w + 3 * 2 * w * j * j)
-    assert networks.forward_flops(networks.architecture("uvit", size, codec), *packs) == 2 * uvit
+    assert networks.forward_flops(networks.architecture("uvit", size, codec, "uvit"), *packs) == 2 * uvit
 
 
 def test_networks_that_cost_differently_are_not_compared() -> None:
@@ -353,3 +353,28 @@ def test_a_result_file_is_named_by_date_and_hardware(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write results"):
         _results.write(cfg.model_copy(update={"results": tmp_path / "file" / "inside"}), "sampler", source, "Title", {})
+
+
+@pytest.mark.parametrize("bench", [native, scaling, visual])
+def test_what_could_not_be_written_is_known_before_the_work(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for work in ("measure", "make_all"):
+        monkeypatch.setattr(bench, work, lambda *_: pytest.fail("it has begun"), raising=False)
+    file = tmp_path / "file"
+    file.touch()
+    write = ["--write", "--results"]
+    cases = [([*write, str(tmp_path), "--date", "May"], "Give --date YYYY-MM"), ([*write, str(file)], "file is a file, not a folder. Choose another --results")]
+    if bench is not visual:
+        cases.append((["--out", str(file / "below")], "is a file, not a folder. Choose another --out"))
+    if bench is not scaling:
+        cases += [(["--sheet", str(tmp_path)], "it is a folder. Give --sheet FILE.png"), (["--sheet", str(file / "x.png")], "Choose another --sheet")]
+    out = [] if bench is visual else ["--out", str(tmp_path / "out")]
+    for words, message in cases:
+        with pytest.raises(UserError, match=message):
+            bench.main(load(bench.Config, None, [*out, *words]))
+
+
+@pytest.mark.parametrize("bench", [native, scaling])
+def test_more_prompts_than_there_are_are_known_before_the_work(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "first_model", lambda *_: pytest.fail("it has begun"))
+    with pytest.raises(UserError, match=r"prompts: the grammar has no 20000 different prompts of split eval\. Give fewer --prompts"):
+        bench.main(load(bench.Config, None, ["--out", str(tmp_path / "out"), "--prompts", "20000"]))

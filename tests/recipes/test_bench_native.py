@@ -10,6 +10,7 @@ import torch
 
 from align.config import load
 from base_model.errors import UserError
+from base_model.tiny import LatentVideoModel, save_codec
 from base_model.types import ClipShape
 from recipes import cli
 from recipes.bench import _trained, native
@@ -32,11 +33,24 @@ def config(*more: str) -> native.Config:
 
 def test_drawn_clips_are_in_the_frame_and_their_crops_mostly_are_not() -> None:
     cfg = config("--prompts", "60", "--sizes", "[[13, 24, 48]]")
-    assert np.mean(native.drawn(cfg)["13x24x48"]["in_frame"]) >= 0.95
+    assert np.mean(native.drawn(cfg)["13x24x48"]["in_frame"]) >= 0.9
     wide = [video.float() / 255 for video in native.draw_native(240, seed=0).videos if video.shape[-1] >= 1.6 * video.shape[-2]]
     cut = [in_frame(native.crop_square(video)) for video in wide]
     assert len(wide) > 20 and np.mean([in_frame(video) is True for video in wide]) >= 0.9
     assert np.mean([each is not True for each in cut]) > 0.4
+
+
+def test_crops_are_called_cut_after_the_autoencoder_as_well() -> None:
+    codec = native.load_codec(_trained.CODEC)
+    cropped = [native.crop_square(video.float() / 255) for video in native.draw_native(160, seed=1).videos if video.shape[-1] >= 1.6 * video.shape[-2]]
+    cut = [clip for clip in cropped if in_frame(clip) is False]
+    after = [in_frame(native.through(codec, clip[None])[0]) for clip in cut]
+    assert len(cut) > 10 and np.mean([each is False for each in after]) >= 0.8
+
+
+def test_the_ceiling_is_measured_after_the_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "through", lambda codec, video: torch.zeros_like(video))
+    assert native.drawn(config("--sizes", "[[5, 16, 16]]"))["5x16x16"]["in_frame"] == [None] * 3
 
 
 # Data
@@ -95,6 +109,9 @@ def test_differences_are_paired_and_unknown_clips_are_left_out() -> None:
     assert row["native"] == pytest.approx(2 / 3) and row["square"] == pytest.approx(2 / 3) and row["native_minus_square"] == pytest.approx(0.5)
     found = next(row for row in rows if row["measure"] == "an object is found")
     assert (found["native"], found["square"], found["drawn_clips"]) == (0.75, 0.75, 1.0)
+    assert found["native_low"] < 0.75 < found["native_high"] and found["native_minus_square_low"] < 0 < found["native_minus_square_high"]
+    assert rows[0]["measure"] == "found and in the frame"
+    assert (rows[0]["native"], rows[0]["square"], rows[0]["native_minus_square"], rows[0]["drawn_clips"]) == (0.5, 0.5, 0.0, 1.0)
 
 
 def test_losses_of_clips_average_to_the_loss() -> None:
@@ -147,11 +164,57 @@ def test_the_bench_trains_each_arm_once_and_goes_on_where_it_was_killed(tmp_path
     assert (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="made with another fit"):
         native.main(cfg.model_copy(update={"fit": cfg.fit.model_copy(update={"lr": 1e-3})}))
+    told = [json.loads((tmp_path / "out" / "seed-0" / arm / "trained.json").read_text())["settings"]["data"] for arm in native.ARMS]
+    assert told == ["native clips", "square crops of native clips"]
+    with monkeypatch.context() as other:
+        other.setattr(_trained, "LOOKS_VERSION", _trained.LOOKS_VERSION + 1)
+        with pytest.raises(UserError, match=r"result\.json was made with another measure\."):
+            native.main(cfg)
+    with monkeypatch.context() as other:
+        save_codec(tmp_path / "vae.safetensors", native.load_codec(_trained.CODEC), {"trained": "again"})
+        other.setattr(_trained, "CODEC", tmp_path / "vae.safetensors")
+        with pytest.raises(UserError, match=r"trained\.json was made with another codec\."):
+            native.main(cfg)
+    save_small_network(tmp_path / "out" / "seed-0" / "native" / "network.safetensors")
+    with pytest.raises(UserError, match=r"result\.json was made with another network\."):
+        native.main(cfg)
+
+
+def test_a_killed_training_goes_on_under_the_same_settings_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = native.encode_pairs(small_model(), native.draw_clips("curated", 4, seed=0, shape=ClipShape(5, 16, 16)))
+    fit = Fit(iterations=3, lr=1e-3, capacity=64, held_out=2, save_every=1)
+    train = _trained.train
+
+    def killed(fit: Fit, run: Any, *more: Any) -> None:
+        iterations = run.iterations
+
+        def once(n: int, **settings: Any) -> Any:
+            for i in iterations(n, **settings):
+                if i == 1:
+                    raise KeyboardInterrupt
+                yield i
+
+        run.iterations = once
+        train(fit, run, *more)
+
+    def again(fit: Fit, seed: int = 0) -> _trained.Trained:
+        what = _trained.training("some", 4, native.Size(width=32, depth=1, heads=2), None, fit)
+        return _trained.train_kept(tmp_path, what, seed, None, lambda: pairs, pairs)
+
+    with monkeypatch.context() as change, pytest.raises(KeyboardInterrupt):
+        change.setattr(_trained, "train", killed)
+        again(fit)
+    for other, seed, key in ((fit.model_copy(update={"iterations": 5}), 0, "fit.iterations"), (fit.model_copy(update={"lr": 1e-2}), 0, "fit.lr"), (fit, 1, "seed")):
+        with pytest.raises(UserError, match=f"a training was killed in .*run that had another {key}. Give the same values, another --out, or delete that folder"):
+            again(other, seed)
+    again(fit)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "loss" in line] == [0, 1, 2]
 
 
 def test_both_arms_of_a_seed_begin_with_the_network_that_is_given(tmp_path: Path) -> None:
     base = save_small_network(tmp_path / "base.safetensors")
-    what = native.training("native clips", 4, native.Size(width=32, depth=2, heads=2), base, native.Config().fit)
+    what = _trained.training("native clips", 4, native.Size(width=32, depth=2, heads=2), base, native.Config().fit)
     given, fresh = _trained.first_model(what, 0, base).network.state_dict(), _trained.first_model(what, 0, None).network.state_dict()
     assert all(torch.equal(value, given[name]) for name, value in small_model().network.state_dict().items())
     again, other = (_trained.first_model(what, seed, None).network.state_dict() for seed in (0, 1))
@@ -166,12 +229,39 @@ def test_the_quick_form_runs_in_flat_rows_keeps_nothing_and_writes_its_tables(tm
     rows = json.loads(captured.out)["rows"]
     assert all(set(row) == set(rows[0]) for row in rows)
     compared = [row for row in rows if row["part"] == "comparison"]
-    assert {row["size"] for row in compared} == {"5x16x32", "5x16x16", native.POOLED} and len(compared) == 3 * (len(native.MEASURES) + 1)
+    assert {row["size"] for row in compared} == {"5x16x32", "5x16x16", native.POOLED} and len(compared) == 3 * len(native.MEASURES)
     assert [(row["seed"], row["arm"]) for row in rows if row["part"] == "training"] == [(0, "native"), (0, "square")]
     loss = [row["native"] for row in compared if row["measure"] == "held-out loss"]
     assert loss[2] == pytest.approx((loss[0] + loss[1]) / 2)
     assert "native 2/2" in captured.err and not (tmp_path / "runs").exists()
     assert "native minus square" in next((tmp_path / "results").glob("2026-11_*_native.md")).read_text()
+
+
+def test_seeds_that_repeat_and_heads_that_do_not_divide_are_the_users_error() -> None:
+    with pytest.raises(UserError, match=r"expected different seeds, got \[0, 1, 0\]"):
+        config("--seeds", "[0, 1, 0]")
+    with pytest.raises(UserError, match=r"network: 4 heads do not divide a width of 50 .* Give another --network\.width"):
+        native.main(config("--quick", "--network", "{width: 50, depth: 2}"))
+
+
+def test_clips_are_sampled_on_the_best_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def noted(answer: Any) -> Any:
+        def call(model: LatentVideoModel, *more: Any) -> Any:
+            seen.append(model.device.type)
+            return answer
+
+        return call
+
+    monkeypatch.setattr(native, "best_device", lambda: torch.device("meta"))
+    for name, answer in (("looks", {}), ("held_out_errors", torch.zeros(8, 3)), ("sample", [torch.zeros(3, 5, 3, 16, 16)])):
+        monkeypatch.setattr(native, name, noted(answer))
+    monkeypatch.setattr(LatentVideoModel, "encode_text", lambda *_: None)
+    cfg, weights = config("--sizes", "[[5, 16, 16]]"), save_small_network(tmp_path / "network.safetensors")
+    native.measured(cfg, weights, {"5x16x16": Pairs((), (), ())})
+    native.write_sheet(cfg, tmp_path / "sheet.png", {"native": weights, "square": weights})
+    assert seen == ["meta"] * 4
 
 
 def test_sizes_off_the_grid_are_the_users_error() -> None:

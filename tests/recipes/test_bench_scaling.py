@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import curve_fit
 
 from align.config import load
 from base_model.errors import UserError
 from base_model.networks import packing
-from base_model.tiny import packed_text
+from base_model.tiny import LatentVideoModel, load_codec, packed_text, save_codec
 from base_model.types import ClipShape
 from recipes import cli
 from recipes.bench import _trained, scaling
@@ -54,7 +55,16 @@ def test_the_fit_is_that_of_scipy_and_its_interval_holds_the_truth() -> None:
         theirs, _ = curve_fit(model, COMPUTE, losses.mean(0), p0=(0.2, 0.2, 0.4), bounds=(0, 4), xtol=1e-12)
         assert (law.floor.mean, law.scale.mean, law.exponent.mean) == pytest.approx(theirs, rel=1e-3)
         held += law.determined and law.floor.low <= 0.25 <= law.floor.high
-    assert held >= 16
+    assert held >= 15
+
+
+@pytest.mark.parametrize(("shared", "own"), [(0.0, 0.004), (0.002, 0.0005), (0.002, 0.002)])
+def test_intervals_hold_the_truth_as_often_where_seeds_share_their_noise(shared: float, own: float) -> None:
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(60):
+        law = fit_power_law(COMPUTE, curve(0.25, 0.2, 0.5) + shared * rng.normal(size=6) + own * rng.normal(size=(4, 6)), draws=300)
+        held += law.floor.low <= 0.25 <= law.floor.high
+    assert held >= 0.75 * 60
 
 
 def test_a_floor_that_the_points_do_not_tell_is_called_undetermined() -> None:
@@ -66,7 +76,7 @@ def test_a_floor_that_the_points_do_not_tell_is_called_undetermined() -> None:
     assert not three.determined and "fewer than 4 points" in three.verdict
     assert scaling.law_row(three, "x")["irreducible_loss_low"] is None
     sure = fit_power_law(COMPUTE, curve(0.2, 0.15, 0.45) + 0.001 * rng.normal(size=(2, 6)))
-    assert sure.determined and re.search(r"the irreducible loss is 0\.\d+ \[0\.1\d+, 0\.2\d+\]", sure.verdict)
+    assert sure.determined and re.search(r"the irreducible loss is 0\.\d+ \[0\.\d+, 0\.2\d+\]", sure.verdict)
     with pytest.raises(ValueError, match="at least three"):
         fit_power_law([1, 2], [[1.0, 0.5]])
 
@@ -191,6 +201,46 @@ def test_the_quick_form_runs_in_flat_rows_and_keeps_nothing(tmp_path: Path, monk
     assert all(set(row) == set(rows[0]) for row in rows)
     assert [row["part"] for row in rows] == ["budgets"] * 3 + ["fit"] + ["trainings"] * 3 + ["sampling size"] * 2
     assert re.search(r"scaling 6/6 .* gone, about 0:00 left", captured.err) and not (tmp_path / "runs").exists()
+
+
+def test_seeds_that_repeat_and_heads_that_do_not_divide_are_the_users_error() -> None:
+    with pytest.raises(UserError, match=r"expected different seeds, got \[3, 3\]"):
+        config("--seeds", "[3, 3]")
+    with pytest.raises(UserError, match=r"network: 4 heads do not divide a width of 50 .* Give another --network\.width"):
+        scaling.main(config("--quick", "--network", "{width: 50, depth: 2}"))
+
+
+def test_clips_are_sampled_on_the_best_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def noted(answer: Any) -> Any:
+        def call(model: LatentVideoModel, *more: Any) -> Any:
+            seen.append(model.device.type)
+            return answer
+
+        return call
+
+    cfg, weights = config("--sides", "[16]"), save_small_network(tmp_path / "network.safetensors")
+    held_out = encode_pairs(small_model(), draw_clips("curated", 2, seed=0, shape=ClipShape(5, 16, 16)))
+    monkeypatch.setattr(scaling, "best_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(scaling, "looks", noted({"all_right": [1.0]}))
+    monkeypatch.setattr(scaling, "held_out_losses", noted(torch.zeros(8)))
+    monkeypatch.setattr(scaling, "held_out_pairs", lambda cfg, model, clip: noted(held_out)(model))
+    monkeypatch.setattr(scaling, "flops_per_clip", noted(1.0))
+    scaling.resolutions(cfg, tmp_path, {"seed 0": (weights, tmp_path)})
+    assert seen == ["meta"] * 4
+
+
+def test_what_was_measured_otherwise_or_with_another_autoencoder_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, cfg = save_small_network(tmp_path / "network.safetensors"), config()
+    held_out = encode_pairs(small_model(), draw_clips("curated", 2, seed=0, shape=ClipShape(5, 16, 16)))
+    found = scaling.judged_kept(cfg, tmp_path / "result.json", weights, held_out, cfg.sampler)
+    assert scaling.judged_kept(cfg, tmp_path / "result.json", weights, held_out, cfg.sampler) == found
+    save_codec(tmp_path / "vae.safetensors", load_codec(_trained.CODEC), {"trained": "again"})
+    for name, value, said in (("LOOKS_VERSION", 0, "measure"), ("CODEC", tmp_path / "vae.safetensors", "codec")):
+        with monkeypatch.context() as other, pytest.raises(UserError, match=f"made with another {said}\\."):
+            other.setattr(_trained, name, value)
+            scaling.judged_kept(cfg, tmp_path / "result.json", weights, held_out, cfg.sampler)
 
 
 def test_budgets_and_sides_out_of_order_are_the_users_error() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from base_model.tiny import WEIGHTS, load_codec
 from base_model.types import ClipShape
 from recipes.shapes.judge import Judgement, confusion, confusions, flashes, in_frame, is_flashing, judge, read
 from recipes.shapes.prompts import COLORS, MOTIONS, SHAPES, ShapesPrompt, Thing, make_prompts, swap_attribute
@@ -299,3 +300,18 @@ def test_one_frame_in_which_it_leaves_is_enough_and_nothing_on_screen_is_unknown
     leaving = render(red("circle", (0.7, 0.5), travel=(-0.6, 0.0)), DEMO_CLIP)
     assert in_frame(leaving) is False and in_frame(leaving[:8]) is True
     assert in_frame(render(replace(red("circle", (0.5, 0.5)), bodies=()), DEMO_CLIP)) is None
+
+
+def test_what_is_cut_is_called_cut_after_the_autoencoder_too_and_what_is_whole_is_not() -> None:
+    codec = load_codec(WEIGHTS / "vae.safetensors")
+
+    def after(videos: Tensor) -> list[bool | None]:
+        return [in_frame(clip) for clip in codec.decode(codec.encode(videos))]
+
+    half = {"circle": 0.2, "triangle": 0.22, "bar": 0.22, "pillar": 0.09}
+    for out in (0.25, 0.5):  # of its width
+        resting = [Body(Thing(shape, color, "still"), (length * (1 - 2 * out), 0.5), (0.2, 0.2)) for shape, length in half.items() for color in COLORS]
+        cut = after(torch.stack([render(Scene((body,), (0.3, 0.3, 0.32), (0.0, 0.6, 0.1)), DEMO_CLIP) for body in resting]))
+        assert np.mean([each is False for each in cut]) >= 0.95, out
+    whole = [each for clip in (DEMO_CLIP, ClipShape(13, 24, 48)) for each in after(draw(make_prompts(60, seed=6, split="eval"), 6, clip))]
+    assert np.mean([each is True for each in whole]) >= 0.9
