@@ -52,6 +52,8 @@ class Config(Bench):
     """Network to sample; none means the shipped base."""
     clips: Count = 32
     """Clips of each kind. `quick` takes at most 2."""
+    kinds: tuple[str, ...] = ()
+    """Only these, named as in the rows; none means all."""
     seed: Seed = 0
     """Seed of prompts, clips and noise."""
     sampler: Sampler = Sampler()
@@ -108,6 +110,13 @@ def plans(cfg: Config, stride: int) -> dict[str, Plan]:
         "another size": Plan("another size", Visual(), sampler.model_copy(update=WIDE), n, own),
         "long": Plan(f"{long / sampler.fps:g} seconds, part by part", Visual(seconds=long / sampler.fps), sampler, long, own, range(n, long, n - ahead), ENDLESS),
     }
+
+
+def chosen(kinds: dict[str, Plan], names: Sequence[str]) -> dict[str, Plan]:
+    """Those named, or all. Raises UserError for a name that is none."""
+    if unknown := [name for name in names if name not in kinds]:
+        raise UserError(f"kinds: there is no {unknown[0]}. Give some of {', '.join(kinds)}")
+    return {kind: plan for kind, plan in kinds.items() if not names or kind in names}
 
 
 # What is given
@@ -252,7 +261,7 @@ def make_all(cfg: Config) -> dict[str, tuple[Plan, list[Made]]]:
     """The clips of every kind, from the same prompts where they may have any motion, and from the same noise."""
     model = load_tiny(cfg.model).to(best_device())
     found = {}
-    kinds = plans(cfg, model.latents.time_stride)
+    kinds = chosen(plans(cfg, model.latents.time_stride), cfg.kinds)
     with Progress("visual", total=len(kinds) * cfg.clips) as progress:
         for kind, plan in kinds.items():
             made = []

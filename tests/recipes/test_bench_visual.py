@@ -133,6 +133,13 @@ def test_clips_too_short_to_connect_are_the_users_error() -> None:
 # The sheet
 
 
+def test_some_kinds_can_be_asked_for_and_others_do_not_exist() -> None:
+    kinds = visual.plans(visual.Config(), 4)
+    assert list(visual.chosen(kinds, ["loop", "image"])) == ["image", "loop"] and visual.chosen(kinds, ()) == kinds
+    with pytest.raises(UserError, match=r"there is no imag\. Give some of text, image"):
+        visual.chosen(kinds, ["imag"])
+
+
 def test_what_is_given_is_framed_on_its_inner_side() -> None:
     frames, given = torch.zeros(3, 3, 12, 16), torch.zeros(3, 12, 16, dtype=torch.bool)
     given[0] = True

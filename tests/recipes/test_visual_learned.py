@@ -1,11 +1,10 @@
-"""The shipped base obeys visual prompts: what is given stays, the prompt is still shown, and joints are hard to see. Skipped while its card says that it learned none."""
+"""The shipped base obeys visual prompts: what is given stays, the prompt is still shown, and joints are hard to see."""
 
-import json
 from statistics import fmean
 
 import pytest
 
-from base_model.tiny import WEIGHTS, load_tiny
+from base_model.tiny import load_tiny
 from recipes.bench import visual
 from recipes.bench._results import Row
 from recipes.generate import Sampler
@@ -17,15 +16,6 @@ JUDGE_MARGIN = 0.15  # share of right clips, below text alone; the standard erro
 JUMP = {"extend": 1.25, "connect": 1.25, "loop": 1.25, "extend_back": 1.75}  # at joints, times that of the truth through the autoencoder
 JUMP_LONG = 2.0  # where one made part follows another, times the truth's
 SECONDS = 2.0
-
-
-def learned_conditions() -> bool:
-    """Whether any leg of the shipped base's training gave clips parts of themselves."""
-    config = json.loads((WEIGHTS / "dit.json").read_text())["config"]
-    return any(leg["fit"].get("conditions") for leg in config.get("legs", [config]))
-
-
-pytestmark = pytest.mark.skipif(not learned_conditions(), reason="the shipped base was trained on text alone")
 
 
 @pytest.fixture(scope="module")
