@@ -1,7 +1,6 @@
 """The models a clip passes through when one model does not make it alone: frame models (keyframes, interpolation) and upsampling stages.
 
-Each is a `VideoModel` once it is told what it goes on from: `frames.given(...)`, `stage.told(...)`. Letters: B clips, T frames, C H W latent channels, height and width,
-n tokens of a clip.
+Each is a `VideoModel`, a stage once it is told what it enlarges: `stage.told(...)`. Letters: B clips, T frames, C H W latent channels, height and width, n tokens of a clip.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path as FilePath
 
 import torch
@@ -21,16 +21,17 @@ from base_model.networks.packing import Segments, grid_positions, patchify, toke
 from base_model.networks.temporal import TemporalDiT
 from base_model.networks.upsample import RESAMPLING, Axis, Upsampler
 from base_model.paths import Path, RectifiedFlow
+from base_model.prompts.conditions import obey
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, LatentCodec, build_from, load_codec, load_state, packed_text, read_config
-from base_model.types import Conditioning, LatentSpec
+from base_model.types import Conditioning, Known, LatentSpec
 
 
 @dataclass(frozen=True)
 class FrameModel:
     """Videos whose frames are encoded one by one, each as an image by the built-in codec: F = T, and any number of frames will do.
 
-    `stride`: frames of the finished clip from one frame of this one to the next. `values` and `known`: frames that are given; they have noise level 0.
+    `stride`: frames of the finished clip from one frame of this one to the next. Frames that are given are conditions like any other (`tell_frames`).
     """
 
     network: TemporalDiT
@@ -38,8 +39,6 @@ class FrameModel:
     text: TextEncoder
     path: Path = field(default_factory=RectifiedFlow)
     stride: int = 1
-    values: Tensor | None = None  # [B,C,T,H,W], read where known
-    known: Tensor | None = None  # [T] bool
 
     @property
     def latents(self) -> LatentSpec:
@@ -56,18 +55,14 @@ class FrameModel:
         self.codec.to(device)
         return self
 
-    def given(self, values: Tensor, known: Tensor) -> FrameModel:
-        """The same model, told the frames `known` [T] of `values` [B,C,T,H,W]; none known: as it is."""
-        return replace(self, values=values, known=known) if known.any() else self
-
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """x_t [B,C,T,H,W], t [B] -> u [B,C,T,H,W]; what it says at known frames means nothing."""
-        t = t.expand(len(x_t))  # [B]
+        """x_t [B,C,T,H,W], t [B] -> u [B,C,T,H,W]; where `cond.known` gives a latent, u leads from x_t straight to it."""
+        t, velocity = t.expand(len(x_t)), partial(self._velocity, cond=cond)  # [B]
+        return velocity(x_t, t) if cond.known is None else obey(velocity, self.path, self.network.config.patch, x_t, t, cond.known)
+
+    def _velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """t: one noise level a clip [B], or one a token [B n]."""
         grid = token_grid(x_t.shape, self.network.config.patch)
-        per_frame = grid[1] * grid[2]
-        if self.values is not None and self.known is not None:
-            x_t = torch.where(self.known[:, None, None], self.values, x_t)
-            t = torch.where(self.known, 0, t[:, None]).repeat_interleave(per_frame, dim=1).flatten()  # [B n]
         tokens = patchify(x_t, self.network.config.patch)  # [B,n,c]
         positions = grid_positions(grid).to(x_t.device) * x_t.new_tensor([self.stride, 1, 1])  # [n,3]
         segments = Segments.equal(len(x_t), tokens.shape[1])
@@ -86,6 +81,12 @@ class FrameModel:
     def decode(self, x0: Tensor) -> Tensor:
         frames = self.codec.decode(x0.transpose(1, 2).flatten(0, 1)[:, :, None])  # [B T,1,3,H,W]
         return frames[:, 0].unflatten(0, (len(x0), x0.shape[2]))
+
+
+def tell_frames(cond: Conditioning, values: Tensor, known: Tensor) -> Conditioning:
+    """The same, and the frames `known` [T] of `values` [B,C,T,H,W] are given; none known: as it is."""
+    mask = known[None, :, None, None].expand(len(values), *values.shape[2:])  # [B,T,H,W]
+    return replace(cond, known=Known(values, mask)) if known.any() else cond
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Literal, TypeVar
 
@@ -18,8 +19,8 @@ from base_model.networks.layers import NetworkConfig
 from base_model.networks.packing import Segments, grid_positions, patchify, token_grid, unpatchify
 from base_model.networks.uvit import UViT, UViTConfig
 from base_model.networks.vae import VAEConfig, VideoVAE
-from base_model.paths import Path, RectifiedFlow, velocity_towards
-from base_model.prompts.conditions import token_mask
+from base_model.paths import Path, RectifiedFlow
+from base_model.prompts.conditions import obey
 from base_model.prompts.text import TextEncoder
 from base_model.types import Conditioning, LatentSpec
 
@@ -109,12 +110,8 @@ class LatentVideoModel:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """x_t [B,C,F,H,W], t [B] -> u [B,C,F,H,W]; where `cond.known` gives a latent, u leads from x_t straight to it."""
         t = t.expand(len(x_t))  # [B]
-        if cond.known is None:
-            return self._velocity(x_t, t, cond)
-        given, values = cond.known.mask[:, None], cond.known.values  # [B,1,F,H,W], [B,C,F,H,W]
-        times = torch.where(token_mask(cond.known.mask, self.config.patch), 0, t[:, None]).flatten()  # [B n]
-        u = self._velocity(torch.where(given, values, x_t), times, cond)  # [B,C,F,H,W]
-        return torch.where(given, velocity_towards(self.path, x_t, values, t), u)
+        velocity = partial(self._velocity, cond=cond)
+        return velocity(x_t, t) if cond.known is None else obey(velocity, self.path, self.config.patch, x_t, t, cond.known)
 
     def _velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """t: one noise level a clip [B], or one a token [B n]."""

@@ -20,7 +20,7 @@ from align.trajectory import rollout
 from base_model.errors import UserError
 from base_model.guidance import Guided
 from base_model.networks.packing import token_grid
-from base_model.stages import FrameModel, UpsampleStage, load_frames, load_stage
+from base_model.stages import FrameModel, UpsampleStage, load_frames, load_stage, tell_frames
 from base_model.times import sampling_times
 from base_model.types import ClipShape, Conditioning
 from recipes.upsample import super_resolve
@@ -37,9 +37,9 @@ def change(video: Tensor) -> float:
 
 @torch.no_grad()
 def sample_frames(model: FrameModel, noise: Tensor, cond: Conditioning, *, steps: int, shift: float, guidance: float = 1.0) -> Tensor:
-    """noise [B,C,T,H,W] -> latents [B,C,T,H,W]; frames the model was given come back as they are."""
+    """noise [B,C,T,H,W] -> latents [B,C,T,H,W]; frames that are given come back as they are."""
     x0 = rollout(Guided(model, guidance), ODE(), noise, sampling_times(model.path, steps, shift=shift), cond, noise=torch.Generator()).x0
-    return x0 if model.values is None or model.known is None else torch.where(model.known[:, None, None], model.values, x0)
+    return x0 if cond.known is None else torch.where(cond.known.mask[:, None], cond.known.values, x0)
 
 
 def between(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,18 +111,18 @@ def sample_stack(
     def noise(frames: int) -> Tensor:
         return torch.stack([torch.randn((shape[0], frames, *shape[2:]), generator=g) for g in generators]).to(stack.keyframes.device)  # [B,C,frames,H,W]
 
-    make = partial(sample_frames, cond=cond, steps=steps, shift=shift, guidance=guidance)
+    make = partial(sample_frames, steps=steps, shift=shift, guidance=guidance)
     number = 1 + (clip.frames - 1) // STRIDES[0]
-    x0 = make(stack.keyframes, noise(min(together, number)))  # [B,C,k,H,W]
+    x0 = make(stack.keyframes, noise(min(together, number)), cond)  # [B,C,k,H,W]
     while x0.shape[2] < number:
         kept = x0[:, :, -(together // 2) :]  # [B,C,k,H,W]
         fresh = noise(min(together - kept.shape[2], number - x0.shape[2]))  # [B,C,f,H,W]
         both = torch.cat([kept, fresh], dim=2)  # [B,C,k+f,H,W]
         known = torch.arange(both.shape[2], device=x0.device) < kept.shape[2]
-        x0 = torch.cat([x0, make(stack.keyframes.given(both, known), both)[:, :, kept.shape[2] :]], dim=2)
+        x0 = torch.cat([x0, make(stack.keyframes, both, tell_frames(cond, both, known))[:, :, kept.shape[2] :]], dim=2)
     for stride in STRIDES[1:]:  # interpolation I and II
         values, known = between(x0)
-        x0 = make(replace(stack.interpolation, stride=stride).given(values, known), noise(values.shape[2]))
+        x0 = make(replace(stack.interpolation, stride=stride), noise(values.shape[2]), tell_frames(cond, values, known))
     video = stack.interpolation.decode(x0)  # [B,T,3,H,W]
     if stack.upsample is None:
         return video.cpu()

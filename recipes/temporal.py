@@ -29,7 +29,7 @@ from align.run import Run
 from base_model.networks.dit import DiT
 from base_model.networks.temporal import TemporalDiT
 from base_model.paths import add_noise
-from base_model.stages import FrameModel, save_frames
+from base_model.stages import FrameModel, save_frames, tell_frames
 from base_model.times import stratified_logit_normal
 from base_model.tiny import load_tiny
 from base_model.types import ClipShape
@@ -126,7 +126,7 @@ def frames_loss(cfg: Config, model: FrameModel, pairs: Pairs, part: tuple[Sequen
     eps = torch.randn(x0.shape, generator=generator)  # [B,C,T,H,W]
     x_t, target = add_noise(model.path, x0, eps, t), model.path.velocity(x0, eps, t)  # [B,C,T,H,W] each
     known, device = known.to(model.device), model.device
-    u = replace(model, stride=stride).given(x0.to(device), known)(x_t.to(device), t.to(device), cond)  # [B,C,T,H,W]
+    u = replace(model, stride=stride)(x_t.to(device), t.to(device), tell_frames(cond, x0.to(device), known))  # [B,C,T,H,W]
     loss = flow_matching(clip_error(u, target.to(device), keep=~known[:, None, None]))
     yield Loss(loss.value / cfg.batches, loss.stats)
 
@@ -137,9 +137,9 @@ def changes(cfg: Config, model: FrameModel, held_out: Pairs) -> dict[str, float]
     real = torch.stack(held_out.latents)[:, :, ::stride].to(model.device)  # [B,C,T,H,W]
     known = (torch.arange(real.shape[2], device=model.device) % 2 == 0) & (cfg.task == "interpolation")  # [T]
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(cfg.seed)).to(model.device)
-    cond = model.encode_text(held_out.texts)
+    cond = tell_frames(model.encode_text(held_out.texts), real, known)
     unaware = replace(model, network=TemporalDiT(model.network.image).to(model.device))  # fresh temporal layers say nothing
-    made = [sample_frames(replace(each, stride=stride).given(real, known), noise, cond, steps=6, shift=cfg.time_shift) for each in (model, unaware)]
+    made = [sample_frames(replace(each, stride=stride), noise, cond, steps=6, shift=cfg.time_shift) for each in (model, unaware)]
     video, independent, truth = (change(model.decode(x0)) for x0 in (*made, real))
     return {"change": video, "change_independent": independent, "change_real": truth}
 

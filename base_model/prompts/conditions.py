@@ -9,13 +9,14 @@ Letters: B clips, T frames, C F H W latent channels/frames/height/width, n token
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from base_model.networks.packing import Patch, patchify
+from base_model.paths import Path, velocity_towards
 from base_model.types import ClipShape, Known, LatentSpec
 
 Kind = Literal["image", "head", "tail", "ends", "hole", "margin"]
@@ -77,6 +78,17 @@ def _all(mask: Tensor, cell: tuple[int, int, int]) -> Tensor:
 def token_mask(mask: Tensor, patch: Patch) -> Tensor:
     """Latents [B,F,H,W] -> tokens [B,n]: True where the whole token is known."""
     return patchify(mask[:, None].to(torch.uint8), patch).bool().all(-1)
+
+
+def obey(velocity: Callable[[Tensor, Tensor], Tensor], path: Path, patch: Patch, x_t: Tensor, t: Tensor, known: Known) -> Tensor:
+    """[B,C,F,H,W] at x_t [B,C,F,H,W], t [B]: what is known has its value and noise level 0, and from there u leads straight to it.
+
+    velocity: (x_t [B,C,F,H,W], one noise level a token [B n]) -> u [B,C,F,H,W].
+    """
+    given = known.mask[:, None]  # [B,1,F,H,W]
+    times = torch.where(token_mask(known.mask, patch), 0, t[:, None]).flatten()  # [B n]
+    u = velocity(torch.where(given, known.values, x_t), times)  # [B,C,F,H,W]
+    return torch.where(given, velocity_towards(path, x_t, known.values, t), u)
 
 
 # Canvases

@@ -10,9 +10,9 @@ from align.run import read_metrics
 from base_model.errors import UserError
 from base_model.networks.dit import DiT
 from base_model.networks.temporal import TemporalDiT
-from base_model.stages import FrameModel, UpsampleStage, build_upsampler, load_frames, save_frames, save_stage
+from base_model.stages import FrameModel, UpsampleStage, build_upsampler, load_frames, save_frames, save_stage, tell_frames
 from base_model.tiny import load_tiny
-from base_model.types import ClipShape
+from base_model.types import ClipShape, Conditioning
 from recipes import generate, temporal, upsample
 from recipes.stack import STRIDES, Stack, between, change, load_stack, sample_frames, sample_stack, stack_lineage
 from tests.recipes.small import save_small_network, small_model
@@ -105,8 +105,8 @@ def test_what_a_stage_was_given_survives_and_every_clip_has_its_own_noise(tmp_pa
     values = torch.randn(2, 8, 3, 4, 4)
     wide, known = between(values)
     assert wide.shape[2] == 5 and known.tolist() == [True, False, True, False, True]
-    cond = stack.interpolation.encode_text(["a red circle"] * 2)
-    made = sample_frames(replace(stack.interpolation, stride=2).given(wide, known), torch.randn(2, 8, 5, 4, 4), cond, steps=2, shift=3.0)
+    cond = tell_frames(stack.interpolation.encode_text(["a red circle"] * 2), wide, known)
+    made = sample_frames(replace(stack.interpolation, stride=2), torch.randn(2, 8, 5, 4, 4), cond, steps=2, shift=3.0)
     assert torch.equal(made[:, :, ::2], values) and made[:, :, 1::2].std() > 0.1
     both, alone = latents_of(stack, 13, [3, 4]), latents_of(stack, 13, [4])
     assert both.shape == (2, 13, 3, 16, 16) and (both[1] - alone[0]).abs().max() < 1e-4 < (both[0] - both[1]).abs().max()
@@ -115,9 +115,9 @@ def test_what_a_stage_was_given_survives_and_every_clip_has_its_own_noise(tmp_pa
 def test_more_keyframes_than_are_made_at_once_are_predicted_from_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stack, seen = load_stack(untrained(tmp_path, enlarges=False)), []
 
-    def watched(model: FrameModel, noise: torch.Tensor, **how: object) -> torch.Tensor:
-        seen.append((model.stride, noise.shape[2], 0 if model.known is None else int(model.known.sum())))
-        return sample_frames(model, noise, **how)  # type: ignore[arg-type]
+    def watched(model: FrameModel, noise: torch.Tensor, cond: Conditioning, **how: object) -> torch.Tensor:
+        seen.append((model.stride, noise.shape[2], 0 if cond.known is None else int(cond.known.mask[0, :, 0, 0].sum())))
+        return sample_frames(model, noise, cond, **how)  # type: ignore[arg-type]
 
     monkeypatch.setattr("recipes.stack.sample_frames", watched)
     assert latents_of(stack, 29, [0]).shape[1] == 29
