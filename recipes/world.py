@@ -37,7 +37,7 @@ LEAST_WAY = 0.5  # of the true way on screen, under a pan
 RATIO = 4 / 3  # the near thing's way over the far one's may be off by this factor
 SECONDS = (1, 5, 10)
 LASTING = ("still", "orbit", "bounce")  # motions that a clip of any length can show
-ORACLE, FROZEN = "the true clip, through the codec", "the last given frame, held still"
+ORACLE, FROZEN = "codec alone", "held still"
 
 MEASURES: Mapping[str, str] = {
     "permanence": "occlusion: what is hidden at the last given frame comes out on the other side, where it should be, in its colour",

@@ -108,4 +108,4 @@ def test_the_command_adds_the_world_to_the_report(tmp_path: Path) -> None:
     answer = evaluate.main(cfg)
     stored, page = json.loads((tmp_path / "out" / "report.json").read_text()), (tmp_path / "out" / "index.html").read_text()
     assert stored["world"] == answer["world"] and stored["world"][0]["measure"] == "permanence"
-    assert page.count(MEASURES["permanence"]) == 1 and "the true clip, through the codec" in page
+    assert page.count(MEASURES["permanence"]) == 1 and "codec alone" in page
