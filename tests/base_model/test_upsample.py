@@ -16,7 +16,7 @@ from base_model.networks.temporal import TemporalDiT
 from base_model.networks.upsample import Upsampler, corrupt, expect, random_crop, shrink_space, shrink_time, upsample_space, upsample_time
 from base_model.paths import Path, RectifiedFlow, VariancePreserving
 from base_model.prompts.text import TextEncoder
-from base_model.stages import FrameModel, UpsampleStage, build_upsampler, load_frames, load_stage, save_frames, save_stage
+from base_model.stages import FrameModel, UpsampleStage, build_upsampler, load_frames, load_stage, save_frames, save_stage, tell_frames
 from base_model.tiny import WEIGHTS, build_tiny, load_codec, save_network
 from tests.worlds import PATHS
 
@@ -218,12 +218,14 @@ def test_a_given_frame_has_noise_level_0_and_its_own_value() -> None:
     model = FrameModel(network, tiny.codec, tiny.text)
     cond, x_t, values = model.encode_text(["a red circle", "a blue bar"]), torch.randn(2, 8, 3, 4, 4), torch.randn(2, 8, 3, 4, 4)
     known, t = torch.tensor([True, False, True]), torch.tensor([0.8, 0.4])
-    u = model.given(values, known)(x_t, t, cond)
+    told = tell_frames(cond, values, known)
+    u = model(x_t, t, told)
     by_hand = torch.where(known[:, None, None], values, x_t)
     tokens, segments = pack(list(by_hand), network.config.patch), Segments(tuple(cond.mask.sum(1).tolist()))
     levels = torch.cat([torch.where(known, 0.0, time).repeat_interleave(4) for time in t])
     expected = unpack(network(tokens.tokens, tokens.positions, tokens.segments, levels, cond.text[cond.mask], segments), list(x_t), network.config.patch)
-    assert (u - torch.stack(expected)).abs().max() < 1e-5
+    assert (u - torch.stack(expected))[:, :, ~known].abs().max() < 1e-5
+    assert (x_t - t.view(2, 1, 1, 1, 1) * u - values)[:, :, known].abs().max() < 1e-5, "one whole step leads to what is given"
     junk = torch.where(known[:, None, None], torch.randn_like(x_t), x_t)
-    assert torch.equal(model.given(values, known)(junk, t, cond), u), "what stands in a given frame of the state is not read"
-    assert model.given(values, torch.zeros(3, dtype=torch.bool)) is model
+    assert torch.equal(model(junk, t, told)[:, :, ~known], u[:, :, ~known]), "what stands in a given frame of the state is not read"
+    assert tell_frames(cond, values, torch.zeros(3, dtype=torch.bool)) is cond
