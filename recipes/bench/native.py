@@ -211,7 +211,7 @@ def values_of(found: dict[str, list[float | None]], measure: str) -> Table:
     if measure not in ("found", "found_in_frame"):
         return np.array(found[measure], dtype=np.float64)
     whole = np.array(found["in_frame"], dtype=np.float64)
-    return np.nan_to_num(whole) if measure == "found_in_frame" else (~np.isnan(whole)).astype(np.float64)
+    return (whole == 1 if measure == "found_in_frame" else ~np.isnan(whole)).astype(np.float64)
 
 
 def compare(cfg: Config, results: dict[Arm, list[Results]], ceiling: dict[str, dict[str, list[float | None]]]) -> list[Row]:

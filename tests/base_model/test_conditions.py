@@ -65,7 +65,7 @@ def test_what_is_given_is_what_comes_out_whatever_the_kernel(model: LatentVideoM
     cond, known = told(model, give_frames(CLIP, {0: video[:5], 9: video[9:]}))
     x0 = rollout(model, kernel, noise_for(CLIP), sampling_times(model.path, 4), cond, noise=torch.Generator().manual_seed(3)).x0
     mask = known.mask[:, None].expand_as(x0)
-    assert torch.allclose(x0[mask], known.values[mask], atol=1e-5) and mask.float().mean() == 0.75
+    assert mask.float().mean() == 0.75 and (x0[mask] - known.values[mask]).abs().max() < 1e-5
     free = rollout(model, kernel, noise_for(CLIP), sampling_times(model.path, 4), model.encode_text(list(cond.prompts)), noise=torch.Generator().manual_seed(3)).x0
     assert (x0[~mask] - free[~mask]).abs().max() > 1e-2, "what is given has to be heard by the rest"
 
@@ -100,7 +100,7 @@ def test_guidance_keeps_what_is_given_in_both_passes(model: LatentVideoModel) ->
     cond, known = told(model, give_frames(CLIP, {0: torch.rand(1, 3, 32, 24)}))
     x0 = rollout(Guided(model, 3.0), ODE(), noise_for(CLIP), sampling_times(model.path, 4), cond, noise=torch.Generator()).x0
     mask = known.mask[:, None].expand_as(x0)
-    assert torch.allclose(x0[mask], known.values[mask], atol=1e-4)
+    assert mask.float().mean() == 0.25 and (x0[mask] - known.values[mask]).abs().max() < 1e-4
 
 
 def test_a_step_beside_given_latents_has_the_density_of_its_free_part(model: LatentVideoModel) -> None:
@@ -110,7 +110,7 @@ def test_a_step_beside_given_latents_has_the_density_of_its_free_part(model: Lat
     mask = known.mask[:, None].expand_as(x)
     eps = (x - 0.2 * known.values) / 0.8
     toward = Ancestral(1.0)(RectifiedFlow(), x, eps - known.values, torch.tensor([0.8, 0.8]), torch.tensor([0.6, 0.6]))
-    assert torch.allclose(step.mean[mask], toward.mean[mask], atol=1e-5)
+    assert mask.float().mean() == 0.25 and (step.mean[mask] - toward.mean[mask]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("path", [RectifiedFlow(), VariancePreserving()])

@@ -18,7 +18,7 @@ from recipes.pairs import Pairs
 from recipes.sft import Fit, held_out_errors, held_out_losses
 from recipes.shapes.judge import in_frame
 from recipes.statistics import Interval
-from tests.recipes.small import save_small_network, small_model
+from tests.recipes.small import noting_device, save_small_network, small_model
 
 FIT = ["--fit.iterations", "2", "--fit.capacity", "512", "--fit.held_out", "4"]
 TOY = ["--network", "{width: 32, depth: 2, heads: 2}", "--clips", "24", "--prompts", "3", "--sampler.steps", "2", *FIT]
@@ -247,16 +247,9 @@ def test_seeds_that_repeat_and_heads_that_do_not_divide_are_the_users_error() ->
 def test_clips_are_sampled_on_the_best_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def noted(answer: Any) -> Any:
-        def call(model: LatentVideoModel, *more: Any) -> Any:
-            seen.append(model.device.type)
-            return answer
-
-        return call
-
     monkeypatch.setattr(native, "best_device", lambda: torch.device("meta"))
     for name, answer in (("looks", {}), ("held_out_errors", torch.zeros(8, 3)), ("sample", [torch.zeros(3, 5, 3, 16, 16)])):
-        monkeypatch.setattr(native, name, noted(answer))
+        monkeypatch.setattr(native, name, noting_device(seen, answer))
     monkeypatch.setattr(LatentVideoModel, "encode_text", lambda *_: None)
     cfg, weights = config("--sizes", "[[5, 16, 16]]"), save_small_network(tmp_path / "network.safetensors")
     native.measured(cfg, weights, {"5x16x16": Pairs((), (), ())})

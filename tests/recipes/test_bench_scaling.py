@@ -14,7 +14,7 @@ from scipy.optimize import curve_fit
 from align.config import load
 from base_model.errors import UserError
 from base_model.networks import packing
-from base_model.tiny import LatentVideoModel, load_codec, packed_text, save_codec
+from base_model.tiny import load_codec, packed_text, save_codec
 from base_model.types import ClipShape
 from recipes import cli
 from recipes.bench import _trained, scaling
@@ -23,7 +23,7 @@ from recipes.charts import Series, line_chart, log_ticks, number
 from recipes.pairs import encode_pairs
 from recipes.sft import Fit
 from recipes.shapes.dataset import ClipSet, draw_clips
-from tests.recipes.small import save_small_network, small_model
+from tests.recipes.small import noting_device, save_small_network, small_model
 
 SMALL = ["--sampler", "{steps: 2, frames: 5, height: 16, width: 16}", "--fit.capacity", "256", "--fit.held_out", "4"]
 TOY = ["--network", "{width: 32, depth: 2, heads: 2}", "--clips", "12", "--prompts", "3", *SMALL]
@@ -213,20 +213,13 @@ def test_seeds_that_repeat_and_heads_that_do_not_divide_are_the_users_error() ->
 def test_clips_are_sampled_on_the_best_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def noted(answer: Any) -> Any:
-        def call(model: LatentVideoModel, *more: Any) -> Any:
-            seen.append(model.device.type)
-            return answer
-
-        return call
-
     cfg, weights = config("--sides", "[16]"), save_small_network(tmp_path / "network.safetensors")
     held_out = encode_pairs(small_model(), draw_clips("curated", 2, seed=0, shape=ClipShape(5, 16, 16)))
     monkeypatch.setattr(scaling, "best_device", lambda: torch.device("meta"))
-    monkeypatch.setattr(scaling, "looks", noted({"all_right": [1.0]}))
-    monkeypatch.setattr(scaling, "held_out_losses", noted(torch.zeros(8)))
-    monkeypatch.setattr(scaling, "held_out_pairs", lambda cfg, model, clip: noted(held_out)(model))
-    monkeypatch.setattr(scaling, "flops_per_clip", noted(1.0))
+    monkeypatch.setattr(scaling, "looks", noting_device(seen, {"all_right": [1.0]}))
+    monkeypatch.setattr(scaling, "held_out_losses", noting_device(seen, torch.zeros(8)))
+    monkeypatch.setattr(scaling, "held_out_pairs", lambda cfg, model, clip: noting_device(seen, held_out)(model))
+    monkeypatch.setattr(scaling, "flops_per_clip", noting_device(seen, 1.0))
     scaling.resolutions(cfg, tmp_path, {"seed 0": (weights, tmp_path)})
     assert seen == ["meta"] * 4
 
