@@ -43,7 +43,7 @@ PACKS_COUNTED = 16  # of a training, for its FLOPs a token
 STYLE = (
     ".paper{fill:#fff}.chart text,.drawn{font:11.5px system-ui,sans-serif;fill:#5f6673}.title{font:600 14px system-ui,sans-serif;fill:#1a1c20}"
     ".grid{stroke:#e3e6ea}.limit{stroke:#b3261e;stroke-width:1.5;stroke-dasharray:5 4}.line{fill:none;stroke:#2f6fb3;stroke-width:2}.dot{fill:#2f6fb3}"
-    ".seed .line,.fit .dot{display:none}.fit .line{stroke:#1a1c20;stroke-width:1.5}"
+    ".seed .line,.other .line,.fit .dot{display:none}.other .dot{fill:#c2410c}.fit .line{stroke:#1a1c20;stroke-width:1.5}"
 )
 
 
@@ -293,15 +293,15 @@ def curve(law: PowerLaw, low: float, high: float) -> Series:
 
 
 def panel(title: str, points: dict[str, list[tuple[float, float]]], *, x_label: str, percent: bool = False, law: PowerLaw | None = None) -> tuple[str, str, str]:
-    """One panel of the chart. points: label of a seed -> (x, y) each."""
-    series = [Series(label, "seed", tuple(x for x, _ in row), tuple(y for _, y in row)) for label, row in points.items()]
+    """One panel of the chart. points: label of a seed or of another network -> (x, y) each."""
+    series = [Series(label, "seed" if label.startswith("seed ") else "other", tuple(x for x, _ in row), tuple(y for _, y in row)) for label, row in points.items()]
     xs = [x for row in points.values() for x, _ in row]
-    drawn, floor = "a dot a network", None
+    said, floor = [f"orange: {one.label}" for one in series if one.look == "other"], None
     if law is not None:
         series.append(curve(law, min(xs), max(xs)))
         floor = law.floor.mean if law.determined else None
-        drawn += f"; fit, exponent {law.exponent.mean:.2g}; " + ("dashed: irreducible loss" if law.determined else "no sure irreducible loss")
-    return title, drawn, line_chart(series, name=title, x_label=x_label, percent=percent, limit=floor, logarithmic=True)
+        said += [f"exponent {law.exponent.mean:.2g}", "dashed: irreducible loss" if law.determined else "no sure irreducible loss"]
+    return title, "; ".join(said) or "a dot a network", line_chart(series, name=title, x_label=x_label, percent=percent, limit=floor, logarithmic=True)
 
 
 def chart(found: Sequence[Point], law: PowerLaw, sampled: Sequence[Sampled], sampled_law: PowerLaw | None) -> str:
@@ -344,7 +344,7 @@ def measure(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], list[str], st
     longest = {one.seed: one for one in found}  # budgets increase
     networks = {f"seed {seed}": (one.trained.weights, one.trained.weights.parent) for seed, one in longest.items()}
     if cfg.model is not None:
-        networks[cfg.model.name] = cfg.model, out / f"model-{network_lineage(cfg.model)[:12]}"
+        networks[cfg.model.stem] = cfg.model, out / f"model-{network_lineage(cfg.model)[:12]}"
     sampled = resolutions(cfg, out, networks)
     means = budget_means(found)
     law = fit_power_law(means.compute, means.losses)

@@ -170,7 +170,8 @@ def test_seeds_fill_one_folder_apart_and_a_last_call_collects_without_training(t
     flops = {row["seed"]: row["train_flops"] / row["tokens"] for row in trained}
     assert flops[0] == pytest.approx(flops[1]) and flops[0] > 0
     sizes = [row for row in rows if row["part"] == "sampling size"]
-    assert [(row["network"], row["tokens_per_clip"]) for row in sizes] == [(name, tokens) for tokens in (8, 18, 32) for name in ("seed 0", "seed 1", "other.safetensors")]
+    assert [(row["network"], row["tokens_per_clip"]) for row in sizes] == [(name, tokens) for tokens in (8, 18, 32) for name in ("seed 0", "seed 1", "other")]
+    assert "orange: other" in (tmp_path / "results" / "scaling.svg").read_text()
     (text,) = (path.read_text() for path in (tmp_path / "results").glob("2026-11_*_scaling.md"))
     assert "![Loss and judge](scaling.svg)" in text and "Against training compute: " in text and "Against tokens a clip: " in text
     ET.fromstring((tmp_path / "results" / "scaling.svg").read_text())
