@@ -324,5 +324,6 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
             "`native minus square` is paired: equal seeds, prompts and noise; for the object in the frame, where both show one. "
             "`drawn clips` is what drawn clips of the same prompts get after the autoencoder.",
         ]
-        write(cfg, "native", here("native", cfg), "Native sizes against square crops", {part.capitalize(): rows for part, rows in parts.items()}, remarks=remarks)
+        name, start = ("native", "") if cfg.base is None else ("native-from-base", ", from a trained network")
+        write(cfg, name, here("native", cfg), f"Native sizes against square crops{start}", {part.capitalize(): rows for part, rows in parts.items()}, remarks=remarks)
     return {"rows": flat(parts)}
