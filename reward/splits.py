@@ -55,6 +55,7 @@ def components_of(
     hang together (a clip of unknown generator has no family). Right where prompts have seeds of their own, or a few share them. Wrong where every prompt was sampled with
     the seeds 0 to 3: all would be one component, and nothing left to hold out.
     """
+    prompts = list(prompts)
     texts = {prompt.prompt_id: normalised(prompt.text) for prompt in prompts}
     sets = _DisjointSets()
     for prompt in prompts:

@@ -156,6 +156,7 @@ def test_the_error_of_a_calibrated_scorer_is_what_normal_theory_says() -> None:
     parts = [np.sqrt(2 / np.pi * (p[rows] * (1 - p[rows])).sum()) for p in probability.T for rows in np.split(np.argsort(p), BINS)]
     assert found.mean == pytest.approx(sum(parts) / probability.size, rel=0.02) and found.low < found.mean < found.high
     assert all(math.isnan(value) for value in calibrated_error(probability[:0]))
+    assert calibrated_error(np.full((30, 2), 0.5)) == (0, 0, 0), "without a favourite nothing can be off"
 
 
 def test_answers_drawn_from_the_probabilities_have_the_error_of_a_calibrated_scorer() -> None:
@@ -218,6 +219,12 @@ def test_a_scorer_whose_wide_margins_are_wrong_is_found_out() -> None:
     answer, difference = simulated(4000, 11)
     wild = np.where(np.abs(difference) > 2.5, -difference, difference)
     assert falls(by_margin(answer, wild, np.arange(4000), Calibration(1.0, 0.0)))
+
+
+def test_a_margin_that_is_less_often_right_by_chance_is_no_fall() -> None:
+    answer, difference = simulated(300, 13)
+    rows = by_margin(answer, difference, np.arange(300), Calibration(1.0, 0.0))
+    assert any(wide.accuracy.mean < narrow.accuracy.mean for narrow, wide in pairwise(rows)) and not falls(rows)
 
 
 def test_margins_of_nothing_and_of_a_constant() -> None:

@@ -112,6 +112,10 @@ def test_the_bounds_that_are_documented() -> None:
         exchanged = [*words[: n // 2], "other", *words[n // 2 + 1 : n]]
         assert (len(set(components(" ".join(words[:n]), " ".join(exchanged)))) == 1) == (n >= 29), n
         assert len(set(components(" ".join(words[:n]), " ".join([*words[:n], "in", "pixel", "art"])))) == 1
+    for n in (LONG - 1, LONG):
+        assert (len(set(components(" ".join(words[:n]), " ".join([*words[: n - 1], "other"])))) == 1) == (n == LONG)
+    for more in range(1, 10):  # 20 triples of 20 + more: 4/5 with five
+        assert (len(set(components(" ".join(words[:22]), " ".join([*words[:22], *map(str, range(more))])))) == 1) == (more <= 5), more
 
 
 def test_prompts_in_a_script_without_spaces_are_compared_sign_by_sign() -> None:
@@ -152,7 +156,7 @@ def test_components_depend_neither_on_the_order_of_prompts_nor_on_the_process() 
     words = sentence(rng, 30)
     prompts = [Prompt(f"p{i}", " ".join(edited(rng, words, i % 4))) for i in range(60)]
     found = components_of(prompts)
-    assert 1 < len(set(found.values())) < 50
+    assert 1 < len(set(found.values())) < 50 and components_of(iter(prompts)) == found
     for _ in range(5):
         rng.shuffle(prompts)
         assert components_of(prompts) == found
@@ -248,6 +252,7 @@ def test_a_folder_that_grows_keeps_its_splits_and_never_leaks(tmp_path: Path) ->
     order = list(range(120))
     rng.shuffle(order)
     before: dict[str, str] = {}
+    together: dict[str, list[str]] = {}
     for start in range(0, 120, 30):
         rows = order[start : start + 30]
         write_comparisons(
@@ -255,7 +260,9 @@ def test_a_folder_that_grows_keeps_its_splits_and_never_leaks(tmp_path: Path) ->
         )
         data = load_comparisons(tmp_path)
         assert len(data.events) == start + 30 and all(SPLITS.index(data.split[key]) <= SPLITS.index(split) for key, split in before.items())
+        assert all(data.component[a] == data.component[b] for a in together for b in together[a]), "a family found at the first writing holds"
         before = dict(data.split)
+        together = {a: [b for b in data.component if data.component[b] == data.component[a]] for a in data.component}
     frames: dict[str, set[str]] = {}
     for clip in data.clips.values():
         frames.setdefault(clip.first_frame_hash, set()).add(data.split[clip.prompt_id])
