@@ -63,6 +63,7 @@ COMMANDS = {
     "sft": Command("recipes.sft", "Fine-tune a base model on curated prompt-video pairs."),
     "generate": Command("recipes.generate", "Make clips of prompts and keep them in a clip store."),
     "reward-model": Command("recipes.reward_model", "Learn a reward model from ranked clips."),
+    "evaluate-reward": Command("recipes.evaluate_reward", "Judge a reward model on rankings it has not seen; write the report."),
     "ddpo": Command("recipes.ddpo", "Move a model toward the reward: DDPO with LoRA under a safety limit."),
     "grpo": Command("recipes.grpo", "Move a model toward the reward: GRPO with LoRA under a safety limit."),
     "nft": Command("recipes.nft", "Move a model toward the reward: forward-process reinforcement (DiffusionNFT) with LoRA under a safety limit."),
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """What `rushes --help` prints."""
-    return USAGE.format(commands="\n".join(f"  {name:<14}{command.help}" for name, command in COMMANDS.items()))
+    return USAGE.format(commands="\n".join(f"  {name:<17}{command.help}" for name, command in COMMANDS.items()))
 
 
 def _run(words: list[str], flags: set[str]) -> dict[str, Any] | str:

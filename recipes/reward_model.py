@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -99,9 +100,7 @@ class Table:
 
 def load_rankings(events: Sequence[RankingEvent], data: Comparisons, store: ClipStore, dims: tuple[str, ...], k: int) -> list[Rankings]:
     """Decode the ranked clips, grouped by size. Raises UserError for a clip that the store lacks or an event with clips of different sizes."""
-    per_prompt: dict[str, int] = {}
-    for event in events:
-        per_prompt[event.prompt_id] = per_prompt.get(event.prompt_id, 0) + 1
+    per_prompt = Counter(event.prompt_id for event in events)
     video = {clip_id: (store.load(clip_id) * 255).round().to(torch.uint8) for clip_id in sorted({c for e in events for c in e.clip_ids})}
     by_size: dict[tuple[int, ...], list[RankingEvent]] = {}
     for event in events:
@@ -118,13 +117,20 @@ def load_rankings(events: Sequence[RankingEvent], data: Comparisons, store: Clip
                 torch.stack([video[clip_id] for clip_id in ids]),
                 tuple(data.prompts[data.clips[clip_id].prompt_id].text for clip_id in ids),
                 tuple(ids),
-                torch.tensor([_filled([row[clip_id] for clip_id in event.clip_ids], k) for event in group]),
-                torch.tensor([_filled(event.dense_ranks, k) for event in group]),
-                torch.tensor([dims.index(event.dimension) for event in group]),
-                torch.tensor([per_prompt[event.prompt_id] ** -0.5 for event in group]),
+                *as_tensors(group, row, dims, k, per_prompt),
             )
         )
     return out
+
+
+def as_tensors(events: Sequence[RankingEvent], row: Mapping[str, int], dims: tuple[str, ...], k: int, per_prompt: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """index, ranks, dim and weight of `Rankings`. row: clip_id -> row of the clips; per_prompt: prompt_id -> number of its events."""
+    return (
+        torch.tensor([_filled([row[clip_id] for clip_id in event.clip_ids], k) for event in events]),
+        torch.tensor([_filled(event.dense_ranks, k) for event in events]),
+        torch.tensor([dims.index(event.dimension) for event in events]),
+        torch.tensor([per_prompt[event.prompt_id] ** -0.5 for event in events]),
+    )
 
 
 def _filled(values: Sequence[int], k: int) -> list[int]:
@@ -308,10 +314,12 @@ def normalise(model: RewardModel, train: Sequence[Rankings]) -> None:
     model.scale.copy_(scores.std(0).clamp(min=1e-6) if len(scores) > 1 else torch.ones(len(model.dims)))
 
 
-def signal_only(train: Sequence[Rankings], test: Sequence[Rankings], dims: int, k: int) -> list[Tensor]:
-    """The best linear score of the weight-free signals (ridge, Davidson-Luce): what a model that never reads the prompt can do. -> [C,R] for each part of test."""
-    tables = joined(train, [signal_features(part.pixels(torch.arange(len(part.video)))) for part in train])
-    mean, std = tables.inputs.mean(0), tables.inputs.std(0).clamp(min=1e-4)
+def signal_only(train: Table, dims: int, k: int) -> Callable[[Tensor], Tensor]:
+    """The best linear score of the weight-free signals (ridge, Davidson-Luce): what a model that never reads the prompt can do.
+
+    train: with signals [C,22] as inputs. Returns a function: signals [B,22] -> scores [B,R].
+    """
+    mean, std = train.inputs.mean(0), train.inputs.std(0).clamp(min=1e-4)
     weight = torch.zeros(len(SIGNALS), dims, requires_grad=True)
     log_tie = torch.full((dims, k - 1), -1.0, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, log_tie], max_iter=60, line_search_fn="strong_wolfe")
@@ -321,13 +329,19 @@ def signal_only(train: Sequence[Rankings], test: Sequence[Rankings], dims: int, 
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        nll = event_nll(score(tables.inputs)[None], tables.index, tables.ranks, tables.dim, log_tie)[0]  # [E]
-        loss: Tensor = (nll * tables.weight).sum() + 2.0 * weight.square().sum() + 0.1 * log_tie.square().sum()
+        nll = event_nll(score(train.inputs)[None], train.index, train.ranks, train.dim, log_tie)[0]  # [E]
+        loss: Tensor = (nll * train.weight).sum() + 2.0 * weight.square().sum() + 0.1 * log_tie.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return [score(signal_features(part.pixels(torch.arange(len(part.video))))).detach() for part in test]
+    weight.requires_grad_(False)
+    return score
+
+
+def signals_of(part: Rankings) -> Tensor:
+    """[C,22]."""
+    return signal_features(part.pixels(torch.arange(len(part.video))))
 
 
 def by_clip(parts: Iterable[Rankings], scores: Iterable[Tensor], dims: tuple[str, ...]) -> dict[tuple[str, str], float]:
@@ -345,13 +359,12 @@ def measure(model: RewardModel, data: Comparisons, train: Sequence[Rankings], te
     features = [features_of(model, part) for part in test]
     scores = [(model.heads(f).mean(0) / model.temperature).detach() for f in features]  # [C, R] each
     matched = [inputs_of(model, part)[:, : len(PARTS)].sum(1, keepdim=True).expand(-1, len(model.dims)) for part in test]
+    by_signals = signal_only(joined(train, [signals_of(part) for part in train]), len(model.dims), model.log_tie.shape[-1] + 1)
     ties = tie_share(pairs)
     floors = {
         "tie_share": Interval(ties, ties, ties),
         "prompt_only": scorer_accuracy(pairs, by_clip(test, [torch.zeros(len(part.video), len(model.dims)) for part in test], model.dims), data.component),
-        "signal_only": scorer_accuracy(
-            pairs, by_clip(test, signal_only(train, test, len(model.dims), model.log_tie.shape[-1] + 1), model.dims), data.component
-        ),
+        "signal_only": scorer_accuracy(pairs, by_clip(test, [by_signals(signals_of(part)) for part in test], model.dims), data.component),
     }
     known = {name: floor for name, floor in floors.items() if floor.mean == floor.mean}
     highest = max(known.values(), default=Interval(*[float("nan")] * 3))
@@ -373,10 +386,19 @@ def _json(interval: Interval) -> dict[str, float]:
     return interval._asdict()
 
 
+def usable_events(data: Comparisons) -> list[RankingEvent]:
+    """The answers that order at least two clips."""
+    return [event for event in data.events if event.kind in ("rank", "pair") and not event.skipped_reason and sum(rank is not None for rank in event.ranks) > 1]
+
+
+def events_hash(events: Sequence[RankingEvent]) -> str:
+    return hashlib.sha256(json.dumps([(event.event_id, event.clip_ids, event.ranks) for event in events]).encode()).hexdigest()
+
+
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """Trains and measures; writes weights and card into `out` and returns what the report shows."""
     data, store = load_comparisons(cfg.comparisons), ClipStore(cfg.clips)
-    usable = [event for event in data.events if event.kind in ("rank", "pair") and not event.skipped_reason and sum(rank is not None for rank in event.ranks) > 1]
+    usable = usable_events(data)
     splits = {name: [event for event in usable if data.split[event.prompt_id] == name] for name in ("train", "val", "test")}
     if not splits["train"]:
         raise UserError(f"no rankings to learn from in the split train, {cfg.comparisons}. Rank more prompts ({len(usable)} usable answers found)")
@@ -411,7 +433,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         "matcher_sha256": hashlib.sha256((cfg.matcher or SHIPPED[cfg.start]).read_bytes()).hexdigest(),
         "answers": {name: len(events) for name, events in splits.items()},
         "calibrated_on": "val" if parts["val"] else "train: no prompt fell into val",
-        "data_sha256": hashlib.sha256(json.dumps([(e.event_id, e.clip_ids, e.ranks) for e in usable]).encode()).hexdigest(),
+        "data_sha256": events_hash(usable),
         "sources": sorted({event.source_dataset for event in usable}),
         "licences": sorted({event.licence for event in usable}),
         "annotators": sorted({event.annotator_id for event in usable}),

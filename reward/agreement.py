@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from reward.comparisons import RankingEvent
 
 Array = NDArray[np.float64]
+AT_ONCE = 4_000_000  # clusters drawn at once: bounds the memory of a bootstrap over many
 
 
 class Interval(NamedTuple):
@@ -116,11 +117,17 @@ def cluster_bootstrap(hits: Array, trials: Array, *, seed: int = 0, draws: int =
     """sum(hits) / sum(trials) over clusters [N], with the 95 % percentile interval of resampling whole clusters."""
     if trials.sum() == 0:
         return Interval(*[float("nan")] * 3)
-    chosen = np.random.default_rng(seed).integers(len(hits), size=(draws, len(hits)))
-    weight = trials[chosen].sum(1)
-    samples = hits[chosen].sum(1)[weight > 0] / weight[weight > 0]
-    low, high = np.percentile(samples, [2.5, 97.5])
+    rng, at_once = np.random.default_rng(seed), max(1, AT_ONCE // len(hits))
+    sums = [_resampled(hits, trials, rng, min(at_once, draws - start)) for start in range(0, draws, at_once)]
+    total, weight = np.concatenate(sums, axis=1)  # [draws] each
+    low, high = np.percentile(total[weight > 0] / weight[weight > 0], [2.5, 97.5])
     return Interval(float(hits.sum() / trials.sum()), float(low), float(high))
+
+
+def _resampled(hits: Array, trials: Array, rng: np.random.Generator, draws: int) -> Array:
+    """Sums over resampled clusters, [2,draws]."""
+    chosen = rng.integers(len(hits), size=(draws, len(hits)))
+    return np.stack([hits[chosen].sum(1), trials[chosen].sum(1)])
 
 
 def _share(pairs: Sequence[Pair], count: Callable[[Pair], tuple[float, float]], clusters: Mapping[str, str], seed: int) -> Interval:

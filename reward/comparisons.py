@@ -4,7 +4,7 @@
     folder/prompts.parquet              one row a prompt
     folder/annotators.parquet           one row a person (a pseudonym), or a simulated one
     folder/comparisons-00000.parquet    answers, one row for each person x task x dimension; more files are added, none is ever rewritten
-    folder/splits.parquet               which component of prompts is in which split
+    folder/splits.parquet               which component of prompts is in which split (`splits.py`)
 
 Every file is plain parquet (`datasets.load_dataset("parquet", data_files=...)` reads it) and appears whole or not at all. They are written in the
 order of what refers to what, answers last, so a writer killed between two files leaves a folder that loads and can be written again. Loading checks:
@@ -13,9 +13,6 @@ a ranking must be one, a clip must belong to the prompt it was ranked under, no 
 
 from __future__ import annotations
 
-import hashlib
-import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from io import BytesIO
@@ -25,10 +22,10 @@ from typing import Any, TypeVar, get_type_hints
 from base_model.checkpoint import atomic_write
 from base_model.errors import UserError
 from base_model.video.store import ClipRow
+from reward.splits import SPLITS, assign_splits, components_of
 
 KINDS = ("pair", "rank", "likert", "tag")
 CHOICES = ("A", "B", "tie", "both_bad", "both_good", "invalid")
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -167,9 +164,11 @@ def write_comparisons(
     annotators: Iterable[Annotator] = (),
     salt: str = "rushes",
     shares: tuple[float, float, float] = (0.6, 0.15, 0.25),
+    seed_families: bool = False,
 ) -> Comparisons:
     """Adds answers to `folder` (made when missing) and assigns splits (shares of train, val, test) to prompts that have none.
 
+    Which prompts stay together is said in `splits.py`, `seed_families` too; prompts that were together stay together. Give the same options at every writing.
     Answers that are already there, word for word, are skipped; the rest goes into a new file. Clips, prompts and people are merged by id.
     Raises UserError, writing nothing, where an id is there with other content, or where the whole would not pass the checks of loading.
     """
@@ -187,7 +186,7 @@ def write_comparisons(
     all_prompts = _merge(old.prompts, {prompt.prompt_id: prompt for prompt in prompts}, folder)
     people = {**old.annotators, **{person.annotator_id: person for person in annotators}}
     all_events = (*old.events, *new.values())
-    components = components_of(all_prompts.values(), all_events, all_clips.values())
+    components = components_of(all_prompts.values(), all_events, all_clips.values(), before=old.component, seed_families=seed_families)
     split = assign_splits(components, old.split, salt=salt, shares=shares)
     whole = _checked(Comparisons(all_events, all_clips, all_prompts, people, split, components), folder)
 
@@ -210,57 +209,6 @@ def load_comparisons(folder: Path) -> Comparisons:
     every_split = {key: split.get(key, "") for key in prompts}
     every_component = {key: component.get(key, key) for key in prompts}
     return _checked(Comparisons(events, clips, prompts, people, every_split, every_component), folder)
-
-
-def components_of(prompts: Iterable[Prompt], events: Iterable[RankingEvent] = (), clips: Iterable[Clip] = ()) -> dict[str, str]:
-    """prompt_id -> component: prompts that share normalised text, a cluster id, a clip or a first frame hang together (union-find).
-
-    A component is named by the smallest hash of its members' normalised texts, so the name survives new wordings of the same text.
-    """
-    texts = {prompt.prompt_id: _digest(normalised(prompt.text)) for prompt in prompts}
-    sets = _DisjointSets()
-    for prompt in prompts:
-        sets.join(("prompt", prompt.prompt_id), ("text", texts[prompt.prompt_id]))
-        if prompt.cluster_id:
-            sets.join(("prompt", prompt.prompt_id), ("cluster", prompt.cluster_id))
-    for event in events:
-        for clip_id in event.clip_ids:
-            sets.join(("prompt", event.prompt_id), ("clip", clip_id))
-    for clip in clips:
-        sets.join(("prompt", clip.prompt_id), ("clip", clip.clip_id))
-        if clip.first_frame_hash:
-            sets.join(("prompt", clip.prompt_id), ("frame", clip.first_frame_hash))
-    name: dict[tuple[str, str], str] = {}
-    for prompt_id, digest in texts.items():
-        root = sets.find(("prompt", prompt_id))
-        name[root] = min(name.get(root, digest), digest)
-    return {prompt_id: name[sets.find(("prompt", prompt_id))] for prompt_id in texts}
-
-
-def assign_splits(
-    components: Mapping[str, str], previous: Mapping[str, str], *, salt: str, shares: tuple[float, float, float] = (0.6, 0.15, 0.25)
-) -> dict[str, str]:
-    """prompt_id -> split. A component's split is decided by hash(component, salt) once and kept when data grow.
-
-    Where new data tie together components of different splits, the whole goes to train if any part ever was there (moving it to val or test
-    would leak what was trained on), else to val. Raises ValueError where the shares do not sum to one.
-    """
-    if abs(sum(shares) - 1) > 1e-9 or min(shares) < 0:
-        raise ValueError(f"shares of train, val and test must be >= 0 and sum to 1, got {shares}")
-    earlier: dict[str, set[str]] = {}
-    for prompt_id, component in components.items():
-        if previous.get(prompt_id):
-            earlier.setdefault(component, set()).add(previous[prompt_id])
-    decided = {component: min(splits, key=SPLITS.index) for component, splits in earlier.items()}
-    for component in set(components.values()) - set(decided):
-        place = int(_digest(f"{salt}/{component}")[:13], 16) / 16**13  # uniform in [0,1)
-        decided[component] = "train" if place < shares[0] else "val" if place < shares[0] + shares[1] else "test"
-    return {prompt_id: decided[component] for prompt_id, component in components.items()}
-
-
-def normalised(text: str) -> str:
-    """Case, accents' encoding, punctuation and spaces do not make a prompt another one."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
 # Checks
@@ -427,25 +375,3 @@ def _read_splits(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         if row.get("split") not in SPLITS:
             raise UserError(f"unknown split {row.get('split')!r} of prompt {row.get('prompt_id')}, {path}. It is one of {', '.join(SPLITS)}")
     return {row["prompt_id"]: row["split"] for row in rows}, {row["prompt_id"]: row["component_id"] for row in rows}
-
-
-class _DisjointSets:
-    """Union-find with path halving."""
-
-    def __init__(self) -> None:
-        self._parent: dict[tuple[str, str], tuple[str, str]] = {}
-
-    def find(self, x: tuple[str, str]) -> tuple[str, str]:
-        parent = self._parent
-        parent.setdefault(x, x)
-        while parent[x] != x:
-            parent[x] = parent[parent[x]]
-            x = parent[x]
-        return x
-
-    def join(self, x: tuple[str, str], y: tuple[str, str]) -> None:
-        self._parent[self.find(x)] = self.find(y)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

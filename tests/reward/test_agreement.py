@@ -80,6 +80,15 @@ def test_the_interval_covers_the_truth_when_clusters_differ() -> None:
     assert 0.90 <= covered / 200 <= 0.99
 
 
+def test_drawing_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    hits, trials = rng.random(37), 1 + rng.random(37)
+    whole = cluster_bootstrap(hits, trials)
+    for at_once in (1, 37 * 300, 37 * 1999):
+        monkeypatch.setattr("reward.agreement.AT_ONCE", at_once)
+        assert cluster_bootstrap(hits, trials) == whole
+
+
 def test_resampling_single_answers_would_be_too_sure() -> None:
     rng = np.random.default_rng(1)
     hits = rng.binomial(12, rng.beta(2, 1, size=60)).astype(float)

@@ -15,10 +15,7 @@ from reward.comparisons import (
     Clip,
     Prompt,
     RankingEvent,
-    assign_splits,
-    components_of,
     load_comparisons,
-    normalised,
     write_comparisons,
 )
 
@@ -72,9 +69,7 @@ def test_answers_are_added_never_rewritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("written", range(5))
 @pytest.mark.parametrize("answers_before", [0, 1])
-def test_a_writer_stopped_between_two_files_is_mended_by_writing_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers_before: int, written: int
-) -> None:
+def test_a_writer_stopped_between_two_files_is_mended_by_writing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers_before: int, written: int) -> None:
     def grow(folder: Path) -> None:
         write_comparisons(folder, [event("e0"), event("e1", 1)], clips=CLIPS, prompts=PROMPTS, annotators=PEOPLE)
 
@@ -177,36 +172,3 @@ def test_a_clip_in_two_splits_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(moved, schema=clips.schema), tmp_path / "clips.parquet")
     with pytest.raises(UserError, match="clip c00"):
         load_comparisons(tmp_path)
-
-
-def test_prompts_that_share_text_cluster_clip_or_first_frame_stay_together() -> None:
-    prompts = [*PROMPTS, Prompt("p3", "a blue plank grows", cluster_id="x"), Prompt("p4", "something else", cluster_id="x"), Prompt("p5", "alone")]
-    clips = [Clip("c", "", "p1", first_frame_hash="f"), Clip("d", "", "p3", first_frame_hash="f")]
-    component = components_of(prompts, clips=clips)
-    assert component["p0"] == component["p2"]
-    assert component["p1"] == component["p3"] == component["p4"]
-    assert len(set(component.values())) == 3
-    shared = components_of(prompts, [event("e", 0, clip_ids=("k", "l")), event("f", 0, prompt_id="p5", clip_ids=("l", "m"))])
-    assert shared["p0"] == shared["p5"]
-
-
-def test_splits_hold_when_data_grow_and_follow_the_salt() -> None:
-    prompts = [Prompt(f"p{i}", f"prompt number {i}") for i in range(3000)]
-    component = components_of(prompts)
-    split = assign_splits(component, {}, salt="s")
-    half = assign_splits(components_of(prompts[:1500]), {}, salt="s")
-    assert all(split[key] == value for key, value in half.items())
-    shares = [list(split.values()).count(name) / 3000 for name in ("train", "val", "test")]
-    assert shares == pytest.approx([0.6, 0.15, 0.25], abs=0.03)
-    assert sum(split[key] != value for key, value in assign_splits(component, {}, salt="other").items()) > 1000
-    with pytest.raises(ValueError, match="sum to 1"):
-        assign_splits(component, {}, salt="s", shares=(0.5, 0.2, 0.2))
-
-
-def test_components_that_grow_together_never_move_training_data_into_a_test() -> None:
-    previous = {"a": "test", "b": "train", "c": "val"}
-    assert assign_splits({"a": "x", "b": "x", "c": "y", "d": "y"}, previous, salt="s") == {"a": "train", "b": "train", "c": "val", "d": "val"}
-
-
-def test_normalising_ignores_case_punctuation_and_width() -> None:
-    assert normalised("  A RED   circle,\tmoves! ") == "a red circle moves" == normalised("ａ red circle moves")

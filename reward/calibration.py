@@ -1,0 +1,200 @@
+"""How far a scorer's probabilities can be believed: temperature and tie parameter, likelihood, Brier score, calibration error, accuracy by margin.
+
+A difference d of two scores becomes a distribution over {first better, tie, second better} by Davidson's model (`ranking.davidson`) of d / temperature. Both parameters
+are fitted on validation answers and then held fixed. Arrays as in `accuracy.py`: answer [N] in {+1, 0, -1}, difference [N], cluster [N]; here every difference is known.
+
+Which of two clips is called the first is nobody's answer. So calibration is looked at from the scorer's *favourite*, the clip with the higher score: is it better as
+often as was said, do they tie as often, is the other one better as often? Exchanging the clips of a pair changes no number here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from reward.accuracy import Indices, Signs, without_ties
+from reward.agreement import Array, Interval
+from reward.ranking import davidson
+
+OUTCOMES = ("favourite better", "tie", "other better")
+BINS = 15
+ADDED = np.array([0.5, 0.5, 0.5])  # answers of each kind, see `fit_calibration`
+
+
+class Calibration(NamedTuple):
+    """Davidson's model of a difference of scores: they are divided by the temperature; log_tie is ln v."""
+
+    temperature: float  # inf: the scores say nothing
+    log_tie: float
+
+
+class Bin(NamedTuple):
+    """Predictions of about the same probability: its mean, the share that came true, how many they are."""
+
+    predicted: float
+    observed: float
+    number: float
+
+
+class Margin(NamedTuple):
+    """Pairs of about the same |difference|: the bounds, its mean, accuracy without ties, the accuracy that the probabilities promise, how many decided answers."""
+
+    low: float
+    high: float
+    mean: float
+    accuracy: Interval
+    promised: float
+    answers: int
+
+
+# Probabilities
+
+
+def probabilities(difference: Array, calibration: Calibration) -> Array:
+    """Of first better, tie, second better: [N] -> [N,3]."""
+    scaled, log_tie = torch.from_numpy(difference / calibration.temperature), torch.tensor(calibration.log_tie, dtype=torch.float64)
+    return davidson(scaled, log_tie).exp().numpy()
+
+
+def fit_calibration(answer: Signs, difference: Array) -> Calibration:
+    """Temperature and tie parameter of maximum likelihood, where half an answer of each kind is added at the typical (root mean square) difference.
+
+    With thousands of answers these do not matter; with few, all alike (no tie among them; every pair ordered right), they keep the parameters finite. A scorer that is
+    wrong more often than right gets an infinite temperature, never a negative one. The likelihood is concave in 1 / temperature and ln v, so the optimum is the only one.
+    Raises ValueError without answers.
+    """
+    from scipy.optimize import minimize
+
+    if len(answer) == 0:
+        raise ValueError("no answers to calibrate on")
+    largest = float(np.abs(difference).max()) or 1.0
+    typical = largest * float(np.sqrt(np.mean((difference / largest) ** 2))) or 1.0
+    x = np.append(difference / typical, 1.0)  # in units of the typical difference
+    told = np.concatenate([_one_hot(answer), ADDED[None]])  # [N+1,3]
+    total, gain = told.sum(1), told[:, 0] - told[:, 2]  # [N+1]
+
+    def loss(parameters: Array) -> tuple[float, Array]:
+        slope, log_tie = parameters
+        log_p = davidson(torch.from_numpy(slope * x), torch.tensor(log_tie, dtype=torch.float64)).numpy()  # [N+1,3]
+        p = np.exp(log_p) * total[:, None]
+        gradient = np.array([((p[:, 0] - p[:, 2] - gain) * x).sum() / 2, (p[:, 1] - told[:, 1]).sum()])
+        return -(told * log_p).sum() / len(x), gradient / len(x)
+
+    found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(0, None), (None, None)], options={"ftol": 1e-14, "gtol": 1e-9})
+    slope, log_tie = found.x.tolist()
+    return Calibration(typical / slope if slope > 0 else float("inf"), log_tie)
+
+
+def from_favourite(probability: Array, answer: Signs) -> tuple[Array, Array]:
+    """Probabilities [N,3] and what happened [N,3], in the order of `OUTCOMES`. Where the scorer has no favourite, an answer for either clip is half of each."""
+    swap = probability[:, 0] < probability[:, 2]
+    none = probability[:, 0] == probability[:, 2]
+    outcome = _one_hot(np.where(swap, -answer, answer))
+    outcome[none, 0] = outcome[none, 2] = (outcome[none, 0] + outcome[none, 2]) / 2
+    return np.where(swap[:, None], probability[:, ::-1], probability), outcome
+
+
+def decided(probability: Array, outcome: Array) -> tuple[Array, Array]:
+    """Both without the ties: P(favourite better | no tie) and its complement, and what happened, [N,3] -> [M,2] over the answers that are no tie."""
+    two = probability[outcome[:, 1] == 0][:, [0, 2]]
+    return two / two.sum(1, keepdims=True), outcome[outcome[:, 1] == 0][:, [0, 2]]
+
+
+# Scores of probabilities [N,C] against what happened [N,C]
+
+
+def log_loss(probability: Array, outcome: Array) -> float:
+    """Mean negative log-likelihood, nats an answer; nan without answers."""
+    log_p = np.log(np.maximum(probability, np.finfo(np.float64).tiny))
+    return float(-(outcome * log_p).sum(1).mean()) if len(probability) else float("nan")
+
+
+def brier(probability: Array, outcome: Array) -> float:
+    """Mean squared distance of the distribution from what happened, summed over outcomes: from 0 to 2 (Brier 1950); nan without answers.
+
+    Half an answer for each of two outcomes counts as the mean of the two distances, not as a distance from their middle.
+    """
+    return float((probability**2 - 2 * probability * outcome).sum(1).mean()) + 1 if len(probability) else float("nan")
+
+
+def expected_calibration_error(probability: Array, outcome: Array, *, bins: int = BINS) -> float:
+    """Mean over outcomes of sum over bins of share of predictions x |predicted - observed| ("adaptive": Nixon et al. 2019, arXiv 1904.01685).
+
+    Bins hold equally many predictions, as far as equal predictions allow, which stay together: a constant has one bin, and the order of rows does not matter. nan without answers.
+    """
+    if not len(probability):
+        return float("nan")
+    gaps = [np.bincount(_bins(p, bins), weights=y - p, minlength=bins) for p, y in zip(probability.T, outcome.T, strict=True)]
+    return float(np.abs(gaps).sum() / probability.size)
+
+
+def calibrated_error(probability: Array, *, bins: int = BINS, draws: int = 100, seed: int = 0) -> Interval:
+    """What `expected_calibration_error` comes out at for these predictions if they are exactly right: its mean over `draws` simulations, and their 95 % range.
+
+    Never 0: with few answers even the truth looks uncalibrated. Answers are drawn independently, so where pairs of a prompt hang together the truth is a little higher.
+    """
+    if not len(probability):
+        return Interval(*[float("nan")] * 3)
+    rng = np.random.default_rng(seed)
+    upper = np.cumsum(probability, axis=1)[:, :-1].T  # [C-1,N]
+    none = probability[:, 0] == probability[:, -1]
+    columns = [(p, _bins(p, bins)) for p in probability.T]
+    found = []
+    for _ in range(draws):
+        drawn = (rng.random(len(probability)) >= upper).sum(0)  # [N] which outcome
+        total = 0.0
+        for c, (p, index) in enumerate(columns):
+            happened = (drawn == c).astype(np.float64)
+            if none.any() and c in (0, len(columns) - 1):
+                happened[none] = ((drawn == 0) | (drawn == len(columns) - 1))[none] / 2
+            total += np.abs(np.bincount(index, weights=happened - p, minlength=bins)).sum()
+        found.append(total / probability.size)
+    return Interval(float(np.mean(found)), *np.percentile(found, [2.5, 97.5]).tolist())
+
+
+def reliability(probability: Array, outcome: Array, *, bins: int = BINS) -> list[list[Bin]]:
+    """For every outcome the bins of its predictions, smallest first; empty bins are left out."""
+    table = []
+    for p, y in zip(probability.T, outcome.T, strict=True):
+        index = _bins(p, bins)
+        number, predicted, observed = (np.bincount(index, weights=part, minlength=bins) for part in (np.ones_like(p), p, y))
+        table.append([Bin(float(predicted[b] / number[b]), float(observed[b] / number[b]), int(number[b])) for b in np.flatnonzero(number)])
+    return table
+
+
+# Margins
+
+
+def by_margin(answer: Signs, difference: Array, cluster: Indices, calibration: Calibration, *, buckets: int = 8, seed: int = 0) -> list[Margin]:
+    """Accuracy without ties of the decided answers, in buckets of |difference| that hold equally many of them, the narrowest first."""
+    asked = answer != 0
+    answer, difference, cluster = answer[asked], difference[asked], cluster[asked]
+    size = np.abs(difference)
+    index = _bins(size, buckets)
+    promised = 1 / (1 + np.exp(-size / calibration.temperature))
+    rows = []
+    for bucket in np.unique(index).tolist():
+        here = index == bucket
+        low, high, mean = (float(part(size[here])) for part in (np.min, np.max, np.mean))
+        accuracy = without_ties(answer[here], difference[here], cluster[here], seed=seed)
+        rows.append(Margin(low, high, mean, accuracy, float(promised[here].mean()), int(here.sum())))
+    return rows
+
+
+def falls(margins: list[Margin]) -> bool:
+    """Whether some bucket is surely less accurate than a narrower one (their intervals lie apart): then a wide margin does not mean what it should."""
+    return any(wide.accuracy.high < narrow.accuracy.low for i, narrow in enumerate(margins) for wide in margins[i + 1 :])
+
+
+def _one_hot(answer: Signs) -> Array:
+    """[N] in {+1, 0, -1} -> [N,3]."""
+    return (answer[:, None] == np.array([1, 0, -1])).astype(np.float64)
+
+
+def _bins(value: Array, number: int) -> Indices:
+    """Which of `number` bins of equal mass each value [N] is in; equal values are in one, that of their middle."""
+    _, index, counts = np.unique(value, return_inverse=True, return_counts=True)
+    middle = np.cumsum(counts) - counts / 2
+    return np.minimum((middle * number / max(len(value), 1)).astype(np.intp), number - 1)[index]
