@@ -137,16 +137,16 @@ def look_settings(weights: Path, prompts: int, sampler: Mapping[str, Any]) -> di
     return {"measure": LOOKS_VERSION, "network": network_lineage(weights), "codec": file_hash(CODEC), "prompts": prompts, "sampler": dict(sampler)}
 
 
-def asked(number: int, *, of_two: bool = False) -> tuple[list[ShapesPrompt], list[int]]:
-    """Held-out prompts of one object, or of two, and the seed of the noise of each: the same for every network and size. Raises UserError where there are not so many."""
+def asked(number: int) -> tuple[list[ShapesPrompt], list[int]]:
+    """Held-out prompts of one object, and the seed of the noise of each: the same for every network and size. Raises UserError where there are not so many."""
     try:
-        return make_prompts(number, seed=PROMPT_SEED, split="eval", two_objects=float(of_two)), clip_seeds(PROMPT_SEED, number)
+        return make_prompts(number, seed=PROMPT_SEED, split="eval"), clip_seeds(PROMPT_SEED, number)
     except ValueError as error:
         raise UserError(f"prompts: {error}. Give fewer --prompts") from error
 
 
 def looks(model: LatentVideoModel, prompts: Sequence[ShapesPrompt], seeds: Sequence[int], sampler: Sampler) -> dict[str, list[float | None]]:
-    """What the judge says of one clip a prompt: {name of `LOOKS`: [N]}; parts are those of the first thing named. Whether all is in the frame is None where nothing is found."""
+    """What the judge says of one clip a prompt of one thing: {name of `LOOKS`: [N]}; whether all is in the frame is None where nothing is found."""
     cond = model.encode_text([prompt.text for prompt in prompts])
     rows: list[tuple[float | None, ...]] = []
     for video in sample(model, cond, seeds, sampler):  # [b,T,3,H,W]

@@ -52,7 +52,6 @@ from recipes.pairs import Pairs, encode_pairs
 from recipes.sft import Fit, held_out_errors
 from recipes.shapes.dataset import ClipSet, draw_clips
 from recipes.shapes.judge import in_frame, judge
-from recipes.shapes.prompts import ShapesPrompt
 from recipes.shapes.render import DEMO_CLIP, native_clips, render, sample_curated_pair, sample_scene
 from recipes.statistics import UNKNOWN, Interval, bootstrap_crossed
 
@@ -67,7 +66,6 @@ MEASURES = {
     "found_in_frame": "found and in the frame",
     "in_frame": "object in the frame",
     "all_right": "adherence",
-    "both_right": "adherence, two objects",
     "shape_right": "shape right",
     "colour_right": "colour right",
     "motion_right": "motion right",
@@ -91,7 +89,7 @@ class Config(Bench):
     fit: Fit = Fit(iterations=1_500, lr=5e-3, optimizer="muon", time_shift=2.5, save_every=100, evaluate_every=100_000)
     """How both are trained. `quick` takes at most 4 iterations and 8 held-out clips."""
     prompts: Count = 160
-    """Held-out prompts of one object, and as many of two, one clip each of every size. `quick` takes at most 8."""
+    """Held-out prompts of one object, one clip each of every size. `quick` takes at most 8."""
     sizes: Annotated[tuple[tuple[Count, Count, Count], ...], Field(min_length=1)] = ((13, 24, 48), (13, 48, 24), (13, 32, 32))
     """Frames, height and width of what is made."""
     sampler: Sampler = Sampler()
@@ -151,7 +149,7 @@ def tokens_of(pairs: Pairs, fit: Fit, seed: int, model: LatentVideoModel) -> int
 
 
 def measured(cfg: Config, weights: Path, held_out: dict[str, Pairs]) -> dict[str, Any]:
-    """{size: {name of `_trained.LOOKS` or loss: one value a prompt of one object, or a held-out clip}}."""
+    """{size: {name of `_trained.LOOKS` or loss: one value a prompt, or a held-out clip}}."""
     model, (prompts, seeds) = load_tiny(weights).to(best_device()), asked(cfg.prompts)
     found: dict[str, Any] = {}
     for size, sampler in samplers(cfg).items():
@@ -160,26 +158,20 @@ def measured(cfg: Config, weights: Path, held_out: dict[str, Pairs]) -> dict[str
     return found
 
 
-def measured_of_two(cfg: Config, weights: Path) -> dict[str, list[float | None]]:
-    """{size: whether all is right, one value a prompt of two objects}."""
-    model, (prompts, seeds) = load_tiny(weights).to(best_device()), asked(cfg.prompts, of_two=True)
-    return {size: looks(model, prompts, seeds, sampler)["all_right"] for size, sampler in samplers(cfg).items()}
-
-
 def samplers(cfg: Config) -> dict[str, Sampler]:
     return {str(ClipShape(f, h, w)): cfg.sampler.model_copy(update={"frames": f, "height": h, "width": w}) for f, h, w in cfg.sizes}
 
 
 def drawn(cfg: Config) -> dict[str, dict[str, list[float | None]]]:
     """The same measures of clips drawn of the same prompts and sent through the autoencoder, in the form of `measured`: what a perfect network would get."""
-    codec, prompts, of_two = load_codec(CODEC).to(best_device()), asked(cfg.prompts)[0], asked(cfg.prompts, of_two=True)[0]
+    codec, prompts, rng = load_codec(CODEC).to(best_device()), asked(cfg.prompts)[0], np.random.default_rng(PROMPT_SEED)
     found: dict[str, dict[str, list[float | None]]] = {}
     for size, sampler in samplers(cfg).items():
-        clips = drawn_through(codec, prompts, sampler)  # [N,T,3,H,W]
+        scenes = [render(sample_scene(prompt, rng, clip=sampler.clip), sampler.clip) for prompt in prompts]
+        clips = torch.cat([through(codec, torch.stack(scenes[begin : begin + sampler.batch])) for begin in range(0, len(scenes), sampler.batch)])  # [N,T,3,H,W]
         seen = judge(clips, prompts)
         flags: dict[str, list[bool | None]] = {
             "all_right": [one.all_right for one in seen],
-            "both_right": [one.all_right for one in judge(drawn_through(codec, of_two, sampler), of_two)],
             "shape_right": [one.shape_right[0] for one in seen],
             "colour_right": [one.colour_right[0] for one in seen],
             "motion_right": [one.motion_right[0] for one in seen],
@@ -187,13 +179,6 @@ def drawn(cfg: Config) -> dict[str, dict[str, list[float | None]]]:
         }
         found[size] = {name: [None if flag is None else float(flag) for flag in values] for name, values in flags.items()}
     return found
-
-
-def drawn_through(codec: LatentCodec, prompts: Sequence[ShapesPrompt], sampler: Sampler) -> Tensor:
-    """A clip of each prompt as the renderer draws it, sent through the autoencoder, [N,T,3,H,W]."""
-    rng = np.random.default_rng(PROMPT_SEED)
-    scenes = [render(sample_scene(prompt, rng, clip=sampler.clip), sampler.clip) for prompt in prompts]
-    return torch.cat([through(codec, torch.stack(scenes[begin : begin + sampler.batch])) for begin in range(0, len(scenes), sampler.batch)])
 
 
 @torch.no_grad()
@@ -275,8 +260,7 @@ def check_tokens(cfg: Config, model: LatentVideoModel, pairs: Callable[[Arm], Pa
 
 def measure(cfg: Config, out: Path) -> dict[str, list[Row]]:
     """The rows of each part."""
-    for of_two in (False, True):
-        asked(cfg.prompts, of_two=of_two)  # too many are known before the work
+    asked(cfg.prompts)  # too many are known before the work
     what: dict[Arm, Training] = {arm: training(SEEN[arm], cfg.clips, cfg.network, cfg.base, cfg.fit) for arm in ARMS}
     model, sizes = first_model(what["native"], cfg.seeds[0], cfg.base), samplers(cfg)
     demo, *others = (encode_pairs(model, draw_clips("curated", cfg.fit.held_out, seed=HELD_OUT_SEED, shape=shape)) for shape in (DEMO_CLIP, *(one.clip for one in sizes.values())))
@@ -290,12 +274,11 @@ def measure(cfg: Config, out: Path) -> dict[str, list[Row]]:
         if not all((folder / "trained.json").exists() for folder in folders.values()):
             check_tokens(cfg, model, pairs, seed)
         for arm, folder in folders.items():
-            fresh = not (folder / "of_two.json").exists()
+            fresh = not (folder / "result.json").exists()
             done = train_kept(folder, what[arm], seed, cfg.base, partial(pairs, arm), demo)
             settings = {**look_settings(done.weights, cfg.prompts, sampler), "sizes": list(sizes), "held_out": cfg.fit.held_out}
             found = kept(folder / "result.json", settings, partial(measured, cfg, done.weights, held_out))
-            both = kept(folder / "of_two.json", settings, partial(measured_of_two, cfg, done.weights))
-            results[arm].append(Results(done, {size: found[size] | {"both_right": both[size]} for size in sizes}))
+            results[arm].append(Results(done, found))
             pace.advance(f"seed {seed}, {arm}", 1, fresh=fresh)
     if cfg.sheet is not None:
         write_sheet(cfg, cfg.sheet, {arm: results[arm][0].trained.weights for arm in ARMS})
