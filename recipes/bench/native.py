@@ -66,6 +66,7 @@ MEASURES = {
     "found_in_frame": "found and in the frame",
     "in_frame": "object in the frame",
     "all_right": "adherence",
+    "right_in_frame": "adherence and in the frame",
     "shape_right": "shape right",
     "colour_right": "colour right",
     "motion_right": "motion right",
@@ -207,11 +208,10 @@ def tables(results: Sequence[Results], size: str, measure: str) -> Table:
 
 
 def values_of(found: dict[str, list[float | None]], measure: str) -> Table:
-    """[N] of one size. In the frame is only known where an object is found; `found_in_frame` counts the other clips as not in it."""
-    if measure not in ("found", "found_in_frame"):
-        return np.array(found[measure], dtype=np.float64)
+    """[N] of one size. In the frame is only known where an object is found; `found_in_frame` and `right_in_frame` count the other clips as not in it."""
     whole = np.array(found["in_frame"], dtype=np.float64)
-    return (whole == 1 if measure == "found_in_frame" else ~np.isnan(whole)).astype(np.float64)
+    derived = {"found": ~np.isnan(whole), "found_in_frame": whole == 1, "right_in_frame": (whole == 1) & (np.array(found["all_right"]) == 1)}
+    return np.array(derived[measure] if measure in derived else found[measure], dtype=np.float64)
 
 
 def compare(cfg: Config, results: dict[Arm, list[Results]], ceiling: dict[str, dict[str, list[float | None]]]) -> list[Row]:

@@ -110,6 +110,8 @@ def test_differences_are_paired_and_unknown_clips_are_left_out() -> None:
     found = next(row for row in rows if row["measure"] == "an object is found")
     assert (found["native"], found["square"], found["drawn_clips"]) == (0.75, 0.75, 1.0)
     assert found["native_low"] < 0.75 < found["native_high"] and found["native_minus_square_low"] < 0 < found["native_minus_square_high"]
+    both = next(row for row in rows if row["measure"] == "adherence and in the frame")
+    assert (both["native"], both["square"], both["native_minus_square"]) == (0.5, 0.5, 0.0)
     assert rows[0]["measure"] == "found and in the frame"
     assert (rows[0]["native"], rows[0]["square"], rows[0]["native_minus_square"], rows[0]["drawn_clips"]) == (0.5, 0.5, 0.0, 1.0)
 
