@@ -81,7 +81,7 @@ def labeler_rank(worth: Floats, person: int | None, shown: Sequence[int], rng: n
     return rank_by(looks if person is None else REWARD_PANEL[person], NOISE * worth, shown, rng)
 
 
-MODELS, LABELERS = "the model's", "simulated labelers"
+MODELS, LABELERS = "the model's", "simulated labelers'"
 WORLDS = (World(MODELS, model_rank), World(LABELERS, labeler_rank))
 
 

@@ -41,7 +41,7 @@ from recipes.bench._people import (
 )
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.shapes.labelers import REWARD_PANEL
-from recipes.statistics import UNKNOWN, Interval, bootstrap_crossed
+from recipes.statistics import UNKNOWN, bootstrap_crossed
 from reward.labelers import careless, reliability_mixture, with_position
 from reward.ranking import all_pairs, davidson_luce, pair_outcomes, rao_kupper
 
@@ -63,7 +63,7 @@ class Config(Bench):
     """Draws of training prompts and answers, with seeds 0, 1, ... The world and the test are the same for all. `quick` takes 1."""
     prompts: Several = 1_000
     """Training prompts: each has one screen of two, three or four clips, ranked by two people. `quick` takes at most 60."""
-    test_prompts: Several = 400
+    test_prompts: Several = 1_500
     """Held-out prompts of four clips; all six pairs are asked. `quick` takes at most 40."""
     features: Count = 8
     """Features of a clip, as many as a scorer has weights."""
@@ -311,21 +311,16 @@ def measured(cfg: Config, world: World, progress: Progress) -> Results:
 
 def predictions(found: Results) -> list[Row]:
     """One row a measure and method, and the difference to Bradley-Terry on all pairs, paired by seed and prompt."""
-    rows = []
+    rows: list[Row] = []
     for measure, name in MEASURES.items():
-        plain = np.stack([getattr(one, measure) for one in found.judged[PLAIN]])  # [S,P]
-        for method, mine in found.judged.items():
-            table = np.stack([getattr(one, measure) for one in mine])
-            rows.append(_prediction(found.world.name, name, method, bootstrap_crossed(table), UNKNOWN if method == PLAIN else bootstrap_crossed(table - plain)))
+        tables = {method: np.stack([getattr(one, measure) for one in mine]) for method, mine in found.judged.items()}  # [S,P]
         if measure != "panel_nll":  # who answers, and how, is not in the scores
-            best = getattr(found.best, measure)[None]
-            rows.append(_prediction(found.world.name, name, "the true scores", bootstrap_crossed(best), bootstrap_crossed(best - plain)))
+            tables["the true scores"] = getattr(found.best, measure)[None]  # [1,P]
+        for method, table in tables.items():
+            difference = UNKNOWN if method == PLAIN else bootstrap_crossed(table - tables[PLAIN], draws=2_000)
+            mean, low, high = difference.as_json().values()
+            rows.append({"world": found.world.name, "measure": name, "method": method, "value": float(np.nanmean(table)), "minus_plain": mean, "low": low, "high": high})
     return rows
-
-
-def _prediction(world: str, measure: str, method: str, value: Interval, difference: Interval) -> Row:
-    ends = {"minus_plain": difference.mean, "low": difference.low, "high": difference.high}
-    return {"world": world, "measure": measure, "method": method, "value": value.mean, **{key: None if math.isnan(end) else end for key, end in ends.items()}}
 
 
 def truth(cfg: Config) -> dict[str, list[float]]:
@@ -341,21 +336,25 @@ def truth(cfg: Config) -> dict[str, list[float]]:
 
 
 def recovered(cfg: Config, found: Results) -> list[Row]:
-    """One row a parameter of the model's world: means over seeds, and in how many the interval holds the truth. Reliabilities are probabilities."""
-    rows = []
+    """One row a parameter of the model's world, of every method with ties: means over seeds, and in how many the interval holds the truth. Reliabilities are probabilities."""
+    rows, truths = [], truth(cfg)
     for method in methods(cfg):
-        for name in method.priors:
+        for name, prior in method.priors.items():
             if "log_tie" not in method.priors or (name == "weights" and method.name != FULL):
                 continue
-            for k, true in enumerate(truth(cfg)[name]):
-                natural = torch.sigmoid if name == "reliability" else torch.clone
-                ends = [[float(natural(part[name])[k]) for part in one] for one in found.fits[method.name]]  # seeds x (value, low, high)
-                value, low, high = np.mean(ends, axis=0).tolist()
-                inside = sum(one[1] <= true <= one[2] for one in ends)
-                rows.append(
-                    {"method": method.name, "parameter": name, "of": of(name, k), "truth": true, "found": value, "low": low, "high": high, "inside": inside, "runs": len(ends)}
-                )
+            for k in range(prior.size):
+                true = truths[name][k]
+                ends = np.array([[float(natural(name, part[name])[k]) for part in one] for one in found.fits[method.name]])  # [S,3] value, low, high
+                inside = int(((ends[:, 1] <= true) & (true <= ends[:, 2])).sum())
+                value, low, high = ends.mean(0).tolist()
+                row: Row = {"method": method.name, "parameter": name, "of": of(name, k), "truth": true, "found": value, "low": low, "high": high}
+                rows.append(row | {"inside": inside, "runs": len(ends)})
     return rows
+
+
+def natural(name: str, value: Tensor) -> Tensor:
+    """Logits of reliability as probabilities."""
+    return value.sigmoid() if name == "reliability" else value
 
 
 def of(name: str, k: int) -> str:
@@ -366,18 +365,18 @@ def of(name: str, k: int) -> str:
 
 
 def named_careless(one: Fit) -> list[int]:
-    return [k for k, high in enumerate(torch.sigmoid(one.high["reliability"]).tolist()) if high < NAMED]
+    return [k for k, high in enumerate(natural("reliability", one.high["reliability"]).tolist()) if high < NAMED]
 
 
 def people(found: Results) -> list[Row]:
     """One row a person: the share of careless answers, set and found, and in how many runs the person is named careless."""
     fits = found.fits[FULL]
     names = [named_careless(one) for one in fits]
-    rows = []
+    rows: list[Row] = []
     for k, person in enumerate(REWARD_PANEL):
-        value, high, low = ([1 - float(torch.sigmoid(part["reliability"])[k]) for part in column] for column in zip(*fits, strict=True))
-        means = {key: float(np.mean(column)) for key, column in (("found", value), ("low", low), ("high", high))}
-        rows.append({"world": found.world.name, "person": person.annotator_id, "careless": person.careless, **means, "named": sum(k in each for each in names), "runs": len(fits)})
+        value, high, low = np.mean([[1 - float(natural("reliability", part["reliability"])[k]) for part in one] for one in fits], axis=0).tolist()
+        rows.append({"world": found.world.name, "person": person.annotator_id, "careless": person.careless, "found": value, "low": low, "high": high})
+        rows[-1] |= {"named": sum(k in each for each in names), "runs": len(fits)}
     return rows
 
 
@@ -390,19 +389,19 @@ def claims(found: Mapping[str, Results], parts: Mapping[str, Sequence[Row]]) -> 
         full = {row["measure"]: row for row in parts["prediction"] if (row["world"], row["method"]) == (name, FULL)}
         for measure in ("nll", "panel_nll"):
             row = full[MEASURES[measure]]
-            rows.append(claim(name, f"{MEASURES[measure]}, is lower than plain Bradley-Terry's", _difference(row), row["high"] < 0))
+            rows.append(claim(name, f"{MEASURES[measure]}: lower than plain Bradley-Terry's", _difference(row), row["high"] < 0))
         row = full[MEASURES["accuracy"]]
-        rows.append(claim(name, f"accuracy is not worse, by less than {-NOT_WORSE:g}", _difference(row), row["low"] > NOT_WORSE))
+        rows.append(claim(name, f"accuracy: not worse than plain Bradley-Terry's by {-NOT_WORSE:g}", _difference(row), row["low"] > NOT_WORSE))
     for parameter in ("log_tie", "reliability"):
         mine = [row for row in parts["recovery"] if row["method"] == FULL and row["parameter"] == parameter]
         inside, runs = (sum(row[key] for row in mine) for key in ("inside", "runs"))
-        rows.append(claim(MODELS, f"{parameter} is in its 95 % interval as often as that", f"{inside} of {runs}", inside >= binom.ppf(0.025, runs, 0.95)))
+        rows.append(claim(MODELS, f"{parameter}: in its 95 % interval as often as that", f"{inside} of {runs}", inside >= binom.ppf(0.025, runs, 0.95)))
     for name in found:
         mine = [row for row in parts["people"] if row["world"] == name]
         (careless_one,) = [row for row in mine if row["careless"] > 1 - NAMED]
         wrong = sum(row["named"] for row in mine if row is not careless_one)
         right = careless_one["named"] == careless_one["runs"] and wrong == 0
-        rows.append(claim(name, "the careless one is named in every run, and nobody else", f"{careless_one['named']} of {careless_one['runs']}, others {wrong}", right))
+        rows.append(claim(name, "who is careless: named in every run, and nobody else", f"{careless_one['named']} of {careless_one['runs']}, others {wrong}", right))
     return rows
 
 
@@ -436,13 +435,13 @@ def shrunk(cfg: Config) -> Config:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     check_can_end(cfg)
-    cfg = shrunk(cfg) if cfg.quick else cfg
-    parts = measure(cfg)
+    used = shrunk(cfg) if cfg.quick else cfg
+    parts = measure(used)
     if cfg.write:
         failed = [f"{row['asked']} ({row['world']} world: {row['found']})" for row in parts["claims"] if not row["holds"]]
         remarks = [
             f"Does not hold: {'; '.join(failed)}." if failed else "All that was asked for holds.",
-            f"Means over {cfg.seeds} draws of training answers; `low` and `high` are 95 % bootstraps over seeds and held-out prompts, both resampled, of the difference to plain "
+            f"Means over {used.seeds} draws of training answers; `low` and `high` are 95 % bootstraps over seeds and held-out prompts, both resampled, of the difference to plain "
             "Bradley-Terry on the same answers. People are simulated.",
         ]
         write(cfg, "rankings", here("rankings", cfg), "Likelihoods of rankings", {part.capitalize(): rows for part, rows in parts.items()}, remarks=remarks)
