@@ -1,8 +1,8 @@
 """Likelihoods of rankings, as pure functions of scores.
 
 One event is one person's ranking of K clips: `scores` [B,K] (log-worth, any real number) and `ranks` [B,K] (1 = best, equal numbers = tie,
-0 = not ranked: the clip takes no part). All functions return log-probabilities in nats, differentiable in scores and parameters; an event that tells
-nothing has log-probability 0.
+0 = not ranked: the clip takes no part, and its score, nan too, is not read). All functions return log-probabilities in nats, differentiable in scores
+and parameters; an event that tells nothing has log-probability 0.
 
     Davidson-Luce  --K = 2-->  Davidson  --no ties-->  Bradley-Terry
          |--no ties-->  Plackett-Luce  --K = 2-->  Bradley-Terry
@@ -22,6 +22,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -42,8 +43,8 @@ def davidson(difference: Tensor, log_tie: Tensor) -> Tensor:
 def rao_kupper(difference: Tensor, log_k: Tensor) -> Tensor:
     """Pairs with ties by a threshold (Rao & Kupper 1967): P(A > B) = s(d - ln k), P(B > A) = s(-d - ln k), P(tie) = (k^2 - 1) s(d - ln k) s(-d - ln k).
 
-    VideoAlign's "BTT" has k = 5 fixed, so that two thirds of equally good pairs tie. k = 1 is Bradley-Terry. To learn k, keep log k above 0 (softplus), where the
-    log-probability of a tie is -inf.
+    VideoAlign's "BTT" has k = 5 fixed, so that two thirds of equally good pairs tie. k = 1 is Bradley-Terry: a tie has log-probability -inf and no slope, so to
+    learn k keep log k above 0 by softplus.
 
     difference r_A - r_B [...], log_k broadcastable -> log-probabilities of A, tie, B [..., 3]. Raises ValueError for log_k < 0.
     """
@@ -60,7 +61,7 @@ def heteroscedastic(difference: Tensor, spread_a: Tensor, spread_b: Tensor) -> T
     The model of HPSv3's uncertainty loss, which draws 1,000 z; here 20 nodes of Gauss-Hermite quadrature, the same at every call. The error of the probability is
     below 1e-5 where the joint spread (the root) is at most 2, 3e-4 at 3, 2e-3 at 4 and 0.03 at 10. difference r_A - r_B and spreads broadcast to [...] -> [...].
     """
-    node, log_weight = _gauss_hermite(20, difference.dtype, difference.device)  # [20], [20]
+    node, log_weight = (torch.from_numpy(each).to(difference) for each in _gauss_hermite(20))  # [20], [20]
     smallest = torch.finfo(difference.dtype).tiny  # the root has a slope there; at spread 0 the gradient is 0, which is right
     spread = (spread_a.square() + spread_b.square()).clamp(min=smallest).sqrt()
     return (log_weight + F.logsigmoid(difference[..., None] + spread[..., None] * node)).logsumexp(-1)  # [...]
@@ -75,7 +76,7 @@ def plackett_luce(scores: Tensor, ranks: Tensor, below: Tensor | None = None) ->
     same = (ranks[:, None, :] == ranks[:, :, None]) & ranked[:, None, :]  # [B, K, K]
     if (same.sum(-1) > 1).logical_and(ranked).any():
         raise ValueError("plackett_luce takes strict rankings; use davidson_luce where clips tie")
-    remaining = _remaining(ranks, below)  # [B, K, K]
+    scores, remaining = _taking_part(scores, ranks, below), _remaining(ranks, below)  # [B, K], [B, K, K]
     worth = torch.where(remaining | ~ranked[:, :, None], scores[:, None, :], -math.inf)  # [B, K, K]
     return torch.where(ranked, scores - worth.logsumexp(-1), 0.0).sum(-1)  # [B]
 
@@ -90,9 +91,10 @@ def davidson_luce(scores: Tensor, ranks: Tensor, log_tie: Tensor, below: Tensor 
     `below` [B,K] bool: clips that are not ranked but are known to be worse than all that are ("the best two of four"); they can be chosen at every place, and where
     they come among themselves is not asked. Raises ValueError where a clip is both ranked and below.
     """
+    scores = _taking_part(scores, ranks, below)
     subsets = _subsets(scores.shape[-1], scores.device)  # [M, K]
     size = subsets.sum(-1)  # [M]
-    delta = torch.cat([torch.zeros_like(log_tie[..., :1]), log_tie], dim=-1)[..., size - 1]  # [M] or [B, M]
+    delta = torch.cat([log_tie.new_zeros((*log_tie.shape[:-1], 1)), log_tie], dim=-1)[..., size - 1]  # [M] or [B, M]
     worth = delta + scores @ (subsets.to(scores) / size.to(scores)[:, None]).T  # [B, M] log delta_|S| + mean score of S
 
     ranked = ranks > 0  # [B, K]
@@ -119,7 +121,7 @@ def best_worst(scores: Tensor, best: Tensor, worst: Tensor, shown: Tensor | None
     there = torch.ones_like(scores, dtype=torch.bool) if shown is None else shown  # [B, K]
     index = torch.arange(scores.shape[-1], device=scores.device)  # [K]
     first, last = best[:, None] == index, worst[:, None] == index  # [B, K]
-    named = torch.stack([best, worst])  # [2, B]
+    scores, named = torch.where(there, scores, 0.0), torch.stack([best, worst])  # [B, K], [2, B]
     if (first & last).any() or ((first | last) & ~there).any() or ((named < -1) | (named >= len(index))).any():
         raise ValueError("best_worst: the best and the worst must be two different clips among those shown; -1 = not named")
     return _chosen(scores, first, there) + _chosen(-scores, last, there & ~first)
@@ -135,6 +137,7 @@ def all_pairs(scores: Tensor, ranks: Tensor, tie_model: Callable[[Tensor], Tenso
     scores [B,K], ranks [B,K] -> [B]: a mean over pairs, not the log-probability of the ranking.
     """
     i, j = torch.combinations(torch.arange(ranks.shape[-1], device=ranks.device)).unbind(-1)  # [P]
+    scores = _taking_part(scores, ranks)
     difference = scores[:, i] - scores[:, j]  # [B, P]
     outcome, known = pair_outcomes(ranks)  # [B, P]
     if tie_model is None:
@@ -197,6 +200,11 @@ def prompt_weights(prompt: Tensor, power: float = 0.5) -> Tensor:
 # Parts
 
 
+def _taking_part(scores: Tensor, ranks: Tensor, below: Tensor | None = None) -> Tensor:
+    """Scores [B,K], 0 where a clip takes no part: nan there would spread through products with 0."""
+    return torch.where(ranks > 0 if below is None else (ranks > 0) | below, scores, 0.0)
+
+
 def _remaining(ranks: Tensor, below: Tensor | None) -> Tensor:
     """[B,K,K]: clip j can still be chosen when the place of clip i is given."""
     ranked = ranks > 0  # [B, K]
@@ -216,10 +224,10 @@ def _chosen(worth: Tensor, choice: Tensor, among: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _gauss_hermite(number: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _gauss_hermite(number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Nodes and log-weights of E[f(z)], z ~ N(0, 1): sum of weight * f(node)."""
     node, weight = np.polynomial.hermite_e.hermegauss(number)
-    return torch.from_numpy(node).to(device, dtype), torch.from_numpy(np.log(weight / weight.sum())).to(device, dtype)
+    return node, np.log(weight / weight.sum())
 
 
 @lru_cache(maxsize=32)

@@ -255,6 +255,21 @@ def test_gradients_stay_finite_when_ties_are_forbidden_and_clips_unranked() -> N
     assert r.grad is not None and torch.isfinite(r.grad).all() and torch.all(r.grad[2] == 0)
 
 
+def test_the_score_of_a_clip_that_takes_no_part_is_not_read() -> None:
+    r = scores(2, 4)
+    r[:, 1] = math.nan
+    r.requires_grad_()
+    ranks = torch.tensor([[1, 0, 2, 3], [2, 0, 1, 0]])
+    shown, below = torch.tensor([True, False, True, True]).expand(2, 4), torch.tensor([[False] * 4, [False] * 3 + [True]])
+    found = (
+        *(plackett_luce(r, ranks, below), davidson_luce(r, ranks, TIES), all_pairs(r, ranks), all_pairs(r, ranks, partial(davidson, log_tie=TIES[0]))),
+        best_worst(r, torch.tensor([0, 2]), torch.tensor([3, -1]), shown),
+    )
+    for log_prob in found:
+        (gradient,) = torch.autograd.grad(log_prob.sum(), r)
+        assert torch.isfinite(log_prob).all() and torch.isfinite(gradient).all() and torch.all(gradient[:, 1] == 0)
+
+
 def test_equal_clips_tie_with_the_share_the_tie_parameter_came_from() -> None:
     log_tie = torch.tensor(tie_parameter(0.37), dtype=torch.float64)
     assert davidson(torch.zeros(1, dtype=torch.float64), log_tie)[0, 1].exp().item() == pytest.approx(0.37, abs=1e-12)
@@ -326,6 +341,9 @@ def test_either_of_two_uncertain_clips_is_better_and_without_spread_it_is_bradle
     found.sum().backward()
     assert torch.equal(none.grad, torch.zeros_like(d)), "by symmetry"
     assert torch.isfinite(heteroscedastic(double(-1e4), double(3), double(0))).all()
+    with torch.inference_mode():
+        heteroscedastic(d, none.detach(), none.detach())
+    heteroscedastic(d, spread[:, 0].requires_grad_(), none).sum().backward()  # nothing made under inference mode is kept
 
 
 # Partial rankings, best and worst
