@@ -129,13 +129,18 @@ def rank(labeler: Labeler, perception: Perception, shown_order: Sequence[int], r
 
     shown_order[i] is clip i's place on the screen, 0 = first. Raises ValueError where it is no permutation of the K clips.
     """
-    k = len(perception)
+    return rank_by(labeler, utility(labeler, perception), shown_order, rng)
+
+
+def rank_by(labeler: Labeler, worths: Floats, shown_order: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """The same where it is known what each clip is worth to this person, [K]: only noise and habits are added."""
+    k = len(worths)
     if sorted(shown_order) != list(range(k)):
         raise ValueError(f"shown_order must be a permutation of {k} clips, got {list(shown_order)}")
     random_answer = bool(rng.random() < labeler.careless)
     noise = rng.gumbel(size=k)
     habit = labeler.position * (1 - np.asarray(shown_order) / max(k - 1, 1))
-    worth = habit + noise if random_answer else utility(labeler, perception) + habit + labeler.noise * noise
+    worth = habit + noise if random_answer else worths + habit + labeler.noise * noise
     ranks, level, top = [0] * k, 0, np.inf
     for i in np.argsort(-worth, kind="stable").tolist():
         if level == 0 or random_answer or top - worth[i] > labeler.tie:
