@@ -429,6 +429,7 @@ def facts_of(answers: Answers, parts: Mapping[str, Sequence[Rankings]]) -> dict[
 
 
 def sizes_of(train: Sequence[Rankings]) -> list[str]:
+    """Each size there is, as "25 frames of 64x64"."""
     return sorted({f"{part.video.shape[1]} frames of {part.video.shape[3]}x{part.video.shape[4]}" for part in train})
 
 

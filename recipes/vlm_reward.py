@@ -43,7 +43,7 @@ from recipes.reward_model import (
 from reward.comparisons import Comparisons
 from reward.types import Scores
 from reward.vlm.files import save_vlm_reward
-from reward.vlm.frames import FrameSampler
+from reward.vlm.frames import FrameSampler, frame_indices
 from reward.vlm.model import CLIPS_AT_ONCE, Learned, Precision, VlmReward, load_base
 from reward.vlm.prompt import Dimension
 
@@ -199,19 +199,30 @@ def asked_dimensions(cfg: Config, dims: Sequence[str]) -> list[Dimension]:
     return [Dimension(name, **(cfg.dimensions.get(name) or Asked()).model_dump()) for name in dims]
 
 
+def check_rates(data: Comparisons, parts: Sequence[Rankings], sampler: FrameSampler) -> None:
+    """Raises UserError, naming the clip, where one cannot be seen at the sampler's rate: before a model is loaded."""
+    for part in parts:
+        for clip_id in part.clip_ids:
+            try:
+                frame_indices(part.video.shape[1], data.clips[clip_id].fps, sampler, 1)
+            except UserError as error:
+                raise UserError(f"clip {clip_id}: {error}") from error
+
+
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """Trains and measures; writes weights and card into `out` and returns what the report shows."""
     answers = load_answers(cfg.comparisons)
     data, dimensions = answers.data, asked_dimensions(cfg, answers.dims)
-    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
-    base = load_base(cfg.base, revision=cfg.revision, dtype=cfg.dtype)
+    sampler = FrameSampler(**cfg.frames.model_dump())
     parts = {name: load_rankings(events, data, ClipStore(cfg.clips), answers.dims, answers.most_clips) for name, events in answers.splits.items()}
     train, val, test = parts["train"], parts["val"] or parts["train"], parts["test"]
+    check_rates(data, [*train, *val, *test], sampler)
+    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     model = VlmReward(
-        base,
+        load_base(cfg.base, revision=cfg.revision, dtype=cfg.dtype),
         dimensions,
-        sampler=FrameSampler(**cfg.frames.model_dump()),
-        clip_fps=data.clips[train[0].clip_ids[0]].fps,
+        sampler=sampler,
+        clip_fps=data.clips[train[0].clip_ids[0]].fps,  # not used here: every clip is read at its own rate
         rank=cfg.rank,
         alpha=cfg.alpha,
         nf4=cfg.nf4,

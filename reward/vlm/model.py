@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,6 @@ def load_base(name: str | Path, *, revision: str = "", dtype: Precision = "float
 
 def patch_format(name: str | Path, revision: str | None, config: Any) -> PatchFormat:
     """The sizes of a vision tower's patches, and the constants its frames are normalised by: the preprocessor's, or else the family's."""
-    import json
-
     from transformers.utils import cached_file
 
     mean, std = (HALF, HALF) if config.model_type == "qwen3_vl" else (CLIP_MEAN, CLIP_STD)
@@ -131,8 +130,10 @@ class Head(nn.Module):
 class VlmReward(nn.Module):
     """A vision-language model with dimension tokens and a head: a `Scorer`, in calibrated log-odds like the small reward model.
 
-    Takes `base` over: its tokenizer gets the dimensions' tokens, its network LoRA (and NF4 weights with `nf4`). `clip_fps` is the true frame rate of the
-    clips that `forward` is given. `center` and `scale` are the mean and standard deviation of the score over the training clips: constants for a mixture.
+    Takes `base` over: its tokenizer gets the dimensions' tokens, its network LoRA of `rank` and `alpha` (and NF4 weights with `nf4`). `clip_fps` is the true frame
+    rate of the clips that `forward` is given. `rubric` is what is read after the clip, `rubric_of(dimensions)` if none is given. With `spread` the head also tells its
+    own doubt. `keeps_vision`: the vision tower is not the base's and belongs to what was learned. `most_clips`: K of the largest ranking, for the tie parameters.
+    `center` and `scale` are the mean and standard deviation of the score over the training clips: constants for a mixture, not applied here.
     """
 
     differentiable = True

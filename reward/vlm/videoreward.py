@@ -18,6 +18,7 @@ The rubric is an input of the model and part of VideoAlign's code, not of the ch
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from reward.vlm.model import Precision, VlmReward, load_base
 from reward.vlm.prompt import PROMPT, Dimension
 
 PEFT = "base_model.model."
+EMBEDDING = "language_model.embed_tokens.weight"
 MIN_TOKENS, MIN_FRAMES, MAX_FRAMES = 128, 4, 768  # of a frame and of a clip, VideoAlign's vision_process.py
 TIES_AT_EQUAL_QUALITY = 2 / 3  # Rao & Kupper's k = 5, fixed in VideoAlign: (k - 1) / (k + 1)
 ONLY: dict[str, dict[str, Any]] = {  # what is read here; another value would be another model
@@ -111,43 +113,37 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     raise UserError(f"no weights in {latest}. Download model.pth and convert it to model.safetensors")
 
 
-def _fill(model: VlmReward, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Puts the checkpoint's tensors (by today's names) into the model, and compares what was frozen in training with the base."""
-    tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
-    learned, rows, heads = model.learned(), len(model.token_ids), tensors.pop("rm_head.weight", None)
-    embedding = next((tensors.pop(name) for name in ("language_model.embed_tokens.weight",) if name in tensors), None)
-    if heads is None or embedding is None or heads.shape[0] not in (1, rows) or len(embedding) <= max(model.token_ids):
+def _fill(model: VlmReward, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Puts what was trained into the model, and compares what was frozen with the base. tensors by today's names."""
+    left = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    head, embedding = (left.pop(name, None) for name in ("rm_head.weight", EMBEDDING))
+    if head is None or embedding is None or len(head) not in (1, len(model.dims)) or len(embedding) <= max(model.token_ids):
         raise UserError(f"no head or no rows of the reward tokens in {folder}: rm_head.weight and embed_tokens.weight belong there. Download it again")
-    own: dict[str, Tensor] = {"head.mean": heads.expand(rows, -1)}
-    frozen = {name: value for name, value in model.network.state_dict().items() if f"network.{name}" not in learned}
-    for name in learned:
+    own = model.learned() | {"head.mean": head.expand(len(model.dims), -1)}
+    for name in own:
         inner = name.removeprefix(f"network.{PEFT}")
         if "trainable_tokens_delta" in name:
             own[name] = embedding[model.token_ids]
+        elif inner in left:
+            own[name] = left.pop(inner)
         elif name.startswith("network."):
-            if inner not in tensors:
-                raise UserError(f"the checkpoint in {folder} lacks {inner}. Download it again, or give the base it was made from")
-            own[name] = tensors.pop(inner)
-        else:
-            own.setdefault(name, learned[name])
-    same = [(embedding, frozen[f"{PEFT}language_model.embed_tokens.token_adapter.base_layer.weight"], model.token_ids)]
-    for name, tensor in tensors.items():
-        if f"{PEFT}{name}" not in frozen:
-            raise UserError(f"{folder} holds a tensor that VideoReward has not: {name}. Give a checkpoint of VideoReward's kind")
-        same.append((tensor, frozen[f"{PEFT}{name}"], []))
-    if not all(_same(a, b, leave_out) for a, b, leave_out in same):
-        raise UserError(f"the base {model.base.name} is not the one that {folder} was trained on: its frozen weights differ. Give Qwen2-VL-2B-Instruct")
+            raise UserError(f"the checkpoint in {folder} lacks {inner}. Download it again, or give the base it was made from")
+    _check_frozen(model, left, embedding, folder)
     try:
         model.load_learned(own)
     except ValueError as error:
         raise UserError(f"{folder} does not fit the base {model.base.name}: {error}. Give the base it was made from") from error
 
 
-def _same(a: Tensor, b: Tensor, leave_out: list[int]) -> bool:
-    """Equal in bfloat16, up to the rows left out and rows that only one of two embeddings has."""
-    rows = min(len(a), len(b))
-    if a.shape[1:] != b.shape[1:] or (not leave_out and len(a) != len(b)):
-        return False
-    kept = torch.ones(rows, dtype=torch.bool)
-    kept[[i for i in leave_out if i < rows]] = False
-    return torch.equal(a[:rows][kept].to(torch.bfloat16), b[:rows][kept].to(torch.bfloat16))
+def _check_frozen(model: VlmReward, tensors: Mapping[str, Tensor], embedding: Tensor, folder: Path) -> None:
+    """Raises UserError unless the tensors, and the rows of the embedding but those of the reward tokens, are the base's in bfloat16."""
+    frozen = {name.removeprefix(PEFT): value for name, value in model.network.state_dict().items()}
+    rows = frozen[EMBEDDING.replace(".weight", ".token_adapter.base_layer.weight")]
+    shared = torch.arange(min(len(rows), len(embedding)))
+    shared = shared[~torch.isin(shared, torch.tensor(model.token_ids))]
+    foreign = sorted(set(tensors) - set(frozen))
+    if foreign:
+        raise UserError(f"{folder} holds a tensor that VideoReward has not: {foreign[0]}. Give a checkpoint of VideoReward's kind")
+    pairs = [(embedding[shared], rows[shared]), *((tensor, frozen[name]) for name, tensor in tensors.items())]
+    if not all(torch.equal(ours.bfloat16(), theirs.bfloat16()) for ours, theirs in pairs):
+        raise UserError(f"the base {model.base.name} is not the one that {folder} was trained on: its frozen weights differ. Give Qwen2-VL-2B-Instruct")

@@ -149,7 +149,8 @@ def test_what_cannot_be_learned_is_one_line_before_anything_is_computed(world: P
     cases: list[tuple[dict[str, Any], str]] = [
         ({"dimensions": {"beauty": Asked()}}, "dimensions.beauty: nobody ranked clips in it"),
         ({"base": str(tmp_path / "nowhere")}, "cannot load the base"),
-        ({"frames": FRAMES.model_copy(update={"fps": 9.0})}, "a clip has 8 frames a second, and the reward model looks at 9"),
+        ({"frames": FRAMES.model_copy(update={"fps": 9.0})}, r"clip [0-9a-f]{64}: a clip has 8 frames a second, and the reward model looks at 9"),
+        ({"frames": FRAMES.model_copy(update={"fps": 8.0, "min_frames": 2, "max_frames": 4})}, "needs 5 frames at 8 a second"),
         ({"frames": FRAMES.model_copy(update={"min_frames": 40})}, "not a frame sampler"),
         ({"comparisons": tmp_path / "none"}, "no such file"),
     ]
