@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,16 +13,23 @@ from torch import Tensor, nn
 LORA_TARGETS = ("qkv", "q", "kv", "out", "mlp_in", "mlp_out", "skip")
 
 
-def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...] = LORA_TARGETS, seed: int = 0) -> Any:
-    """Wraps `network` so that only low-rank updates B A of the target linears train (Hu et al. 2021, arXiv 2106.09685, eq. 3); B = 0 at the start."""
+def add_lora(
+    network: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...] | str = LORA_TARGETS, token_rows: Sequence[int] = (), seed: int = 0
+) -> Any:
+    """Wraps `network` so that only low-rank updates B A of the target linears train (Hu et al. 2021, arXiv 2106.09685, eq. 3); B = 0 at the start.
+
+    targets: ends of the linears' names, or a pattern for whole names. token_rows: rows of the input embedding that train too.
+    """
     import torch
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which warns of an optional kernel of 4-bit inference
     from peft import LoraConfig, get_peft_model
 
-    with torch.random.fork_rng(devices=[]):
+    names, rows = targets if isinstance(targets, str) else list(targets), list(token_rows) or None
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks transformers' models by the old name
         torch.manual_seed(seed)
-        return get_peft_model(network, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets)))
+        return get_peft_model(network, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, trainable_token_indices=rows))
 
 
 @contextmanager

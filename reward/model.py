@@ -152,9 +152,13 @@ def load_reward_model(folder: Path, encode: EncodeText) -> RewardModel:
 
 @torch.no_grad()
 def _golden_scores(model: RewardModel) -> dict[str, list[list[float]]]:
-    """Scores of two small clips that every machine can make: moving bars in two colours."""
+    scores = model(*golden_clips())
+    return {"mean": scores.mean.tolist(), "spread": scores.spread.tolist()}
+
+
+def golden_clips() -> tuple[Tensor, list[str]]:
+    """Two small clips [2,5,3,16,24] that every machine can make, moving bars in two colours, and their prompts: what they score tells one model from another."""
     t, y, x = torch.meshgrid(torch.arange(5.0), torch.arange(16.0), torch.arange(24.0), indexing="ij")
     bars = torch.stack([(x - 3 * t).sub(5).abs() < 3, (y - 2 * t).sub(4).abs() < 2]).float()[:, :, None]  # [2, T, 1, H, W]
     colors = torch.tensor([[0.9, 0.1, 0.2], [0.1, 0.3, 0.9]]).view(2, 1, 3, 1, 1)
-    scores = model(0.2 + bars * (colors - 0.2), ["a red bar moves right", "a blue bar moves down"])
-    return {"mean": scores.mean.tolist(), "spread": scores.spread.tolist()}
+    return 0.2 + bars * (colors - 0.2), ["a red bar moves right", "a blue bar moves down"]

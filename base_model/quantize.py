@@ -1,0 +1,39 @@
+"""Frozen weights in four bits: NF4 (Dettmers et al. 2023, arXiv 2305.14314), on a CPU as on a GPU."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from torch import nn
+
+from base_model.errors import UserError
+
+BLOCK = 64  # weights that share a scale
+
+
+def to_nf4(network: nn.Module, targets: str) -> int:
+    """Turns every `nn.Linear` whose whole name matches the pattern `targets` into a frozen 4-bit one, in place; returns how many.
+
+    Computes in the dtype that the weights had. peft is told, so that LoRA goes onto the 4-bit layers. Raises ValueError where nothing matches, UserError where
+    rows are no multiple of a block of 64 weights long: on a CPU bitsandbytes reads such rows wrongly.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel of 4-bit inference
+    import bitsandbytes
+
+    found = [(name, module) for name, module in network.named_modules() if type(module) is nn.Linear and re.fullmatch(targets, name)]
+    if not found:
+        raise ValueError(f"no linear layer is called {targets}")
+    uneven = [name for name, module in found if module.in_features % BLOCK]
+    if uneven:
+        raise UserError(f"{uneven[0]} has rows that are no multiple of {BLOCK} weights long and cannot be kept in four bits. Leave NF4 off for this model")
+    for name, module in found:
+        weight, bias = module.weight.data, module.bias
+        small = bitsandbytes.nn.Linear4bit(module.in_features, module.out_features, bias is not None, weight.dtype, quant_type="nf4", device="meta")
+        small.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        if bias is not None:
+            small.bias = nn.Parameter(bias.data, requires_grad=False)
+        small.support_avx512bf16_for_cpu = False  # else the first scoring repacks the weights in bfloat16, in place and not exactly back
+        network.set_submodule(name, small.to(weight.device))
+    network.is_loaded_in_4bit = True  # type: ignore[assignment]  # the mark peft looks for
+    return len(found)

@@ -1,0 +1,100 @@
+"""A vision-language reward on disk: what it learned and a card; the base stays where it is.
+
+    folder/vlm_reward.safetensors   adapter, rows of the dimensions' tokens, head, tie parameters, constants
+    folder/reward_card.json         how to read the scores, which base and which frames they belong to, golden scores
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base_model.checkpoint import atomic_write, load_weights, save_weights
+from base_model.errors import UserError
+from reward.model import golden_clips
+from reward.vlm.frames import FrameSampler, frame_indices
+from reward.vlm.model import VlmReward, load_base
+from reward.vlm.prompt import Dimension
+
+WEIGHTS = "vlm_reward.safetensors"
+GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of a score, between machines
+
+
+def save_vlm_reward(folder: Path, model: VlmReward, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes weights and card (returned); `facts` are added to the card. Nothing of the base is written, but a vision tower that is not the base's."""
+    model.eval()
+    base, path = model.base, folder / WEIGHTS
+    save_weights(path, model.learned(), {})
+    values = {
+        "tier": "vlm",
+        "dims": list(model.dims),
+        "dimensions": [asdict(dimension) for dimension in model.dimensions],
+        "rubric": model.rubric,
+        "sampler": asdict(model.sampler),
+        "base": {"name": base.name, "revision": base.revision, "family": base.family, "fingerprint": base.fingerprint, "dtype": base.dtype},
+        "adapter": {
+            **{name: getattr(model, name) for name in ("rank", "alpha", "nf4", "keeps_vision", "positions")},
+            "spread": model.head.log_spread is not None,
+        },
+        "most_clips": model.log_tie.shape[-1] + 1,
+        "normalisation": {dim: {"center": c, "scale": s} for dim, c, s in zip(model.dims, model.center.tolist(), model.scale.tolist(), strict=True)},
+        "temperature": dict(zip(model.dims, model.temperature.tolist(), strict=True)),
+        "log_tie": dict(zip(model.dims, model.log_tie.tolist(), strict=True)),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "golden": _golden_scores(model, model.sampler.fps),
+        **facts,
+    }
+    text = json.dumps(values, indent=2) + "\n"
+    atomic_write(folder / "reward_card.json", text.encode())
+    card: dict[str, Any] = json.loads(text)
+    return card
+
+
+def load_vlm_reward(folder: Path, *, clip_fps: float, base: str | Path | None = None, device: str | torch.device = "cpu") -> VlmReward:
+    """The model in `folder`, ready to score clips of `clip_fps` frames a second (no gradients into its weights).
+
+    base: where the base is, if no longer where the card says. Raises UserError where card or weights are missing, damaged or of different runs, where the base
+    is another revision than the one it was trained on, where clips of that rate cannot be seen at the rate it was trained with, and where the golden scores differ.
+    """
+    card_path, path = folder / "reward_card.json", folder / WEIGHTS
+    try:
+        card = json.loads(card_path.read_text())
+        tensors, _ = load_weights(path)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != card["sha256"]:
+            raise UserError(f"the weights are not those of their card, {path}. Make both again with `rushes vlm-reward`")
+        sampler = FrameSampler(**card["sampler"])
+        frame_indices(1, clip_fps, sampler, 1)  # refuses a rate at which the clips cannot be seen as in training
+        known = card["base"]
+        golden = {key: card["golden"][key] for key in ("fps", "mean", "spread")}
+        found = load_base(base or known["name"], revision="" if base else known["revision"], dtype=known["dtype"])
+        if found.fingerprint != known["fingerprint"]:
+            named = f" (revision {known['revision']})" if known["revision"] else ""
+            raise UserError(f"the base {found.name} is not the one that {folder} was trained on, {known['name']}{named}: its weights differ. Give that one")
+        adapter, most = card["adapter"], card["most_clips"]
+        dimensions = [Dimension(**dimension) for dimension in card["dimensions"]]
+        model = VlmReward(found, dimensions, sampler=sampler, clip_fps=clip_fps, rubric=card["rubric"], most_clips=most, **adapter)
+        model.load_learned(tensors)
+    except FileNotFoundError as error:
+        raise UserError(f"no vision-language reward, {folder}. Give a folder written by `rushes vlm-reward`") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"not a vision-language reward's card and weights, {folder}: {error}. Make them again with `rushes vlm-reward`") from error
+    model.to(device).eval().requires_grad_(False)
+    tolerance = GOLDEN_TOLERANCE[found.dtype]
+    scores = _golden_scores(model, golden["fps"])
+    if not all(torch.allclose(torch.tensor(scores[key]), torch.tensor(golden[key]), atol=tolerance, rtol=tolerance) for key in ("mean", "spread")):
+        raise UserError(f"the model does not give the golden scores of its card, {folder}: found {scores['mean']}, expected {golden['mean']}. Train it again")
+    return model
+
+
+@torch.no_grad()
+def _golden_scores(model: VlmReward, fps: float) -> dict[str, Any]:
+    """Scores of two small clips that every machine can make, taken to be at `fps`."""
+    video, prompts = golden_clips()
+    scores = model.scores(video, prompts, [fps] * len(video))
+    return {"fps": fps, "mean": (scores.mean / model.temperature).tolist(), "spread": (scores.spread / model.temperature).tolist()}
