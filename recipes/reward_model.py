@@ -30,6 +30,7 @@ from recipes.match import SHIPPED
 from reward.agreement import Interval, Pair, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
 from reward.comparisons import Comparisons, RankingEvent, load_comparisons
 from reward.features import SIGNALS, signal_features
+from reward.licences import check_commercial
 from reward.matcher import PARTS, load_matcher
 from reward.model import EncodeText, RewardModel, save_reward_model
 from reward.ranking import davidson_luce, tie_parameter
@@ -48,6 +49,8 @@ class Config(BaseConfig):
     """Folder of rankings, as `reward/comparisons.py` writes it."""
     clips: Path = Path("runs/candidates")
     """Clip store with the ranked clips."""
+    commercial: bool = False
+    """Whether the model is for commercial use: answers whose licence forbids that, or is not known, then stop the run."""
     start: Literal["reward", "guard"] = "reward"
     """Which shipped matcher to start from; a guard starts from another one than the model it watches."""
     matcher: Path | None = None
@@ -377,6 +380,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """Trains and measures; writes weights and card into `out` and returns what the report shows."""
     data, store = load_comparisons(cfg.comparisons), ClipStore(cfg.clips)
     usable = [event for event in data.events if event.kind in ("rank", "pair") and not event.skipped_reason and sum(rank is not None for rank in event.ranks) > 1]
+    if cfg.commercial:
+        check_commercial(usable, cfg.comparisons)
     splits = {name: [event for event in usable if data.split[event.prompt_id] == name] for name in ("train", "val", "test")}
     if not splits["train"]:
         raise UserError(f"no rankings to learn from in the split train, {cfg.comparisons}. Rank more prompts ({len(usable)} usable answers found)")
