@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -46,10 +47,11 @@ ENVIRONMENT = {
 
 
 class Command(NamedTuple):
-    """The module of a command and what it does, in one sentence."""
+    """The module of a command, what it does, in one sentence, and the keys that its first words give; without any a first word is a configuration."""
 
     module: str
     help: str
+    words: tuple[str, ...] = ()
 
 
 COMMANDS = {
@@ -62,6 +64,8 @@ COMMANDS = {
     "temporal": Command("recipes.temporal", "Make a video model of an image model: keyframes, or the frames between them."),
     "sft": Command("recipes.sft", "Fine-tune a base model on curated prompt-video pairs."),
     "generate": Command("recipes.generate", "Make clips of prompts and keep them in a clip store."),
+    "import-rankings": Command("recipes.import_rankings", "Read preferences in a public format: rushes import-rankings FORMAT FILE.", ("format", "file")),
+    "export-rankings": Command("recipes.export_rankings", "Write rankings in a public format: rushes export-rankings FORMAT FOLDER FILE.", ("format", "folder", "file")),
     "reward-model": Command("recipes.reward_model", "Learn a reward model from ranked clips."),
     "evaluate-reward": Command("recipes.evaluate_reward", "Judge a reward model on rankings it has not seen; write the report."),
     "vlm-reward": Command("recipes.vlm_reward", "Learn a reward from ranked clips on top of a vision-language model."),
@@ -124,13 +128,24 @@ def _run(words: list[str], flags: set[str]) -> dict[str, Any] | str:
     if name == "bench":
         return _bench(rest, flags)
     module = _import(COMMANDS[name].module, name)
-    config, overrides = (Path(rest[0]), rest[1:]) if rest and not rest[0].startswith("-") else (shipped_config(name), rest)
     if "--help" in flags:
-        return _command_help(name, COMMANDS[name].help, module)
+        return _command_help(name, COMMANDS[name].help, module, words=COMMANDS[name].words)
     from align.config import load
 
+    config, overrides = arguments_of(name, rest)
     result: dict[str, Any] = module.main(load(module.Config, config, overrides), resume="--resume" in flags)
     return result
+
+
+def arguments_of(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """(configuration, `--key value` words) of what follows a command's name."""
+    keys = COMMANDS[name].words
+    if not keys:
+        return (Path(rest[0]), list(rest[1:])) if rest and not rest[0].startswith("-") else (shipped_config(name), list(rest))
+    given = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
+    if given and len(given) != len(keys):
+        raise UserError(f"{len(given)} words after {name}, on the command line. Write rushes {name} {' '.join(keys).upper()}")
+    return None, [*(f"--{key}={word}" for key, word in zip(keys, given, strict=False)), *rest[len(given) :]]
 
 
 def _bench(rest: list[str], flags: set[str]) -> dict[str, Any] | str:
@@ -173,12 +188,12 @@ def _import(name: str, command: str) -> ModuleType:
         raise UserError(f"{needed}. See `rushes doctor`") from error
 
 
-def _command_help(name: str, sentence: str, module: ModuleType, *, takes_file: bool = True) -> str:
+def _command_help(name: str, sentence: str, module: ModuleType, *, takes_file: bool = True, words: Sequence[str] = ()) -> str:
     from align.config import help_text
 
     shipped = shipped_config(name)
     default = f"\nWithout CONFIG.yaml: {shipped}\n" if shipped else ""
-    file = "[CONFIG.yaml] " if takes_file else ""
+    file = "".join(f"{word.upper()} " for word in words) or ("[CONFIG.yaml] " if takes_file else "")
     return f"rushes {name} {file}[--key.path value ...] [--resume] [--json] [--debug]\n\n{sentence}\n{default}\n{help_text(module.Config)}\n"
 
 

@@ -31,6 +31,7 @@ from recipes.match import SHIPPED
 from reward.agreement import Interval, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
 from reward.comparisons import Comparisons, RankingEvent, load_comparisons
 from reward.features import SIGNALS, signal_features
+from reward.licences import check_commercial
 from reward.matcher import PARTS, load_matcher
 from reward.model import EncodeText, RewardModel, save_reward_model
 from reward.ranking import davidson_luce, tie_parameter
@@ -49,6 +50,8 @@ class Config(BaseConfig):
     """Folder of rankings, as `reward/comparisons.py` writes it."""
     clips: Path = Path("runs/candidates")
     """Clip store with the ranked clips."""
+    commercial: bool = False
+    """Whether the model is for commercial use: answers whose licence forbids that, or is not known, then stop the run."""
     start: Literal["reward", "guard"] = "reward"
     """Which shipped matcher to start from; a guard starts from another one than the model it watches."""
     matcher: Path | None = None
@@ -122,10 +125,12 @@ class Table:
         return Table(*(getattr(self, each.name).to(device) for each in fields(self)))
 
 
-def load_answers(comparisons: Path) -> Answers:
-    """The rankings in a folder, by split. Raises UserError where there is none to learn from."""
+def load_answers(comparisons: Path, *, commercial: bool) -> Answers:
+    """The rankings in a folder, by split. Raises UserError where there is none to learn from, or where `commercial` and a licence forbids that or is unknown."""
     data = load_comparisons(comparisons)
     usable = usable_events(data)
+    if commercial:
+        check_commercial(usable, comparisons)
     splits = {name: [event for event in usable if data.split[event.prompt_id] == name] for name in ("train", "val", "test")}
     if not splits["train"]:
         raise UserError(f"no rankings to learn from in the split train, {comparisons}. Rank more prompts ({len(usable)} usable answers found)")
@@ -459,7 +464,7 @@ def sizes_of(train: Sequence[Rankings]) -> list[str]:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """Trains and measures; writes weights and card into `out` and returns what the report shows."""
-    answers, store = load_answers(cfg.comparisons), ClipStore(cfg.clips)
+    answers, store = load_answers(cfg.comparisons, commercial=cfg.commercial), ClipStore(cfg.clips)
     data, dims, k = answers.data, answers.dims, answers.most_clips
     encode = TextEncoder()
     encode([data.prompts[key].text for key in sorted({event.prompt_id for event in answers.usable})])

@@ -81,6 +81,8 @@ class Config(BaseConfig):
     """Folder of rankings, as `reward/comparisons.py` writes it."""
     clips: Path = Path("runs/candidates")
     """Clip store with the ranked clips."""
+    commercial: bool = False
+    """Whether the model is for commercial use: answers whose licence forbids that, or is not known, then stop the run."""
     base: str = "Qwen/Qwen2-VL-2B-Instruct"
     """Folder or hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL. A hub id is downloaded only where HF_HUB_OFFLINE is 0."""
     revision: str = ""
@@ -211,7 +213,7 @@ def check_rates(data: Comparisons, parts: Sequence[Rankings], sampler: FrameSamp
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """Trains and measures; writes weights and card into `out` and returns what the report shows."""
-    answers = load_answers(cfg.comparisons)
+    answers = load_answers(cfg.comparisons, commercial=cfg.commercial)
     data, dimensions = answers.data, asked_dimensions(cfg, answers.dims)
     sampler = FrameSampler(**cfg.frames.model_dump())
     parts = {name: load_rankings(events, data, ClipStore(cfg.clips), answers.dims, answers.most_clips) for name, events in answers.splits.items()}

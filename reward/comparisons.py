@@ -24,7 +24,7 @@ from base_model.errors import UserError
 from base_model.video.store import ClipRow
 from reward.splits import SPLITS, assign_splits, components_of
 
-KINDS = ("pair", "rank", "likert", "tag")
+KINDS = ("pair", "rank", "best", "likert", "tag")
 CHOICES = ("A", "B", "tie", "both_bad", "both_good", "invalid")
 
 
@@ -33,7 +33,8 @@ class RankingEvent:
     """One answer of one person about one task in one dimension.
 
     Example: of clips a, b, c, d somebody found b best, a and d equal, c worst: clip_ids (a, b, c, d), ranks (2, 1, 3, 2). A clip left
-    unranked has rank None. A pair (kind "pair") carries `choice` beside its ranks.
+    unranked has rank None. A pair (kind "pair") carries `choice` beside its ranks. The best of several (kind "best") has rank 1 and the others None:
+    it is better than each of them, and nobody compared them.
     """
 
     event_id: str
@@ -239,7 +240,7 @@ def _problem(event: RankingEvent, data: Comparisons) -> str | None:
         return f"unknown kind {event.kind!r} (one of {', '.join(KINDS)})"
     if event.choice is not None and event.choice not in CHOICES:
         return f"unknown choice {event.choice!r} (one of {', '.join(CHOICES)})"
-    if k < 2 and event.kind in ("pair", "rank"):
+    if k < 2 and event.kind in ("pair", "rank", "best"):
         return f"it ranks {k} clips; a ranking takes two or more"
     if event.kind == "pair" and k != 2:
         return f"a pair has two clips, this one {k}"
@@ -247,6 +248,8 @@ def _problem(event: RankingEvent, data: Comparisons) -> str | None:
         return "a clip appears in it twice"
     if len(event.ranks) != k or any(rank is not None and not 1 <= rank <= k for rank in event.ranks):
         return f"ranks {event.ranks} are no ranking of {k} clips (whole numbers from 1 to {k}, equal where tied, null where not ranked)"
+    if event.kind == "best" and [rank for rank in event.ranks if rank is not None] != [1]:
+        return f"the best of several has rank 1 and the others none, not {event.ranks}"
     if event.kind == "pair" and event.choice in ("A", "B", "tie", "both_bad", "both_good") and not _choice_fits(event):
         return f"choice {event.choice} contradicts ranks {event.ranks}"
     if event.shown_order and sorted(event.shown_order) != list(range(k)):
@@ -278,8 +281,8 @@ def _merge(old: Mapping[str, Row], new: Mapping[str, Row], folder: Path) -> dict
 
 
 def _stable(row: object) -> dict[str, Any]:
-    """What identifies a row: all but its split and the time it was made."""
-    return {name: value for name, value in asdict(row).items() if name not in ("split", "created_at", "path")}  # type: ignore[call-overload]
+    """What identifies a row: all but its split, the time it was made and where it was first seen."""
+    return {name: value for name, value in asdict(row).items() if name not in ("split", "created_at", "path", "source")}  # type: ignore[call-overload]
 
 
 # Parquet

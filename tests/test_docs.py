@@ -20,7 +20,7 @@ import pytest
 
 from align.config import load
 from base_model.errors import UserError
-from recipes.cli import COMMANDS, benchmarks
+from recipes.cli import COMMANDS, arguments_of, benchmarks
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *(file for folder in ("align", "base_model", "reward", "recipes", ".github") for file in (ROOT / folder).rglob("*.md"))])
@@ -89,9 +89,9 @@ def check_command(line: str) -> None:
     else:
         assert name in COMMANDS, line
         module = COMMANDS[name].module
-    config = ROOT / rest.pop(0) if rest and not rest[0].startswith("-") else None
-    if rest or config:
-        load(importlib.import_module(module).Config, config, rest)
+    config, options = arguments_of(name, rest) if name in COMMANDS and name != "bench" and rest else (None, rest)
+    if rest:
+        load(importlib.import_module(module).Config, config and ROOT / config, options)
 
 
 def test_blocks_commands_and_excuses_are_read_from_markdown() -> None:

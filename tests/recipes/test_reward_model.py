@@ -99,3 +99,18 @@ def test_missing_input_is_one_line(world: Path, tmp_path: Path) -> None:
         main(config(world, tmp_path / "out", comparisons=tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no such weights"):
         main(config(world, tmp_path / "out", matcher=tmp_path / "no.safetensors"))
+
+
+def test_a_commercial_run_refuses_answers_whose_licence_forbids_it_or_is_unknown(tmp_path: Path) -> None:
+    clips, prompts = [Clip(name, f"{name}.mkv", "p") for name in "ab"], [Prompt("p", "a cat")]
+    events = [
+        RankingEvent(f"e{licence}", "t", "p", "ann", ("a", "b"), (1, 2), source_dataset="their data", licence=licence, kind="pair", choice="A")
+        for licence in ("CC-BY-NC-4.0", "", "Apache-2.0")
+    ]
+    write_comparisons(tmp_path / "rankings", events, clips=clips, prompts=prompts, shares=(1, 0, 0))
+    settings = {"out": tmp_path / "out", "comparisons": tmp_path / "rankings", "clips": tmp_path / "clips"}
+    with pytest.raises(UserError, match=r"1 answers of their data under no licence \(unknown\); 1 answers of their data under CC-BY-NC-4.0 \(non-commercial\), .*rankings"):
+        main(Config(**settings, commercial=True))
+    with pytest.raises(UserError, match=r"a\.mkv"):
+        main(Config(**settings))  # goes on, to the clip that is not there
+    assert not (tmp_path / "out").exists()

@@ -118,6 +118,7 @@ def test_the_same_data_give_the_same_bytes(tmp_path: Path) -> None:
         ({"kind": "stars"}, "unknown kind 'stars'"),
         ({"choice": "C"}, "unknown choice 'C'"),
         ({"kind": "pair"}, "a pair has two clips"),
+        ({"kind": "best"}, "the best of several has rank 1 and the others none"),
         ({"kind": "pair", "clip_ids": ("c00", "c01"), "ranks": (1, 2), "choice": "B", "shown_order": (), "watch_ms": ()}, "contradicts"),
         ({"shown_order": (0, 1, 2, 2)}, "no permutation"),
         ({"likert": (1.0,)}, "one number a clip"),
