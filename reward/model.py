@@ -156,8 +156,11 @@ def read_card(folder: Path, tier: str) -> tuple[dict[str, Any], dict[str, Tensor
 
 def check_golden(folder: Path, card: Mapping[str, Any], scorer: Scorer) -> None:
     """Raises UserError where the scorer does not give the golden scores of its card: better no score than one by a random head or another encoder."""
-    golden, found = card["golden"], golden_scores(scorer)
-    if not all(torch.allclose(torch.tensor(found[key]), torch.tensor(golden[key]), atol=1e-3, rtol=1e-3) for key in ("mean", "spread")):
+    found = golden_scores(scorer)
+    with card_errors(folder):
+        golden = card["golden"]
+        same = all(torch.allclose(torch.tensor(found[key]), torch.tensor(golden[key], dtype=torch.float32), atol=1e-3, rtol=1e-3) for key in ("mean", "spread"))
+    if not same:
         raise UserError(f"the model does not give the golden scores of its card, {folder}: found {found['mean']}, expected {golden['mean']}. Train it again")
 
 
