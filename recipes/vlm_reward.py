@@ -247,7 +247,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         "seed": cfg.seed,
         "seconds": round(run.seconds, 1),
         "clips": sizes_of(train),
-        **facts_of(answers, parts),
+        **facts_of(answers),
     }
     card = save_vlm_reward(cfg.out, model, facts)
     return {"out": str(cfg.out), "normalisation": card["normalisation"], "temperature": card["temperature"], "seconds": facts["seconds"], **result}

@@ -9,12 +9,13 @@ counts. A few hundred rankings are not enough for more: heads with a hidden laye
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,10 @@ from base_model.errors import UserError
 from base_model.types import Conditioning
 from reward.features import SIGNALS, signal_features
 from reward.matcher import PARTS, Matcher, MatcherSize
-from reward.types import Scores
+from reward.types import Scorer, Scores
 
 INPUTS = (*PARTS, *SIGNALS)
+TIER = "matcher"
 EncodeText = Callable[[Sequence[str]], Conditioning]
 
 
@@ -96,26 +98,31 @@ class Heads(nn.Module):
         return x @ self.weight
 
 
-# Files
+# Files: weights and a card in one folder, whatever the score is made of
 
 
-def save_reward_model(folder: Path, model: RewardModel, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes `reward_model.safetensors` and `reward_card.json` (returned): how to read the scores, `facts`, and golden scores to check when loaded."""
-    model.eval()
+class Calibrated(Scorer, Protocol):
+    """A scorer with what its card tells of it, each [R] but for the tie parameters [R,K-1]."""
+
+    temperature: Tensor
+    center: Tensor
+    scale: Tensor
+    log_tie: nn.Parameter
+
+
+def write_card(folder: Path, model: Calibrated, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes `reward_model.safetensors` and `reward_card.json` (returned): how to read the scores, what is `told`, and golden scores to check when loaded."""
     path = folder / "reward_model.safetensors"
-    save_weights(path, model.state_dict(), {})
+    save_weights(path, tensors, {})
     values = {
         "dims": list(model.dims),
-        "size": asdict(model.matcher.size),
-        "members": len(model.heads.weight),
         "most_clips": model.log_tie.shape[-1] + 1,
-        "inputs": list(INPUTS),
         "normalisation": {dim: {"center": c, "scale": s} for dim, c, s in zip(model.dims, model.center.tolist(), model.scale.tolist(), strict=True)},
         "temperature": dict(zip(model.dims, model.temperature.tolist(), strict=True)),
         "log_tie": dict(zip(model.dims, model.log_tie.tolist(), strict=True)),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "golden": _golden_scores(model),
-        **facts,
+        "golden": golden_scores(model),
+        **told,
     }
     text = json.dumps(values, indent=2) + "\n"
     atomic_write(folder / "reward_card.json", text.encode())
@@ -123,36 +130,44 @@ def save_reward_model(folder: Path, model: RewardModel, facts: Mapping[str, Any]
     return card
 
 
-def load_reward_model(folder: Path, encode: EncodeText) -> RewardModel:
-    """The model in `folder`, ready to score (no gradients into its weights).
-
-    Raises UserError where card or weights are missing, damaged, of different runs, or where the model does not give the golden scores of its card:
-    better no score than one by a random head or another text encoder.
-    """
-    card_path, path = folder / "reward_card.json", folder / "reward_model.safetensors"
+@contextlib.contextmanager
+def card_errors(folder: Path) -> Iterator[None]:
+    """What goes wrong while a model is made of its card and weights becomes a UserError of one line."""
     try:
-        card = json.loads(card_path.read_text())
-        tensors, _ = load_weights(path)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != card["sha256"]:
-            raise UserError(f"the weights are not those of their card, {path}. Make both again with `rushes reward-model`")
-        if card["inputs"] != list(INPUTS):
-            raise UserError(f"made with other inputs than this version computes, {card_path}. Train it again with `rushes reward-model`")
-        model = RewardModel(Matcher(MatcherSize(**card["size"])), card["dims"], encode, members=card["members"], most_clips=card["most_clips"])
-        model.load_state_dict(tensors)
+        yield
     except FileNotFoundError as error:
         raise UserError(f"no reward model, {folder}. Give a folder written by `rushes reward-model`") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"not a reward model's card and weights, {folder}. Make them again with `rushes reward-model`") from error
-    model.eval().requires_grad_(False)
-    golden, found = card["golden"], _golden_scores(model)
-    if not all(torch.allclose(torch.tensor(found[key]), torch.tensor(golden[key]), atol=1e-3, rtol=1e-3) for key in ("mean", "spread")):
+
+
+def read_card(folder: Path, tier: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Card and weights of a model of that tier. Raises UserError where one is missing or damaged, or where they are of different runs."""
+    path = folder / "reward_model.safetensors"
+    with card_errors(folder):
+        card = json.loads((folder / "reward_card.json").read_text())
+        tensors, _ = load_weights(path)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != card["sha256"]:
+            raise UserError(f"the weights are not those of their card, {path}. Make both again with `rushes reward-model`")
+        if card.get("tier", TIER) != tier:
+            raise UserError(f"a reward model of the tier {card['tier']!r}, where one of {tier!r} is read, {folder}. Give another folder")
+    return card, tensors
+
+
+def check_golden(folder: Path, card: Mapping[str, Any], scorer: Scorer) -> None:
+    """Raises UserError where the scorer does not give the golden scores of its card: better no score than one by a random head or another encoder."""
+    found = golden_scores(scorer)
+    with card_errors(folder):
+        golden = card["golden"]
+        same = all(torch.allclose(torch.tensor(found[key]), torch.tensor(golden[key], dtype=torch.float32), atol=1e-3, rtol=1e-3) for key in ("mean", "spread"))
+    if not same:
         raise UserError(f"the model does not give the golden scores of its card, {folder}: found {found['mean']}, expected {golden['mean']}. Train it again")
-    return model
 
 
 @torch.no_grad()
-def _golden_scores(model: RewardModel) -> dict[str, list[list[float]]]:
-    scores = model(*golden_clips())
+def golden_scores(scorer: Scorer) -> dict[str, list[list[float]]]:
+    """What it says of the golden clips."""
+    scores = scorer(*golden_clips())
     return {"mean": scores.mean.tolist(), "spread": scores.spread.tolist()}
 
 
@@ -162,3 +177,27 @@ def golden_clips() -> tuple[Tensor, list[str]]:
     bars = torch.stack([(x - 3 * t).sub(5).abs() < 3, (y - 2 * t).sub(4).abs() < 2]).float()[:, :, None]  # [2, T, 1, H, W]
     colors = torch.tensor([[0.9, 0.1, 0.2], [0.1, 0.3, 0.9]]).view(2, 1, 3, 1, 1)
     return 0.2 + bars * (colors - 0.2), ["a red bar moves right", "a blue bar moves down"]
+
+
+def save_reward_model(folder: Path, model: RewardModel, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes weights and card (returned) into `folder`; `facts` go into the card."""
+    model.eval()
+    return write_card(
+        folder, model, model.state_dict(), {"tier": TIER, "size": asdict(model.matcher.size), "members": len(model.heads.weight), "inputs": list(INPUTS), **facts}
+    )
+
+
+def load_reward_model(folder: Path, encode: EncodeText) -> RewardModel:
+    """The model in `folder`, ready to score (no gradients into its weights).
+
+    Raises UserError where card or weights are missing, damaged, of different runs, or where the model does not give the golden scores of its card.
+    """
+    card, tensors = read_card(folder, TIER)
+    with card_errors(folder):
+        if card["inputs"] != list(INPUTS):
+            raise UserError(f"made with other inputs than this version computes, {folder / 'reward_card.json'}. Train it again with `rushes reward-model`")
+        model = RewardModel(Matcher(MatcherSize(**card["size"])), card["dims"], encode, members=card["members"], most_clips=card["most_clips"])
+        model.load_state_dict(tensors)
+    model.eval().requires_grad_(False)
+    check_golden(folder, card, model)
+    return model
