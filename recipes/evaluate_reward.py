@@ -7,7 +7,7 @@ and what another person reaches. Nothing is chosen on the judged split but what 
 
 Writes `report.json` with everything and `report.html`, one page. A clip without a score is left out and counted, never taken for a tie.
 
-What this does not do: change the clips and look whether the score follows (`metamorphic` in report.json is null).
+Last, good clips are changed, and the score has to stay or to fall (`reward/metamorphic.py`): drawn clips of the built-in world, and real footage where `--footage` names some.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ import torch
 from torch import Tensor
 
 from align.config import Config as BaseConfig
-from align.config import Count, Seed, resolved
+from align.config import Count, Seed, Whole, resolved
 from align.progress import Progress
 from base_model.checkpoint import check_can_write, read_json
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
+from base_model.types import ClipShape
 from base_model.video.files import write_atomic
 from base_model.video.store import ClipStore
+from recipes.changed_clips import drawn_cases, footage_cases, table_of, within_prompt_std
 from recipes.charts import Series, line_chart
 from recipes.doctor import hardware
 from recipes.report import NOT_MEASURED, finite, flat, interval_text
@@ -55,7 +57,9 @@ from reward.calibration import (
 )
 from reward.comparisons import Clip, Comparisons, RankingEvent, load_comparisons
 from reward.features import signal_features
+from reward.metamorphic import CHECKS, run_checks
 from reward.model import RewardModel, load_reward_model
+from reward.types import Scorer, Scores
 
 MODEL, SIGNALS_ONLY, PROMPT_ONLY = "reward model", "signals only", "prompt only"
 Score = Mapping[str, float]
@@ -77,6 +81,10 @@ class Config(BaseConfig):
     """Another split, on whose answers threshold, temperature and tie parameter are chosen."""
     batch: Count = 64
     """Clips scored at once."""
+    drawn: Whole = 24
+    """Drawn clips of the built-in world that are changed in every way of `reward/metamorphic.py`; 0: none, for a model that was never taught that world."""
+    footage: Path | None = None
+    """Folder of real clips that are changed too, in the ways that ask nothing of the prompt."""
     seed: Seed = 0
     """Seed of resampling and simulation."""
 
@@ -286,6 +294,7 @@ def evaluate_model(cfg: Config, model: RewardModel, data: Comparisons, store: Cl
         fitted = signal_scores(in_split["train"], signals, dims)
         scorers[SIGNALS_ONLY] = {dim: signals.column(fitted, r) for r, dim in enumerate(dims)}
     scorers[PROMPT_ONLY] = {dim: dict.fromkeys(to_score, 0.0) for dim in dims}
+    std = within_prompt_std(scorers[MODEL], {clip_id: data.clips[clip_id].prompt_id for clip_id in to_score})
     unscored = [clip_id for clip_id in ids[cfg.split] if not all(math.isfinite(scorers[MODEL][dim][clip_id]) for dim in dims)]
     return {
         "split": cfg.split,
@@ -293,8 +302,37 @@ def evaluate_model(cfg: Config, model: RewardModel, data: Comparisons, store: Cl
         "clips": len(ids[cfg.split]),
         "unscored_clips": len(unscored),
         "not_judged": sorted((there | set(model.dims)) - set(dims)),
+        "metamorphic": changed(cfg, model, [data.clips[clip_id] for clip_id in to_score], std),
         "dimensions": {dim: judge_dimension(dim, cfg, model, data, {name: scores[dim] for name, scores in scorers.items()}) for dim in dims},
     }
+
+
+def changed(cfg: Config, model: Scorer, clips: Sequence[Clip], std: Mapping[str, float]) -> dict[str, Any]:
+    """What the metamorphic checks found on clips of the size that is ranked most, of drawn ones and of footage; {} for what was not asked for."""
+    size = Counter((clip.num_frames, clip.height, clip.width) for clip in clips).most_common(1)[0][0]
+    fps = Counter(clip.fps for clip in clips).most_common(1)[0][0]
+    cases = {
+        "drawn": drawn_cases(cfg.drawn, ClipShape(*size), seed=cfg.seed) if cfg.drawn else [],
+        "footage": footage_cases(cfg.footage, ClipShape(*size), fps) if cfg.footage else [],
+    }
+    free = tuple(check for check in CHECKS if not check.needs_prompt)
+    known = {dim: value for dim, value in std.items() if value > 0}
+    judged = Narrowed(model, tuple(known)) if known else None
+    return {
+        name: table_of(run_checks(judged, some, known, CHECKS if name == "drawn" else free, batch=cfg.batch)) if some and judged else {} for name, some in cases.items()
+    }
+
+
+class Narrowed:
+    """A scorer's dimensions that are to be checked."""
+
+    def __init__(self, scorer: Scorer, dims: tuple[str, ...]) -> None:
+        self.dims, self.differentiable, self._scorer = dims, scorer.differentiable, scorer
+        self._columns = [scorer.dims.index(dim) for dim in dims]
+
+    def __call__(self, video: Tensor, prompts: Sequence[str]) -> Scores:
+        scores = self._scorer(video, list(prompts))
+        return Scores(scores.mean[:, self._columns], scores.spread[:, self._columns])
 
 
 def judge_dimension(dim: str, cfg: Config, model: RewardModel, data: Comparisons, scorers: Mapping[str, Score]) -> dict[str, Any]:
@@ -339,10 +377,18 @@ def as_text(results: Mapping[str, Any]) -> str:
     """The tables for a terminal."""
     lines = []
     for dim, found in results["dimensions"].items():
-        rows = [(dim, *COLUMNS[1:]), *table_rows(found)]
-        width = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-        lines += ["  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in rows] + [""]
+        lines += [*_aligned([(dim, *COLUMNS[1:]), *table_rows(found)]), ""]
+    for name, table in results["metamorphic"].items():
+        for dim, found in table.items():
+            rows = [(f"{name} clips changed, {dim}", "must", "cases", "passed")]
+            rows += [(row["check"], row["expect"], str(row["cases"]), interval_text(row["passed"])) for row in (*found["checks"], found["all"])]
+            lines += [*_aligned(rows), ""]
     return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    width = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in rows]
 
 
 def charts(found: Mapping[str, Any]) -> dict[str, str]:
@@ -388,7 +434,6 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     card = read_json(cfg.model / "reward_card.json", "the card of the reward model")
     results = evaluate_model(cfg, model, data, store)
     results |= {
-        "metamorphic": None,
         "trained_on_the_split_train_of_these_answers": card.get("data_sha256") == events_hash(usable_events(data)),
         "lineage": {"weights_sha256": card["sha256"], "answers_sha256": events_hash(usable_events(data)), "trained_with": card.get("command")},
         "hardware": hardware(),
@@ -398,7 +443,9 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     write_atomic(cfg.out / "report.json", (json.dumps(finite(results), indent=2) + "\n").encode())
     write_atomic(cfg.out / "report.html", render_page(results).encode())
     print(as_text(results), file=sys.stderr, flush=True)
-    return {"report": str(cfg.out / "report.html"), "unscored_clips": results["unscored_clips"], **{dim: _short(found) for dim, found in results["dimensions"].items()}}
+    passed = {name: {dim: found["all"]["passed"] for dim, found in table.items()} for name, table in results["metamorphic"].items() if table}
+    short = {"report": str(cfg.out / "report.html"), "metamorphic": passed, "unscored_clips": results["unscored_clips"]}
+    return {**short, **{dim: _short(found) for dim, found in results["dimensions"].items()}}
 
 
 def _short(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(world: Path, **changes: Any) -> Config:
-    return Config(out=world / "out", model=world / "model", comparisons=world / "rankings", clips=world / "clips").model_copy(update=changes)
+    return Config(out=world / "out", model=world / "model", comparisons=world / "rankings", clips=world / "clips", drawn=0).model_copy(update=changes)
 
 
 def judged(world: Path, scorer: Brightness, **changes: Any) -> dict[str, Any]:
@@ -182,12 +182,22 @@ def test_without_validation_answers_nothing_is_chosen_and_the_page_says_so(world
     assert "not measured: no answers in the split val" in page_of(found)
 
 
+def test_changed_clips_are_held_against_the_spread_within_prompts(world: Path, tmp_path: Path) -> None:
+    found = judged(world, Brightness(), drawn=3)
+    (table,) = found["metamorphic"]["drawn"].values()
+    passed = {row["check"]: row["passed"]["mean"] for row in table["checks"]}
+    assert passed["mirrored, sides swapped in the prompt"] == 1 and passed["under a wrong prompt"] == 0 and passed["gridded"] == 0  # brightness knows no better
+    assert found["metamorphic"]["footage"] == {}
+    page = page_of(found)
+    assert "under a wrong prompt" in page and "Real footage" not in page and "under a wrong prompt" in as_text(found)
+
+
 # What is written
 
 
 def page_of(results: dict[str, Any]) -> str:
     return render_page(
-        {"metamorphic": None, "trained_on_the_split_train_of_these_answers": True, "lineage": {}, "config": {}, "commit": "", "versions": {}, "hardware": {}, **results}
+        {"trained_on_the_split_train_of_these_answers": True, "lineage": {}, "config": {}, "commit": "", "versions": {}, "hardware": {}, **results}
     )
 
 
@@ -233,7 +243,8 @@ def test_the_command_writes_a_report_that_repeats(world: Path, tmp_path: Path, c
         result = json.loads(said.out)
         assert "accuracy, no ties" in said.err and result["report"] == str(tmp_path / name / "report.html") and 0 < result["overall"]["accuracy"]["mean"] < 1
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in "ab"]
-    assert reports[0] | {"config": 0} == reports[1] | {"config": 0} and reports[0]["metamorphic"] is None
+    assert reports[0] | {"config": 0} == reports[1] | {"config": 0}
+    assert result["metamorphic"]["drawn"]["overall"] == reports[0]["metamorphic"]["drawn"]["overall"]["all"]["passed"] and "drawn clips changed, overall" in said.err
     assert reports[0]["trained_on_the_split_train_of_these_answers"] is False and reports[0]["dimensions"]["overall"]["scorers"][PROMPT_ONLY]["kendall_tau"]["mean"] is None
     assert "whether it has seen these prompts is not known" in (tmp_path / "a" / "report.html").read_text()
 
