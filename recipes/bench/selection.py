@@ -59,8 +59,8 @@ Array = NDArray[np.float64]
 class Config(Bench):
     out: Path = Path("runs/bench-selection")
     """Folder of the pool and of finished curves, which are not computed again. `quick` keeps nothing."""
-    seeds: Seeds = (0, 1, 2, 3, 4)
-    """Seeds of people's noise, first rankings and random tasks. `quick` takes at most two."""
+    seeds: Seeds = tuple(range(20))
+    """Seeds of people's noise, first rankings and random tasks; five say little. `quick` takes at most two."""
     methods: tuple[Method, ...] = METHODS
     """What is compared; ratios are to `random`."""
     sizes: Annotated[tuple[Annotated[int, Field(ge=2, le=4)], ...], Field(min_length=1)] = (2, 4)
