@@ -22,13 +22,12 @@ from align.run import Run, derived_seed
 from base_model.errors import UserError
 from base_model.video.store import ClipStore
 from recipes import reward_model
-from recipes.reward_model import Answers, Best, Config, Table, as_tensors, held_out_nll, ranking_loss
+from recipes.reward_model import Answers, Best, Config, Table, as_tensors, held_out_nll, ranking_loss, start_log_tie
 from reward import features as signals
 from reward.cache import FeatureCache, clip_tokens, feature_key, text_features
 from reward.comparisons import Comparisons, RankingEvent
 from reward.encoders import Encoder, load_encoder
 from reward.pooled import Features, PooledModel, features_of, save_pooled
-from reward.ranking import pair_outcomes, tie_parameter
 
 PATIENCE = 5
 """Passes without a better loss on val before the end."""
@@ -101,10 +100,8 @@ def start_heads(cfg: Config, encoders: Sequence[Encoder], dims: tuple[str, ...],
         torch.manual_seed(derived_seed(cfg.seed, "heads", 0))
         model = PooledModel(encoders, dims, members=cfg.members, width=settings.width, motion_dims=settings.motion_dims, most_clips=k)
     model.fit_standard(train.clips.features)
-    outcome, ranked = pair_outcomes(train.table.ranks)
-    share = float((outcome[ranked] == 0).float().mean())
     with torch.no_grad():
-        model.log_tie.copy_(tie_parameter(min(max(share, 0.02), 0.6)) - torch.arange(k - 1).float())
+        model.log_tie.copy_(start_log_tie([train.table], k))
     return model
 
 

@@ -245,7 +245,7 @@ def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rank
     return model
 
 
-def start_log_tie(train: Sequence[Rankings], k: int) -> Tensor:
+def start_log_tie(train: Sequence[Rankings | Table], k: int) -> Tensor:
     """Tie parameters [K-1] by which equally good pairs tie as often as pairs do in the rankings."""
     ranks = torch.cat([part.ranks for part in train])
     tied = float(((ranks[:, :, None] == ranks[:, None, :]) & (ranks > 0)[:, :, None]).sum() - (ranks > 0).sum())

@@ -13,7 +13,8 @@ import torch
 from align.run import read_metrics
 from base_model.errors import UserError
 from base_model.video.store import ClipStore, NewClip
-from recipes.reward_model import Config, Encoders, main
+from recipes import reward_encoders
+from recipes.reward_model import Config, Encoders, held_out_nll, main
 from reward.comparisons import Clip, Prompt, RankingEvent, write_comparisons
 from reward.encoders import Encoder
 from reward.pooled import load_pooled
@@ -88,6 +89,28 @@ def test_all_families_learn_together_and_a_second_run_encodes_and_decodes_nothin
     assert {**second, "out": "", "seconds": 0} == {**first, "out": "", "seconds": 0}
     assert (world / "first" / "reward_model.safetensors").read_bytes() == (tmp_path / "b" / "reward_model.safetensors").read_bytes()
     assert json.loads((tmp_path / "b" / "reward_card.json").read_text())["cache"]["misses"] == 0
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(world: Path, first: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings(out: str) -> Config:
+        return config(world, tmp_path / out, "clip", epochs=4).model_copy(update={"save_every": 2})
+
+    main(settings("whole"))
+    calls: list[int] = []
+
+    def cut_off(*arguments: Any) -> float:
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("cut off")
+        return held_out_nll(*arguments)
+
+    monkeypatch.setattr(reward_encoders, "held_out_nll", cut_off)
+    with pytest.raises(RuntimeError, match="cut off"):
+        main(settings("broken"))
+    monkeypatch.undo()
+    main(settings("broken"), resume=True)
+    whole, broken = ((tmp_path / name / "reward_model.safetensors").read_bytes() for name in ("whole", "broken"))
+    assert whole == broken
 
 
 def test_half_precision_features_are_kept_and_told(world: Path, tmp_path: Path) -> None:
