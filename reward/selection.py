@@ -308,7 +308,7 @@ def next_tasks(
     mix = mix or Mix()
     mine = [each for each in given if each.person == person]
     seen = {frozenset(each.clip_ids) for each in mine}
-    people = Counter(frozenset(each.clip_ids) for each in {(each.person, frozenset(each.clip_ids)): each for each in given if each.kind != "gold"}.values())
+    people = Counter(clips for _, clips in {(each.person, frozenset(each.clip_ids)) for each in given if each.kind != "gold"})
     out: list[Given] = []
     for slot in range(len(mine), min(len(mine) + number, mix.most)):
         rng = np.random.default_rng([seed, _number(person), slot])

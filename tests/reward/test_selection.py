@@ -306,7 +306,7 @@ def test_a_candidate_is_given_to_as_many_people_as_wanted() -> None:
         given: list[Given] = []
         for person in "abcd":
             given += next_tasks(person, 30, CANDIDATES[:60], given, mix=Mix(0.5, 0.3, 0, 0.2, 0, people=people))
-        persons = Counter(key for key in {(task.person, frozenset(task.clip_ids)): None for task in given} for key in [key[1]])
+        persons = Counter(clips for _, clips in {(task.person, frozenset(task.clip_ids)) for task in given})
         assert max(persons.values()) == people
         assert len({task.clip_ids for task in given}) <= 60
     tasks = next_tasks("b", 5, CANDIDATES, [Given("a", "p0", ("0c", "0b", "0a"), (0, 1, 2), "active")], mix=Mix(1, 0, 0, 0, 0))
