@@ -19,6 +19,7 @@ Letters: B clips, T frames, F frames that the encoder sees, N tokens, D width of
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ class Pixels:
         return self.crop or (self.resize if isinstance(self.resize, tuple) else None)
 
 
-class Encoder:
+class Encoder(ABC):
     """A frozen checkpoint. `source` finds it again; `revision` is what it holds. Made by `load_encoder`."""
 
     motion = False
@@ -116,9 +117,9 @@ class Encoder:
         return f"{self.family}@{self.revision}"
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """N tokens a clip, each D wide."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def clips(self, video: Tensor) -> Tensor:
@@ -158,17 +159,17 @@ class Encoder:
         size = self.config.vision_config.image_size
         return size, size
 
+    @abstractmethod
     def tokens(self, pixels: Tensor) -> Tensor:
         """pixels [B,F,3,h,w] -> [B,N,D]."""
-        raise NotImplementedError
 
     def text(self, words: Mapping[str, Tensor]) -> Tensor:
-        """Tokenizer's output [P,L] -> [P,D]."""
-        raise NotImplementedError
+        """Tokenizer's output [P,L] -> [P,D]. Families that read text say how."""
+        raise ValueError(f"{self.family} reads no text")
 
     def cosine(self, tokens: Tensor, text: Tensor) -> Tensor:
-        """[B,N,D], [B,D] -> [B]."""
-        raise NotImplementedError
+        """[B,N,D], [B,D] -> [B]. Families that read text say how."""
+        raise ValueError(f"{self.family} reads no text")
 
 
 class FrameEncoder(Encoder):

@@ -86,6 +86,8 @@ def test_patches_are_those_of_the_original_network_averaged_over_their_place(fol
     assert tokens.shape[1:] == encoder.shape and encoder.motion and not encoder.reads_text
     with pytest.raises(ValueError, match="reads no text"):
         encoder.texts(PROMPTS)
+    with pytest.raises(ValueError, match="reads no text"):
+        encoder.cosines(tokens, tokens[:, 0])
 
 
 def resized(family: str, video: Tensor) -> Tensor:
