@@ -113,7 +113,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         taken = [rollout(model, kernel, x[part], times, cond[part], noise=generator, stochastic=noisy[:, part]) for part in parts]
 
         # Compare every clip with its own group.
-        seen = assess(feedback.decode(model, taken), cond.prompts)
+        seen = assess.finished(model, [made.x0 for made in taken], cond)
         relative = group_advantage(seen.reward, p.group_size, divide_by=p.divide_by)
         if multiplier is not None:
             multiplier.update(seen.violates)
