@@ -28,6 +28,7 @@ from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
 from base_model.video.store import ClipStore
 from recipes.match import SHIPPED
+from recipes.quality import SHIPPED as QUALITY
 from reward.agreement import Interval, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
 from reward.comparisons import Comparisons, RankingEvent, load_comparisons
 from reward.encoders import Dtype
@@ -35,6 +36,7 @@ from reward.features import SIGNALS, signal_features
 from reward.licences import check_commercial
 from reward.matcher import PARTS, load_matcher
 from reward.model import EncodeText, RewardModel, save_reward_model
+from reward.quality import load_quality
 from reward.ranking import davidson_luce, tie_parameter
 
 METRICS = {
@@ -236,7 +238,7 @@ def joined(parts: Sequence[Rankings], inputs: Sequence[Tensor]) -> Table:
 
 def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rankings], encode: EncodeText) -> RewardModel:
     """The matcher with fresh heads, inputs standardised on the training clips, tie parameters from the share of ties."""
-    model = RewardModel(load_matcher(cfg.matcher or SHIPPED[cfg.start]), dims, encode, members=cfg.members, most_clips=k)
+    model = RewardModel(load_matcher(cfg.matcher or SHIPPED[cfg.start]), load_quality(QUALITY[cfg.start]), dims, encode, members=cfg.members, most_clips=k)
     inputs = torch.cat([inputs_of(model, part) for part in train])  # [C,width]
     model.input_mean.copy_(inputs.mean(0))
     model.input_std.copy_(inputs.std(0).clamp(min=1e-4) if len(inputs) > 1 else torch.ones(inputs.shape[1]))

@@ -33,12 +33,12 @@ SIGNALS = {
     "first_to_last": "mean absolute difference of the first and the last frame",
     "centre": "luma contrast of the middle half of the frame against its border",
 }
-_LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)
 
 
 def signal_features(video: Tensor) -> Tensor:
     """video [B,T,3,H,W] in [0,1] -> [B, len(SIGNALS)] float32, in the order of SIGNALS."""
-    luma = torch.einsum("btchw,c->bthw", video, video.new_tensor(_LUMA))  # [B, T, H, W]
+    luma = torch.einsum("btchw,c->bthw", video, video.new_tensor(LUMA))  # [B, T, H, W]
     return torch.stack([*_colour(video, luma), *_detail(luma), *_time(video, luma), _centre(luma)], dim=-1)  # [B, S]
 
 

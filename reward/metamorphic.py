@@ -7,7 +7,6 @@ have among themselves, and "falls" when it is lower by any amount. What cannot b
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from base_model.video.files import from_uint8, read_video, resample_fps, write_mp4
+from reward.mirror import swap_sides
 from reward.types import Scorer
 
 STAYS_WITHIN = 0.25
 """Of the standard deviation of scores within a prompt."""
 GRID_PERIOD = 8
-_SIDES = {"left": "right", "leftward": "rightward", "leftwards": "rightwards", "leftmost": "rightmost", "clockwise": "counter-clockwise"}
-_SWAPPED = _SIDES | {there: here for here, there in _SIDES.items()} | {"counterclockwise": "clockwise", "anticlockwise": "clockwise", "anti-clockwise": "clockwise"}
-_WORDS = re.compile("|".join(rf"(?<![\w-]){word}(?![\w-])" for word in sorted(_SWAPPED, key=len, reverse=True)), re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -147,16 +144,6 @@ CHECKS = (
     Check("reversed", "falls", reversed_in_time, needs_prompt=True),
     Check("under a wrong prompt", "falls", under_a_wrong_prompt, needs_prompt=True),
 )
-
-
-def swap_sides(prompt: str) -> str:
-    """The prompt of the mirrored clip: left and right, clockwise and counter-clockwise change places; a capital stays one."""
-
-    def swapped(match: re.Match[str]) -> str:
-        word = _SWAPPED[match[0].lower()]
-        return word.capitalize() if match[0][0].isupper() else word
-
-    return _WORDS.sub(swapped, prompt)
 
 
 def moves(video: Tensor) -> bool:

@@ -1,10 +1,12 @@
 """The reward model: how well a clip does what its prompt says, learned from rankings.
 
     clip [B,T,3,H,W], prompt -> Matcher -> agreement in shape, in motion, presence [B,3] --+
-    clip -> signal_features -> [B,22] -------------------------------------------------------+-> an ensemble of linear heads -> mean and spread [B,R]
+    clip -> Quality -> log-probability that nothing is wrong [B] ----------------------------+-> an ensemble of linear heads -> mean and spread [B,R]
+    clip -> signal_features -> [B,22] -------------------------------------------------------+
 
-The matcher (`matcher.py`) is trained first, to tell a clip's caption from others; its weights start every reward model. People's rankings say how much each part
-counts. A few hundred rankings are not enough for more: heads with a hidden layer on everything the matcher knows ordered new clips worse than the matcher alone.
+The matcher (`matcher.py`) is trained first, to tell a clip's caption from others, and the judge of quality (`quality.py`), to tell whole clips from spoiled ones; their weights
+start every reward model. People's rankings say how much each part counts. A few hundred rankings are not enough for more: heads with a hidden layer on everything the
+matcher knows ordered new clips worse than the matcher alone. Everything is seen twice, as it is and mirrored with left and right swapped in the prompt, and the mean counts.
 """
 
 from __future__ import annotations
@@ -19,21 +21,26 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from base_model.checkpoint import atomic_write, load_weights, save_weights
 from base_model.errors import UserError
 from base_model.types import Conditioning
 from reward.features import SIGNALS, signal_features
 from reward.matcher import PARTS, Matcher, MatcherSize
+from reward.mirror import swap_sides
+from reward.quality import Quality
 from reward.types import Scorer, Scores
 
-INPUTS = (*PARTS, *SIGNALS)
+INPUTS = (*PARTS, "intact", *SIGNALS)
+MATCH_BEND = 2.0
+"""Deviations at which agreement with the prompt hardly counts any more: what is plainly there is there."""
 TIER = "matcher"
 EncodeText = Callable[[Sequence[str]], Conditioning]
 
 
 class RewardModel(nn.Module):
-    """A matcher, weight-free signals, and an ensemble of small heads: a `Scorer`.
+    """A matcher, a judge of quality, weight-free signals, and an ensemble of small heads: a `Scorer`.
 
     The mean over the heads is the score, in calibrated log-odds (divided by the temperature); their standard deviation is the spread. `center` and
     `scale` are the mean and standard deviation of the score over the training clips: constants for a mixture, not applied here.
@@ -46,10 +53,10 @@ class RewardModel(nn.Module):
     center: Tensor
     scale: Tensor
 
-    def __init__(self, matcher: Matcher, dims: Sequence[str], encode: EncodeText, *, members: int = 5, most_clips: int = 4) -> None:
+    def __init__(self, matcher: Matcher, quality: Quality, dims: Sequence[str], encode: EncodeText, *, members: int = 5, most_clips: int = 4) -> None:
         super().__init__()
         self.dims = tuple(dims)
-        self.matcher = matcher
+        self.matcher, self.quality = matcher, quality
         self.heads = Heads(members, len(INPUTS), len(self.dims))
         self.log_tie = nn.Parameter(torch.full((len(self.dims), most_clips - 1), -1.0))  # [R, K-1] see ranking.davidson_luce
         for name, value in (("input_mean", 0.0), ("input_std", 1.0)):
@@ -75,13 +82,18 @@ class RewardModel(nn.Module):
         return out
 
     def inputs(self, video: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The parts of the match and the signals, in the order of `INPUTS`, [B,25]."""
-        cond = self._encode(prompts)
-        return torch.cat([self.matcher.parts(video, cond.text, cond.mask), signal_features(video)], dim=-1)
+        """The parts of the match, the log-probability of being intact and the signals, in the order of `INPUTS`, [B,26]: means over the clip and its mirror image."""
+        cond = self._encode([*prompts, *map(swap_sides, prompts)])  # 2B
+        views = torch.cat([video, video.flip(-1)])  # [2B,T,3,H,W]
+        intact = F.logsigmoid(self.quality(views))[:, None]  # [2B,1]
+        seen = torch.cat([self.matcher.parts(views, cond.text, cond.mask), intact, signal_features(views)], dim=-1)  # [2B,26]
+        return seen.unflatten(0, (2, -1)).mean(0)
 
     def standardised(self, inputs: Tensor) -> Tensor:
-        """What the heads see: inputs [B,25] in deviations of the training clips, cut at three, so that no single one can be driven without end."""
-        return ((inputs - self.input_mean) / self.input_std).clamp(-3, 3)
+        """What the heads see: inputs [B,26] in deviations of the training clips, bent so that no single one can be driven without end; but more is always more."""
+        known = (inputs - self.input_mean) / self.input_std
+        bent = torch.cat([MATCH_BEND * torch.tanh(known[:, : len(PARTS)] / MATCH_BEND), 3 * torch.asinh(known[:, len(PARTS) :] / 3)], dim=-1)
+        return bent
 
 
 class Heads(nn.Module):
@@ -196,7 +208,7 @@ def load_reward_model(folder: Path, encode: EncodeText) -> RewardModel:
     with card_errors(folder):
         if card["inputs"] != list(INPUTS):
             raise UserError(f"made with other inputs than this version computes, {folder / 'reward_card.json'}. Train it again with `rushes reward-model`")
-        model = RewardModel(Matcher(MatcherSize(**card["size"])), card["dims"], encode, members=card["members"], most_clips=card["most_clips"])
+        model = RewardModel(Matcher(MatcherSize(**card["size"])), Quality(), card["dims"], encode, members=card["members"], most_clips=card["most_clips"])
         model.load_state_dict(tensors)
     model.eval().requires_grad_(False)
     check_golden(folder, card, model)
