@@ -116,10 +116,10 @@ def gridded(case: Case) -> Changed:
     return video.clamp(0, 1), case.prompt
 
 
-def oversaturated(case: Case) -> Changed:
-    """Colours three times as far from grey."""
+def oversaturated(case: Case) -> Changed | None:
+    """Colours three times as far from grey. Nothing to say of a clip without colours, which stays what it is."""
     grey = case.video.mean(1, keepdim=True)
-    return (grey + 3 * (case.video - grey)).clamp(0, 1), case.prompt
+    return ((grey + 3 * (case.video - grey)).clamp(0, 1), case.prompt) if coloured(case.video) else None
 
 
 def reversed_in_time(case: Case) -> Changed | None:
@@ -149,6 +149,11 @@ CHECKS = (
 def moves(video: Tensor) -> bool:
     """Whether more than a hundredth of the pixels ever change by more than a tenth, [T,3,H,W]."""
     return bool(((video.amax(0) - video.amin(0)).amax(0) > 0.1).float().mean() > 0.01)
+
+
+def coloured(video: Tensor) -> bool:
+    """Whether the channels of more than a hundredth of the pixels ever differ by more than a twentieth, [T,3,H,W]."""
+    return bool(((video.amax(1) - video.amin(1)).amax(0) > 0.05).float().mean() > 0.01)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from base_model.prompts.text import TextEncoder
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.match import ATTRIBUTES, SHIPPED, change
+from recipes.quality import SHIPPED as QUALITY
 from recipes.shapes.eye import WEIGHTS as EYE
 from recipes.shapes.eye import Eye, Perception, Signals
 from recipes.shapes.labelers import REWARD_PANEL, rank, utility
@@ -39,6 +40,7 @@ from recipes.shapes.render import DEMO_CLIP, blur, render, sample_scene
 from recipes.weights import file_hash
 from reward.matcher import load_matcher
 from reward.model import INPUTS, RewardModel
+from reward.quality import load_quality
 from reward.ranking import pair_outcomes, tie_parameter
 from reward.selection import METHODS, Candidate, Given, Method, Mix, best_first, laplace_posterior, next_tasks, prior
 
@@ -122,7 +124,7 @@ def draw_pool(prompts: int, clips: int) -> dict[str, Tensor]:
     asked = make_prompts(prompts, seed=POOL_SEED, split="train", two_objects=0.2)
     encode, eye = TextEncoder(), Eye.load()
     encode([prompt.text for prompt in asked])
-    model = RewardModel(load_matcher(SHIPPED["reward"]), ("overall",), encode).eval()
+    model = RewardModel(load_matcher(SHIPPED["reward"]), load_quality(QUALITY["reward"]), ("overall",), encode).eval()
     inputs, seen = [], []
     for number, prompt in enumerate(asked):
         video = torch.stack([draw_clip(prompt, np.random.default_rng([POOL_SEED, number, i])) for i in range(clips)])  # [clips,T,3,H,W]

@@ -1,7 +1,7 @@
 """Made-up footage: clips with the statistics of filmed ones, of nothing in particular.
 
-Dead leaves (Lee, Mumford & Huang 2001, "Occlusion models for natural images"): discs and boxes of every size that hide one another have the edges, flat parts and scale invariance of
-photographs. Pink noise has their spectrum where there are no edges. A camera pans and zooms over such a picture, and a few pieces of others move before it.
+Dead leaves (Lee, Mumford & Huang 2001, "Occlusion models for natural images"): discs and boxes of every size that hide one another have the edges, flat parts and scale
+invariance of photographs. Pink noise has their spectrum where there are no edges. A camera pans and zooms over such a picture, and a few pieces of others move before it.
 """
 
 from __future__ import annotations

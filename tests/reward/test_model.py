@@ -16,6 +16,7 @@ from base_model.types import Conditioning
 from reward.features import SIGNALS, signal_features
 from reward.matcher import Matcher, MatcherSize, load_matcher, save_matcher
 from reward.model import RewardModel, load_reward_model, save_reward_model
+from reward.quality import Quality
 from reward.ranking import davidson_luce
 from reward.types import Scorer
 
@@ -31,7 +32,7 @@ def encode(prompts: Sequence[str]) -> Conditioning:
 
 def small_model(dims: tuple[str, ...] = ("overall",)) -> RewardModel:
     torch.manual_seed(0)
-    return RewardModel(Matcher(SMALL), dims, encode).eval()
+    return RewardModel(Matcher(SMALL), Quality(), dims, encode).eval()
 
 
 def clips(batch: int = 3, frames: int = 5, height: int = 16, width: int = 16) -> Tensor:
@@ -117,7 +118,7 @@ def test_spread_is_the_deviation_of_the_heads() -> None:
 
 
 def test_the_model_is_small_and_is_a_scorer() -> None:
-    scorer: Scorer = RewardModel(Matcher(), ("overall",), encode)
+    scorer: Scorer = RewardModel(Matcher(), Quality(), ("overall",), encode)
     assert scorer.differentiable and scorer.dims == ("overall",)
     assert sum(p.numel() for p in Matcher().parameters()) <= 620_000
 
