@@ -33,7 +33,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.types import ClipShape
 from base_model.video.files import write_atomic
 from base_model.video.store import ClipStore
-from recipes.changed_clips import drawn_cases, footage_cases, table_of, within_prompt_std
+from recipes.changed_clips import checked, ranked_most, within_prompt_std
 from recipes.charts import Series, line_chart
 from recipes.doctor import hardware
 from recipes.report import NOT_MEASURED, finite, flat, interval_text
@@ -57,7 +57,6 @@ from reward.calibration import (
 )
 from reward.comparisons import Clip, Comparisons, RankingEvent, load_comparisons
 from reward.features import signal_features
-from reward.metamorphic import CHECKS, run_checks
 from reward.model import RewardModel, load_reward_model
 from reward.types import Scorer, Scores
 
@@ -302,37 +301,9 @@ def evaluate_model(cfg: Config, model: RewardModel, data: Comparisons, store: Cl
         "clips": len(ids[cfg.split]),
         "unscored_clips": len(unscored),
         "not_judged": sorted((there | set(model.dims)) - set(dims)),
-        "metamorphic": changed(cfg, model, [data.clips[clip_id] for clip_id in to_score], std),
+        "metamorphic": checked(model, std, *ranked_most(data.clips[clip_id] for clip_id in to_score), drawn=cfg.drawn, footage=cfg.footage, seed=cfg.seed, batch=cfg.batch),
         "dimensions": {dim: judge_dimension(dim, cfg, model, data, {name: scores[dim] for name, scores in scorers.items()}) for dim in dims},
     }
-
-
-def changed(cfg: Config, model: Scorer, clips: Sequence[Clip], std: Mapping[str, float]) -> dict[str, Any]:
-    """What the metamorphic checks found on clips of the size that is ranked most, of drawn ones and of footage; {} for what was not asked for."""
-    size = Counter((clip.num_frames, clip.height, clip.width) for clip in clips).most_common(1)[0][0]
-    fps = Counter(clip.fps for clip in clips).most_common(1)[0][0]
-    cases = {
-        "drawn": drawn_cases(cfg.drawn, ClipShape(*size), seed=cfg.seed) if cfg.drawn else [],
-        "footage": footage_cases(cfg.footage, ClipShape(*size), fps) if cfg.footage else [],
-    }
-    free = tuple(check for check in CHECKS if not check.needs_prompt)
-    known = {dim: value for dim, value in std.items() if value > 0}
-    judged = Narrowed(model, tuple(known)) if known else None
-    return {
-        name: table_of(run_checks(judged, some, known, CHECKS if name == "drawn" else free, batch=cfg.batch)) if some and judged else {} for name, some in cases.items()
-    }
-
-
-class Narrowed:
-    """A scorer's dimensions that are to be checked."""
-
-    def __init__(self, scorer: Scorer, dims: tuple[str, ...]) -> None:
-        self.dims, self.differentiable, self._scorer = dims, scorer.differentiable, scorer
-        self._columns = [scorer.dims.index(dim) for dim in dims]
-
-    def __call__(self, video: Tensor, prompts: Sequence[str]) -> Scores:
-        scores = self._scorer(video, list(prompts))
-        return Scores(scores.mean[:, self._columns], scores.spread[:, self._columns])
 
 
 def judge_dimension(dim: str, cfg: Config, model: RewardModel, data: Comparisons, scorers: Mapping[str, Score]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Config(BaseConfig):
     """Optimizer steps."""
     batch: Count = 64
     """Clips a step, each with every fault and every harmless change."""
-    harmless: NonNegative = 0.3
+    harmless: NonNegative = 1.0
     """Weight of the change of the log-odds under harmless changes."""
     learning_rate: Positive = 3e-3
     """Peak step size (a cosine to zero)."""

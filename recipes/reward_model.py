@@ -35,7 +35,7 @@ from reward.encoders import Dtype
 from reward.features import SIGNALS, signal_features
 from reward.licences import check_commercial
 from reward.matcher import PARTS, load_matcher
-from reward.model import EncodeText, RewardModel, save_reward_model
+from reward.model import INTACT, EncodeText, RewardModel, save_reward_model
 from reward.quality import load_quality
 from reward.ranking import davidson_luce, tie_parameter
 
@@ -86,6 +86,10 @@ class Config(BaseConfig):
     """Heads in the ensemble; each learns from its own bootstrap of the rankings."""
     ridge: NonNegative = 5.0
     """Weight of the squared distance of the parts' weights from a multiple of the match; a ranking's likelihood has weight 1 / sqrt(answers of its prompt)."""
+    intact: NonNegative = 0.3
+    """What a standard deviation of being intact is worth before anyone has ranked, in log-odds: rankings of one generator's takes say little of faults that it does not make."""
+    intact_ridge: NonNegative = 50.0
+    """Weight of the squared distance from that."""
     signal_ridge: NonNegative = 100.0
     """Weight of the squared weights of the weight-free signals: what depends on no prompt has to be clear before it counts."""
     epochs: Whole = 0
@@ -96,6 +100,8 @@ class Config(BaseConfig):
     """Rankings a step."""
     save_every: Count = 1000
     """Steps between checkpoints."""
+    checks: Whole = 24
+    """Drawn clips that are changed in every way of `reward/metamorphic.py`; the card says how often the score stays or falls as it must, and lists where it does not."""
     encoders: Encoders = Encoders()
     """Frozen encoders in place of the matcher."""
 
@@ -258,10 +264,12 @@ def start_log_tie(train: Sequence[Rankings | Table], k: int) -> Tensor:
 def fit_heads(cfg: Config, model: RewardModel, train: Table, bags: Tensor) -> None:
     """The first phase: heads and tie parameters on fixed inputs, a penalised likelihood. bags [M,E].
 
-    The penalty pulls towards some multiple of the match itself: with few rankings the model orders clips as the matcher does.
+    The penalty pulls towards some multiple of the match itself: with few rankings the model orders clips as the matcher does, spoiled ones last.
     """
     penalty = torch.full((model.heads.weight.shape[1], 1), cfg.signal_ridge)  # [width,1]
     penalty[: len(PARTS)] = cfg.ridge
+    intact = torch.zeros_like(penalty)  # [width,1]
+    penalty[INTACT], intact[INTACT] = cfg.intact_ridge, cfg.intact
     start = model.log_tie.detach().clone()
     match = torch.zeros_like(penalty)  # [width,1] the logit's own weights on standardised inputs
     match[: len(PARTS), 0] = model.input_std[: len(PARTS)]
@@ -271,7 +279,7 @@ def fit_heads(cfg: Config, model: RewardModel, train: Table, bags: Tensor) -> No
     def closure() -> Tensor:
         optimizer.zero_grad()
         nll = event_nll(model.heads(train.inputs), train.index, train.ranks, train.dim, model.log_tie)  # [M,E]
-        away = penalty * (model.heads.weight - multiple * match).square()  # [M,width,R]
+        away = penalty * (model.heads.weight - multiple * match - intact).square()  # [M,width,R]
         loss: Tensor = (nll * bags * train.weight).sum() + away.sum() + (model.log_tie - start).square().sum()
         loss.backward()
         return loss

@@ -33,6 +33,8 @@ from reward.quality import Quality
 from reward.types import Scorer, Scores
 
 INPUTS = (*PARTS, "intact", *SIGNALS)
+INTACT = len(PARTS)
+"""Where "intact" is."""
 MATCH_BEND = 2.0
 """Deviations at which agreement with the prompt hardly counts any more: what is plainly there is there."""
 TIER = "matcher"
