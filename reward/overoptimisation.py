@@ -136,13 +136,18 @@ def fit_gao(form: Form, d: ArrayLike, gain: ArrayLike, cluster: ArrayLike | None
 
 
 def second_half(d: ArrayLike, gain: ArrayLike, cluster: ArrayLike | None = None, *, seed: int = 0) -> Interval:
-    """What gold gained from the point nearest half the largest d to the largest, paired over prompts: below 0 it fell, whatever the form. d [K], gain [P,K].
+    """What gold gained from `half_way` to the largest d, paired over prompts: below 0 it fell, whatever the form. d [K], gain [P,K].
 
     Where to look is fixed before anything is measured: the highest of several noisy points would always seem to be followed by a fall.
     """
     x, y, group = _checked(d, gain, cluster)
-    last, half = int(np.argmax(x)), int(np.argmin(np.abs(x - x.max() / 2)))
-    return _mean(y[:, last] - y[:, half], group, seed)
+    return _mean(y[:, int(np.argmax(x))] - y[:, half_way(x)], group, seed)
+
+
+def half_way(d: ArrayLike) -> int:
+    """Which point [K] is nearest half the largest d."""
+    x = np.asarray(d, dtype=np.float64)
+    return int(np.argmin(np.abs(x - x.max() / 2)))
 
 
 def mean_gains(gain: ArrayLike, cluster: ArrayLike | None = None, *, seed: int = 0) -> list[Interval]:
