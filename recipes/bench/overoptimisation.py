@@ -63,7 +63,6 @@ TOLD_N = (4, 16)
 """Beside the largest."""
 GOLDS = ("people", "judge")
 WORDS = {"people": "what people want", "judge": "the judge"}
-LEGEND = "orange to blue: {} rankings; dotted: the matcher alone"
 Array = NDArray[np.float64]
 STYLE = (
     ".paper{fill:#fff}.chart text,.drawn{font:11.5px system-ui,sans-serif;fill:#5f6673}.title{font:600 14px system-ui,sans-serif;fill:#1a1c20}"
@@ -208,7 +207,7 @@ class Arm(NamedTuple):
 
     prior: str
     rankings: int | None
-    accuracy: float  # mean over seeds
+    accuracy: float | None  # mean over seeds, by what people want
     curves: Mapping[str, Sequence[Curve]]  # gold -> seeds
 
     def mean(self, gold: str) -> Curve:
@@ -235,7 +234,7 @@ def arms_of(cfg: Config, ranked: Clips, takes: Clips, encode: EncodeText) -> lis
             proxies = [takes.by_prompt(scores(learn(ranked, prior, number, seed, encode), takes.inputs)) for seed in cfg.seeds]
             found.append(arm_of(prior, number, proxies, golds))
     best = {name: [curve_of(list(gold), list(gold), gold.shape[1])] for name, gold in golds.items()}
-    return [*found, Arm(ITSELF, None, 1.0, best)]
+    return [*found, Arm(ITSELF, None, None, best)]
 
 
 # RL
@@ -392,23 +391,25 @@ def compact(rows: Sequence[Row]) -> list[Row]:
 
 
 def panels(cfg: Config, arms: Sequence[Arm], climbs: Sequence[Climb], units: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Best of n by prior and gold, then each RL run by gold."""
+    """Best of n by gold and prior, then RL by gold and run: a weak prior at the left, the shipped one at the right."""
     looks = dict(zip(cfg.rankings, ("few", "some", "many")[-len(cfg.rankings) :], strict=True))
     drawn = []
     for gold in GOLDS:
         for prior in (WEAK, SHIPPED_PRIOR):
-            mine = [arm for arm in arms if arm.prior in (MATCHER, prior)]
-            lines = [Series(str(arm.rankings), looks.get(arm.rankings or 0, "none"), *points(arm.mean(gold).d, arm.mean(gold).gold / units[gold])) for arm in mine]
-            title = f"Best of n, {prior} prior: {WORDS[gold]}"
-            drawn.append((title, LEGEND.format(" / ".join(map(str, cfg.rankings))), line_chart(lines, name=title, x_label="sqrt(KL)", percent=gold == "judge")))
+            mine = [(arm, arm.mean(gold)) for arm in arms if arm.prior in (MATCHER, prior)]
+            lines = [Series(str(arm.rankings), looks.get(arm.rankings or 0, "none"), *points(curve.d, curve.gold / units[gold])) for arm, curve in mine]
+            legend = f"prior {prior}; orange to blue: {', '.join(map(str, cfg.rankings))} rankings"
+            drawn.append(panel(f"Best of n: {WORDS[gold]}", legend, lines, gold))
     for gold in GOLDS:
         for one in climbs:
             shown = {"people": ("people", "proxy"), "judge": ("judge",)}[gold]
             lines = [Series(name, "promised" if name == "proxy" else looks[one.rankings], *points(np.sqrt(one.kl), one.gains(name, units[name]))) for name in shown]
-            title = f"RL, {one.prior} prior, {one.rankings} rankings: {WORDS[gold]}"
-            legend = "dotted: promised by the reward model" if gold == "people" else "share of prompts"
-            drawn.append((title, legend, line_chart(lines, name=title, x_label="sqrt(path KL)", percent=gold == "judge")))
+            drawn.append(panel(f"RL: {WORDS[gold]}", f"prior {one.prior}, {one.rankings} rankings", lines, gold))
     return drawn
+
+
+def panel(title: str, legend: str, lines: Sequence[Series], gold: str) -> tuple[str, str, str]:
+    return title, legend, line_chart(lines, name=f"{title}, {legend}", x_label="sqrt(KL)", percent=gold == "judge")
 
 
 def points(d: Array, gain: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
