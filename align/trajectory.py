@@ -148,6 +148,22 @@ def rollout(
     return Trajectory((*states, x.to(wide)), times, log_prob, taken, cond)
 
 
+@torch.no_grad()
+def path_kl(policy: VideoModel, prior: VideoModel, kernel: Kernel, taken: Trajectory) -> Tensor:
+    """KL of the policy's path from the prior's, [B], nats a clip: over the noisy steps of a trajectory that the policy took with `kernel`, the sum of each step's KL.
+
+    Its mean over trajectories is the KL of the two distributions of paths, down to the noise that is left after the last noisy step, and so an upper bound on that of the
+    clips with this noise left. With `Ancestral()` it is that KL itself as steps get finer, for two exact velocities: noise is added to clips of both in the same way
+    (Song et al. 2021, arXiv 2101.09258, theorem 1). It grows as the noise left shrinks. A deterministic sampler has no such KL: this is that of its stochastic twin, which
+    has the same velocity. Raises ValueError where no step took noise.
+    """
+    total = torch.zeros(len(taken.cond), dtype=taken.log_prob.dtype, device=taken.log_prob.device)  # [B]
+    for step in taken.steps():
+        now, before = (transition(model, kernel, step.x, step.t, step.s, taken.cond[step.rows]) for model in (policy, prior))
+        total.index_add_(0, step.rows, now.kl_total(before))
+    return total
+
+
 def _noisy_steps(stochastic: Tensor | Iterable[int] | None, num_steps: int, num_clips: int, device: torch.device) -> Tensor:
     """-> bool [K,B]."""
     if isinstance(stochastic, Tensor) and stochastic.dtype == torch.bool:

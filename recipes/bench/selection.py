@@ -28,13 +28,14 @@ from align.config import Count, Positive, Share
 from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
+from recipes.bench._people import panel_worth, perceived, to_tensor
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.match import ATTRIBUTES, SHIPPED, change
 from recipes.quality import SHIPPED as QUALITY
 from recipes.shapes.eye import WEIGHTS as EYE
-from recipes.shapes.eye import Eye, Perception, Signals
-from recipes.shapes.labelers import REWARD_PANEL, rank, utility
+from recipes.shapes.eye import Eye, Perception
+from recipes.shapes.labelers import REWARD_PANEL, rank
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.shapes.render import DEMO_CLIP, blur, render, sample_scene
 from recipes.weights import file_hash
@@ -104,16 +105,12 @@ class Pool:
         sets = torch.tensor(list(combinations(range(self.clips), k)))
         return (torch.arange(self.ranked)[:, None, None] * self.clips + sets).flatten(0, 1)
 
-    def worth(self) -> Array:
-        """What the panel thinks of every clip, on average, before noise and habits [C]."""
-        return np.mean([utility(person, self.perception) for person in REWARD_PANEL], axis=0)
-
     def held_out_pairs(self) -> tuple[Tensor, Array]:
         """Pairs of clips of held-out prompts that are not close [P,2], and which is better [P]: +1 the first, -1 the second."""
         sets = torch.tensor(list(combinations(range(self.clips), 2)))
         first = torch.arange(self.ranked, len(self.inputs) // self.clips)[:, None, None] * self.clips
         pairs = (first + sets).flatten(0, 1)
-        worth = self.worth()[pairs.numpy()]  # [P,2]
+        worth = panel_worth(REWARD_PANEL, self.perception)[pairs.numpy()]  # [P,2]
         difference = worth[:, 0] - worth[:, 1]
         decided = np.abs(difference) >= CLOSE
         return pairs[torch.from_numpy(decided)], np.sign(difference[decided])
@@ -130,8 +127,7 @@ def draw_pool(prompts: int, clips: int) -> dict[str, Tensor]:
         video = torch.stack([draw_clip(prompt, np.random.default_rng([POOL_SEED, number, i])) for i in range(clips)])  # [clips,T,3,H,W]
         with torch.no_grad():
             inputs.append(model.inputs(video, [prompt.text] * clips))
-        look = eye.look(video, [prompt] * clips)
-        seen.append(torch.from_numpy(np.concatenate([look.color, look.shape, look.motion, look.extra[:, None], np.stack(look.signals, axis=1)], axis=1)))
+        seen.append(to_tensor(eye.look(video, [prompt] * clips)))
     return {"inputs": torch.cat(inputs), "seen": torch.cat(seen)}
 
 
@@ -149,8 +145,7 @@ def pool_of(inputs: Tensor, seen: Tensor, clips: int, ranked: int) -> Pool:
     """Out of what `draw_pool` says."""
     known = inputs[: ranked * clips]
     standard = ((inputs - known.mean(0)) / known.std(0).clamp(min=1e-4)).clamp(-3, 3)
-    color, shape, motion, extra, signals = (part.numpy() for part in seen.split([2, 2, 2, 1, 4], dim=1))
-    return Pool(standard.double(), Perception(color, shape, motion, extra[:, 0], Signals(*signals.T)), clips, ranked)
+    return Pool(standard.double(), perceived(seen), clips, ranked)
 
 
 def pool_settings(cfg: Config) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from align.kernels import CPS, ODE, Ancestral, DanceSDE, FlowSDE, Kernel
-from align.trajectory import Trajectory, rollout, transition
+from align.trajectory import Trajectory, path_kl, rollout, transition
 from base_model.paths import Path, RectifiedFlow, VariancePreserving
 from base_model.types import Conditioning, LatentSpec
-from tests.worlds import GaussianModel, GaussianWorld, conditions
+from tests.worlds import GaussianModel, GaussianWorld, ancestral_rule, conditions
 
 KERNELS = [Ancestral(0.8), FlowSDE(0.7), DanceSDE(0.3), CPS(0.8)]
 
@@ -203,3 +203,54 @@ def test_bad_grids_and_masks_are_refused() -> None:
         rollout(model, ODE(), start(), grid(model.path)[:-1], cond(6), noise=seeded())
     with pytest.raises(ValueError, match="stochastic must be"):
         roll(ODE(), stochastic=torch.zeros(3, dtype=torch.bool))
+
+
+# How far a policy went
+
+
+def paths(policy: GaussianModel, times: Sequence[float], clips: int) -> Trajectory:
+    x = torch.randn(clips, 1, 2, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return rollout(policy, Ancestral(), x, torch.tensor(times, dtype=torch.float64), conditions(clips), noise=seeded(), dtype=torch.float64)
+
+
+def by_hand(policy: GaussianWorld, prior: GaussianWorld, taken: Trajectory) -> Tensor:
+    """The same in Python's own arithmetic: of each noisy step (difference of means)^2 / (2 variance), over all elements [B]."""
+    total = torch.zeros(len(taken.cond), dtype=torch.float64)
+    for step in taken.steps():
+        t, s = float(step.t[0]), float(step.s[0])
+        c_x0, c_eps, _, std = ancestral_rule(1.0)(policy, t, s)
+        (p, q), (e, f) = policy.denoiser(t)
+        (p0, q0), (e0, f0) = prior.denoiser(t)
+        difference = (c_x0 * (p - p0) + c_eps * (e - e0)) * step.x + c_x0 * (q - q0) + c_eps * (f - f0)
+        total += (difference**2 / (2 * std**2)).flatten(1).sum(1)
+    return total
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), VariancePreserving()])
+def test_the_kl_of_a_path_is_the_sum_of_its_steps(path: Path) -> None:
+    policy, prior = GaussianWorld(path, 0.9, 0.4), GaussianWorld(path, 0.4, 0.5)
+    taken = paths(GaussianModel(policy), policy.grid(12), 5)
+    assert_close(path_kl(GaussianModel(policy), GaussianModel(prior), Ancestral(), taken), by_hand(policy, prior, taken), rtol=1e-9, atol=0)
+    assert path_kl(GaussianModel(policy), GaussianModel(policy), Ancestral(), taken).tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("mean", [1.0, 0.3])
+def test_with_fine_ancestral_steps_it_becomes_the_kl_of_the_clips_with_the_noise_that_is_left(mean: float) -> None:
+    """The error is about proportional to the step, so two grids tell where it goes."""
+    policy, prior, left = GaussianWorld(mean=mean), GaussianWorld(), 0.1
+    ends = [GaussianWorld(mean=m, std=s) for m, s in (policy.marginal(left), prior.marginal(left))]
+    coarse, fine = (
+        float(path_kl(GaussianModel(policy), GaussianModel(prior), Ancestral(), paths(GaussianModel(policy), [*torch.linspace(1, left, k).tolist(), 0.0], 4)).mean()) / 32
+        for k in (60, 240)
+    )
+    assert ends[0].kl(ends[1]) < fine < coarse and (4 * fine - coarse) / 3 == pytest.approx(ends[0].kl(ends[1]), rel=5e-3)
+
+
+def test_the_kl_counts_the_clips_that_took_noise_and_nothing_without_noise_has_one() -> None:
+    policy, prior = GaussianModel(GaussianWorld(mean=0.9)), GaussianModel(GaussianWorld())
+    x, times = torch.zeros(3, 1, 1, 2, 2), torch.tensor([1.0, 0.5, 0.2, 0.0])
+    some = rollout(policy, Ancestral(), x, times, conditions(3), noise=seeded(), stochastic=torch.tensor([[True, False, True], [False, False, True], [False] * 3]))
+    found = path_kl(policy, prior, Ancestral(), some)
+    assert found[1] == 0 and 0 < found[0] < found[2]
+    with pytest.raises(ValueError, match="every step was deterministic"):
+        path_kl(policy, prior, Ancestral(), rollout(policy, ODE(), x, times, conditions(3), noise=seeded()))
