@@ -86,7 +86,7 @@ class Config(BaseConfig):
     """Heads in the ensemble; each learns from its own bootstrap of the rankings."""
     ridge: NonNegative = 5.0
     """Weight of the squared distance of the parts' weights from a multiple of the match; a ranking's likelihood has weight 1 / sqrt(answers of its prompt)."""
-    intact: NonNegative = 0.3
+    intact: NonNegative = 0.4
     """What a standard deviation of being intact is worth before anyone has ranked, in log-odds: rankings of one generator's takes say little of faults that it does not make."""
     intact_ridge: NonNegative = 50.0
     """Weight of the squared distance from that."""

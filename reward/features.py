@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 SIGNALS = {
     "brightness": "mean luma (Rec. 601)",
@@ -121,3 +122,12 @@ def _mean(x: Tensor) -> Tensor:
 def _variance(x: Tensor) -> Tensor:
     x = x.flatten(1)
     return (x - x.mean(-1, keepdim=True)).square().mean(-1)
+
+
+def subsampled_chroma(video: Tensor) -> Tensor:
+    """Colour at half the resolution of brightness, as 4:2:0 video keeps it and people see it: [B,T,3,H,W] -> the same size. Encoding it again takes little more away."""
+    luma = torch.einsum("btchw,c->bthw", video, video.new_tensor(LUMA))[:, :, None]  # [B,T,1,H,W]
+    chroma = (video - luma).flatten(0, 1)  # [B T,3,H,W]
+    half = F.avg_pool2d(chroma, 2, ceil_mode=True, count_include_pad=False)
+    full = F.interpolate(half, size=chroma.shape[-2:], mode="bilinear", align_corners=False)
+    return (luma + full.unflatten(0, video.shape[:2])).clamp(0, 1)

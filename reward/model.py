@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from base_model.checkpoint import atomic_write, load_weights, save_weights
 from base_model.errors import UserError
 from base_model.types import Conditioning
-from reward.features import SIGNALS, signal_features
+from reward.features import SIGNALS, signal_features, subsampled_chroma
 from reward.matcher import PARTS, Matcher, MatcherSize
 from reward.mirror import swap_sides
 from reward.quality import Quality
@@ -88,7 +88,7 @@ class RewardModel(nn.Module):
         cond = self._encode([*prompts, *map(swap_sides, prompts)])  # 2B
         views = torch.cat([video, video.flip(-1)])  # [2B,T,3,H,W]
         intact = F.logsigmoid(self.quality(views))[:, None]  # [2B,1]
-        seen = torch.cat([self.matcher.parts(views, cond.text, cond.mask), intact, signal_features(views)], dim=-1)  # [2B,26]
+        seen = torch.cat([self.matcher.parts(subsampled_chroma(views), cond.text, cond.mask), intact, signal_features(views)], dim=-1)  # [2B,26]
         return seen.unflatten(0, (2, -1)).mean(0)
 
     def standardised(self, inputs: Tensor) -> Tensor:
