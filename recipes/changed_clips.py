@@ -25,6 +25,8 @@ from reward.types import Scorer, Scores
 
 UNDIRECTED = ("still", "bounce")
 """Motions that look the same backwards; an orbit does too, unless its sense is said."""
+MOST_VALUES = 200_000_000
+"""Pixel values that are held at once, as 32-bit floats, and twice: clips and changed clips."""
 FOOTAGE = (".mp4", ".webm", ".mkv", ".mov")
 
 
@@ -33,8 +35,10 @@ def checked(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """"drawn" and "footage" -> `table_of` what the metamorphic checks found on clips of that size and rate; {} for what was not asked for.
 
-    std: dimension -> standard deviation of the model's scores among clips of one prompt; dimensions without one are left out.
+    std: dimension -> standard deviation of the model's scores among clips of one prompt; dimensions without one are left out. Of large clips fewer are drawn, perhaps none:
+    no more than `MOST_VALUES` in all.
     """
+    drawn = min(drawn, MOST_VALUES // (3 * clip.frames * clip.height * clip.width))
     cases = {"drawn": drawn_cases(drawn, clip, seed=seed) if drawn else [], "footage": footage_cases(footage, clip, fps) if footage else []}
     free = tuple(check for check in CHECKS if not check.needs_prompt)
     known = {dim: value for dim, value in std.items() if value > 0}

@@ -43,6 +43,7 @@ from recipes.evaluate import clip_seeds
 from recipes.feedback import Assessor, HeldOut, standardised
 from recipes.generate import Sampler, network_lineage, safety_runner, sample, seeded_noise
 from recipes.match import SHIPPED
+from recipes.quality import SHIPPED as QUALITY
 from recipes.shapes.eye import WEIGHTS as EYE
 from recipes.shapes.eye import Eye, Perception
 from recipes.shapes.judge import judge
@@ -52,6 +53,7 @@ from recipes.weights import file_hash
 from reward.matcher import load_matcher
 from reward.model import INPUTS, EncodeText, RewardModel
 from reward.overoptimisation import Curve, Form, clips_for_kl, curve_of, fit_gao, mean_gains, second_half
+from reward.quality import load_quality
 
 VERSION = 1
 """Of what is kept. One more wherever that changes: what was kept before is then refused, not read."""
@@ -115,7 +117,7 @@ class Clips:
     """G clips of each of P prompts, those of one prompt in a row: what the reward model, the eye and the judge make of them."""
 
     prompts: Sequence[ShapesPrompt]  # P
-    inputs: Tensor  # [P*G,25] of the reward model
+    inputs: Tensor  # [P*G,26] of the reward model
     perception: Perception  # P*G
     right: Tensor  # [P*G] 1 where the judge finds every attribute right
 
@@ -131,7 +133,7 @@ class Clips:
 def make_clips(cfg: Config, prompts: Sequence[ShapesPrompt], number: int, seed: int) -> dict[str, Tensor]:
     """What there is to know of `number` clips of each prompt; minutes for thousands."""
     base, eye = load_tiny(None), Eye.load()
-    model = RewardModel(load_matcher(SHIPPED["reward"]), ("overall",), base.text).eval()
+    model = RewardModel(load_matcher(SHIPPED["reward"]), load_quality(QUALITY["reward"]), ("overall",), base.text).eval()
     seeds = clip_seeds(seed, len(prompts) * number)
     found: dict[str, list[Tensor]] = {"inputs": [], "seen": [], "right": []}
     pace = Pace("overoptimisation, prompts", len(prompts))
@@ -149,7 +151,7 @@ def make_clips(cfg: Config, prompts: Sequence[ShapesPrompt], number: int, seed: 
 
 def kept_clips(cfg: Config, out: Path, name: str, prompts: Sequence[ShapesPrompt], number: int, seed: int) -> Clips:
     """The same, made once for its settings and read from `out` ever after."""
-    origin = {"version": VERSION, "base": network_lineage(None), "matcher": file_hash(SHIPPED["reward"]), "eye": file_hash(EYE), "inputs": list(INPUTS)}
+    origin = {"version": VERSION, "base": network_lineage(None), "matcher": file_hash(SHIPPED["reward"]), "quality": file_hash(QUALITY["reward"]), "eye": file_hash(EYE), "inputs": list(INPUTS)}
     settings = {**origin, "sampler": dump(cfg.sampler), "seed": seed, "clips": number, "prompts": [prompt.text for prompt in prompts]}
     path = out / f"{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}.safetensors"
     if not path.exists():
@@ -169,17 +171,16 @@ def learn(ranked: Clips, prior: str, rankings: int, seed: int, encode: EncodeTex
     rows = collect(REWARD_PANEL, tasks, seed=seed, overlap=0, repeats=0, gold=0)
     clips, index = torch.tensor([[int(clip) for clip in row["clip_ids"]] for row in rows]).unique(return_inverse=True)  # [C], [E,K]
     cfg = reward_model.Config(seed=seed, **PRIORS[prior])
-    model = RewardModel(load_matcher(SHIPPED["reward"]), ("overall",), encode, members=cfg.members, most_clips=K)
-    inputs = ranked.inputs[clips]  # [C,25]
-    model.input_mean.copy_(inputs.mean(0))
-    model.input_std.copy_(inputs.std(0).clamp(min=1e-4))
+    model = RewardModel(load_matcher(SHIPPED["reward"]), load_quality(QUALITY["reward"]), ("overall",), encode, most_clips=K)
+    inputs = ranked.inputs[clips]  # [C,26]
+    reward_model.fit_standard(model, inputs)
     ranks = torch.tensor([list(row["ranks"]) for row in rows])  # [E,K]
-    table = reward_model.Table(model.standardised(inputs), index, ranks, torch.zeros(len(rows), dtype=torch.long), torch.ones(len(rows)))
+    table = reward_model.Table(model.standardised(inputs), index, ranks, torch.zeros(len(rows), dtype=torch.long), torch.ones(len(rows)), torch.arange(len(rows)))
     with torch.no_grad():
         model.log_tie.copy_(reward_model.start_log_tie([table], K))
-    reward_model.fit_heads(cfg, model, table, torch.poisson(torch.ones(cfg.members, len(rows)), generator=torch.Generator().manual_seed(seed)))
+    reward_model.fit_head(cfg, model, table)
     with torch.no_grad():
-        reward_model.normalise(model, model.heads(table.inputs))
+        reward_model.normalise(model, model.head(table.inputs)[None])
     return model.eval().requires_grad_(False)
 
 
@@ -189,8 +190,8 @@ def within(values: Array) -> float:
 
 
 def scores(model: RewardModel, inputs: Tensor) -> Tensor:
-    """The mean of the heads, [C]."""
-    return model.heads(model.standardised(inputs)).mean(0)[:, 0]
+    """[C]."""
+    return model.head(model.standardised(inputs))[:, 0]
 
 
 def accuracy(proxy: Array, worth: Array) -> float:
@@ -304,7 +305,7 @@ def climb(cfg: Config, out: Path, model: RewardModel) -> dict[str, Any]:
 def kept_climb(cfg: Config, out: Path, ranked: Clips, takes: Clips, prior: str, rankings: int, encode: EncodeText) -> Climb:
     """The run on the reward model of the first seed, gone through once for its settings; the proxy in standard deviations among takes of one prompt."""
     model = learn(ranked, prior, rankings, cfg.seeds[0], encode)
-    weights = hashlib.sha256(model.heads.weight.detach().numpy().tobytes()).hexdigest()
+    weights = hashlib.sha256(model.head.weight.detach().numpy().tobytes()).hexdigest()
     asked_for = {key: dump(cfg)[key] for key in ("prompts", "policy", "kl_steps", "kl_clips", "sampler")}
     settings = {"version": VERSION, "base": network_lineage(None), "reward": weights, "seed": cfg.seeds[0], **asked_for}
     folder = out / f"rl-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"

@@ -1,6 +1,6 @@
 """Which clips to rank next: how many rankings do chosen tasks save against random ones, for the same accuracy on held-out prompts?
 
-A pool is drawn first and is the same for every method and seed: clips of the built-in world, right or with up to three attributes wrong, some blurred or flashing, each with the 25
+A pool is drawn first and is the same for every method and seed: clips of the built-in world, right or with up to three attributes wrong, some blurred or flashing, each with the 26
 inputs of the reward model. The simulated labelers of `recipes/shapes/labelers.py` rank. All methods of a seed begin with the same few random rankings and add as many a round;
 a share of every round, the floor, is drawn at random also where the rest is chosen, and counts. What is learned is a linear score (`reward/selection.py`). The truth it is held
 against is what the panel prefers on average, without noise and habits, on prompts that nobody ranked.
@@ -95,7 +95,7 @@ class Config(Bench):
 class Pool:
     """C clips of P prompts, as many a prompt; those of the last prompts are held out."""
 
-    inputs: Tensor  # [C,25] standardised on the clips that may be ranked
+    inputs: Tensor  # [C,26] standardised on the clips that may be ranked
     perception: Perception  # of C clips
     clips: int  # a prompt
     ranked: int  # prompts that may be ranked
@@ -117,7 +117,7 @@ class Pool:
 
 
 def draw_pool(prompts: int, clips: int) -> dict[str, Tensor]:
-    """Draws every clip, and says what the reward model's inputs are [C,25] and what the eye sees [C,11]; minutes for thousands."""
+    """Draws every clip, and says what the reward model's inputs are [C,26] and what the eye sees [C,11]; minutes for thousands."""
     asked = make_prompts(prompts, seed=POOL_SEED, split="train", two_objects=0.2)
     encode, eye = TextEncoder(), Eye.load()
     encode([prompt.text for prompt in asked])
@@ -151,7 +151,7 @@ def pool_of(inputs: Tensor, seen: Tensor, clips: int, ranked: int) -> Pool:
 def pool_settings(cfg: Config) -> dict[str, Any]:
     """What a pool depends on."""
     sizes = {"prompts": cfg.prompts, "held_out": cfg.held_out, "clips": cfg.clips}
-    return {"version": VERSION, "seed": POOL_SEED, **sizes, "inputs": list(INPUTS), "matcher": file_hash(SHIPPED["reward"]), "eye": file_hash(EYE)}
+    return {"version": VERSION, "seed": POOL_SEED, **sizes, "inputs": list(INPUTS), "matcher": file_hash(SHIPPED["reward"]), "quality": file_hash(QUALITY["reward"]), "eye": file_hash(EYE)}
 
 
 def kept_pool(cfg: Config, out: Path) -> Pool:
