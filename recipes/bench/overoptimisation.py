@@ -151,7 +151,7 @@ def make_clips(cfg: Config, prompts: Sequence[ShapesPrompt], number: int, seed: 
 
 def kept_clips(cfg: Config, out: Path, name: str, prompts: Sequence[ShapesPrompt], number: int, seed: int) -> Clips:
     """The same, made once for its settings and read from `out` ever after."""
-    origin = {"version": VERSION, "base": network_lineage(None), "matcher": file_hash(SHIPPED["reward"]), "quality": file_hash(QUALITY["reward"]), "eye": file_hash(EYE), "inputs": list(INPUTS)}
+    origin = {"version": VERSION, "base": network_lineage(None), **{name: file_hash(path) for name, path in (("matcher", SHIPPED["reward"]), ("quality", QUALITY["reward"]), ("eye", EYE))}, "inputs": list(INPUTS)}
     settings = {**origin, "sampler": dump(cfg.sampler), "seed": seed, "clips": number, "prompts": [prompt.text for prompt in prompts]}
     path = out / f"{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}.safetensors"
     if not path.exists():

@@ -20,6 +20,7 @@ from recipes.bench import overoptimisation as bench
 from recipes.bench._people import panel_worth, perceived, to_tensor
 from recipes.shapes.labelers import REWARD_PANEL
 from recipes.shapes.prompts import make_prompts
+from reward.model import INPUTS
 
 SMALL = ["--sampler", "{steps: 2, frames: 5, height: 16, width: 16}", "--prompts", "4", "--clips", "6", "--rankings", "[4, 8]", "--seeds", "[0, 1]"]
 SMALL += ["--kl_steps", "4", "--kl_clips", "2"]
@@ -33,7 +34,7 @@ def config(out: Path, *more: str) -> bench.Config:
 def drawn(prompts: int, clips: int, seed: int = 0) -> bench.Clips:
     """Clips nobody rendered: inputs of the reward model, and an eye that sees the match in them and noise."""
     rng = np.random.default_rng(seed)
-    inputs = torch.from_numpy(rng.normal(size=(prompts * clips, 25))).float()
+    inputs = torch.from_numpy(rng.normal(size=(prompts * clips, len(INPUTS)))).float()
     match = 1 / (1 + np.exp(-inputs[:, :3].sum(1).double().numpy() - 0.7 * rng.normal(size=prompts * clips)))
     seen = torch.from_numpy(rng.uniform(0, 0.1, size=(prompts * clips, 11)))
     seen[:, [0, 2, 4]] = torch.from_numpy(match)[:, None]
