@@ -60,7 +60,10 @@ VERSION = 1
 RANKED_SEED, K = 800_000, 4
 """Of the prompts that are ranked; clips a ranking."""
 SHIPPED_PRIOR, WEAK = "as shipped", "weak"
-PRIORS = {SHIPPED_PRIOR: {"ridge": reward_model.Config().ridge, "signal_ridge": reward_model.Config().signal_ridge}, WEAK: {"ridge": 0.05, "signal_ridge": 0.05}}
+PRIORS = {
+    SHIPPED_PRIOR: {name: getattr(reward_model.Config(), name) for name in ("ridge", "signal_ridge", "intact", "intact_ridge")},
+    WEAK: {"ridge": 0.05, "signal_ridge": 0.05, "intact": 0.0, "intact_ridge": 0.05},
+}
 TOLD_N = (4, 16)
 """Beside the largest."""
 GOLDS = ("people", "judge")
@@ -151,7 +154,8 @@ def make_clips(cfg: Config, prompts: Sequence[ShapesPrompt], number: int, seed: 
 
 def kept_clips(cfg: Config, out: Path, name: str, prompts: Sequence[ShapesPrompt], number: int, seed: int) -> Clips:
     """The same, made once for its settings and read from `out` ever after."""
-    origin = {"version": VERSION, "base": network_lineage(None), **{name: file_hash(path) for name, path in (("matcher", SHIPPED["reward"]), ("quality", QUALITY["reward"]), ("eye", EYE))}, "inputs": list(INPUTS)}
+    hashes = {name: file_hash(path) for name, path in (("matcher", SHIPPED["reward"]), ("quality", QUALITY["reward"]), ("eye", EYE))}
+    origin = {"version": VERSION, "base": network_lineage(None), **hashes, "inputs": list(INPUTS)}
     settings = {**origin, "sampler": dump(cfg.sampler), "seed": seed, "clips": number, "prompts": [prompt.text for prompt in prompts]}
     path = out / f"{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}.safetensors"
     if not path.exists():

@@ -151,7 +151,8 @@ def pool_of(inputs: Tensor, seen: Tensor, clips: int, ranked: int) -> Pool:
 def pool_settings(cfg: Config) -> dict[str, Any]:
     """What a pool depends on."""
     sizes = {"prompts": cfg.prompts, "held_out": cfg.held_out, "clips": cfg.clips}
-    return {"version": VERSION, "seed": POOL_SEED, **sizes, "inputs": list(INPUTS), **{name: file_hash(path) for name, path in (("matcher", SHIPPED["reward"]), ("quality", QUALITY["reward"]), ("eye", EYE))}}
+    hashes = {name: file_hash(path) for name, path in (("matcher", SHIPPED["reward"]), ("quality", QUALITY["reward"]), ("eye", EYE))}
+    return {"version": VERSION, "seed": POOL_SEED, **sizes, "inputs": list(INPUTS), **hashes}
 
 
 def kept_pool(cfg: Config, out: Path) -> Pool:

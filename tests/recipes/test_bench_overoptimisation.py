@@ -20,7 +20,7 @@ from recipes.bench import overoptimisation as bench
 from recipes.bench._people import panel_worth, perceived, to_tensor
 from recipes.shapes.labelers import REWARD_PANEL
 from recipes.shapes.prompts import make_prompts
-from reward.model import INPUTS
+from reward.model import INPUTS, INTACT
 
 SMALL = ["--sampler", "{steps: 2, frames: 5, height: 16, width: 16}", "--prompts", "4", "--clips", "6", "--rankings", "[4, 8]", "--seeds", "[0, 1]"]
 SMALL += ["--kl_steps", "4", "--kl_clips", "2"]
@@ -54,13 +54,15 @@ def test_what_the_eye_saw_comes_back_from_its_tensor() -> None:
 
 def test_a_shipped_prior_stays_with_the_matcher_and_a_weak_one_learns_from_every_ranking() -> None:
     ranked, takes, encode = drawn(200, bench.K), drawn(20, 30, seed=1), TextEncoder()
-    match, worth = takes.inputs[:, :3].sum(1), takes.golds()["people"]
+    worth, seen = takes.golds()["people"], takes.inputs[:, : INTACT + 1]
 
     def proxy(prior: str, rankings: int, seed: int = 0) -> torch.Tensor:
         return bench.scores(bench.learn(ranked, prior, rankings, seed, encode), takes.inputs)
 
     def agreement(scores: torch.Tensor) -> float:
-        return float(torch.corrcoef(torch.stack([scores, match]))[0, 1])
+        """Correlation with the best score of what the prior is about: the parts of the match and being intact."""
+        columns = torch.cat([seen, seen.tanh(), torch.ones(len(seen), 1)], dim=1)
+        return float(torch.corrcoef(torch.stack([scores, columns @ torch.linalg.lstsq(columns, scores[:, None]).solution[:, 0]]))[0, 1])
 
     few, many = (proxy(bench.WEAK, number) for number in (8, 200))
     assert agreement(proxy(bench.SHIPPED_PRIOR, 8)) > 0.99 > agreement(many) > agreement(few) + 0.03
