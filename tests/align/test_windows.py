@@ -66,3 +66,9 @@ def test_a_window_that_does_not_fit_is_refused() -> None:
             call()
     with pytest.raises(ValueError, match="cannot begin"):
         fixed_window(4, -1, 2)
+
+
+def test_of_two_steps_the_first_is_the_window() -> None:
+    g = seeded()
+    assert one_step_a_prompt(2, 3, g).tolist() == [[True] * 3, [False] * 3]
+    assert random_window(2, 1, g) == sliding_window(2, 1, 7, every=1) == fixed_window(2, 0, 1) == [0]
