@@ -41,7 +41,7 @@ def random_window(num_steps: int, width: int, generator: torch.Generator, *, fir
 
 
 def sliding_window(num_steps: int, width: int, iteration: int, *, every: int = 25, stride: int = 1, first: int | None = None) -> list[int]:
-    """MixGRPO's progressive window (arXiv 2507.21802, section 4): from noise to detail, `stride` steps on every `every` iterations.
+    """MixGRPO's progressive window (arXiv 2507.21802): from noise to detail, `stride` steps on every `every` iterations.
 
     At the end of the first `first` steps (default all but the last) it begins anew, as in the authors' script; theirs shrinks to nothing there, ours keeps its width.
     """

@@ -189,6 +189,14 @@ def test_the_kernels_converge_to_the_data_with_the_order_of_their_noise(path: Pa
     assert errors[1] < off and abs(measured - order) < 0.12
 
 
+def test_how_narrow_clips_come_out_on_coarse_grids_is_what_the_readme_says() -> None:
+    for kernel, percents in ((Ancestral(1.0), (-23, -13)), (FlowSDE(0.7), (-4, -2)), (DanceSDE(0.3), (-12, -6)), (ODE(), (-14, -7))):
+        world = GaussianWorld()
+        found = [100 * (moments_of_rollout(kernel, world, world.grid(num_steps))[1] / world.std - 1) for num_steps in (10, 20)]
+        print(kernel, found)
+        assert found == pytest.approx(percents, abs=0.5)
+
+
 @every_path
 def test_clipping_the_std_mends_the_slow_convergence_of_flow_sde(path: Path) -> None:
     clipped_off, free_off = off_target(FlowSDE(0.7, max_std=0.1), path, 1600), off_target(FlowSDE(0.7), path, 1600)
