@@ -172,7 +172,7 @@ def rollout(
         taken[k] = noisy[k] & (step.std.reshape(-1) > 0)[origin[k]]
         if taken[k].any():
             first = first | taken[k]  # clips that take noise part ways
-            drawn = _draw(noise, k, (len(cond), *x.shape[1:]), step.mean.dtype)  # [B,C,F,H,W]
+            drawn = _draw(noise, k, (len(cond), *x.shape[1:]), step.mean)  # [B,C,F,H,W]
             step = step[origin[k, first]]  # m'
             x = step.sample(drawn[first]).to(dtype)  # [m',C,F,H,W] round first, then score
             log_prob[k] = torch.where(taken[k], step.log_prob(x)[first.cumsum(0) - 1], torch.nan)
@@ -181,9 +181,10 @@ def rollout(
     return Trajectory((*states, x[first.cumsum(0) - 1].to(wide)), origin, times, log_prob, taken, cond)
 
 
-def _draw(noise: Noise, k: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Standard normal of a shape: the same for every clip, however many have branched off."""
-    return torch.randn(shape, generator=noise, device=noise.device, dtype=dtype) if isinstance(noise, torch.Generator) else noise(k)
+def _draw(noise: Noise, k: int, shape: tuple[int, ...], mean: Tensor) -> Tensor:
+    """Standard normal of a shape, in the type and on the device of `mean`: the same for every clip, however many have branched off."""
+    drawn = torch.randn(shape, generator=noise, device=noise.device, dtype=mean.dtype) if isinstance(noise, torch.Generator) else noise(k)
+    return drawn.to(mean)
 
 
 def finish(model: VideoModel, trajectory: Trajectory) -> Tensor:

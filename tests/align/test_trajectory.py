@@ -348,3 +348,15 @@ def test_replay_under_guidance_is_exactly_what_was_sampled_for_two_passes_a_step
             unguided = replay(model, FlowSDE(0.7), step, made.cond).log_prob(step.x_next)
         assert float((unguided - step.log_prob).abs().max()) > 1e-3, "replay without guidance is another policy"
     assert not torch.allclose(gradients[True], gradients[False], rtol=0.1), "one of them trains one pass only"
+
+
+@pytest.mark.gpu
+def test_branches_selection_and_replay_work_where_the_noise_is_drawn_elsewhere() -> None:
+    model = TinyModel(RectifiedFlow())
+    model.network.cuda()
+    x, told = start(2).cuda(), cond(2).to(torch.device("cuda"))
+    made = rollout(model, Ancestral(0.8), x, grid(model.path), told, noise=seeded(), stochastic=PER_PROMPT, branches=3)
+    for step in made.steps():
+        some = step.select(torch.tensor([0, 2], device="cuda"))
+        assert_close(replay(model, Ancestral(0.8), some, made.cond).log_prob(some.x_next), some.log_prob, atol=1e-5, rtol=0)
+    assert torch.equal(finish(model, made), made.x0)
