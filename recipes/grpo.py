@@ -21,7 +21,7 @@ from align.advantage import DivideBy, best_and_worst, group_advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Several, Whole
 from align.data import PromptSampler
-from align.kernels import KernelName, KLSpace, StepWeight, build_kernel, kl_in, step_weight
+from align.kernels import KL_UNITS, KernelName, KLSpace, StepWeight, build_kernel, kl_in, step_weight
 from align.objectives.policy_gradient import kl_penalty, ppo_clip
 from align.optimizers import build_optimizer
 from align.run import Run
@@ -37,8 +37,8 @@ from recipes.generate import Sampler
 
 METRICS = {
     **feedback.METRICS,
-    "kl_penalty": "KL term of the loss: policy.kl_coef times the mean of kl_per_element (policy.kl_space x) or of velocity_distance (v).",
-    "velocity_distance": "Mean squared distance of the trained steps' velocity from the SFT policy's before the update, velocity^2 per latent element.",
+    "kl_penalty": f"KL term of the loss: policy.kl_coef times the KL in policy.kl_space: x in {KL_UNITS['x']}, v in {KL_UNITS['v']}.",
+    "velocity_distance": f"Mean squared distance of the trained steps' velocity from the SFT policy's before the update, {KL_UNITS['v']}.",
     "rollout_evaluations": "Model evaluations of the rollout, a clip; a guided one is two passes of the network.",
     "kept_share": "Share of the rollout's clips that were trained on.",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from align.kernels import CPS, KL_UNITS, ODE, Ancestral, DanceSDE, FlowSDE, Gaussian, Kernel, build_kernel, kappa, kl_in, step_weight
+from align.kernels import CPS, KL_UNITS, ODE, Ancestral, DanceSDE, FlowSDE, Gaussian, Kernel, StepWeight, build_kernel, kappa, kl_in, step_weight
 from align.trajectory import rollout
 from base_model.paths import Path, RectifiedFlow, VariancePreserving
 from tests.worlds import (
@@ -237,6 +238,23 @@ def test_flow_sde_is_finite_at_t_max_where_its_noise_takes_the_next_grid_points_
         assert float(FlowSDE(0.7)(RectifiedFlow(), torch.ones(1, 4), torch.ones(1, 4), f64(1.0), f64(1 - delta)).std) == pytest.approx(0.7), "it never shrinks"
 
 
+def test_only_where_alpha_is_below_a_millionth_does_flow_sde_take_the_next_grid_points() -> None:
+    for alpha, used in ((0.8e-6, 0.1), (1.2e-6, 1.2e-6)):
+        t = f64(1 - alpha)
+        step = FlowSDE(0.7)(RectifiedFlow(), torch.ones(1, 4, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64), t, f64(0.9))
+        assert float(step.std) == pytest.approx(0.7 * math.sqrt(float(t) / used * float(t - 0.9)), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["none", "g", "inv_kappa"])
+def test_weights_have_the_shape_of_the_times(name: StepWeight) -> None:
+    times = torch.tensor([[0.9, 0.7, 0.5], [0.8, 0.6, 0.4]], dtype=torch.float64)
+    whole = step_weight(name, FlowSDE(0.7), RectifiedFlow(), times, times - 0.1)
+    assert whole.shape == times.shape and whole.dtype == torch.float64
+    alone = step_weight(name, FlowSDE(0.7), RectifiedFlow(), times[1, 2], times[1, 2] - 0.1)
+    assert alone.shape == () and float(alone) == pytest.approx(float(whole[1, 2]))
+    assert step_weight(name, FlowSDE(0.7), RectifiedFlow(), times.bfloat16(), times.bfloat16() - 0.1).isfinite().all()
+
+
 def test_longcats_clip_bounds_the_std_and_recomputes_the_drift_with_the_lower_noise() -> None:
     kernel, free, path = FlowSDE(1.0, max_std=0.45), FlowSDE(1.0), RectifiedFlow()
     x, u = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -408,8 +426,9 @@ def test_kernels_compute_in_float32_whatever_the_state_is_stored_in() -> None:
 
 
 def test_impossible_noise_is_refused() -> None:
-    for build in (lambda: Ancestral(1.5), lambda: CPS(-0.1), lambda: FlowSDE(-1.0), lambda: FlowSDE(1.0, max_std=0.0), lambda: DanceSDE(-1.0)):
+    assert [Ancestral(0.0), Ancestral(1.0), CPS(0.0), CPS(1.0), FlowSDE(0.0), DanceSDE(0.0)]
+    for kernel, level in ((Ancestral, 1.5), (Ancestral, -0.1), (CPS, -0.1), (CPS, 1.5), (FlowSDE, -1.0), (partial(FlowSDE, 1.0), 0.0), (DanceSDE, -1.0)):
         with pytest.raises(ValueError, match="must"):
-            build()
+            kernel(level)
     with pytest.raises(ValueError, match="unknown"):
         step_weight("kappa", ODE(), RectifiedFlow(), torch.ones(1), torch.zeros(1))  # type: ignore[arg-type]
