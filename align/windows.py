@@ -26,10 +26,9 @@ def all_steps(num_steps: int) -> list[int]:
 
 
 def fixed_window(num_steps: int, start: int, width: int) -> list[int]:
-    """Steps start .. start + width - 1. Raises ValueError where it would reach the last step."""
-    if start < 0:
-        raise ValueError(f"a window cannot begin at step {start}")
-    _noisy_at_most(num_steps - start, width, None)
+    """Steps start .. start + width - 1. Raises ValueError where it would be empty or reach the last step."""
+    if start < 0 or width < 1 or start + width > num_steps - 1:
+        raise ValueError(f"a window of {width} noisy steps from step {start} on does not fit {num_steps} steps, the last of which is deterministic")
     return list(range(start, start + width))
 
 
