@@ -78,6 +78,23 @@ def test_log_prob_and_kl_agree_in_float32_too() -> None:
     assert_close(p.kl(q), wide.mean((1, 2, 3, 4)).float(), atol=1e-5, rtol=1e-6)
 
 
+def test_one_clip_has_as_many_elements_and_scores_keep_the_type_of_the_step() -> None:
+    p = Gaussian(torch.zeros(1, 2, 3), torch.ones(1, 1, 1))
+    assert p.elements == 6 and p.log_prob(torch.zeros(1, 2, 3, dtype=torch.float64)).dtype == torch.float32
+    assert p.sample(torch.zeros(1, 2, 3, dtype=torch.float64)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+def test_where_all_noise_is_fresh_rounding_leaves_no_root_of_a_negative_number(path: Path) -> None:
+    """From t_max, alpha = 0, DDPM's posterior draws x_s anew: its std is sigma_s, which rounding may put above sigma_s."""
+    s = torch.linspace(0.01, 0.99, 999) * path.t_max
+    t, x = torch.full_like(s, path.t_max), torch.ones(999, 2)
+    for kernel in (Ancestral(1.0), CPS(1.0)):
+        step = kernel(path, x, x, t, s)
+        assert step.mean.isfinite().all()
+        assert_close(step.std[:, 0], path.sigma(s), atol=1e-6, rtol=0)
+
+
 def test_kl_agrees_with_a_monte_carlo_estimate_of_its_definition() -> None:
     mean = torch.full((1, 200_000), 0.3, dtype=torch.float64)
     p, q = Gaussian(mean, f64(0.5).reshape(1, 1)), Gaussian(torch.zeros_like(mean), f64(0.7).reshape(1, 1))
