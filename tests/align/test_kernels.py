@@ -85,14 +85,14 @@ def test_one_clip_has_as_many_elements_and_scores_keep_the_type_of_the_step() ->
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
-def test_where_all_noise_is_fresh_rounding_leaves_no_root_of_a_negative_number(path: Path) -> None:
-    """From t_max, alpha = 0, DDPM's posterior draws x_s anew: its std is sigma_s, which rounding may put above sigma_s."""
-    s = torch.linspace(0.01, 0.99, 999) * path.t_max
-    t, x = torch.full_like(s, path.t_max), torch.ones(999, 2)
+def test_where_almost_all_noise_is_fresh_rounding_leaves_no_root_of_a_negative_number(path: Path) -> None:
+    """Near t_max DDPM's posterior draws x_s anew: its std is almost sigma_s, which rounding puts above sigma_s in one case of 150."""
+    g = torch.Generator().manual_seed(0)
+    s, x = 0.98 * path.t_max * torch.rand(2000, generator=g), torch.ones(2000, 2)
     for kernel in (Ancestral(1.0), CPS(1.0)):
-        step = kernel(path, x, x, t, s)
+        step = kernel(path, x, x, path.t_max * (1 - 1e-3 * torch.rand(2000, generator=g)), s)
         assert step.mean.isfinite().all()
-        assert_close(step.std[:, 0], path.sigma(s), atol=1e-6, rtol=0)
+        assert_close(step.std[:, 0], path.sigma(s), atol=0.01, rtol=0)
 
 
 def test_kl_agrees_with_a_monte_carlo_estimate_of_its_definition() -> None:
