@@ -3,8 +3,8 @@
     python -m tests.mutate align/kernels.py --shard 1/4 --out mutants.jsonl
     python -m tests.mutate --report mutants.jsonl
 
-A change is of an operator, a comparison, a condition, a number, a truth value, a method call (left out), a return value (None) or a whole statement (left out); text, types and
-decorators stay as they are. Each mutant lives in memory, in a forked process that runs only the module's tests: no file is touched, so runs may go side by side. Killed is what
+A change is of an operator, a comparison, a condition, a number, a truth value, a method call (left out), a return value (None) or a whole statement (left out); text, types,
+decorators and the defaults of arguments and fields stay as they are. Each mutant lives in memory, in a forked process that runs only the module's tests: no file is touched, so runs may go side by side. Killed is what
 fails a test, cannot be imported or takes too long. A second run with the same --out goes on where the first ended.
 """
 
@@ -27,8 +27,8 @@ from types import CodeType, ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(str(path.relative_to(ROOT)) for path in [*(ROOT / "align" / "objectives").glob("*.py")] if path.stem != "__init__")
-MODULES = ["align/kernels.py", "align/trajectory.py", "align/windows.py", "align/advantage.py", "align/constraints.py", *MODULES]
+OBJECTIVES = sorted(f"align/objectives/{path.name}" for path in (ROOT / "align" / "objectives").glob("*.py") if path.stem != "__init__")
+MODULES = ["align/kernels.py", "align/trajectory.py", "align/windows.py", "align/advantage.py", "align/constraints.py", *OBJECTIVES]
 MORE_TESTS = {"align/kernels.py": ["test_trajectory"], "align/trajectory.py": ["test_policy_gradient"], "align/constraints.py": ["test_advantage"]}
 
 SWAPPED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
