@@ -4,8 +4,8 @@
     python -m tests.mutate --report mutants.jsonl
 
 A change is of an operator, a comparison, a condition, a number, a truth value, a method call (left out), a return value (None) or a whole statement (left out); text, types,
-decorators and the defaults of arguments and fields stay as they are. Each mutant lives in memory, in a forked process that runs only the module's tests: no file is touched, so runs may go side by side. Killed is what
-fails a test, cannot be imported or takes too long. A second run with the same --out goes on where the first ended.
+decorators and the defaults of arguments and fields stay as they are. Each mutant lives in memory, in a forked process that runs only the module's tests: no file is touched, so
+runs may go side by side. Killed is what fails a test, cannot be imported or takes too long. A second run with the same --out goes on where the first ended.
 """
 
 from __future__ import annotations
