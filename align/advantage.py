@@ -87,6 +87,23 @@ def _scale(groups: Tensor, valid: Tensor, std: Tensor, divide_by: DivideBy) -> T
     raise ValueError(f"divide_by {divide_by!r} is unknown: use group_std, global_std, max_group_std or none")
 
 
+def best_and_worst(advantage: Tensor, group_size: int, keep: int, *, valid: Tensor | None = None) -> Tensor:
+    """Which clips to train on: of each group the better half of `keep` and the worse half, bool [B] (DanceGRPO's best-of-n, arXiv 2505.07818: 8 of 24).
+
+    advantage, valid [B]. The advantages are those of the whole group: its mean is the baseline of what is kept, too. A clip that is not valid is never kept; where
+    fewer are valid, all of those are. Among equals the first ones are the better. Known failure: of normal rewards the outer 8 of 24 carry 80 % of the
+    gradient, so their mean is 2.4 times as long as the whole group's; of skewed rewards the kept advantages do not add up to 0.
+    Raises ValueError where keep is not in 2 .. group_size.
+    """
+    groups = _in_groups(advantage.detach(), group_size)  # [N,G]
+    if not 2 <= keep <= group_size:
+        raise ValueError(f"cannot keep {keep} of {group_size} clips: keep at least 2, a good one and a bad one, and at most the group")
+    known = groups.isfinite() if valid is None else groups.isfinite() & valid.reshape(groups.shape)  # [N,G]
+    place = groups.where(known, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # [N,G] 0 is the best; unknown ones come last
+    worst = known.sum(1, keepdim=True) - keep // 2  # [N,1]
+    return (known & ((place < keep - keep // 2) | (place >= worst))).reshape(-1)  # [B]
+
+
 def leave_one_out(value: Tensor, group_size: int) -> Tensor:
     """Mean of the OTHER clips of the same prompt, [B] -> [B] (Kool et al. 2019, RLOO). nan values are left out; nan where no other is known."""
     groups = _in_groups(value, group_size)  # [N,G]
