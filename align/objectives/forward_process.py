@@ -5,7 +5,7 @@ One objective, `signed_flow_matching`, and the one factor by which each publishe
     DiffusionNFT, weight 1   the objective itself, in value (less a constant, over beta)
     RWR                      a = 1, beta = 1, weight from `rwr_weight`: in value, less a constant
     DiffusionNFT, adaptive   a and weight from `nft_split`: in gradient, at every theta
-    AWM                      weight w(t) A's ratio: in gradient at theta = theta_old; in full it is `ppo_clip` of `matching_log_prob`
+    AWM                      weight w(t): in gradient at theta = theta_old; in full it is `ppo_clip` of `matching_log_prob`
     DGPO                     weight from `dgpo_weight`: in gradient at theta = theta_old; in full it is `flow_matching` with weight times A
 
 Letters: B clips, C F H W latent channels/frames/height/width; u the policy's velocity, u_old that of the policy that made the clips, v = u(x0, eps, t) the
@@ -71,7 +71,7 @@ def nft_split(u: Tensor, u_old: Tensor, target: Tensor, advantage: Tensor, proxi
 
     The paper divides the error of the good policy's x0 by w+ = <|x0+ - x0|>, that of the bad one's by w-, both without gradient and at least `floor`; x0+- - x0 is
     -sigma (e +- beta d), for both paths here. With q = (1 + a)/2, p = q/w+ and n = (1 - q)/w- that is the signed objective with a' = (p - n)/(p + n) and weight
-    sigma^2 (p + n): the same gradient at every theta, and at theta_old a' = a, weight = sigma^2/w. (arXiv 2509.16117, section 3.3; its code.)
+    sigma^2 (p + n): the same gradient at every theta, and at theta_old a' = a, weight = sigma^2/w. (arXiv 2509.16117, "adaptive loss weighting".)
     Known failure: a clip the policy already fits weighs without bound, up to sigma^2/floor.
     """
     u, u_old, target = u.detach().float(), u_old.detach().float(), target.float()
@@ -83,7 +83,7 @@ def nft_split(u: Tensor, u_old: Tensor, target: Tensor, advantage: Tensor, proxi
 
 
 def matching_log_prob(error: Tensor, weight: Tensor | float = 1.0, *, power: float = 1.0) -> Tensor:
-    """AWM's stand-in for a log-probability: -weight error^power / power, error [B] from `clip_error` -> [B] (arXiv 2509.25050, section 4).
+    """AWM's stand-in for a log-probability: -weight error^power / power, error [B] from `clip_error` -> [B] (arXiv 2509.25050).
 
     AWM is `ppo_clip(matching_log_prob(error), matching_log_prob(old_error), A, 1e-5)` with the same t and eps for both; its gradient at theta_old is that of
     `signed_flow_matching` with this weight. weight: 1, t or t^2; power 0.25 with weight t is the code's "ghuber". Known failure: no density and no nats: the ratio of two of

@@ -85,8 +85,8 @@ def kl_mask(
 
     Flow-DPPO (arXiv 2606.11025): a clip is left out where kl >= threshold and (A > 0 and rho > 1, or A < 0 and rho < 1); what leads back stays. kl: `old.kl(new)`,
     nats per latent element, so the threshold is too (1e-5 there); for a threshold in nats of the clip divide it by `Gaussian.elements`. The region is exact,
-    where the ratio's is a single noisy draw. An unknown kl (nan) counts as outside; masked clips count in the mean. Known failure: nothing pulls a policy back that is outside and where every
-    clip is masked; keep a KL penalty. Raises ValueError where threshold is not positive.
+    where the ratio's is a single noisy draw. An unknown kl (nan) counts as outside; masked clips count in the mean. Known failure: nothing pulls a policy back
+    that is outside and where every clip is masked; keep a KL penalty. Raises ValueError where threshold is not positive.
     """
     if threshold <= 0:
         raise ValueError(f"threshold must be positive, got {threshold}")
@@ -126,6 +126,7 @@ def velocity_kl(u: Tensor, reference: Tensor, kappa: Tensor) -> Tensor:
 def step_rewards(reward: Tensor, kl: Tensor, coef: float) -> Tensor:
     """The KL in the reward: -coef kl_k at each step, and the clip's reward at the last; reward [B], kl [K,B] -> [K,B].
 
-    InstructGPT (arXiv 2203.02155, eq. 2) over denoising steps. `critic.gae` takes it as it is; for group advantages sum over the K steps. It moves the policy through its log-probability only; `kl_penalty` in the loss has the smaller variance. An unknown reward (nan) stays so.
+    InstructGPT (arXiv 2203.02155, eq. 2) over denoising steps. `critic.gae` takes it as it is; for group advantages sum over the K steps. It moves the policy
+    through its log-probability only; `kl_penalty` in the loss has the smaller variance. An unknown reward (nan) stays so.
     """
     return torch.cat([-coef * kl[:-1], (reward - coef * kl[-1])[None]]).detach()
