@@ -163,7 +163,7 @@ def gdpo_advantage(
 def batch_normalise(advantage: Tensor, valid: Tensor, *, min_std: float = 1e-6) -> Tensor:
     """(advantage - mean) / std over the valid entries, any shape; 0 elsewhere, and everywhere where the std is below min_std.
 
-    PPO's usual step after GAE, GDPO's last one (eq. 6). With several ranks, gather first.
+    PPO's usual step after GAE, GDPO's last one (arXiv 2601.05242, eq. 6). With several ranks, gather first.
     """
     flat, known = advantage.reshape(-1), valid.reshape(-1)
     std = _masked_std(flat, known)  # [1]

@@ -35,7 +35,7 @@ def signed_flow_matching(
 ) -> Loss:
     """mean over valid clips of weight (2 a <d, e> + beta <d, d>); u, u_old, target [B,C,F,H,W], a [B] in [-1, 1], beta = `proximal`, weight [B].
 
-    DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117), its policy loss with weight 1, the constant <e, e> left out, over beta. For a = 1 and beta = 1 it is flow
+    DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117, theorem 3.2), its policy loss with weight 1, the constant <e, e> left out, over beta. For a = 1 and beta = 1 it is flow
     matching on the clip (up to that constant); for a = -1 the minimum lies as far on the other side of u_old. Known failure: a small beta lets the policy
     run away from clips it disliked, in directions nobody looked at. Raises ValueError where proximal is not positive.
     """
@@ -53,7 +53,7 @@ def signed_flow_matching(
 
 
 def implicit_split(advantage: Tensor, largest: float) -> Tensor:
-    """The paper's 2 q - 1 = clip(A / A_max, -1, 1), [B] -> [B]. Raises ValueError where `largest` is not positive."""
+    """2 q - 1 = clip(A / A_max, -1, 1), [B] -> [B] (DiffusionNFT, arXiv 2509.16117). Raises ValueError where `largest` is not positive."""
     if largest <= 0:
         raise ValueError(f"the largest advantage must be positive, got {largest}")
     return torch.clamp(advantage / largest, -1, 1)
@@ -119,7 +119,7 @@ def rwr_weight(reward: Tensor, temperature: float) -> Tensor:
 
 
 def old_policy_decay(iteration: int, *, flat: int = 0, rate: float = 0.001, largest: float = 0.5) -> float:
-    """How much of the old policy stays after iteration 0, 1, ...: min(rate max(0, iteration - flat), largest) (DiffusionNFT's code).
+    """How much of the old policy stays after iteration 0, 1, ...: min(rate max(0, iteration - flat), largest) (DiffusionNFT, arXiv 2509.16117, its code).
 
     u_old <- decay u_old + (1 - decay) u, by `base_model.lora.ShadowAdapter.follow(1 - decay)`. The other published schedule is flat 75, rate 0.0075, largest 0.999.
     """

@@ -15,7 +15,7 @@ from align.objectives import Loss, masked_mean
 from align.objectives.regression import clip_error
 
 METRICS = {
-    "policy/loss": "The clipped policy-gradient loss of the replayed steps, before any added term.",
+    "policy/loss": "The policy-gradient loss of the replayed steps, before any added term.",
     "policy/ratio": "Mean over clips of rho, the density ratio of new to old policy to the power 1/D; 1 before the first update.",
     "policy/clip_share": "Share of clips whose rho is outside 1 +- the clip range.",
     "policy/approx_kl": "Mean of -log rho, an unbiased estimate of KL(old policy, new policy) in nats per latent element; can be negative by chance.",
@@ -109,6 +109,7 @@ def kl_mask(
 def kl_penalty(kl: Tensor, coef: float, *, valid: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """coef * mean of kl [B] (from `Gaussian.kl`, nats per latent element; use `kl_total` and say so for totals) -> [].
 
+    The KL term of Flow-GRPO (arXiv 2505.05470, eq. 5).
     The reference's Gaussian is computed without gradient, the policy's with: a KL under no_grad trains nothing (`selfcheck.kl_gradient` looks).
     """
     return coef * masked_mean(kl if weight is None else kl * weight.detach(), valid)

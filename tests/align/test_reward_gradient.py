@@ -292,4 +292,4 @@ def test_it_trains_an_adapter_through_the_decoder_of_the_built_in_model_to_brigh
         optimizer.step()
         rewards.append(float(reward.detach().mean()))
     print(rewards)
-    assert rewards[-1] > rewards[0] + 0.01
+    assert rewards == sorted(rewards) and rewards[-1] > rewards[0] + 0.005
