@@ -3,7 +3,7 @@
 Log-probabilities are nats PER LATENT ELEMENT, so the ratio below is the true density ratio to the power 1/D, D latent elements a clip.
 A clip range c means +-c D nats on the true ratio and does not transfer between resolutions or frame counts; log the KL, per element and
 total, beside it.
-Letters: B clips, K noisy steps, C F H W latent channels/frames/height/width.
+Letters: B clips, K noisy steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from align.objectives import Loss, masked_mean
-from align.objectives.regression import clip_error
 
 METRICS = {
     "policy/loss": "The policy-gradient loss of the replayed steps, before any added term.",
@@ -107,21 +106,13 @@ def kl_mask(
 
 
 def kl_penalty(kl: Tensor, coef: float, *, valid: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-    """coef * mean of kl [B] (from `Gaussian.kl`, nats per latent element; use `kl_total` and say so for totals) -> [].
+    """coef * mean of kl [B] -> []: the KL term of Flow-GRPO (arXiv 2505.05470, eq. 5).
 
-    The KL term of Flow-GRPO (arXiv 2505.05470, eq. 5).
-    The reference's Gaussian is computed without gradient, the policy's with: a KL under no_grad trains nothing (`selfcheck.kl_gradient` looks).
+    kl in x: `policy.kl(reference)`, nats per latent element; or `kl_total`, nats of the clip. kl in v: `clip_error(u, u_reference)`, velocity^2 per latent element, as NFT and
+    DGPO charge it; it is 2/kappa^2 of the first, so a coef means another thing in each and at each step: log it with its unit.
+    The reference is computed without gradient, the policy with: a KL under no_grad trains nothing (`selfcheck.kl_gradient` looks).
     """
     return coef * masked_mean(kl if weight is None else kl * weight.detach(), valid)
-
-
-def velocity_kl(u: Tensor, reference: Tensor, kappa: Tensor) -> Tensor:
-    """KL of two steps from their velocities: kappa^2 <(u - u')^2> / 2, u and u' [B,C,F,H,W], kappa [B] -> [B] nats per latent element.
-
-    Equal to `Gaussian.kl` of the same step, where policy and reference share their std, and free of the std that sampling chose: kappa is `kernels.kappa`. With kappa
-    = sqrt(2) it is the plain squared distance of velocities (`clip_error`; NFT's and DGPO's "KL", unit velocity^2), which no longer is a KL.
-    """
-    return kappa.square() * clip_error(u, reference) / 2
 
 
 def step_rewards(reward: Tensor, kl: Tensor, coef: float) -> Tensor:

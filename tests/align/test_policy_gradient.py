@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from align.critic import gae
 from align.kernels import CPS, Ancestral, FlowSDE, Gaussian, kappa
 from align.objectives import Loss
-from align.objectives.policy_gradient import kl_mask, kl_penalty, ppo_clip, score_function, step_rewards, velocity_kl
+from align.objectives.policy_gradient import kl_mask, kl_penalty, ppo_clip, score_function, step_rewards
+from align.objectives.regression import clip_error
 from align.trajectory import rollout, transition
 from base_model.paths import Path
 from tests.worlds import PATHS, GaussianModel, GaussianWorld, affine, ancestral_rule, conditions
@@ -154,20 +155,12 @@ def test_a_policy_inside_the_region_has_the_same_gradient_under_clip_and_mask() 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
 @pytest.mark.parametrize("kernel", [Ancestral(0.7), FlowSDE(0.7), CPS(0.5)], ids=lambda kernel: type(kernel).__name__)
-def test_the_kl_in_velocity_space_is_the_kl_of_the_step(path: Path, kernel: Ancestral) -> None:
+def test_the_kl_in_velocity_space_is_two_over_kappa_squared_of_that_of_the_step(path: Path, kernel: Ancestral) -> None:
     g = torch.Generator().manual_seed(0)
     x, u, other = (torch.randn(3, 2, 2, 4, 4, generator=g, dtype=torch.float64) for _ in range(3))
     t, s = path.t_max * vector(0.9, 0.5, 0.3), path.t_max * vector(0.7, 0.4, 0.1)
-    want = kernel(path, x, u, t, s).kl(kernel(path, x, other, t, s))
-    assert_close(velocity_kl(u, other, kappa(kernel, path, t, s)).double(), want, atol=0, rtol=1e-5)
-    u.requires_grad_()
-    velocity_kl(u, other, kappa(kernel, path, t, s)).sum().backward()
-    assert u.grad is not None and (u.grad.flatten(1).norm(dim=1) > 0).all()
-
-
-def test_the_plain_distance_of_velocities_is_the_one_of_kappa_root_two() -> None:
-    u, other = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 5.0]])
-    assert float(velocity_kl(u, other, torch.tensor([2**0.5]))) == pytest.approx(5.0)
+    in_x = kernel(path, x, u, t, s).kl(kernel(path, x, other, t, s))
+    assert_close(clip_error(u, other).double(), 2 * in_x / kappa(kernel, path, t, s).square(), atol=0, rtol=1e-5)
 
 
 def test_the_kl_in_the_reward_is_paid_at_each_step_and_the_reward_comes_at_the_last() -> None:
