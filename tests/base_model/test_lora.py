@@ -14,6 +14,7 @@ from align.run import Run
 from base_model.checkpoint import load_weights, save_weights
 from base_model.lora import TRAINED, ShadowAdapter, adapter_state, add_lora, load_adapter_state, merge, reference, using
 from base_model.networks.dit import DiTConfig
+from base_model.quantize import to_nf4
 from base_model.tiny import build_tiny
 
 
@@ -208,3 +209,34 @@ def test_shadows_work_on_the_packed_networks() -> None:
         assert torch.equal(model(x, t, cond), before)
     with pytest.raises(ValueError, match="cannot be called 'out'"):
         ShadowAdapter(model.network, "out")
+
+
+def test_shadows_follow_adapters_on_four_bits_and_rows_of_an_embedding() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.out_proj = nn.Embedding(10, 64), nn.Linear(64, 64)
+
+        def get_input_embeddings(self) -> nn.Embedding:
+            return self.embedding
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.out_proj(self.embedding(ids))
+            return out
+
+    net = Words()
+    to_nf4(net, "out_proj")
+    peft = add_lora(net, rank=1, alpha=1.0, targets=r".*_proj", token_rows=[3, 7])
+    ids = torch.arange(10)
+    before = peft(ids)
+    shadow = ShadowAdapter(peft, "old")
+    assert len(shadow.state_dict()) == 3
+    shake(peft, 1)
+    after = peft(ids)
+    assert not torch.equal(after[3], before[3])
+    with using(peft, "old"):
+        assert torch.equal(peft(ids), before)
+    shadow.follow(1.0)
+    with using(peft, "old"):
+        assert torch.equal(peft(ids), after)
+    assert torch.equal(peft(ids), after)
