@@ -50,8 +50,8 @@ class Critic(nn.Module):
         x = x.detach().float()
         pooled = adaptive_avg_pool3d(x, GRID).flatten(1)  # [B,32C]
         spread = x.flatten(2).std(2, correction=0)  # [B,C]
-        words = (cond.text * cond.mask[..., None]).sum(1) / cond.mask.sum(1, keepdim=True).clamp_min(1)  # [B,D]
-        hidden = self.latents_in(torch.cat([pooled, spread], 1)) + self.text_in(words.float()) + self.time_in(time_features(t.expand(len(x)), TIME_WIDTH))  # [B,w]
+        words = (cond.text.float() * cond.mask[..., None]).sum(1) / cond.mask.sum(1, keepdim=True).clamp_min(1)  # [B,D]
+        hidden = self.latents_in(torch.cat([pooled, spread], 1)) + self.text_in(words) + self.time_in(time_features(t.expand(len(x)), TIME_WIDTH))  # [B,w]
         return self.value(self.hidden(silu(hidden)))[:, 0]  # [B]
 
 

@@ -42,8 +42,9 @@ def last_steps(model: VideoModel, x: Tensor, times: Tensor, cond: Conditioning, 
     """Denoise x [B,C,F,H,W] along times [K+1] by the ODE, the last `num_steps` steps with gradient -> x0 [B,C,F,H,W].
 
     DRaFT-K (Clark et al. 2024, arXiv 2309.17400, section 4: DRaFT-1 is num_steps 1, DRaFT is all K). Known failure: a small num_steps teaches texture and colour, not
-    what happens in the clip; a large one has exploding gradients: clip their norm. Raises ValueError where num_steps is not in 1..K.
+    what happens in the clip; a large one has exploding gradients: clip their norm. Raises ValueError where num_steps is not in 1..K, or times do not fall to 0.
     """
+    times = _falling(times, x)
     first = len(times) - 1 - num_steps
     if num_steps < 1 or first < 0:
         raise ValueError(f"{num_steps} steps with gradient of {len(times) - 1}: give 1 to {len(times) - 1}")
@@ -57,12 +58,19 @@ def single_step(model: VideoModel, x: Tensor, times: Tensor, cond: Conditioning,
     """Denoise x [B,C,F,H,W] to times[step] without gradient, then guess x0 from there at once, with gradient -> [B,C,F,H,W].
 
     ReFL (Xu et al. 2023, arXiv 2304.05977, algorithm 1), with the velocity's own x0. Known failure: at an early step the guess is a blur, which scorers were not made
-    for; draw late steps (`draw_late`). Raises ValueError where step is not in 0..K-1.
+    for; draw late steps (`draw_late`). Raises ValueError where step is not in 0..K-1, or times do not fall to 0.
     """
+    times = _falling(times, x)
     if not 0 <= step < len(times) - 1:
         raise ValueError(f"step {step} of {len(times) - 1}: give 0 to {len(times) - 2}")
     x, t = _without_gradient(model, x, times[: step + 1], cond), times[step].expand(len(x))
     return _maybe_checkpointed(lambda x: model.path.split(x, model(x, t, cond), t)[0], x, checkpointed)
+
+
+def _falling(times: Tensor, x: Tensor) -> Tensor:
+    if not bool((times[1:] < times[:-1]).all()) or bool(times[-1].any()):
+        raise ValueError("times must decrease strictly and end at 0")
+    return times.to(x.device)
 
 
 @torch.no_grad()

@@ -95,6 +95,11 @@ def test_steps_outside_the_grid_are_refused() -> None:
     for odd in (-1, K):
         with pytest.raises(ValueError, match=f"step {odd} of 5: give 0 to 4"):
             single_step(model, x, times, conditions(3), odd)
+    for wrong in (times[:-1], times.flip(0), torch.cat([times[:2], times[1:]])):
+        with pytest.raises(ValueError, match="times must decrease strictly and end at 0"):
+            last_steps(model, x, wrong, conditions(3), 1)
+        with pytest.raises(ValueError, match="times must decrease strictly and end at 0"):
+            single_step(model, x, wrong, conditions(3), 1)
 
 
 def test_the_number_of_model_calls_is_that_of_the_steps_and_one_more_for_each_that_is_checkpointed() -> None:
