@@ -93,6 +93,15 @@ def test_the_value_loss_by_hand() -> None:
             value_loss(value, old, returns, odd)
 
 
+def test_only_the_critic_gets_a_gradient() -> None:
+    value, old, returns = (torch.tensor([0.5, 2.0], requires_grad=True) for _ in range(3))
+    value_loss(value, old, returns, 0.5).value.backward()
+    assert value.grad is not None and old.grad is None and returns.grad is None
+    rewards, values = torch.ones(2, 1, requires_grad=True), torch.ones(2, 1, requires_grad=True)
+    assert not gae(rewards, values).advantage.requires_grad and not gae(rewards, values).returns.requires_grad
+    assert not explained_variance(value, returns).requires_grad
+
+
 def test_masked_values_do_not_count_even_when_they_are_nan() -> None:
     value = torch.tensor([[0.5, NAN], [1.0, 2.0]], requires_grad=True)
     valid = torch.tensor([[True, False], [True, True]])

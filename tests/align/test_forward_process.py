@@ -83,6 +83,13 @@ def gradient(loss: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> 
     return torch.autograd.grad(loss(u), u)[0]
 
 
+def test_only_the_policy_gets_a_gradient() -> None:
+    inputs = [torch.randn(2, 3, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in range(3)]
+    a, weight = torch.tensor([0.5, -0.5], requires_grad=True), torch.ones(2, requires_grad=True)
+    signed_flow_matching(*inputs, a, 1.0, weight=weight).value.backward()  # type: ignore[arg-type]
+    assert inputs[0].grad is not None and inputs[1].grad is None and a.grad is None and weight.grad is None
+
+
 A = torch.tensor([-1.0, -0.4, 0.0, 0.3, 0.9, 1.0], dtype=torch.float64)
 
 

@@ -82,6 +82,28 @@ def test_a_clip_range_that_is_not_positive_is_refused() -> None:
             kl_mask(vector(0), vector(0), vector(0), vector(1), odd)
 
 
+def test_only_the_policy_gets_a_gradient() -> None:
+    def leaves(n: int) -> list[torch.Tensor]:
+        return [vector(0.1, -0.2).requires_grad_() for _ in range(n)]
+
+    score, clip, mask = leaves(3), leaves(4), leaves(5)
+    score_function(score[0], score[1], weight=score[2]).value.backward()
+    ppo_clip(clip[0], clip[1], clip[2], 0.5, weight=clip[3]).value.backward()
+    kl_mask(mask[0], mask[1], mask[2], mask[3], 1.0, weight=mask[4]).value.backward()
+    for inputs in (score, clip, mask):
+        assert inputs[0].grad is not None and all(each.grad is None for each in inputs[1:])
+    kl, weight = leaves(2)
+    kl_penalty(kl, 2.0, weight=weight).backward()
+    assert kl.grad is not None and weight.grad is None
+
+
+def test_the_share_that_is_clipped_is_counted_by_the_distance_from_one() -> None:
+    ratio = vector(1.1, 0.9, 1.04, 0.96, 1.3)
+    stats = ppo_clip(ratio.log(), torch.zeros(5).double(), torch.ones(5).double(), 0.05).stats
+    assert float(stats["policy/clip_share"]) == pytest.approx(0.6)
+    assert float(ppo_clip(vector(1.0).log(), vector(0), vector(1), 1e-9).stats["policy/clip_share"]) == 0
+
+
 def test_the_score_function_by_hand_and_its_gradient_is_that_of_the_ratio_before_any_update() -> None:
     log_prob, advantage, weight = vector(-0.5, 2.0).requires_grad_(), vector(3, -1), vector(1, 10)
     loss = score_function(log_prob, advantage, weight=weight)

@@ -56,6 +56,12 @@ def test_the_gradient_is_the_finite_difference_pulls_the_winner_down_and_pushes_
     assert reference.grad is None, "the reference is not trained"
 
 
+def test_only_the_policys_errors_get_a_gradient() -> None:
+    inputs = [vector(0.5, 0.9).requires_grad_() for _ in range(6)]
+    flow_dpo(inputs[0], inputs[1], inputs[2], inputs[3], 2.0, time_weight=inputs[4], pair_weight=inputs[5]).value.backward()
+    assert [each.grad is not None for each in inputs] == [True, True, False, False, False, False]
+
+
 def test_how_hard_a_prompt_is_cancels_a_swap_turns_the_margin_and_order_does_not_matter() -> None:
     e = [vector(0.5, 0.9, 0.1), vector(0.6, 0.4, 0.2), vector(0.4, 0.8, 0.3), vector(0.7, 0.5, 0.5)]
     base = flow_dpo(*e, 4.0)  # type: ignore[arg-type]
