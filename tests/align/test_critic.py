@@ -60,6 +60,11 @@ def test_the_difficulty_of_a_prompt_cancels_and_clips_do_not_see_each_other() ->
     assert_close(gae(terminal(reward[order], 6), values[:, order]).advantage, base[:, order], atol=0, rtol=0)
 
 
+def test_a_single_step_is_the_reward_less_the_value() -> None:
+    got = gae(torch.tensor([[2.0, 5.0]]), torch.tensor([[0.5, 6.0]]))
+    assert got.advantage.tolist() == [[1.5, -1.0]] and got.returns.tolist() == [[2.0, 5.0]]
+
+
 def test_an_unknown_reward_or_value_masks_its_clip_alone() -> None:
     reward, values = torch.tensor([1.0, NAN, 3.0]), torch.zeros(2, 3)
     values[0, 2] = NAN
@@ -141,8 +146,24 @@ def test_a_fresh_critic_says_nothing_and_takes_nothing_from_the_global_random_nu
     critic = Critic(2, 6)
     assert torch.equal(torch.get_rng_state(), state)
     assert critic(torch.randn(3, 2, 1, 4, 4), torch.tensor([0.1, 0.5, 0.9]), told(3)).tolist() == [0, 0, 0]
-    assert torch.equal(Critic(2, 6, seed=1).latents_in.weight, Critic(2, 6, seed=1).latents_in.weight)
-    assert not torch.equal(Critic(2, 6, seed=1).latents_in.weight, critic.latents_in.weight)
+    first = Critic(2, 6, seed=1)
+    torch.randn(1)
+    assert torch.equal(first.latents_in.weight, Critic(2, 6, seed=1).latents_in.weight) and not torch.equal(first.latents_in.weight, critic.latents_in.weight)
+    torch.manual_seed(0)
+    assert torch.equal(Critic(2, 6, seed=0).latents_in.weight, critic.latents_in.weight)
+
+
+def test_the_value_is_what_its_docstring_says_on_latents_that_fill_the_grid() -> None:
+    """On 2 x 4 x 4 latents pooling changes nothing, so the network can be written out."""
+    critic, cond = awake(), told(2)
+    x, t = torch.randn(2, 2, 2, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0.2, 0.7])
+    seen = torch.cat([x.flatten(1), x.flatten(2).std(2, correction=0)], 1)
+    words = torch.stack([cond.text[0, 0], cond.text[1].mean(0)])
+    angle = 1000 * t[:, None] * torch.exp(-math.log(10_000) * torch.arange(32) / 32)
+    hidden = critic.latents_in(seen) + critic.text_in[1](critic.text_in[0](words)) + critic.time_in(torch.cat([angle.cos(), angle.sin()], 1))
+    first, second = critic.hidden[0], critic.hidden[2]
+    want = critic.value(torch.nn.functional.silu(second(torch.nn.functional.silu(first(torch.nn.functional.silu(hidden))))))[:, 0]
+    assert_close(critic(x, t, cond), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 4), (2, 4, 4), (5, 3, 9), (4, 8, 12)])
