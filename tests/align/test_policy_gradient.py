@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from align.kernels import CPS, Ancestral, FlowSDE, Gaussian, Kernel
+from align.critic import gae
+from align.kernels import CPS, Ancestral, FlowSDE, Gaussian, Kernel, kappa
 from align.objectives import Loss
-from align.objectives.policy_gradient import kl_penalty, ppo_clip
+from align.objectives.policy_gradient import kl_mask, kl_penalty, ppo_clip, score_function, step_rewards
+from align.objectives.regression import clip_error
 from align.trajectory import finish, replay, rollout
 from base_model.paths import Path
 from base_model.times import sampling_times
-from tests.worlds import PATHS, GaussianModel, GaussianWorld, Rule, ancestral_rule, conditions, cps_rule, flow_noise, reward_gradient, sde_rule
+from tests.worlds import PATHS, GaussianModel, GaussianWorld, Rule, affine, ancestral_rule, conditions, cps_rule, flow_noise, reward_gradient, sde_rule
 
 
 def vector(*values: float) -> torch.Tensor:
@@ -73,8 +76,123 @@ def test_approx_kl_estimates_the_exact_kl_per_element() -> None:
 
 
 def test_a_clip_range_that_is_not_positive_is_refused() -> None:
-    with pytest.raises(ValueError, match="clip_range"):
-        ppo_clip(vector(0), vector(0), vector(1), 0.0)
+    for odd in (0.0, -1.0):
+        with pytest.raises(ValueError, match="clip_range"):
+            ppo_clip(vector(0), vector(0), vector(1), odd)
+        with pytest.raises(ValueError, match="threshold"):
+            kl_mask(vector(0), vector(0), vector(0), vector(1), odd)
+
+
+def test_only_the_policy_gets_a_gradient() -> None:
+    def leaves(n: int) -> list[torch.Tensor]:
+        return [vector(0.1, -0.2).requires_grad_() for _ in range(n)]
+
+    score, clip, mask = leaves(3), leaves(4), leaves(5)
+    score_function(score[0], score[1], weight=score[2]).value.backward()
+    ppo_clip(clip[0], clip[1], clip[2], 0.5, weight=clip[3]).value.backward()
+    kl_mask(mask[0], mask[1], mask[2], mask[3], 1.0, weight=mask[4]).value.backward()
+    for inputs in (score, clip, mask):
+        assert inputs[0].grad is not None and all(each.grad is None for each in inputs[1:])
+    kl, weight = leaves(2)
+    kl_penalty(kl, 2.0, weight=weight).backward()
+    assert kl.grad is not None and weight.grad is None
+
+
+def test_the_share_that_is_clipped_is_counted_by_the_distance_from_one() -> None:
+    ratio = vector(1.1, 0.9, 1.04, 0.96, 1.3)
+    stats = ppo_clip(ratio.log(), torch.zeros(5).double(), torch.ones(5).double(), 0.05).stats
+    assert float(stats["policy/clip_share"]) == pytest.approx(0.6)
+    assert float(ppo_clip(vector(1.0).log(), vector(0), vector(1), 1e-9).stats["policy/clip_share"]) == 0
+
+
+def test_the_score_function_by_hand_and_its_gradient_is_that_of_the_ratio_before_any_update() -> None:
+    log_prob, advantage, weight = vector(-0.5, 2.0).requires_grad_(), vector(3, -1), vector(1, 10)
+    loss = score_function(log_prob, advantage, weight=weight)
+    assert float(loss.value.detach()) == pytest.approx((3 * 0.5 + 10 * 2.0) / 2) and float(loss.stats["policy/loss"]) == float(loss.value.detach())
+    assert torch.autograd.gradcheck(lambda x: score_function(x, advantage, weight=weight).value, log_prob)
+    loss.value.backward()
+    again = log_prob.detach().clone().requires_grad_()
+    ppo_clip(again, again.detach(), advantage, 1e-4, weight=weight).value.backward()
+    assert_close(log_prob.grad, again.grad, atol=1e-15, rtol=0)
+    assert float(score_function(vector(-0.5, 2.0), advantage).value) == pytest.approx(1.75)
+
+
+def test_the_score_function_masks_what_is_not_valid_also_where_it_is_nan() -> None:
+    log_prob = vector(0.1, float("nan"), -0.2).requires_grad_()
+    loss = score_function(log_prob, vector(1, float("nan"), -1), valid=torch.tensor([True, False, True]))
+    loss.value.backward()
+    assert float(loss.value.detach()) == pytest.approx(-0.15) and log_prob.grad is not None and log_prob.grad.tolist() == [-0.5, 0, 0.5]
+
+
+def test_an_endless_clip_range_is_plain_importance_sampling() -> None:
+    ratio, advantage = vector(0.01, 40.0), vector(-1, 2)
+    loss = ppo_clip(ratio.log(), vector(0, 0), advantage, math.inf)
+    assert float(loss.value) == pytest.approx((0.01 - 80) / 2) and float(loss.stats["policy/clip_share"]) == 0
+
+
+KL_CASES = [  # ratio, advantage, kl, whether the mask stops it
+    (1.5, 1.0, 0.2, True),
+    (1.5, -1.0, 0.2, False),
+    (0.5, -1.0, 0.2, True),
+    (0.5, 1.0, 0.2, False),
+    (1.5, 1.0, 0.05, False),
+    (0.5, -1.0, 0.1, True),
+    (1.0, 1.0, 0.2, False),
+    (1.5, 0.0, 0.2, False),
+    (1.5, 1.0, math.nan, True),
+]
+
+
+def test_the_kl_mask_stops_only_what_is_outside_and_leads_further() -> None:
+    ratio, advantage, kl, stopped = (torch.tensor(column, dtype=torch.float64) for column in zip(*KL_CASES, strict=True))
+    log_prob = ratio.log().requires_grad_()
+    loss = kl_mask(log_prob, torch.zeros(9).double(), kl, advantage, 0.1, weight=torch.arange(1.0, 10.0).double())
+    loss.value.backward()
+    assert log_prob.grad is not None
+    want = -advantage * ratio * (stopped == 0) * torch.arange(1, 10) / 9
+    assert_close(log_prob.grad, want, atol=1e-15, rtol=0)
+    assert float(loss.value.detach()) == pytest.approx(float(want.sum()))
+    assert float(loss.stats["policy/masked_share"]) == pytest.approx(4 / 9) and float(loss.stats["policy/ratio"]) == pytest.approx(float(ratio.mean()))
+    assert not any(stat.requires_grad for stat in loss.stats.values())
+
+
+def test_the_kl_mask_by_hand_on_two_numbers_and_against_finite_differences() -> None:
+    log_prob, old, kl, advantage = vector(0.2, -0.1).requires_grad_(), vector(0, 0), vector(0.05, 0.3), vector(1, 2)
+    loss = kl_mask(log_prob, old, kl, advantage, 0.1)
+    assert float(loss.value.detach()) == pytest.approx(-(math.exp(0.2) + 2 * math.exp(-0.1)) / 2)
+    assert float(loss.stats["policy/kl"]) == pytest.approx(0.175) and float(loss.stats["policy/loss"]) == float(loss.value.detach())
+    assert torch.autograd.gradcheck(lambda x: kl_mask(x, old, kl, advantage, 0.1).value, log_prob)
+    valid = torch.tensor([True, False])
+    masked = kl_mask(vector(0.2, float("nan")), old, vector(0.05, float("nan")), vector(1, float("nan")), 0.1, valid=valid)
+    assert float(masked.value) == pytest.approx(-math.exp(0.2)) and float(masked.stats["policy/kl"]) == pytest.approx(0.05)
+    assert float(masked.stats["policy/masked_share"]) == 0
+
+
+def test_a_policy_inside_the_region_has_the_same_gradient_under_clip_and_mask() -> None:
+    advantage, old = vector(1, -1, 2), vector(0, 0, 0)
+    one, two = vector(0.01, -0.02, 0.0).requires_grad_(), vector(0.01, -0.02, 0.0).requires_grad_()
+    ppo_clip(one, old, advantage, 0.5).value.backward()
+    kl_mask(two, old, vector(0, 0, 0), advantage, 1e-5).value.backward()
+    assert_close(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("kernel", [Ancestral(0.7), FlowSDE(0.7), CPS(0.5)], ids=lambda kernel: type(kernel).__name__)
+def test_the_kl_in_velocity_space_is_two_over_kappa_squared_of_that_of_the_step(path: Path, kernel: Ancestral) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, u, other = (torch.randn(3, 2, 2, 4, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    t, s = path.t_max * vector(0.9, 0.5, 0.3), path.t_max * vector(0.7, 0.4, 0.1)
+    in_x = kernel(path, x, u, t, s).kl(kernel(path, x, other, t, s))
+    assert_close(clip_error(u, other).double(), 2 * in_x / kappa(kernel, path, t, s).square(), atol=0, rtol=1e-5)
+
+
+def test_the_kl_in_the_reward_is_paid_at_each_step_and_the_reward_comes_at_the_last() -> None:
+    kl = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], requires_grad=True)
+    got = step_rewards(torch.tensor([1.0, float("nan")]), kl, 2.0)
+    assert_close(got, torch.tensor([[-0.2, -0.4], [-0.6, -0.8], [0.0, float("nan")]]), equal_nan=True)
+    assert not got.requires_grad
+    assert step_rewards(torch.tensor([1.0]), torch.tensor([[0.25]]), 2.0).tolist() == [[0.5]]
+    assert float(step_rewards(torch.tensor([1.0]), torch.tensor([[0.1], [0.2]]), 0.5).sum()) == pytest.approx(1 - 0.15)
 
 
 def test_a_loss_adds_named_terms_and_refuses_a_name_twice() -> None:
@@ -156,6 +274,47 @@ def test_one_noisy_step_estimates_its_own_part_and_the_pathwise_term_the_steps_b
     assert abs(float(mean[0]) - by_step[1]) < 4 * float(error[0]) and float(error[0]) < 0.1 * abs(by_step[1])
     assert abs(float(mean[1]) - sum(by_step[2:])) < 4 * float(error[1])
     assert abs(by_step[0]) > 0.01, "what moves the step before the noise is in neither"
+
+
+def test_a_perfect_critic_leaves_the_gradient_unbiased_and_makes_it_far_less_noisy() -> None:
+    """The affine world again, where V_k(x) = E[reward | x_k] is a closed form. GAE with lambda 0 finds the noisy steps' share of the exact gradient, from a quarter
+    of the variance that the reward itself, less its mean, leaves; lambda 1 is that reward less V, unbiased too."""
+    world, kernel, num_steps, n = GaussianWorld(), Ancestral(1.0), 6, 8_000
+    times, rule = world.grid(num_steps), ancestral_rule(1.0)
+    later, carried, exact = (1.0, 0.0), 1.0, 0.0  # reward = slope * mean(x_k) + offset from step k on
+    value = []
+    for k, (t, s) in reversed(list(enumerate(itertools.pairwise(times)))):
+        step_slope, step_offset, _ = affine(world, rule if k < num_steps - 1 else ancestral_rule(0.0), t, s)
+        (alpha_t, sigma_t), (d_alpha, d_sigma) = world.coefficients(t), world.slopes(t)
+        c_x0, c_eps, _, _ = rule(world, t, s)
+        if k < num_steps - 1:
+            exact += carried * (c_x0 * -sigma_t + c_eps * alpha_t) / (alpha_t * d_sigma - sigma_t * d_alpha)
+        later = later[0] * step_slope, later[0] * step_offset + later[1]
+        carried *= step_slope
+        value.insert(0, later)
+
+    model, g = _Vectorised(GaussianModel(world)), torch.Generator().manual_seed(0)
+    x = torch.randn(n, 1, 1, 1, 1, generator=g, dtype=torch.float64)
+    trajectory = rollout(model, kernel, x, torch.tensor(times, dtype=torch.float64), conditions(n), noise=g, dtype=torch.float64)
+    reward, steps = trajectory.x0.flatten(1).mean(1), trajectory.steps()
+    values = torch.stack([a * step.x.flatten(1).mean(1) + b for step, (a, b) in zip(steps, value, strict=False)])  # [K,B]
+    rewards = step_rewards(reward, torch.zeros(len(steps), n), 0.0)
+
+    def per_clip(advantages: torch.Tensor) -> torch.Tensor:
+        """Gradient of each clip's sum over steps of A log p with respect to the shift, [B]."""
+        total = torch.zeros(n, dtype=torch.float64)
+        for advantage, step in zip(advantages, steps, strict=True):
+            shift = torch.zeros(n, 1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+            u = model(step.x, step.t, trajectory.cond) + shift
+            log_prob = kernel(world.path, step.x, u, step.t, step.s).log_prob(step.x_next)
+            total += advantage * torch.autograd.grad(log_prob.sum(), shift)[0].flatten()
+        return total
+
+    plain = per_clip((reward - reward.mean()).expand(len(steps), -1))
+    for lam, share in ((0.0, 0.3), (1.0, 0.8)):
+        got = per_clip(gae(rewards, values, lam=lam).advantage)
+        print(f"lambda {lam}: {float(got.mean()):.4f}, exact {exact:.4f}; variance {float(got.var()):.3f} of {float(plain.var()):.3f}")
+        assert float(got.mean()) == pytest.approx(exact, abs=4 * float(got.std()) / n**0.5) and float(got.var()) < share * float(plain.var())
 
 
 class _Vectorised(GaussianModel):
