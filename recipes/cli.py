@@ -60,6 +60,7 @@ COMMANDS = {
     "pretrain": Command("recipes.pretrain", "Make the shipped base model again."),
     "vae": Command("recipes.vae", "Make the shipped video VAE again."),
     "match": Command("recipes.match", "Make the shipped matchers of clips and captions again, from which reward models start."),
+    "quality": Command("recipes.quality", "Make the shipped judges of quality again, which every reward model holds beside its matcher."),
     "upsample": Command("recipes.upsample", "Learn a stage of a cascade: twice as many pixels a side, or twice as many frames."),
     "temporal": Command("recipes.temporal", "Make a video model of an image model: keyframes, or the frames between them."),
     "sft": Command("recipes.sft", "Fine-tune a base model on curated prompt-video pairs."),

@@ -7,7 +7,8 @@ and what another person reaches. Nothing is chosen on the judged split but what 
 
 Writes `report.json` with everything and `report.html`, one page. A clip without a score is left out and counted, never taken for a tie.
 
-Last, good clips are changed, and the score has to stay or to fall (`reward/metamorphic.py`): drawn clips of the built-in world, and real footage where `--footage` names some.
+Then good clips are changed, and the score has to stay or to fall (`reward/metamorphic.py`): drawn clips of the built-in world, and real footage where `--footage` names some.
+Last, with `--takes` and `--guard`, how far the model can be optimised: the best of n clips by its score, looked at by a second scorer. This asks for no rankings.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from align.progress import Progress
 from base_model.checkpoint import check_can_write, read_json
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
-from base_model.types import ClipShape
 from base_model.video.files import write_atomic
 from base_model.video.store import ClipStore
-from recipes.changed_clips import drawn_cases, footage_cases, table_of, within_prompt_std
+from recipes import best_of_n
+from recipes.changed_clips import checked, ranked_most, within_prompt_std
 from recipes.charts import Series, line_chart
 from recipes.doctor import hardware
 from recipes.report import NOT_MEASURED, finite, flat, interval_text
@@ -57,11 +58,10 @@ from reward.calibration import (
 )
 from reward.comparisons import Clip, Comparisons, RankingEvent, load_comparisons
 from reward.features import signal_features
-from reward.metamorphic import CHECKS, run_checks
 from reward.model import RewardModel, load_reward_model
-from reward.types import Scorer, Scores
 
 MODEL, SIGNALS_ONLY, PROMPT_ONLY = "reward model", "signals only", "prompt only"
+CARD = "reward_card.json"
 Score = Mapping[str, float]
 """clip_id -> score in one dimension."""
 
@@ -71,10 +71,14 @@ class Config(BaseConfig):
     """Folder of `report.json` and `report.html`."""
     model: Path = Path("runs/reward-model")
     """Folder of the reward model."""
-    comparisons: Path = Path("runs/rankings")
-    """Folder of rankings, as `reward/comparisons.py` writes it."""
+    comparisons: Path | None = Path("runs/rankings")
+    """Folder of rankings, as `reward/comparisons.py` writes it; null: only what needs none is told."""
     clips: Path = Path("runs/candidates")
     """Clip store with the ranked clips."""
+    takes: Path | None = None
+    """Clip store with many clips of each prompt by one generator, of which the best of n are taken: 64 of each of 40 prompts say much, 4 little."""
+    guard: Path | None = None
+    """Folder of a second reward model, from other people's rankings and another start, which looks at them."""
     split: Literal["test", "val"] = "test"
     """Whose answers judge the model."""
     validation: Literal["val", "train"] = "val"
@@ -302,37 +306,9 @@ def evaluate_model(cfg: Config, model: RewardModel, data: Comparisons, store: Cl
         "clips": len(ids[cfg.split]),
         "unscored_clips": len(unscored),
         "not_judged": sorted((there | set(model.dims)) - set(dims)),
-        "metamorphic": changed(cfg, model, [data.clips[clip_id] for clip_id in to_score], std),
+        "metamorphic": checked(model, std, *ranked_most(data.clips[clip_id] for clip_id in to_score), drawn=cfg.drawn, footage=cfg.footage, seed=cfg.seed, batch=cfg.batch),
         "dimensions": {dim: judge_dimension(dim, cfg, model, data, {name: scores[dim] for name, scores in scorers.items()}) for dim in dims},
     }
-
-
-def changed(cfg: Config, model: Scorer, clips: Sequence[Clip], std: Mapping[str, float]) -> dict[str, Any]:
-    """What the metamorphic checks found on clips of the size that is ranked most, of drawn ones and of footage; {} for what was not asked for."""
-    size = Counter((clip.num_frames, clip.height, clip.width) for clip in clips).most_common(1)[0][0]
-    fps = Counter(clip.fps for clip in clips).most_common(1)[0][0]
-    cases = {
-        "drawn": drawn_cases(cfg.drawn, ClipShape(*size), seed=cfg.seed) if cfg.drawn else [],
-        "footage": footage_cases(cfg.footage, ClipShape(*size), fps) if cfg.footage else [],
-    }
-    free = tuple(check for check in CHECKS if not check.needs_prompt)
-    known = {dim: value for dim, value in std.items() if value > 0}
-    judged = Narrowed(model, tuple(known)) if known else None
-    return {
-        name: table_of(run_checks(judged, some, known, CHECKS if name == "drawn" else free, batch=cfg.batch)) if some and judged else {} for name, some in cases.items()
-    }
-
-
-class Narrowed:
-    """A scorer's dimensions that are to be checked."""
-
-    def __init__(self, scorer: Scorer, dims: tuple[str, ...]) -> None:
-        self.dims, self.differentiable, self._scorer = dims, scorer.differentiable, scorer
-        self._columns = [scorer.dims.index(dim) for dim in dims]
-
-    def __call__(self, video: Tensor, prompts: Sequence[str]) -> Scores:
-        scores = self._scorer(video, list(prompts))
-        return Scores(scores.mean[:, self._columns], scores.spread[:, self._columns])
 
 
 def judge_dimension(dim: str, cfg: Config, model: RewardModel, data: Comparisons, scorers: Mapping[str, Score]) -> dict[str, Any]:
@@ -383,7 +359,14 @@ def as_text(results: Mapping[str, Any]) -> str:
             rows = [(f"{name} clips changed, {dim}", "must", "cases", "passed")]
             rows += [(row["check"], row["expect"], str(row["cases"]), interval_text(row["passed"])) for row in (*found["checks"], found["all"])]
             lines += [*_aligned(rows), ""]
+    for dim, found in _best_of_n(results).items():
+        lines += [*_aligned([(f"best of n, {dim}", *best_of_n.COLUMNS[1:]), *best_of_n.table_rows(found)]), best_of_n.sentence(found), ""]
     return "\n".join(lines)
+
+
+def _best_of_n(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """dimension -> what was found of it."""
+    return (results.get("best_of_n") or {"dimensions": {}})["dimensions"]
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -422,20 +405,41 @@ def render_page(results: Mapping[str, Any]) -> str:
         columns=COLUMNS,
         tables={dim: table_rows(found) for dim, found in dims.items()},
         charts={dim: charts(found) for dim, found in dims.items()},
+        best_of_n=[(dim, found, best_of_n.sentence(found), best_of_n.table_rows(found), best_of_n.chart(found)) for dim, found in _best_of_n(results).items()],
+        best_of_n_columns=best_of_n.COLUMNS,
         unknown=NOT_MEASURED,
     )
+
+
+NO_RANKINGS: dict[str, Any] = {"split": None, "validation": None, "clips": 0, "unscored_clips": 0, "not_judged": [], "metamorphic": {}, "dimensions": {}}
+"""What `evaluate_model` would say without any."""
+
+
+def optimised(cfg: Config, model: RewardModel) -> dict[str, Any] | None:
+    """The best of n by the model, looked at by the guard; None where no takes are given. Raises UserError where takes or guard come alone, or the guard is the model itself."""
+    if cfg.takes is None and cfg.guard is None:
+        return None
+    if cfg.takes is None or cfg.guard is None:
+        raise UserError("takes and guard: best of n needs both, the clips and who looks at those that are picked. Give --takes STORE and --guard FOLDER")
+    if read_json(cfg.model / CARD, "the card of the reward model")["sha256"] == read_json(cfg.guard / CARD, "the card of the guard").get("sha256"):
+        raise UserError(f"the guard has the weights of the model, {cfg.guard}: it would agree with everything. Give --guard another one")
+    return best_of_n.best_of_n_of(model, load_reward_model(cfg.guard, TextEncoder()), ClipStore(cfg.takes), batch=cfg.batch, seed=cfg.seed)
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """Judges the model, writes the report, prints the tables on standard error. `resume` changes nothing: a report is made anew."""
     check_can_write(cfg.out)
-    data, store = load_comparisons(cfg.comparisons), ClipStore(cfg.clips)
+    if cfg.comparisons is None and cfg.takes is None:
+        raise UserError("comparisons and takes: there is nothing to judge by. Give --comparisons FOLDER, or --takes STORE and --guard FOLDER")
+    data = None if cfg.comparisons is None else load_comparisons(cfg.comparisons)
     model = load_reward_model(cfg.model, TextEncoder())
-    card = read_json(cfg.model / "reward_card.json", "the card of the reward model")
-    results = evaluate_model(cfg, model, data, store)
-    results |= {
-        "trained_on_the_split_train_of_these_answers": card.get("data_sha256") == events_hash(usable_events(data)),
-        "lineage": {"weights_sha256": card["sha256"], "answers_sha256": events_hash(usable_events(data)), "trained_with": card.get("command")},
+    card = read_json(cfg.model / CARD, "the card of the reward model")
+    results = NO_RANKINGS if data is None else evaluate_model(cfg, model, data, ClipStore(cfg.clips))
+    answers = None if data is None else events_hash(usable_events(data))
+    results = results | {
+        "best_of_n": optimised(cfg, model),
+        "trained_on_the_split_train_of_these_answers": None if answers is None else card.get("data_sha256") == answers,
+        "lineage": {"weights_sha256": card["sha256"], "answers_sha256": answers, "trained_with": card.get("command")},
         "hardware": hardware(),
         **resolved(cfg),
     }
@@ -445,6 +449,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     print(as_text(results), file=sys.stderr, flush=True)
     passed = {name: {dim: found["all"]["passed"] for dim, found in table.items()} for name, table in results["metamorphic"].items() if table}
     short = {"report": str(cfg.out / "report.html"), "metamorphic": passed, "unscored_clips": results["unscored_clips"]}
+    if _best_of_n(results):
+        short["best_of_n"] = {dim: best_of_n.sentence(found) for dim, found in _best_of_n(results).items()}
     return {**short, **{dim: _short(found) for dim, found in results["dimensions"].items()}}
 
 

@@ -23,12 +23,13 @@ from align.config import Count, NonNegative, Positive, Seed, Share
 from align.constraints import Multiplier, all_violating, constrained_advantage, gate
 from align.kernels import Kernel
 from align.run import Run, derived_seed
-from align.trajectory import Trajectory, transition
+from align.trajectory import Trajectory, replay
 from base_model.checkpoint import save_weights
 from base_model.errors import GuardStop, UserError
+from base_model.guidance import Guided
 from base_model.lora import adapter_state, load_adapter_state, merge, reference
 from base_model.tiny import LatentVideoModel, load_tiny, save_network
-from base_model.types import Conditioning
+from base_model.types import Conditioning, VideoModel
 from recipes.generate import Sampler, latent_shape, safety_runner, sample_with_latents
 from recipes.shapes.prompts import make_prompts
 from recipes.weights import file_hash, write_card
@@ -275,20 +276,26 @@ class GuardWatch:
         self.best, self.fallen = best, bool(state["fallen"])
 
 
-def check_first_step(model: LatentVideoModel, kernel: Kernel, taken: Trajectory, reward: Tensor, group_size: int) -> None:
+def guided(model: VideoModel, sampler: Sampler, *, train_empty: bool = True) -> Guided:
+    """The policy under the sampler's guidance (the model itself where that is 1), its empty prompt encoded before batches go side by side."""
+    policy = Guided(model, sampler.guidance, train_empty)
+    if sampler.guidance != 1:
+        policy.unprompted  # noqa: B018
+    return policy
+
+
+def check_first_step(policy: VideoModel, kernel: Kernel, taken: Trajectory, reward: Tensor, group_size: int) -> None:
     """Before the first update: the replayed ratio is 1 in the rollout's own batch and in another split, rewards differ, the KL has a gradient."""
     step = taken.steps()[0]
-    cond = taken.cond[step.rows]
     selfcheck.reward_spread(reward, group_size)
-    now = transition(model, kernel, step.x, step.t, step.s, cond)
-    with reference(model.network), torch.no_grad():
-        prior = transition(model, kernel, step.x, step.t, step.s, cond)
-    selfcheck.kl_gradient(now, prior, model.network.parameters())
+    now = replay(policy, kernel, step, taken.cond)
+    with reference(policy.network), torch.no_grad():
+        prior = replay(policy, kernel, step, taken.cond)
+    selfcheck.kl_gradient(now, prior, policy.network.parameters())
     selfcheck.first_ratio(now.log_prob(step.x_next), step.log_prob, same_batches=len(step.rows) == len(taken.cond))
-    half = torch.arange((len(cond) + 1) // 2)
     with torch.no_grad():
-        part = step.select(half)
-        now = transition(model, kernel, part.x, part.t, part.s, cond[half])
+        part = step.select(slice((len(step.rows) + 1) // 2))
+        now = replay(policy, kernel, part, taken.cond)
         selfcheck.first_ratio(now.log_prob(part.x_next), part.log_prob, same_batches=False)
 
 
@@ -331,14 +338,19 @@ def decode(model: LatentVideoModel, x0: Sequence[Tensor]) -> Tensor:
     return torch.cat([model.decode(part).cpu() for part in x0])
 
 
+def mean_of(values: Sequence[Tensor]) -> float:
+    """Mean of what clips or micro-batches say, [] or [b] each; nan where there was none to learn from."""
+    return float(torch.cat([value.flatten() for value in values]).mean()) if values else float("nan")
+
+
 def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_elements: int, grad_norm: float, advantage: Advantage) -> dict[str, float]:
     """The metrics of one update."""
     return {
         "kl_per_element": kl,
         "kl_total": kl * latent_elements,
         "grad_norm": grad_norm,
-        "ratio": float(torch.stack([s["policy/ratio"] for s in losses]).mean()),
-        "clip_share": float(torch.stack([s["policy/clip_share"] for s in losses]).mean()),
+        "ratio": mean_of([s["policy/ratio"] for s in losses]),
+        "clip_share": mean_of([s["policy/clip_share"] for s in losses]),
         "zero_std_share": advantage.stats["advantage/zero_std_share"],
     }
 
@@ -352,14 +364,14 @@ class StoppedByGuard(GuardStop):
 
 
 def check_unguided(sampler: Sampler) -> None:
-    """Raises UserError where guidance is asked for."""
+    """Raises UserError where guidance is asked for and the velocity that is regressed is that of the model alone."""
     if sampler.guidance != 1:
-        raise UserError(f"sampler.guidance is {sampler.guidance:g}, but a policy is sampled and trained without guidance. Give 1")
+        why = "but here a model learns its own clips' velocity, and a guided clip is not its own: what guidance gives, RL teaches the model itself"
+        raise UserError(f"sampler.guidance is {sampler.guidance:g}, {why}. Give 1, or use ddpo or grpo")
 
 
 def check_steps(sampler: Sampler) -> None:
-    """Raises UserError where no step could take noise (the last one never does), or where guidance is asked for."""
-    check_unguided(sampler)
+    """Raises UserError where no step could take noise (the last one never does)."""
     if sampler.steps < 2:
         raise UserError(f"sampler.steps is {sampler.steps}, but a policy learns from noisy steps and the last one has none. Give at least 2")
 

@@ -55,7 +55,7 @@ class Sampler(BaseConfig):
     shift: Annotated[float, Field(ge=0.01, le=100)] = 3.0
     """Shift of the time grid; above 1 spends more steps on noise."""
     guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Scale of classifier-free guidance; 1 is none, any other costs two passes a step. RL samples without."""
+    """Scale of classifier-free guidance; 1 is none, any other costs two passes a step."""
     frames: Annotated[int, Field(ge=1, le=1025)] = 13
     """Frames of a clip, 1 + a multiple of 4."""
     height: Side = 32

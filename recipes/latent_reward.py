@@ -2,7 +2,7 @@
 
 The model makes clips, and a store may give more; the reward on pixels scores each once, decoded. A head on the frozen denoiser's hidden states then learns these scores from
 latents noised to any level. Differences between clips of one prompt are what RL learns from, so they count twice: by themselves, and within the squared error. Where the
-reward is the small one, what it is the sum of (25 inputs: shape, motion, presence, signals) is learned beside the score: a score alone does not say why it is low.
+reward is the small one, what it is the sum of (26 inputs: shape, motion, presence, quality, signals) is learned beside the score: a score alone does not say why it is low.
 
 The spread learns by the likelihood of a Gaussian around the score, with the reward's own spread as noise in the target; a factor a noise level, fitted on the split val, makes
 it honest on prompts not trained on. Agreement by noise level is measured on the split test, which nothing was chosen by.
@@ -159,9 +159,12 @@ class Teacher:
     @torch.no_grad()
     def look(self, video: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Clips [B,T,3,H,W] -> mean and spread [B,R], inputs [B,A]."""
-        scores = self.scorer(video, prompts)
-        inputs = self.scorer.standardised(self.scorer.inputs(video, prompts)) if isinstance(self.scorer, RewardModel) else scores.mean.new_zeros(len(video), 0)
-        return {"mean": scores.mean, "spread": scores.spread, "inputs": inputs}
+        if not isinstance(self.scorer, RewardModel):
+            scores = self.scorer(video, prompts)
+            return {"mean": scores.mean, "spread": scores.spread, "inputs": scores.mean.new_zeros(len(video), 0)}
+        inputs = self.scorer.standardised(self.scorer.inputs(video, prompts))  # [B,A]
+        joint = self.scorer.joint_of(inputs)
+        return {"mean": joint.mean, "spread": joint.covariance.diagonal(dim1=1, dim2=2).T.sqrt(), "inputs": inputs}
 
 
 def load_teacher(folder: Path, text: TextEncoder, *, fps: float, device: torch.device) -> Teacher:
@@ -169,7 +172,7 @@ def load_teacher(folder: Path, text: TextEncoder, *, fps: float, device: torch.d
     tier = tier_of(folder)
     if tier == TIER:
         model = load_reward_model(folder, text)
-        return Teacher(model, model.heads.weight.mean(0).abs().mean(1))
+        return Teacher(model, model.head.weight.abs().mean(0))
     if tier == latent.TIER:
         raise UserError(f"already a latent reward, {folder}. Give --reward a reward on pixels")
     scorer: PixelReward = load_pooled(folder, fps=fps) if tier == pooled.TIER else load_vlm_reward(folder, clip_fps=fps, device=device)

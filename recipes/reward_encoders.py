@@ -98,7 +98,7 @@ def start_heads(cfg: Config, encoders: Sequence[Encoder], dims: tuple[str, ...],
     settings = cfg.encoders
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(cfg.seed, "heads", 0))
-        model = PooledModel(encoders, dims, members=cfg.members, width=settings.width, motion_dims=settings.motion_dims, most_clips=k)
+        model = PooledModel(encoders, dims, members=settings.members, width=settings.width, motion_dims=settings.motion_dims, most_clips=k)
     model.fit_standard(train.clips.features)
     with torch.no_grad():
         model.log_tie.copy_(start_log_tie([train.table], k))
@@ -154,7 +154,7 @@ def learn(cfg: Config, answers: Answers, store: ClipStore, *, resume: bool) -> d
 
     model = start_heads(cfg, encoders, dims, k, train)
     events = len(train.table.index)
-    bags = torch.poisson(torch.ones(cfg.members, events), generator=run.generator("bags", 0)) if cfg.members > 1 else torch.ones(1, events)  # [M,E]
+    bags = torch.poisson(torch.ones(settings.members, events), generator=run.generator("bags", 0)) if settings.members > 1 else torch.ones(1, events)  # [M,E]
     fit(cfg, run, model, train, val, bags)
     model.eval()
     reward_model.calibrate(model, scores_of(model, val.clips), val.table)

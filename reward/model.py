@@ -1,10 +1,15 @@
 """The reward model: how well a clip does what its prompt says, learned from rankings.
 
     clip [B,T,3,H,W], prompt -> Matcher -> agreement in shape, in motion, presence [B,3] --+
-    clip -> signal_features -> [B,22] -------------------------------------------------------+-> an ensemble of linear heads -> mean and spread [B,R]
+    clip -> Quality -> log-probability that nothing is wrong [B] ----------------------------+-> a linear head -> mean and spread [B,R]
+    clip -> signal_features -> [B,22] -------------------------------------------------------+
 
-The matcher (`matcher.py`) is trained first, to tell a clip's caption from others; its weights start every reward model. People's rankings say how much each part
-counts. A few hundred rankings are not enough for more: heads with a hidden layer on everything the matcher knows ordered new clips worse than the matcher alone.
+The matcher (`matcher.py`) is trained first, to tell a clip's caption from others, and the judge of quality (`quality.py`), to tell whole clips from spoiled ones; their weights
+start every reward model. People's rankings say how much each part counts. A few hundred rankings are not enough for more: heads with a hidden layer on everything the
+matcher knows ordered new clips worse than the matcher alone. Everything is seen twice, as it is and mirrored with left and right swapped in the prompt, and the mean counts.
+
+How far a score can be believed is part of the model (`doubt.py` says how it is learned): the covariance of the head's weights, and the misfit, what people share about a clip
+and its inputs do not tell.
 """
 
 from __future__ import annotations
@@ -15,87 +20,117 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from base_model.checkpoint import atomic_write, load_weights, save_weights
 from base_model.errors import UserError
 from base_model.types import Conditioning
-from reward.features import SIGNALS, signal_features
+from reward.features import SIGNALS, signal_features, subsampled_chroma
 from reward.matcher import PARTS, Matcher, MatcherSize
+from reward.mirror import swap_sides
+from reward.quality import Quality
 from reward.types import Scorer, Scores
 
-INPUTS = (*PARTS, *SIGNALS)
+INPUTS = (*PARTS, "intact", *SIGNALS)
+INTACT = len(PARTS)
+"""Where "intact" is."""
+MATCH_BEND = 2.0
+"""Deviations at which agreement with the prompt hardly counts any more: what is plainly there is there."""
 TIER = "matcher"
 EncodeText = Callable[[Sequence[str]], Conditioning]
 
 
-class RewardModel(nn.Module):
-    """A matcher, weight-free signals, and an ensemble of small heads: a `Scorer`.
+class Joint(NamedTuple):
+    """Scores of B clips that are uncertain together: they come from the same weights, so their doubts do not add as if they had nothing in common."""
 
-    The mean over the heads is the score, in calibrated log-odds (divided by the temperature); their standard deviation is the spread. `center` and
-    `scale` are the mean and standard deviation of the score over the training clips: constants for a mixture, not applied here.
+    mean: Tensor  # [B,R]
+    covariance: Tensor  # [R,B,B]
+
+    def difference(self, first: Tensor, second: Tensor) -> Scores:
+        """Scores of the clips `first` [N] minus those of the clips `second` [N], rows of the batch -> mean and spread [N,R]; of a clip and itself 0 and 0."""
+        own = self.covariance.diagonal(dim1=1, dim2=2)  # [R,B]
+        variance = own[:, first] + own[:, second] - 2 * self.covariance[:, first, second]  # [R,N]
+        return Scores(self.mean[first] - self.mean[second], _root(variance.T))
+
+
+class RewardModel(nn.Module):
+    """A matcher, a judge of quality, weight-free signals, and a linear head: a `Scorer`.
+
+    The score is in calibrated log-odds (divided by the temperature). Its spread is one standard deviation of what people share about the clip, given its inputs: doubt about the
+    head's weights, and the misfit; 0 before anything was fitted. A score's zero is that of a clip with the mean inputs. `joint` says how the scores of several clips are uncertain
+    together. `center` and `scale` are the mean and standard deviation of the score over the training clips: constants for a mixture, not applied here.
     """
 
     differentiable = True
     input_mean: Tensor
     input_std: Tensor
+    covariance: Tensor
+    misfit: Tensor
     temperature: Tensor
     center: Tensor
     scale: Tensor
 
-    def __init__(self, matcher: Matcher, dims: Sequence[str], encode: EncodeText, *, members: int = 5, most_clips: int = 4) -> None:
+    def __init__(self, matcher: Matcher, quality: Quality, dims: Sequence[str], encode: EncodeText, *, most_clips: int = 4) -> None:
         super().__init__()
         self.dims = tuple(dims)
-        self.matcher = matcher
-        self.heads = Heads(members, len(INPUTS), len(self.dims))
+        self.matcher, self.quality = matcher, quality
+        self.head = nn.Linear(len(INPUTS), len(self.dims), bias=False)  # begins at the match, every part of it counting the same
+        with torch.no_grad():
+            self.head.weight.zero_()[:, : len(PARTS)] = 0.5
         self.log_tie = nn.Parameter(torch.full((len(self.dims), most_clips - 1), -1.0))  # [R, K-1] see ranking.davidson_luce
         for name, value in (("input_mean", 0.0), ("input_std", 1.0)):
             self.register_buffer(name, torch.full((len(INPUTS),), value))
-        for name, value in (("temperature", 1.0), ("center", 0.0), ("scale", 1.0)):
+        self.register_buffer("covariance", torch.zeros(len(self.dims), len(INPUTS), len(INPUTS)))  # of the head's weights, before the temperature
+        for name, value in (("misfit", 0.0), ("temperature", 1.0), ("center", 0.0), ("scale", 1.0)):
             self.register_buffer(name, torch.full((len(self.dims),), value))
         self._encode = encode
 
     def forward(self, video: Tensor, prompts: Sequence[str]) -> Scores:
         """video [B,T,3,H,W] in [0,1], one prompt a clip -> scores [B,R]; nan for a clip with pixels that are not finite."""
+        usable, x = self._seen(video, prompts)
+        variance = ((x @ self.covariance) * x).sum(-1).T + self.misfit.square()  # [B,R]
+        unknown = ~usable[:, None]
+        return Scores((self.head(x) / self.temperature).masked_fill(unknown, torch.nan), (_root(variance) / self.temperature).masked_fill(unknown, torch.nan))
+
+    def joint(self, video: Tensor, prompts: Sequence[str]) -> Joint:
+        """The same for clips that are to be compared: `model.joint(clips, prompts).difference(first, second)`. A row is one clip, and has one misfit."""
+        usable, x = self._seen(video, prompts)
+        found, unknown = self.joint_of(x), ~usable
+        return Joint(found.mean.masked_fill(unknown[:, None], torch.nan), found.covariance.masked_fill(unknown[:, None] | unknown, torch.nan))
+
+    def joint_of(self, x: Tensor) -> Joint:
+        """Of what the head sees of B clips [B,26]."""
+        covariance = x @ self.covariance @ x.T + torch.diag_embed(self.misfit.square()[:, None].expand(-1, len(x)))  # [R,B,B]
+        return Joint(self.head(x) / self.temperature, covariance / self.temperature.square()[:, None, None])
+
+    def inputs(self, video: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The parts of the match, the log-probability of being intact and the signals, in the order of `INPUTS`, [B,26]: means over the clip and its mirror image."""
+        cond = self._encode([*prompts, *map(swap_sides, prompts)])  # 2B
+        views = torch.cat([video, video.flip(-1)])  # [2B,T,3,H,W]
+        intact = F.logsigmoid(self.quality(views))[:, None]  # [2B,1]
+        seen = torch.cat([self.matcher.parts(subsampled_chroma(views), cond.text, cond.mask), intact, signal_features(views)], dim=-1)  # [2B,26]
+        return seen.unflatten(0, (2, -1)).mean(0)
+
+    def standardised(self, inputs: Tensor) -> Tensor:
+        """What the head sees: inputs [B,26] in deviations of the training clips, bent so that no single one can be driven far; but more is always more."""
+        known = (inputs - self.input_mean) / self.input_std
+        return torch.cat([MATCH_BEND * torch.tanh(known[:, :INTACT] / MATCH_BEND), 3 * torch.asinh(known[:, INTACT:] / 3)], dim=-1)
+
+    def _seen(self, video: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Which clips have finite pixels [B], and what the head sees of them [B,26]."""
         if len(video) != len(prompts):
             raise ValueError(f"{len(video)} clips and {len(prompts)} prompts: give one prompt a clip")
         usable = torch.isfinite(video).flatten(1).all(-1)  # [B]
-        video = torch.where(usable[:, None, None, None, None], video, 0.5)
-        heads = self.ensemble(video, prompts) / self.temperature  # [M, B, R]
-        unknown = ~usable[:, None]
-        spread = heads.std(0, correction=0)
-        return Scores(heads.mean(0).masked_fill(unknown, torch.nan), spread.masked_fill(unknown, torch.nan))
-
-    def ensemble(self, video: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Every head's uncalibrated score, [M,B,R]."""
-        out: Tensor = self.heads(self.standardised(self.inputs(video, prompts)))
-        return out
-
-    def inputs(self, video: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The parts of the match and the signals, in the order of `INPUTS`, [B,25]."""
-        cond = self._encode(prompts)
-        return torch.cat([self.matcher.parts(video, cond.text, cond.mask), signal_features(video)], dim=-1)
-
-    def standardised(self, inputs: Tensor) -> Tensor:
-        """What the heads see: inputs [B,25] in deviations of the training clips, cut at three, so that no single one can be driven without end."""
-        return ((inputs - self.input_mean) / self.input_std).clamp(-3, 3)
+        return usable, self.standardised(self.inputs(torch.where(usable[:, None, None, None, None], video, 0.5), prompts))
 
 
-class Heads(nn.Module):
-    """M linear scores, evaluated together. They begin at the match, every part of it counting the same."""
-
-    def __init__(self, members: int, width: int, dims: int) -> None:
-        super().__init__()
-        weight = torch.zeros(members, width, dims)
-        weight[:, : len(PARTS)] = 0.5
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,width] -> [M,B,dims]."""
-        return x @ self.weight
+def _root(variance: Tensor) -> Tensor:
+    """Of variances, which rounding can make a little negative; its slope is finite at 0, and nan stays nan."""
+    return torch.where(variance <= 0, 0.0, variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt())
 
 
 # Files: weights and a card in one folder, whatever the score is made of
@@ -194,20 +229,22 @@ def golden_clips() -> tuple[Tensor, list[str]]:
 def save_reward_model(folder: Path, model: RewardModel, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Writes weights and card (returned) into `folder`; `facts` go into the card."""
     model.eval()
-    told = {"tier": TIER, "size": asdict(model.matcher.size), "members": len(model.heads.weight), "inputs": list(INPUTS), **facts}
+    told = {"tier": TIER, "size": asdict(model.matcher.size), "inputs": list(INPUTS), **facts}
     return write_card(folder, model, model.state_dict(), told, golden_scores(model))
 
 
 def load_reward_model(folder: Path, encode: EncodeText) -> RewardModel:
     """The model in `folder`, ready to score (no gradients into its weights).
 
-    Raises UserError where card or weights are missing, damaged, of different runs, or where the model does not give the golden scores of its card.
+    Raises UserError where card or weights are missing, damaged, of different runs or of an earlier version, or where the model does not give the golden scores of its card.
     """
     card, tensors = read_card(folder, TIER)
+    if "members" in card:
+        raise UserError(f"made by an earlier version, whose spread was that of several heads, {folder}. Train it again with `rushes reward-model`")
     with card_errors(folder):
         if card["inputs"] != list(INPUTS):
             raise UserError(f"made with other inputs than this version computes, {folder / 'reward_card.json'}. Train it again with `rushes reward-model`")
-        model = RewardModel(Matcher(MatcherSize(**card["size"])), card["dims"], encode, members=card["members"], most_clips=card["most_clips"])
+        model = RewardModel(Matcher(MatcherSize(**card["size"])), Quality(), card["dims"], encode, most_clips=card["most_clips"])
         model.load_state_dict(tensors)
     model.eval().requires_grad_(False)
     check_golden(folder, card, golden_scores(model))

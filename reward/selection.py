@@ -77,7 +77,7 @@ def laplace_posterior(before: Posterior, features: Tensor, index: Tensor, ranks:
 
     def told(theta: Tensor) -> tuple[float, Tensor, Tensor]:
         """Log-posterior up to a constant, its gradient [d] and minus its curvature [d,d]."""
-        value, slope, curve = _likelihood(rows @ theta, ranks, log_tie.double())
+        value, slope, curve = derivatives(rows @ theta, ranks, log_tie.double())
         away = theta - before.mean
         gradient = torch.einsum("e,ek,ekd->d", w, slope, rows) - precision @ away
         return float((w * value).sum() - 0.5 * away @ precision @ away), gradient, precision + torch.einsum("e,ekd,ekl,elf->df", w, rows, curve, rows)
@@ -97,8 +97,8 @@ def laplace_posterior(before: Posterior, features: Tensor, index: Tensor, ranks:
     return Posterior(theta, torch.linalg.inv(curvature))
 
 
-def _likelihood(scores: Tensor, ranks: Tensor, log_tie: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [E,K] -> log-probabilities of the rankings [E], their gradients [E,K] and minus their second derivatives [E,K,K]."""
+def derivatives(scores: Tensor, ranks: Tensor, log_tie: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of Davidson-Luce, log_tie [K-1]: scores [E,K] -> log-probabilities of the rankings [E], their gradients [E,K] and minus their second derivatives [E,K,K]."""
     with torch.enable_grad():
         s = scores.detach().requires_grad_()
         value = davidson_luce(s, ranks, log_tie.clamp(min=IMPOSSIBLE))

@@ -1,6 +1,6 @@
 """Which clips to rank next: how many rankings do chosen tasks save against random ones, for the same accuracy on held-out prompts?
 
-A pool is drawn first and is the same for every method and seed: clips of the built-in world, right or with up to three attributes wrong, some blurred or flashing, each with the 25
+A pool is drawn first and is the same for every method and seed: clips of the built-in world, right or with up to three attributes wrong, some blurred or flashing, each with the 26
 inputs of the reward model. The simulated labelers of `recipes/shapes/labelers.py` rank. All methods of a seed begin with the same few random rankings and add as many a round;
 a share of every round, the floor, is drawn at random also where the rest is chosen, and counts. What is learned is a linear score (`reward/selection.py`). The truth it is held
 against is what the panel prefers on average, without noise and habits, on prompts that nobody ranked.
@@ -28,17 +28,20 @@ from align.config import Count, Positive, Share
 from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
+from recipes.bench._people import panel_worth, perceived, to_tensor
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.match import ATTRIBUTES, SHIPPED, change
+from recipes.quality import SHIPPED as QUALITY
 from recipes.shapes.eye import WEIGHTS as EYE
-from recipes.shapes.eye import Eye, Perception, Signals
-from recipes.shapes.labelers import REWARD_PANEL, rank, utility
+from recipes.shapes.eye import Eye, Perception
+from recipes.shapes.labelers import REWARD_PANEL, rank
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.shapes.render import DEMO_CLIP, blur, render, sample_scene
 from recipes.weights import file_hash
 from reward.matcher import load_matcher
 from reward.model import INPUTS, RewardModel
+from reward.quality import load_quality
 from reward.ranking import pair_outcomes, tie_parameter
 from reward.selection import METHODS, Candidate, Given, Method, Mix, best_first, laplace_posterior, next_tasks, prior
 
@@ -92,7 +95,7 @@ class Config(Bench):
 class Pool:
     """C clips of P prompts, as many a prompt; those of the last prompts are held out."""
 
-    inputs: Tensor  # [C,25] standardised on the clips that may be ranked
+    inputs: Tensor  # [C,26] standardised on the clips that may be ranked
     perception: Perception  # of C clips
     clips: int  # a prompt
     ranked: int  # prompts that may be ranked
@@ -102,34 +105,29 @@ class Pool:
         sets = torch.tensor(list(combinations(range(self.clips), k)))
         return (torch.arange(self.ranked)[:, None, None] * self.clips + sets).flatten(0, 1)
 
-    def worth(self) -> Array:
-        """What the panel thinks of every clip, on average, before noise and habits [C]."""
-        return np.mean([utility(person, self.perception) for person in REWARD_PANEL], axis=0)
-
     def held_out_pairs(self) -> tuple[Tensor, Array]:
         """Pairs of clips of held-out prompts that are not close [P,2], and which is better [P]: +1 the first, -1 the second."""
         sets = torch.tensor(list(combinations(range(self.clips), 2)))
         first = torch.arange(self.ranked, len(self.inputs) // self.clips)[:, None, None] * self.clips
         pairs = (first + sets).flatten(0, 1)
-        worth = self.worth()[pairs.numpy()]  # [P,2]
+        worth = panel_worth(REWARD_PANEL, self.perception)[pairs.numpy()]  # [P,2]
         difference = worth[:, 0] - worth[:, 1]
         decided = np.abs(difference) >= CLOSE
         return pairs[torch.from_numpy(decided)], np.sign(difference[decided])
 
 
 def draw_pool(prompts: int, clips: int) -> dict[str, Tensor]:
-    """Draws every clip, and says what the reward model's inputs are [C,25] and what the eye sees [C,11]; minutes for thousands."""
+    """Draws every clip, and says what the reward model's inputs are [C,26] and what the eye sees [C,11]; minutes for thousands."""
     asked = make_prompts(prompts, seed=POOL_SEED, split="train", two_objects=0.2)
     encode, eye = TextEncoder(), Eye.load()
     encode([prompt.text for prompt in asked])
-    model = RewardModel(load_matcher(SHIPPED["reward"]), ("overall",), encode).eval()
+    model = RewardModel(load_matcher(SHIPPED["reward"]), load_quality(QUALITY["reward"]), ("overall",), encode).eval()
     inputs, seen = [], []
     for number, prompt in enumerate(asked):
         video = torch.stack([draw_clip(prompt, np.random.default_rng([POOL_SEED, number, i])) for i in range(clips)])  # [clips,T,3,H,W]
         with torch.no_grad():
             inputs.append(model.inputs(video, [prompt.text] * clips))
-        look = eye.look(video, [prompt] * clips)
-        seen.append(torch.from_numpy(np.concatenate([look.color, look.shape, look.motion, look.extra[:, None], np.stack(look.signals, axis=1)], axis=1)))
+        seen.append(to_tensor(eye.look(video, [prompt] * clips)))
     return {"inputs": torch.cat(inputs), "seen": torch.cat(seen)}
 
 
@@ -147,14 +145,14 @@ def pool_of(inputs: Tensor, seen: Tensor, clips: int, ranked: int) -> Pool:
     """Out of what `draw_pool` says."""
     known = inputs[: ranked * clips]
     standard = ((inputs - known.mean(0)) / known.std(0).clamp(min=1e-4)).clamp(-3, 3)
-    color, shape, motion, extra, signals = (part.numpy() for part in seen.split([2, 2, 2, 1, 4], dim=1))
-    return Pool(standard.double(), Perception(color, shape, motion, extra[:, 0], Signals(*signals.T)), clips, ranked)
+    return Pool(standard.double(), perceived(seen), clips, ranked)
 
 
 def pool_settings(cfg: Config) -> dict[str, Any]:
     """What a pool depends on."""
     sizes = {"prompts": cfg.prompts, "held_out": cfg.held_out, "clips": cfg.clips}
-    return {"version": VERSION, "seed": POOL_SEED, **sizes, "inputs": list(INPUTS), "matcher": file_hash(SHIPPED["reward"]), "eye": file_hash(EYE)}
+    hashes = {name: file_hash(path) for name, path in (("matcher", SHIPPED["reward"]), ("quality", QUALITY["reward"]), ("eye", EYE))}
+    return {"version": VERSION, "seed": POOL_SEED, **sizes, "inputs": list(INPUTS), **hashes}
 
 
 def kept_pool(cfg: Config, out: Path) -> Pool:

@@ -51,8 +51,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(world: Path, out: Path, *families: str, epochs: int = 20, **changes: Any) -> Config:
-    encoders = Encoders(checkpoints=tuple(str(world / family) for family in families), cache=world / "features", width=16, epochs=epochs, learning_rate=0.01, **changes)
-    return Config(out=out, comparisons=world / "rankings", clips=world / "clips", members=3, encoders=encoders)
+    encoders = Encoders(checkpoints=tuple(str(world / family) for family in families), cache=world / "features", width=16, epochs=epochs, learning_rate=0.01, members=3, **changes)
+    return Config(out=out, comparisons=world / "rankings", clips=world / "clips", encoders=encoders)
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,8 @@ def test_what_people_like_is_learned_beyond_the_floor_from_the_shipped_matcher(w
     model = load_reward_model(tmp_path / "a", TextEncoder())
     card = json.loads((tmp_path / "a" / "reward_card.json").read_text())
     assert sum(card["answers"].values()) == 80 and card["measured"]["accuracy"] == result["accuracy"]
+    misfit = card["misfit"]["overall"]
+    assert misfit["pairs_judged_by_several"] == 6 * card["answers"]["train"] / 2 and misfit["std"] == pytest.approx(float(model.misfit / model.temperature))
     right, wrong = Thing("circle", "red", "left"), Thing("circle", "blue", "left")
     scenes = [sample_scene(ShapesPrompt("", "", (thing,), False, "train"), np.random.default_rng(3), clip=DEMO_CLIP) for thing in (right, wrong)]
     scores = model(torch.stack([render(scene, DEMO_CLIP) for scene in scenes]), ["a red circle moves left"] * 2)

@@ -110,7 +110,8 @@ def test_a_run_that_died_goes_on_to_the_same_weights_and_metrics(world: Path, tm
 def part_of(index: list[list[int]], ranks: list[list[int]], dim: list[int]) -> Rankings:
     clips = 1 + max(max(row) for row in index)
     names = tuple(f"c{i}" for i in range(clips))
-    return Rankings(torch.zeros(clips, 1, 3, 2, 2), names, names, torch.tensor(index), torch.tensor(ranks), torch.tensor(dim), torch.ones(len(index)))
+    events = (torch.tensor(index), torch.tensor(ranks), torch.tensor(dim), torch.ones(len(index)), torch.zeros(len(index), dtype=torch.long))
+    return Rankings(torch.zeros(clips, 1, 3, 2, 2), names, names, *events)
 
 
 def test_rankings_of_the_same_clips_share_one_forward() -> None:
