@@ -105,6 +105,8 @@ class LatentReward(nn.Module):
         depth, w = model.config.depth, model.config.width
         if not size.after or list(size.after) != sorted(set(size.after)) or not 0 <= size.after[0] <= size.after[-1] <= depth:
             raise ValueError(f"after must be ascending numbers of blocks from 0 to {depth}, got {size.after}")
+        if not dims or not levels:
+            raise ValueError(f"dimensions and noise levels are at least one each, got {list(dims)} and {list(levels)}")
         self.size, self.dims = size, tuple(dims)
         self.head = LatentHead(size, len(size.after) * w, model.config.text_width)
         self.mean, self.log_spread = (nn.Linear(2 * size.width, len(self.dims)) for _ in range(2))
