@@ -310,12 +310,12 @@ class Part(NamedTuple):
 
 
 class Learning(nn.Module):
-    """What learns: the latent reward and, beside it, a reader of the inputs of the reward on pixels."""
+    """What learns: the latent reward and, beside it, a reader of the inputs of the reward on pixels, if there are any."""
 
     def __init__(self, scorer: LatentReward, inputs: int) -> None:
         super().__init__()
         self.scorer = scorer
-        self.inputs = nn.Linear(2 * scorer.size.width, inputs)
+        self.inputs = nn.Linear(2 * scorer.size.width, inputs) if inputs else None
 
 
 def start(cfg: Config, model: LatentVideoModel, teacher: Teacher, train: Scored) -> Learning:
@@ -372,7 +372,7 @@ def part_loss(fit: Fit, learning: Learning, train: Scored, weight: Tensor, scale
     inside = error - part.segments.spread(part.segments.mean(error))  # [b,R]
     miss = (mean.detach() - reward).square() + doubt.square()  # [b,R]
     value = error.square().mean() + fit.within * inside.square().mean() + (spread.log() + miss / (2 * spread.square())).mean()
-    if len(weight):
+    if learning.inputs is not None:
         value = value + fit.inputs * ((learning.inputs(summary) - inputs).square() @ weight.to(device)).mean() / weight.sum()
     yield Loss(value * len(part.rows) / clips, {"error": error.detach().square().mean() * len(part.rows) / clips})
 
