@@ -71,13 +71,13 @@ def latent(world: Path) -> Path:
     """Brightness as a latent reward of the small network, learned for a moment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent_reward, "load_teacher", lambda *_, **__: Teacher(Bright(), torch.zeros(0)))
-        fit = {"iterations": 40, "evaluate_every": 40, "save_every": 40}
+        fit = {"iterations": 5, "prompts": 4, "steps": 4, "evaluate_every": 5, "save_every": 5}
         main(config(world / "latent", world / "reward", model=world / "network.safetensors", prompts=16, takes=4, fit=fit))
     return world / "latent"
 
 
 def config(out: Path, reward: Path, **changes: Any) -> Config:
-    fit = Fit(**{"iterations": 3, "prompts": 4, "lr": 1e-2, "evaluate_every": 2, "save_every": 2, **changes.pop("fit", {})})
+    fit = Fit(**{"iterations": 3, "prompts": 2, "steps": 2, "passes": 2, "lr": 1e-2, "evaluate_every": 2, "save_every": 2, **changes.pop("fit", {})})
     few: dict[str, Any] = {"prompts": 6, "takes": 3, "held_out": 4, "sampler": SAMPLER, "reader": READER, "levels": (0.0, 0.5), "fit": fit}
     return Config.model_validate({"out": out, "reward": reward, **few, **changes})
 
@@ -86,12 +86,12 @@ def config(out: Path, reward: Path, **changes: Any) -> Config:
 
 
 def test_what_is_distilled_orders_clips_of_unseen_prompts_as_the_reward_on_pixels_does(bright: Path, tmp_path: Path) -> None:
-    fit = {"iterations": 120, "prompts": 8, "evaluate_every": 40, "save_every": 200}
-    result = main(config(tmp_path / "out", bright, prompts=32, takes=4, held_out=32, reader=Reader(), fit=fit))
+    fit = {"iterations": 15, "prompts": 8, "steps": 4, "evaluate_every": 5, "save_every": 20}
+    result = main(config(tmp_path / "out", bright, prompts=32, takes=4, held_out=32, reader=Reader(), levels=(0.0, 0.5, 0.95), fit=fit))
     told = {row["t"]: row for row in result["agreement"]}
     print({t: (row["spearman"], row["spearman_within"], row["miss_in_spreads"]) for t, row in told.items()})
     assert told[0.0]["spearman_within"]["low"] > 0.3 and told[0.0]["spearman"]["low"] > 0.5
-    assert told[0.0]["spread"] < told[0.5]["spread"], "a clip half noised says less"
+    assert 1.2 * told[0.0]["spread"] < told[0.95]["spread"], "what is nearly noise says less"
     assert all(0.7 < row["miss_in_spreads"] < 1.4 for row in told.values()), "the spread is honest on prompts it was not fitted on"
     within = [row["held_out_within"] for row in read_metrics(tmp_path / "out")]
     assert len(within) == 3 and within[-1] > 0.3
@@ -138,8 +138,8 @@ def test_clips_of_a_store_are_learned_from_but_for_held_out_prompts_and_other_si
     for update in ({"clips": None}, {"sampler": SAMPLER.model_copy(update={"frames": 13})}):
         with pytest.raises(UserError, match="to learn from"):
             main(cfg.model_copy(update={"out": tmp_path / "refused", **update}))
-    with pytest.raises(UserError, match=r"Lower fit\.prompts"):
-        main(cfg.model_copy(update={"out": tmp_path / "refused", "fit": Fit(prompts=5)}))
+    with pytest.raises(UserError, match=r"fewer than fit\.prompts x fit\.steps, 6"):
+        main(cfg.model_copy(update={"out": tmp_path / "refused", "fit": Fit(prompts=3, steps=2)}))
 
 
 def test_what_cannot_be_distilled_is_refused(world: Path, tmp_path: Path) -> None:
@@ -170,10 +170,13 @@ def test_clips_of_a_prompt_share_a_level_and_levels_are_even_over_the_path() -> 
     x0 = torch.zeros(6, 8, 2, 4, 4)
     train = Scored(("a", "b", "c"), torch.tensor([0, 0, 1, 1, 1, 2]), x0, torch.zeros(6, 1), torch.ones(6, 1), torch.zeros(6, 0))
     model = small_model()
-    cfg = config(Path("x"), Path("y"), fit={"finished": 0.0})
-    parts = latent_reward.batch_of(cfg, model, train, train.groups, model.encode_text(train.texts), [2, 0, 1], generator)
-    assert [part.rows.tolist() for part in parts] == [[5, 0, 1], [2, 3, 4]] and [part.segments.lengths for part in parts] == [(1, 2), (3,)]
+    scorer = LatentReward(model, latent_reward.LatentSize(after=(1,), width=16, heads=2), ("one",), levels=(0.0,))
+    cfg = config(Path("x"), Path("y"), fit={"finished": 0.0, "prompts": 3, "steps": 2})
+    parts = latent_reward.read(cfg, scorer, train, train.groups, model.encode_text(train.texts), [2, 0, 1, 1, 1, 0], generator)
+    assert [part.rows.tolist() for part in parts] == [[5, 0, 1], [2, 3, 4], [2, 3, 4, 2, 3, 4], [0, 1]]
+    assert [part.segments.lengths for part in parts] == [(1, 2), (3,), (3, 3), (2,)]
     for part in parts:
+        torch.testing.assert_close(part.hidden, scorer.hidden(part.x_t, part.t, part.cond))
         assert part.cond.prompts == tuple(train.texts[train.prompt[row]] for row in part.rows.tolist())
         assert all(len(set(level.tolist())) == 1 for level in part.t.split(list(part.segments.lengths)))
         torch.testing.assert_close(part.x_t.flatten(1).std(1), part.t, rtol=0.2, atol=0)
@@ -187,10 +190,11 @@ def test_the_loss_is_the_error_the_error_within_prompts_and_a_gaussians_likeliho
     x0 = torch.randn(5, 8, 2, 4, 4, generator=generator)
     columns = [torch.randn(5, 2, generator=generator), torch.rand(5, 2, generator=generator), torch.randn(5, 3, generator=generator)]
     train = Scored(("a", "b"), torch.tensor([0, 0, 1, 1, 1]), x0, *columns)
-    part = latent_reward.Part(torch.arange(5), Segments((2, 3)), model.encode_text(["a", "a", "b", "b", "b"]), x0, torch.full((5,), 0.3))
+    cond, t = model.encode_text(["a", "a", "b", "b", "b"]), torch.full((5,), 0.3)
+    part = latent_reward.Part(torch.arange(5), Segments((2, 3)), cond, x0, t, scorer.hidden(x0, t, cond))
     weight, scale, fit = torch.tensor([1.0, 0.0, 3.0]), torch.tensor([2.0, 0.5]), Fit(within=0.7, inputs=0.4)
     (loss,) = latent_reward.part_loss(fit, learning, train, weight, scale, 10, part)
-    summary = scorer.summary(scorer.hidden(part.x_t, part.t, part.cond), part.x_t, part.t, part.cond)
+    summary = scorer.summary(part.hidden, part.x_t, part.t, part.cond)
     mean, spread = (value.detach().double() for value in scorer.read(summary, part.t))
     error = (mean - columns[0]) / scale
     centred = torch.cat([error[:2] - error[:2].mean(0), error[2:] - error[2:].mean(0)])
