@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from recipes.statistics import Interval, bootstrap_crossed, bootstrap_difference, bootstrap_mean, bootstrap_ratio, clopper_pearson, pool_prompts
+from recipes.statistics import (
+    UNKNOWN,
+    Interval,
+    bootstrap_crossed,
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_prompts,
+    bootstrap_ratio,
+    clopper_pearson,
+    pool_prompts,
+)
 
 
 def shares(n: int, seed: int = 0, p: float = 0.6) -> np.ndarray:
@@ -111,3 +121,19 @@ def test_the_crossed_bootstrap_is_the_plain_one_for_one_training_and_wider_where
     assert all(np.isnan(bootstrap_crossed(np.full((2, 3), np.nan))))
     with pytest.raises(ValueError, match="trainings x prompts"):
         bootstrap_crossed([1.0, 2.0])
+
+
+def test_a_statistic_of_clips_is_resampled_by_prompts_and_not_by_clips() -> None:
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(40), 6)
+    values = rng.normal(size=40)[prompts] + 0.01 * rng.normal(size=240)
+    found = bootstrap_prompts(lambda rows: float(values[rows].mean()), prompts, draws=2000)
+    by_prompt = bootstrap_mean(values.reshape(40, 6).mean(1))
+    assert found.mean == pytest.approx(by_prompt.mean)
+    assert found.high - found.low == pytest.approx(by_prompt.high - by_prompt.low, rel=0.1)
+    assert found.high - found.low > 2 * (lambda each: each.high - each.low)(bootstrap_mean(values)), "clips of one prompt are not independent"
+    assert found == bootstrap_prompts(lambda rows: float(values[rows].mean()), prompts, draws=2000)
+    assert bootstrap_prompts(lambda rows: math.nan, prompts) is UNKNOWN
+    sizes = []
+    bootstrap_prompts(lambda rows: sizes.append(len(rows)) or 1.0, [0, 0, 0, 1], draws=50)
+    assert sizes[0] == 4 and {2, 4, 6} == set(sizes[1:]), "a prompt comes with all its clips"
