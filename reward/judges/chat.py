@@ -260,5 +260,6 @@ def check_questions(questions: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def check_batch(video: Tensor, prompts: Sequence[str]) -> None:
-    if video.ndim != 5 or video.shape[2] != 3 or len(video) != len(prompts):
+    """Raises ValueError for what is no batch of clips with a prompt each."""
+    if video.ndim != 5 or video.shape[2] != 3 or 0 in video.shape or len(video) != len(prompts):
         raise ValueError(f"clips are [B,T,3,H,W] with one prompt each, not {list(video.shape)} and {len(prompts)} prompts")
