@@ -27,9 +27,8 @@ from torch import Tensor
 from align.config import Config as BaseConfig
 from align.config import Count, Seed, Whole, resolved
 from align.progress import Progress
-from base_model.checkpoint import check_can_write, read_json
+from base_model.checkpoint import check_can_write
 from base_model.errors import UserError
-from base_model.prompts.text import TextEncoder
 from base_model.types import ClipShape
 from base_model.video.files import write_atomic
 from base_model.video.store import ClipStore
@@ -38,6 +37,7 @@ from recipes.charts import Series, line_chart
 from recipes.doctor import hardware
 from recipes.report import NOT_MEASURED, finite, flat, interval_text
 from recipes.reward_model import Table, as_tensors, events_hash, signal_only, usable_events
+from recipes.scorers import card_of, load_scorer, tier_of
 from reward.accuracy import Answers, Signs, answers_of, best_threshold, differences, tau_per_ranking, with_ties, without_ties
 from reward.agreement import Array, Pair, pairs_of, person_by_person, three_way_agreement
 from reward.calibration import (
@@ -58,7 +58,7 @@ from reward.calibration import (
 from reward.comparisons import Clip, Comparisons, RankingEvent, load_comparisons
 from reward.features import signal_features
 from reward.metamorphic import CHECKS, run_checks
-from reward.model import RewardModel, load_reward_model
+from reward.model import TIER, Calibrated
 from reward.types import Scorer, Scores
 
 MODEL, SIGNALS_ONLY, PROMPT_ONLY = "reward model", "signals only", "prompt only"
@@ -70,7 +70,9 @@ class Config(BaseConfig):
     out: Path = Path("runs/evaluate-reward")
     """Folder of `report.json` and `report.html`."""
     model: Path = Path("runs/reward-model")
-    """Folder of the reward model."""
+    """Folder of the reward model, of any tier."""
+    device: str = "cpu"
+    """Where a vision-language model runs; the smaller tiers run on the CPU."""
     comparisons: Path = Path("runs/rankings")
     """Folder of rankings, as `reward/comparisons.py` writes it."""
     clips: Path = Path("runs/candidates")
@@ -150,6 +152,15 @@ def check_clips(clip_ids: Sequence[str], store: ClipStore) -> None:
     missing = [clip_id for clip_id in clip_ids if not store.record_path(clip_id).is_file()]
     if missing:
         raise UserError(f"{len(missing)} of {len(clip_ids)} ranked clips are not in the clip store, {store.record_path(missing[0])}. Give --clips the store that was ranked")
+
+
+def judged_rate(cfg: Config, data: Comparisons, tier: str) -> float | None:
+    """The frame rate of the judged clips; None where they have several, which only a matcher may score. Raises UserError where another tier would have to."""
+    rates = sorted({data.clips[clip_id].fps for event in usable_events(data) if data.split[event.prompt_id] in (cfg.split, cfg.validation) for clip_id in event.clip_ids})
+    if len(rates) > 1 and tier != TIER:
+        named = ", ".join(f"{rate:g}" for rate in rates)
+        raise UserError(f"the ranked clips have {named} frames a second, and the reward model scores clips of one rate, {cfg.comparisons}. Judge it on clips of one")
+    return rates[0] if len(rates) == 1 else None
 
 
 def signal_scores(train: Sequence[RankingEvent], signals: Looked, dims: tuple[str, ...]) -> Tensor:
@@ -268,7 +279,7 @@ def generator_names(clips: Mapping[str, Clip]) -> dict[str, str]:
 # The report
 
 
-def evaluate_model(cfg: Config, model: RewardModel, data: Comparisons, store: ClipStore) -> dict[str, Any]:
+def evaluate_model(cfg: Config, model: Calibrated, data: Comparisons, store: ClipStore) -> dict[str, Any]:
     """What `report.json` holds, without lineage. Raises UserError where there is nothing to judge by."""
     events = usable_events(data)
     if cfg.split == cfg.validation:
@@ -335,7 +346,7 @@ class Narrowed:
         return Scores(scores.mean[:, self._columns], scores.spread[:, self._columns])
 
 
-def judge_dimension(dim: str, cfg: Config, model: RewardModel, data: Comparisons, scorers: Mapping[str, Score]) -> dict[str, Any]:
+def judge_dimension(dim: str, cfg: Config, model: Calibrated, data: Comparisons, scorers: Mapping[str, Score]) -> dict[str, Any]:
     events = [event for event in usable_events(data) if event.dimension == dim]
     test, validation = (asked([event for event in events if data.split[event.prompt_id] == name], data.component) for name in (cfg.split, cfg.validation))
     found = {name: judge(score, test, validation, data.component, cfg.seed) for name, score in scorers.items()}
@@ -430,8 +441,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """Judges the model, writes the report, prints the tables on standard error. `resume` changes nothing: a report is made anew."""
     check_can_write(cfg.out)
     data, store = load_comparisons(cfg.comparisons), ClipStore(cfg.clips)
-    model = load_reward_model(cfg.model, TextEncoder())
-    card = read_json(cfg.model / "reward_card.json", "the card of the reward model")
+    card = card_of(cfg.model)
+    model = load_scorer(cfg.model, fps=judged_rate(cfg, data, tier_of(card)), device=cfg.device)
     results = evaluate_model(cfg, model, data, store)
     results |= {
         "trained_on_the_split_train_of_these_answers": card.get("data_sha256") == events_hash(usable_events(data)),

@@ -63,7 +63,7 @@ class RewardServer:
     def __init__(self, scorer: Scorer, card: Mapping[str, Any], check: Callable[[], None], settings: Settings) -> None:
         self.settings, self._card, self._check = settings, dict(card), check
         self.batcher = Batcher(scorer, batch=settings.batch, pixels=settings.limits.pixels, wait=settings.wait)
-        self._dims = list(scorer.dims)
+        self.dims = list(scorer.dims)
         self._answers, self._in_progress = Answers(settings.answers), 0
         self._health: tuple[float, str | None] = (-float("inf"), None)  # when it was found, and what was wrong
         self._looking = asyncio.Lock()
@@ -100,7 +100,7 @@ class RewardServer:
     async def metadata(self, request: Request) -> Response:
         """What the model is, and what a request may bring."""
         self._authorise(request)
-        return JSONResponse({"schema": SCHEMA, "dims": self._dims, "fps": self.settings.fps, "limits": self.settings.limits._asdict(), **self._card})
+        return JSONResponse({"schema": SCHEMA, "dims": self.dims, "fps": self.settings.fps, "limits": self.settings.limits._asdict(), **self._card})
 
     async def score(self, request: Request) -> Response:
         """Scores of the clips of a request."""
@@ -149,7 +149,7 @@ class RewardServer:
     async def _answer(self, kind: str, body: bytes) -> Answer:
         asked = await run_in_threadpool(self._read, kind, body)
         outcomes = await self._outcomes(asked)
-        return {"schema": SCHEMA, "card": self._card.get("card"), "dims": self._dims, "scores": [_told(outcome) for outcome in outcomes]}
+        return {"schema": SCHEMA, "card": self._card.get("card"), "dims": self.dims, "scores": [_told(outcome) for outcome in outcomes]}
 
     def _read(self, kind: str, body: bytes) -> Asked:
         limits = self.settings.limits
