@@ -124,7 +124,7 @@ class Endpoint:
         if reply.headers.get("content-encoding", "identity").lower() != "identity":
             raise Failed("the answer is compressed, which was not asked for")
         parts, size = [], 0
-        for part in reply.iter_raw():
+        for part in reply.iter_bytes():
             size += len(part)
             if size > self.patience.reply_bytes:
                 raise Failed(f"the answer is larger than {self.patience.reply_bytes} bytes")

@@ -31,7 +31,7 @@ from base_model.errors import UserError
 from reward.judges.exchange import one_line
 from reward.serving.answers import Answer, Answers
 from reward.serving.batching import Batcher, Outcome, Scored, Unscored
-from reward.serving.clips import Refused, check_rate, read_json, read_tensors
+from reward.serving.clips import Refused, read_json, read_tensors
 from reward.serving.clips import Request as Asked
 from reward.serving.wire import HEALTH, IDEMPOTENCY, JSON, METADATA, SCHEMA, SCORE, TENSORS, Limits
 from reward.types import Scorer
@@ -152,10 +152,8 @@ class RewardServer:
         return {"schema": SCHEMA, "card": self._card.get("card"), "dims": self.dims, "scores": [_told(outcome) for outcome in outcomes]}
 
     def _read(self, kind: str, body: bytes) -> Asked:
-        limits = self.settings.limits
-        asked = read_tensors(body, limits) if kind == TENSORS else read_json(body, limits, self.settings.roots)
-        check_rate(asked.fps, self.settings.fps)
-        return asked
+        limits, fps = self.settings.limits, self.settings.fps
+        return read_tensors(body, limits, fps) if kind == TENSORS else read_json(body, limits, fps, self.settings.roots)
 
     async def _outcomes(self, asked: Asked) -> list[Outcome]:
         there = [(clip, prompt) for clip, prompt in zip(asked.clips, asked.prompts, strict=True) if isinstance(clip, Tensor)]

@@ -46,8 +46,8 @@ class Request:
     prompts: list[str]
 
 
-def read_tensors(body: bytes, limits: Limits) -> Request:
-    """A body of safetensors. Raises Refused."""
+def read_tensors(body: bytes, limits: Limits, served: float) -> Request:
+    """A body of safetensors, for a model that scores clips of `served` frames a second. Raises Refused."""
     import safetensors.torch
 
     try:
@@ -63,6 +63,7 @@ def read_tensors(body: bytes, limits: Limits) -> Request:
         raise Refused(400, f"video is uint8 [B,T,3,H,W], not {str(video.dtype).removeprefix('torch.')} {list(video.shape)}")
     if not isinstance(prompts, list) or len(prompts) != len(video) or not all(isinstance(prompt, str) for prompt in prompts):
         raise Refused(400, f"prompts are a list of {len(video)} texts, one a clip")
+    check_rate(fps, served)
     check_counts(len(video), prompts, limits)
     _, frames, _, height, width = video.shape
     if frames > limits.frames or len(video) * frames * height * width > limits.pixels:
@@ -94,14 +95,15 @@ class _Body(BaseModel):
 _BODY = TypeAdapter(_Body)
 
 
-def read_json(body: bytes, limits: Limits, roots: Sequence[Path]) -> Request:
-    """A body of JSON: its clips decoded from the files below `roots` that it names, or from what it holds. Raises Refused."""
+def read_json(body: bytes, limits: Limits, served: float, roots: Sequence[Path]) -> Request:
+    """A body of JSON, for a model that scores clips of `served` frames a second: its clips decoded, from files below `roots` or from what it holds. Raises Refused."""
     try:
         asked = _BODY.validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         raise Refused(400, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}") from error
     prompts = [clip.prompt for clip in asked.clips]
+    check_rate(asked.fps, served)
     check_counts(len(asked.clips), prompts, limits)
     files = [None if clip.path is None else below(clip.path, roots) for clip in asked.clips]
     clips: list[Tensor | Unscored] = []
@@ -134,6 +136,12 @@ def check_counts(clips: int, prompts: Sequence[str], limits: Limits) -> None:
         raise Refused(413 if clips else 400, f"{clips} clips in a request, where 1 to {limits.clips} belong")
     if max(map(len, prompts)) > limits.prompt:
         raise Refused(413, f"a prompt of {max(map(len, prompts))} characters is longer than the limit of {limits.prompt}")
+
+
+def check_rate(asked: float, served: float) -> None:
+    """Raises Refused where clips run at another rate than the model is served for."""
+    if not (math.isfinite(asked) and same_rate(asked, served)):
+        raise Refused(422, f"the model scores clips of {served:g} frames a second, and these have {asked:g}: at another rate its scores mean something else")
 
 
 # Files
@@ -199,9 +207,3 @@ def allowed_roots(folders: Sequence[Path]) -> tuple[Path, ...]:
             raise UserError(f"not a folder with clips, {folder}, in --allow. Name folders that hold clips and nothing else")
         roots.append(real)
     return tuple(roots)
-
-
-def check_rate(asked: float, served: float) -> None:
-    """Raises Refused where clips run at another rate than the model is served for."""
-    if not (math.isfinite(asked) and same_rate(asked, served)):
-        raise Refused(422, f"the model scores clips of {served:g} frames a second, and these have {asked:g}: at another rate its scores mean something else")
