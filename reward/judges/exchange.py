@@ -12,6 +12,7 @@ import math
 import random
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,8 @@ class Endpoint:
             trust_env=not is_loopback(httpx2.URL(self.url).host),  # a proxy is no way to this machine
         )
         self._random, self._interrupted = random.Random(), threading.Event()
+        self.close = weakref.finalize(self, self._client.close)
+        """Ends its connections, as does forgetting it."""
 
     def get(self, path: str) -> dict[str, Any]:
         """The JSON object under `path`. Raises Failed."""

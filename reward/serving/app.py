@@ -47,7 +47,7 @@ class Settings:
     token: str | None  # None: no token is asked for, and the host of a request must be one of `hosts`
     roots: tuple[Path, ...]  # resolved; files below them may be scored
     limits: Limits
-    hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "::1")
+    hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
     batch: int = 16  # clips scored at once
     wait: float = 0.005  # seconds that a clip waits for others of its size
     requests: int = 16  # answered at once; more are told to come back

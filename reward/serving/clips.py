@@ -75,7 +75,7 @@ def read_tensors(body: bytes, limits: Limits, served: float) -> Request:
 class _Clip(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     prompt: str
-    path: str | None = None
+    path: Annotated[str, Field(max_length=4096)] | None = None
     mp4: str | None = None
 
     @model_validator(mode="after")

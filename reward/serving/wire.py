@@ -5,7 +5,8 @@
     POST /v1/score   clips -> {"schema": 1, "card": ..., "dims": [R names], "scores": [one a clip]}
 
 A clip's score is {"status": "ok", "mean": [R numbers], "spread": [R numbers]} or {"status": "error", "reason": "one line"}; there is never a number in place
-of a score that is missing. Any other answer than 200 is {"error": "one line"}.
+of a score that is missing. Any other status than 200 comes with {"error": "one line"}, or with
+one line of plain text where a request was turned down before it was read.
 
 Clips come in one of two bodies:
 
