@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 TOLD = ("tier", "normalisation", "temperature", "log_tie", "most_clips")
 PROMPTS_KEPT = 4096
 SHORTEST_TOKEN = 16
+CONNECTIONS = 512
+"""Open at once; more are told to come back."""
 
 
 class RequestLimits(BaseConfig):
@@ -53,7 +55,7 @@ class RequestLimits(BaseConfig):
     prompt: Count = 4096
     """Characters of one prompt."""
     requests: Count = 16
-    """Requests answered at once; more are told to come back."""
+    """Requests read and answered at once; others wait for their turn."""
 
 
 class Config(BaseConfig):
@@ -174,8 +176,8 @@ def check_host(host: str, token: str | None) -> None:
 def listening(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that listens. Raises UserError where the address is taken or not of this machine."""
     try:
-        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind)
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)  # asyncio sends at once what it knows to be TCP; else each answer waits 40 ms for an acknowledgement
     except OSError as error:
         raise UserError(f"no address of this machine, --host {host}: {error.strerror or error}. Give one") from error
     with listener:
@@ -203,7 +205,7 @@ def uvicorn_config(made: RewardServer, stop_seconds: int) -> Any:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=4 * made.settings.requests + 16,
+        limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=stop_seconds,
     )
 

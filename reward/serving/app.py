@@ -1,7 +1,7 @@
 """A reward model behind HTTP: who may ask, how much at once, and what is answered (`wire.py`).
 
-A request is checked in this order: host, token, how many are being answered, size of the body, its form, the limits of `clips.py`, the frame rate. Then its
-clips wait for the thread with the model (`batching.py`). Whatever goes wrong is a status or a clip's "error", in one line; no score is made up.
+A request is checked in this order: host, token, its turn, size of the body, its form, the frame rate, the limits of `clips.py`. Then its clips wait for the
+thread with the model (`batching.py`). Whatever goes wrong is a status or a clip's "error", in one line; no score is made up.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import hmac
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ class Settings:
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
     batch: int = 16  # clips scored at once
     wait: float = 0.005  # seconds that a clip waits for others of its size
-    requests: int = 16  # answered at once; more are told to come back
+    requests: int = 16  # read and answered at once; others wait
+    turn_seconds: float = 30.0  # for a request's turn to come, before it is told to come back
     answers: int = 1024  # kept by idempotency key
     body_seconds: float = 60.0  # for a body to arrive
     score_seconds: float = 300.0  # for its clips to be scored
@@ -64,7 +65,7 @@ class RewardServer:
         self.settings, self._card, self._check = settings, dict(card), check
         self.batcher = Batcher(scorer, batch=settings.batch, pixels=settings.limits.pixels, wait=settings.wait)
         self.dims = list(scorer.dims)
-        self._answers, self._in_progress = Answers(settings.answers), 0
+        self._answers, self._turns = Answers(settings.answers), asyncio.Semaphore(settings.requests)
         self._health: tuple[float, str | None] = (-float("inf"), None)  # when it was found, and what was wrong
         self._looking = asyncio.Lock()
         self.answered = 0
@@ -87,7 +88,7 @@ class RewardServer:
     # Routes
 
     async def health(self, request: Request) -> Response:
-        """Whether the model still gives the golden scores of its card. Looked at once in `health_seconds`, however often it is asked."""
+        """Whether the model still gives the golden scores of its card. Looked at once in `health_seconds`, however often it is asked; why not is for those with a token."""
         async with self._looking:
             found, wrong = self._health
             if time.monotonic() - found >= self.settings.health_seconds:
@@ -95,7 +96,7 @@ class RewardServer:
                 self._health = (time.monotonic(), wrong)
         if wrong is None:
             return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "failed", "reason": wrong}, 503)
+        return JSONResponse({"status": "failed", **({"reason": wrong} if self._may_ask(request) else {})}, 503)
 
     async def metadata(self, request: Request) -> Response:
         """What the model is, and what a request may bring."""
@@ -105,7 +106,7 @@ class RewardServer:
     async def score(self, request: Request) -> Response:
         """Scores of the clips of a request."""
         self._authorise(request)
-        with self._one_more():
+        async with self._turn():
             kind = _kind(request)
             body = await self._body(request)
             key = request.headers.get(IDEMPOTENCY)
@@ -119,23 +120,28 @@ class RewardServer:
 
     # Parts
 
-    def _authorise(self, request: Request) -> None:
+    def _may_ask(self, request: Request) -> bool:
         if self.settings.token is None:
-            return
+            return True
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.encode(), self.settings.token.encode())
-        if scheme.lower() != "bearer" or not right:
+        return hmac.compare_digest(given.encode(), self.settings.token.encode()) and scheme.lower() == "bearer"
+
+    def _authorise(self, request: Request) -> None:
+        if not self._may_ask(request):
             raise HTTPException(401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
-    @contextlib.contextmanager
-    def _one_more(self) -> Any:
-        if self._in_progress >= self.settings.requests:
-            raise HTTPException(503, f"busy: {self.settings.requests} requests are being answered", {"Retry-After": "1"})
-        self._in_progress += 1
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Waits until fewer than `requests` are being answered; the body of one that waits is not read yet."""
+        try:
+            async with asyncio.timeout(self.settings.turn_seconds):
+                await self._turns.acquire()
+        except TimeoutError as error:
+            raise HTTPException(503, f"busy: {self.settings.requests} requests are being answered", {"Retry-After": "1"}) from error
         try:
             yield
         finally:
-            self._in_progress -= 1
+            self._turns.release()
 
     async def _body(self, request: Request) -> bytes:
         try:

@@ -1,6 +1,6 @@
 """What goes over the wire between `RemoteReward` and `rushes serve-reward`.
 
-    GET  /health     {"status": "ok"} (200), or {"status": "failed", "reason": ...} (503): the golden scores, computed again. Needs no token.
+    GET  /health     {"status": "ok"} (200), or {"status": "failed"} (503): the golden scores, computed again. Needs no token; with it "reason" says why
     GET  /metadata   what the model is, and the limits of a request
     POST /v1/score   clips -> {"schema": 1, "card": ..., "dims": [R names], "scores": [one a clip]}
 

@@ -158,6 +158,17 @@ def chunked(parts: int, size: int) -> bytes:
     return b"".join(b"%x\r\n%s\r\n" % (size, b"x" * size) for _ in range(parts)) + b"0\r\n\r\n"
 
 
+def test_an_answer_does_not_wait_for_an_acknowledgement(known: Known) -> None:
+    with in_thread(server_of(known, wait=0.0)) as url, httpx2.Client(trust_env=False) as client:
+        seconds = []
+        for _ in range(10):
+            begun = time.perf_counter()
+            assert client.get(f"{url}/metadata").status_code == 200
+            seconds.append(time.perf_counter() - begun)
+    print("seconds:", seconds)
+    assert min(seconds[1:]) < 0.03, "40 ms are what Nagle's algorithm and a delayed acknowledgement take together"
+
+
 def test_a_body_is_counted_whatever_its_length_says(known: Known) -> None:
     body = tensors_body(levels(51), ["a"], FPS)
     head = f"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: {TENSORS}\r\n"
@@ -204,14 +215,14 @@ def test_sizes_are_not_mixed_and_every_request_gets_its_own(known: Known) -> Non
     assert sorted(known.batches) == [(6, 2, 3, 12, 10), (6, 3, 3, 8, 10)]
 
 
-def test_more_requests_than_it_answers_at_once_are_told_to_come_back() -> None:
+def test_more_requests_than_it_answers_at_once_wait_and_are_told_to_come_back_where_that_takes_too_long() -> None:
     gate = threading.Event()
-    with Ask(server_of(Known(gate), requests=2, wait=0.0)) as ask:
-        threading.Timer(0.2, gate.set).start()
+    with Ask(server_of(Known(gate), requests=2, wait=0.0, turn_seconds=0.1)) as ask:
+        threading.Timer(0.3, gate.set).start()
         replies = ask(*[clips(levels(1), ["a"])] * 5)
         busy = [reply for reply in replies if reply.status_code == 503]
         assert len(busy) == 3 and all(reply.headers["retry-after"] == "1" and "busy: 2 requests" in errors(reply) for reply in busy)
-        assert ask(GREY)[0].status_code == 200
+        assert {reply.status_code for reply in ask(*[GREY] * 40)} == {200}
 
 
 def test_a_scorer_that_hangs_is_a_failure_and_health_says_so() -> None:
@@ -316,6 +327,16 @@ def test_one_who_leaves_does_not_stop_the_answer_for_those_who_wait() -> None:
         assert len(answers) == 1
 
     asyncio.run(scenario())
+
+
+def test_why_a_model_is_not_healthy_is_told_to_those_with_a_token() -> None:
+    def check() -> None:
+        raise UserError("/srv/secret/model is not what it was")
+
+    with Ask(server_of(Known(), token=TOKEN, check=check)) as ask:
+        stranger, friend = ask(get("/health"), get("/health", **BEARER))
+        assert (stranger.status_code, stranger.json()) == (503, {"status": "failed"})
+        assert (friend.status_code, friend.json()) == (503, {"status": "failed", "reason": "/srv/secret/model is not what it was"})
 
 
 def test_a_bug_is_a_500_of_one_line_without_its_insides(known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
