@@ -77,7 +77,7 @@ class Config(BaseConfig):
     """Where a vision-language model runs; the smaller tiers run on the CPU."""
     batch: Count = 16
     """Clips of one size scored at once."""
-    wait: NonNegative = 0.005
+    wait_seconds: NonNegative = 0.005
     """Seconds that a clip waits for others of its size."""
     limits: RequestLimits = RequestLimits()
     """What a request may bring."""
@@ -107,7 +107,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         except Interrupted as error:
             stopped = error.exit_status - 128
         finally:
-            made.close()
+            made.close(cfg.stop_seconds)
     answered = f"{made.answered} requests were answered, in {made.batcher.batches} batches"
     raise Interrupted(f"the server was told to stop; {answered}. Start it again with the same command", stopped)
 
@@ -127,7 +127,7 @@ def make_server(cfg: Config, *, token: str | None, roots: tuple[Path, ...]) -> R
         roots=roots,
         limits=limits,
         batch=cfg.batch,
-        wait=cfg.wait,
+        wait_seconds=cfg.wait_seconds,
         requests=cfg.limits.requests,
         answers=cfg.answers,
         score_seconds=cfg.score_seconds,
@@ -230,5 +230,5 @@ def _uvicorn() -> Any:
         import starlette  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise UserError(f"serving needs the package {error.name!r}, which is not installed. pip install 'rushes[app]'") from error
+        raise UserError(f"serving needs the package {error.name!r}, which is not installed. pip install -e '.[app]'") from error
     return uvicorn

@@ -49,7 +49,7 @@ class Settings:
     limits: Limits
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
     batch: int = 16  # clips scored at once
-    wait: float = 0.005  # seconds that a clip waits for others of its size
+    wait_seconds: float = 0.005  # that a clip waits for others of its size
     requests: int = 16  # read and answered at once; others wait
     turn_seconds: float = 30.0  # for a request's turn to come, before it is told to come back
     answers: int = 1024  # kept by idempotency key
@@ -63,7 +63,7 @@ class RewardServer:
 
     def __init__(self, scorer: Scorer, card: Mapping[str, Any], check: Callable[[], None], settings: Settings) -> None:
         self.settings, self._card, self._check = settings, dict(card), check
-        self.batcher = Batcher(scorer, batch=settings.batch, pixels=settings.limits.pixels, wait=settings.wait)
+        self.batcher = Batcher(scorer, batch=settings.batch, pixels=settings.limits.pixels, wait=settings.wait_seconds)
         self.dims = list(scorer.dims)
         self._answers, self._turns = Answers(settings.answers), asyncio.Semaphore(settings.requests)
         self._health: tuple[float, str | None] = (-float("inf"), None)  # when it was found, and what was wrong
@@ -81,9 +81,9 @@ class RewardServer:
             exception_handlers={HTTPException: _http_error, Refused: _refused, Exception: _bug},
         )
 
-    def close(self) -> None:
-        """Scores what waits, then ends the thread with the model."""
-        self.batcher.close()
+    def close(self, seconds: float | None = None) -> None:
+        """Scores what waits, then ends the thread with the model, which is waited for at most `seconds`."""
+        self.batcher.close(seconds)
 
     # Routes
 

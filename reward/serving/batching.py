@@ -78,12 +78,12 @@ class Batcher:
             self._changed.notify()
         return done
 
-    def close(self) -> None:
-        """Takes nothing more; what waits is still scored, then the thread ends."""
+    def close(self, seconds: float | None = None) -> None:
+        """Takes nothing more; what waits is still scored, then the thread ends. It is waited for at most `seconds`: a scorer may hang."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(seconds)
 
     def _check_open(self) -> None:
         if self._closed:

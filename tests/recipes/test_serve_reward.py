@@ -79,7 +79,7 @@ def test_a_process_serves_the_models_own_scores_until_it_is_killed_and_its_clien
 
 
 def test_told_to_stop_it_answers_what_it_has_begun_and_ends_in_one_line(model: Path) -> None:
-    with served(model, "--wait", "1.0") as (process, url):
+    with served(model, "--wait-seconds", "1.0") as (process, url):
         remote = RemoteReward(Endpoint(url, token=TOKEN), fps=8.0)
         answer: list[Any] = []
         asking = threading.Thread(target=lambda: answer.append(remote(clips(), ["a", "b"])))

@@ -73,6 +73,7 @@ def endpoint_of(answer: Callable[[dict[str, Any]], Any], *, at_once: int = 4, pa
     """An endpoint whose chat requests, as dictionaries, are answered by `answer`: a response, or what a completion's `choices[0].logprobs` holds."""
 
     def handle(request: httpx2.Request) -> httpx2.Response:
+        assert request.method == "POST" and request.url == "http://judge.test/v1/chat/completions" and request.headers["content-type"] == "application/json"
         told = answer(json.loads(request.content))
         return told if isinstance(told, httpx2.Response) else httpx2.Response(200, json=completion(told))
 

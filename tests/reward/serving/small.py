@@ -58,7 +58,7 @@ def noise(batch: int, *, frames: int = 3, height: int = 8, width: int = 10, seed
 
 
 def server_of(scorer: Any, *, check: Any = lambda: None, **changes: Any) -> RewardServer:
-    values = {"fps": FPS, "token": None, "roots": (), "limits": LIMITS, "wait": 0.02, **changes}
+    values = {"fps": FPS, "token": None, "roots": (), "limits": LIMITS, "wait_seconds": 0.02, **changes}
     return RewardServer(scorer, CARD, check, Settings(**values))
 
 

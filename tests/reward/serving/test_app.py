@@ -159,7 +159,7 @@ def chunked(parts: int, size: int) -> bytes:
 
 
 def test_an_answer_does_not_wait_for_an_acknowledgement(known: Known) -> None:
-    with in_thread(server_of(known, wait=0.0)) as url, httpx2.Client(trust_env=False) as client:
+    with in_thread(server_of(known, wait_seconds=0.0)) as url, httpx2.Client(trust_env=False) as client:
         seconds = []
         for _ in range(10):
             begun = time.perf_counter()
@@ -197,7 +197,7 @@ def test_requests_at_the_same_time_are_scored_together_as_if_each_came_alone(kno
     video = noise(24)
     prompts = [f"prompt {'x' * i}" for i in range(24)]
     alone = Known()(video.float() / 255, prompts)
-    with Ask(server_of(known, batch=8, wait=0.2, requests=24)) as ask:
+    with Ask(server_of(known, batch=8, wait_seconds=0.2, requests=24)) as ask:
         replies = ask(*(clips(video[i : i + 1], prompts[i : i + 1]) for i in range(24)))
     found = [reply.json()["scores"][0] for reply in replies]
     assert [score["mean"] for score in found] == alone.mean.tolist() and [score["spread"] for score in found] == alone.spread.tolist()
@@ -207,7 +207,7 @@ def test_requests_at_the_same_time_are_scored_together_as_if_each_came_alone(kno
 def test_sizes_are_not_mixed_and_every_request_gets_its_own(known: Known) -> None:
     small, large = noise(6), noise(6, height=12, frames=2, seed=1)
     requests = [clips(each[i : i + 2], ["a", "bb"]) for i in (0, 2, 4) for each in (small, large)]
-    with Ask(server_of(known, batch=6, wait=0.2)) as ask:
+    with Ask(server_of(known, batch=6, wait_seconds=0.2)) as ask:
         replies = ask(*requests)
     for at, reply in enumerate(replies):
         own = (small, large)[at % 2][2 * (at // 2) :][:2]
@@ -217,7 +217,7 @@ def test_sizes_are_not_mixed_and_every_request_gets_its_own(known: Known) -> Non
 
 def test_more_requests_than_it_answers_at_once_wait_and_are_told_to_come_back_where_that_takes_too_long() -> None:
     gate = threading.Event()
-    with Ask(server_of(Known(gate), requests=2, wait=0.0, turn_seconds=0.1)) as ask:
+    with Ask(server_of(Known(gate), requests=2, wait_seconds=0.0, turn_seconds=0.1)) as ask:
         threading.Timer(0.3, gate.set).start()
         replies = ask(*[clips(levels(1), ["a"])] * 5)
         busy = [reply for reply in replies if reply.status_code == 503]
@@ -227,7 +227,7 @@ def test_more_requests_than_it_answers_at_once_wait_and_are_told_to_come_back_wh
 
 def test_a_scorer_that_hangs_is_a_failure_and_health_says_so() -> None:
     gate = threading.Event()
-    with Ask(server_of(Known(gate), score_seconds=0.1, wait=0.0)) as ask:
+    with Ask(server_of(Known(gate), score_seconds=0.1, wait_seconds=0.0)) as ask:
         (late,), (health,) = ask(GREY), ask(get("/health"))
         assert late.status_code == 504 and "not scored within 0.1 s" in errors(late)
         assert health.status_code == 503 and health.json() == {"status": "failed", "reason": "the scorer does not answer within 0.1 s"}
@@ -262,7 +262,7 @@ def test_health_is_what_the_check_finds_looked_at_once_in_a_while() -> None:
 
 
 def test_the_same_request_is_computed_once_also_while_it_is_computed(known: Known) -> None:
-    with Ask(server_of(known, wait=0.0)) as ask:
+    with Ask(server_of(known, wait_seconds=0.0)) as ask:
         replies = ask(*[clips(levels(51), ["four"], key="k")] * 8)
         assert {reply.text for reply in replies} == {replies[0].text} and {reply.status_code for reply in replies} == {200} and len(known.batches) == 1
         assert ask(clips(levels(51), ["four"], key="k"))[0].text == replies[0].text and len(known.batches) == 1
@@ -279,7 +279,7 @@ def test_a_key_with_another_body_is_refused_at_any_time(known: Known) -> None:
 
 
 def test_an_answer_with_a_failure_is_given_to_all_who_wait_and_then_computed_again(known: Known) -> None:
-    with Ask(server_of(known, wait=0.0)) as ask:
+    with Ask(server_of(known, wait_seconds=0.0)) as ask:
         request = clips(levels(51, 52), ["crash", "b"], key="k")
         assert {reply.json()["scores"][0]["status"] for reply in ask(request, request)} == {"error"}
         once = len(known.batches)
@@ -290,7 +290,7 @@ def test_an_answer_with_a_failure_is_given_to_all_who_wait_and_then_computed_aga
 
 
 def test_only_so_many_answers_are_kept_the_last_used_ones(known: Known) -> None:
-    with Ask(server_of(known, wait=0.0, answers=3)) as ask:
+    with Ask(server_of(known, wait_seconds=0.0, answers=3)) as ask:
         for key in ("a", "b", "c", "a", "d"):
             ask(clips(levels(51), ["four"], key=key))
         assert len(known.batches) == 4

@@ -103,3 +103,14 @@ def test_errands_go_first_in_the_thread_of_the_model_and_their_errors_come_back(
     for late in (lambda: batcher.submit([]), lambda: batcher.call(lambda: None)):
         with pytest.raises(RuntimeError, match="closed"):
             late()
+
+
+def test_closing_does_not_wait_for_ever_for_a_scorer_that_hangs() -> None:
+    gate = threading.Event()
+    batcher = Batcher(Known(gate), batch=8, pixels=MANY, wait=0.0)
+    batcher.submit([(levels(1)[0], "a")])
+    begun = time.monotonic()
+    batcher.close(0.1)
+    assert 0.1 <= time.monotonic() - begun < 2
+    gate.set()
+    batcher.close()
