@@ -78,7 +78,7 @@ class Config(BaseConfig):
     batch: Count = 16
     """Clips of one size scored at once."""
     wait_seconds: NonNegative = 0.005
-    """Seconds that a clip waits for others of its size."""
+    """Seconds that a clip waits for others, where some are on their way."""
     limits: RequestLimits = RequestLimits()
     """What a request may bring."""
     answers: Count = 1024

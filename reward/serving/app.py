@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Settings:
     limits: Limits
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
     batch: int = 16  # clips scored at once
-    wait_seconds: float = 0.005  # that a clip waits for others of its size
+    wait_seconds: float = 0.005  # that a clip waits for others that are on their way
     requests: int = 16  # read and answered at once; others wait
     turn_seconds: float = 30.0  # for a request's turn to come, before it is told to come back
     answers: int = 1024  # kept by idempotency key
@@ -145,31 +146,32 @@ class RewardServer:
 
     async def _body(self, request: Request) -> bytes:
         try:
-            async with asyncio.timeout(self.settings.body_seconds):
-                return await request.body()
+            with self.batcher.expecting():
+                async with asyncio.timeout(self.settings.body_seconds):
+                    return await request.body()
         except TimeoutError as error:
             raise HTTPException(408, f"the body did not arrive within {self.settings.body_seconds:g} s") from error
         except ClientDisconnect as error:
             raise HTTPException(400, "the body was cut off") from error
 
     async def _answer(self, kind: str, body: bytes) -> Answer:
-        asked = await run_in_threadpool(self._read, kind, body)
-        outcomes = await self._outcomes(asked)
+        with self.batcher.expecting():
+            asked = await run_in_threadpool(self._read, kind, body)
+            futures = self.batcher.submit([(clip, prompt) for clip, prompt in zip(asked.clips, asked.prompts, strict=True) if isinstance(clip, Tensor)])
+        scored = iter(await self._scored(futures))
+        outcomes = [clip if isinstance(clip, Unscored) else next(scored) for clip in asked.clips]
         return {"schema": SCHEMA, "card": self._card.get("card"), "dims": self.dims, "scores": [_told(outcome) for outcome in outcomes]}
 
     def _read(self, kind: str, body: bytes) -> Asked:
         limits, fps = self.settings.limits, self.settings.fps
         return read_tensors(body, limits, fps) if kind == TENSORS else read_json(body, limits, fps, self.settings.roots)
 
-    async def _outcomes(self, asked: Asked) -> list[Outcome]:
-        there = [(clip, prompt) for clip, prompt in zip(asked.clips, asked.prompts, strict=True) if isinstance(clip, Tensor)]
-        futures = [asyncio.wrap_future(future) for future in self.batcher.submit(there)]
+    async def _scored(self, futures: Sequence[Future[Outcome]]) -> list[Outcome]:
         try:
             async with asyncio.timeout(self.settings.score_seconds):
-                scored = iter(await asyncio.gather(*futures))
+                return await asyncio.gather(*map(asyncio.wrap_future, futures))
         except TimeoutError as error:
             raise HTTPException(504, f"the clips were not scored within {self.settings.score_seconds:g} s") from error
-        return [clip if isinstance(clip, Unscored) else next(scored) for clip in asked.clips]
 
     async def _wrong(self) -> str | None:
         """What is wrong with the model, None where nothing is."""

@@ -1,15 +1,17 @@
 """One thread with the model: clips of one size that wait at the same time are scored together.
 
-A batch begins with the clip that has waited longest and takes others of its size, until it is full or that clip has waited `wait` seconds. A score does not
-depend on the batch but for rounding. Where a batch fails, its clips are scored one by one: the failure of one is not that of the others.
+A batch begins with the clip that has waited longest and takes others of its size. It does not begin before it is full while others are known to be on their
+way, but for at most `wait` seconds; who asks alone never waits. A score does not depend on the batch but for rounding. Where a batch fails, its clips are scored
+one by one: the failure of one is not that of the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,10 +56,22 @@ class Batcher:
         self._scorer, self._batch, self._pixels, self._wait = scorer, batch, pixels, wait
         self._clips: list[_Waiting] = []
         self._errands: list[tuple[Callable[[], Any], Future[Any]]] = []
-        self._changed, self._closed = threading.Condition(), False
+        self._changed, self._closed, self._coming = threading.Condition(), False, 0
         self.batches = 0
         self._thread = threading.Thread(target=self._work, name="scorer", daemon=True)
         self._thread.start()
+
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """While the block runs, clips are on their way."""
+        with self._changed:
+            self._coming += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._coming -= 1
+                self._changed.notify()
 
     def submit(self, clips: Sequence[tuple[Tensor, str]]) -> list[Future[Outcome]]:
         """Clips uint8 [T,3,H,W] with their prompts; an outcome each. Raises RuntimeError once closed."""
@@ -101,7 +115,7 @@ class Batcher:
                     return partial(_settle, *self._errands.pop(0))
                 if self._clips:
                     alike, full = self._alike()
-                    left = 0.0 if full or self._closed else self._clips[0].since + self._wait - time.monotonic()
+                    left = 0.0 if full or self._closed or not self._coming else self._clips[0].since + self._wait - time.monotonic()
                     if left <= 0:
                         taken = set(map(id, alike))
                         self._clips = [each for each in self._clips if id(each) not in taken]

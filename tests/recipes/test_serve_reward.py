@@ -6,14 +6,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -21,10 +20,12 @@ import torch
 
 from base_model.errors import GuardStop, UserError
 from base_model.prompts.text import TextEncoder
+from recipes import cli
 from recipes.serve_reward import Config, address, check_host, in_thread, listening, main, make_server, read_token
 from reward.judges.exchange import Endpoint, Patience
 from reward.judges.remote import RemoteReward
 from reward.model import load_reward_model
+from reward.serving.wire import TENSORS, tensors_body
 from tests.recipes.small import save_small_reward_model
 
 TOKEN = "0123456789abcdef0123"
@@ -56,7 +57,7 @@ def served(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], 
         process.communicate()
 
 
-def test_a_process_serves_the_models_own_scores_until_it_is_killed_and_its_client_says_so_in_one_line(model: Path) -> None:
+def test_a_process_serves_the_models_own_scores_until_it_is_killed_and_its_client_says_so_in_one_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = ["a red circle moves left", "a blue bar grows"]
     with served(model) as (process, url):
         patience = Patience(seconds=20, tries=2, wait=0.01)
@@ -66,9 +67,8 @@ def test_a_process_serves_the_models_own_scores_until_it_is_killed_and_its_clien
         direct = load_reward_model(model, TextEncoder())
         torch.testing.assert_close(remote(clips(), prompts), direct(clips(), prompts), rtol=0, atol=1e-5)
 
-        second = [sys.executable, "-m", "recipes.cli", "serve-reward", "--json", "--model", str(model), "--fps", "8", "--port", url.rpartition(":")[2]]
-        done = subprocess.run(second, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-        assert done.returncode == 2 and re.fullmatch(r"rushes: cannot listen on http://127\.0\.0\.1:\d+: Address already in use\. Choose another --port or --host\n", done.stderr)
+        assert cli.main(["serve-reward", "--model", str(model), "--fps", "8", "--port", url.rpartition(":")[2]]) == 2
+        assert capsys.readouterr().err == f"rushes: cannot listen on {url}: Address already in use. Choose another --port or --host\n"
         assert remote(clips(), prompts).mean.isfinite().all(), "the first goes on"
 
         os.kill(process.pid, signal.SIGKILL)
@@ -78,18 +78,23 @@ def test_a_process_serves_the_models_own_scores_until_it_is_killed_and_its_clien
         assert re.fullmatch(rf"the reward server {url} failed on 2 of 2 \(limit 5\.0%\), most often: no connection: \w+: .*\. Mend it, then go on with --resume", str(caught.value))
 
 
-def test_told_to_stop_it_answers_what_it_has_begun_and_ends_in_one_line(model: Path) -> None:
-    with served(model, "--wait-seconds", "1.0") as (process, url):
-        remote = RemoteReward(Endpoint(url, token=TOKEN), fps=8.0)
-        answer: list[Any] = []
-        asking = threading.Thread(target=lambda: answer.append(remote(clips(), ["a", "b"])))
-        asking.start()
-        time.sleep(0.3)  # the request waits in the server for others of its size
+def test_told_to_stop_it_answers_what_it_has_begun_takes_nothing_new_and_ends_in_one_line(model: Path) -> None:
+    body = tensors_body((clips() * 255).round().to(torch.uint8), ["a", "b"], 8.0)
+    head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: {TENSORS}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with served(model) as (process, url), socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(head.encode() + body[:1000])
+        time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
-        asking.join(10)
-        assert process.wait(10) == 128 + signal.SIGTERM
-        assert answer[0].mean.isfinite().all()
-        assert process.stderr is not None
+        time.sleep(0.3)
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(f"{url}/health", trust_env=False)
+        connection.sendall(body[1000:])
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert [score["status"] for score in json.loads(answer.partition(b"\r\n\r\n")[2])["scores"]] == ["ok", "ok"]
+        assert process.wait(10) == 128 + signal.SIGTERM and process.stderr is not None
         assert process.stderr.read() == "rushes: the server was told to stop; 1 requests were answered, in 1 batches. Start it again with the same command\n"
 
 

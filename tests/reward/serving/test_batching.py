@@ -35,18 +35,28 @@ def test_clips_that_wait_together_are_scored_together_size_by_size_in_order() ->
     assert [outcome.mean[1] for outcome in found if isinstance(outcome, Scored)] == [5, 1, 2, 3, 4, 5, 5, 6, 5]
 
 
-def test_a_clip_waits_for_others_as_long_as_it_is_told_and_a_full_batch_does_not_wait() -> None:
+def test_a_clip_waits_for_those_on_their_way_but_not_for_ever_and_never_alone_or_for_more_than_a_batch() -> None:
     scorer = Known()
     batcher = Batcher(scorer, batch=2, pixels=MANY, wait=0.25)
-    begun = time.monotonic()
-    batcher.submit([(levels(1)[0], "a")])[0].result(5)
-    alone = time.monotonic() - begun
-    begun = time.monotonic()
-    for future in batcher.submit([(clip, "a") for clip in levels(1, 2)]):
-        future.result(5)
-    full = time.monotonic() - begun
+
+    def seconds(*values: int) -> float:
+        begun = time.monotonic()
+        for future in batcher.submit([(clip, "a") for clip in levels(*values)]):
+            future.result(5)
+        return time.monotonic() - begun
+
+    assert seconds(1) < 0.2
+    with batcher.expecting():
+        assert seconds(1) >= 0.25 and seconds(1, 2) < 0.2
+        (first,) = batcher.submit([(levels(1)[0], "a")])
+        (second,) = batcher.submit([(levels(1)[0], "a")])
+        assert first.result(5) == second.result(5)
+        (last,) = batcher.submit([(levels(1)[0], "a")])
+        begun = time.monotonic()
+    last.result(5)
+    assert time.monotonic() - begun < 0.2, "the others went elsewhere"
     batcher.close()
-    assert alone >= 0.25 and full < 0.2 and [shape[0] for shape in scorer.batches] == [1, 2]
+    assert [shape[0] for shape in scorer.batches] == [1, 1, 2, 2, 1]
 
 
 def test_a_batch_has_at_most_so_many_pixels_but_always_one_clip() -> None:
@@ -94,11 +104,12 @@ def test_what_nobody_waits_for_is_not_scored() -> None:
 
 def test_errands_go_first_in_the_thread_of_the_model_and_their_errors_come_back() -> None:
     batcher = Batcher(Known(), batch=8, pixels=MANY, wait=5.0)
-    (waiting,) = batcher.submit([(levels(1)[0], "a")])
-    assert batcher.call(lambda: threading.current_thread().name).result(2) == "scorer" and not waiting.done()
-    with pytest.raises(ZeroDivisionError):
-        batcher.call(lambda: 1 // 0).result(2)
-    batcher.close()
+    with batcher.expecting():
+        (waiting,) = batcher.submit([(levels(1)[0], "a")])
+        assert batcher.call(lambda: threading.current_thread().name).result(2) == "scorer" and not waiting.done()
+        with pytest.raises(ZeroDivisionError):
+            batcher.call(lambda: 1 // 0).result(2)
+        batcher.close()
     assert isinstance(waiting.result(0), Scored), "what waits when it is closed is still scored, at once"
     for late in (lambda: batcher.submit([]), lambda: batcher.call(lambda: None)):
         with pytest.raises(RuntimeError, match="closed"):
