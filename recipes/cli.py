@@ -69,6 +69,7 @@ COMMANDS = {
     "export-rankings": Command("recipes.export_rankings", "Write rankings in a public format: rushes export-rankings FORMAT FOLDER FILE.", ("format", "folder", "file")),
     "reward-model": Command("recipes.reward_model", "Learn a reward model from ranked clips."),
     "evaluate-reward": Command("recipes.evaluate_reward", "Judge a reward model on rankings it has not seen; write the report."),
+    "serve-reward": Command("recipes.serve_reward", "Serve a reward model over HTTP to other processes and machines."),
     "vlm-reward": Command("recipes.vlm_reward", "Learn a reward from ranked clips on top of a vision-language model."),
     "ddpo": Command("recipes.ddpo", "Move a model toward the reward: DDPO with LoRA under a safety limit."),
     "grpo": Command("recipes.grpo", "Move a model toward the reward: GRPO with LoRA under a safety limit."),
