@@ -247,7 +247,9 @@ def run(module: str, shard: tuple[int, int], out: Path) -> None:
 
 
 def read(out: Path) -> list[dict[str, object]]:
-    return [dict(json.loads(line)) for line in out.read_text().splitlines()] if out.exists() else []
+    """What is known of each mutant, once."""
+    lines = [dict(json.loads(line)) for line in out.read_text().splitlines()] if out.exists() else []
+    return list({(line["module"], line["number"]): line for line in lines}.values())
 
 
 def report(out: Path) -> str:
