@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -440,9 +441,10 @@ def test_kernels_compute_in_float32_whatever_the_state_is_stored_in() -> None:
     for kernel, _ in CASES:
         step = kernel(RectifiedFlow(), x, u, torch.tensor([0.9, 0.8]), torch.tensor([0.8, 0.7]))
         assert step.mean.dtype == step.std.dtype == torch.float32 and step.std.shape == (2, 1)
-        for dtype in (torch.bfloat16, torch.float32, torch.float64):  # one time for all clips, of any type
-            alone = kernel(RectifiedFlow(), x, u, torch.tensor(0.9, dtype=dtype), torch.tensor(0.8, dtype=dtype))
-            assert alone.mean.dtype == alone.std.dtype == torch.float32 and alone.std.shape == (1, 1)
+        for state, time in product((torch.bfloat16, torch.float64), repeat=2):  # here one time for all clips
+            alone = kernel(RectifiedFlow(), x.to(state), u.to(state), torch.tensor(0.9, dtype=time), torch.tensor(0.8, dtype=time))
+            widest = torch.float64 if torch.float64 in (state, time) else torch.float32
+            assert alone.mean.dtype == alone.std.dtype == widest and alone.std.shape == (1, 1)
 
 
 def test_a_kernel_may_have_one_std_for_all_clips() -> None:
