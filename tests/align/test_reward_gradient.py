@@ -109,6 +109,17 @@ def test_the_number_of_model_calls_is_that_of_the_steps_and_one_more_for_each_th
         assert model.calls == K + extra
 
 
+def test_checkpointing_is_the_default() -> None:
+    model, x, times = setting(PATHS[0])
+    last_steps(model, x, times, conditions(3), 1).sum().backward()
+    assert model.calls == K + 1
+    single_step(model, x, times, conditions(3), 0).sum().backward()
+    assert model.calls == K + 1 + 2
+    scored = []
+    reward_of(lambda video, prompts: scored.append(1) or brightness(video, prompts), model, x.requires_grad_(), conditions(3), name="s", differentiable=True).sum().backward()  # type: ignore[func-returns-value]
+    assert len(scored) == 2
+
+
 def test_alignprop_draws_every_number_of_steps_and_refl_only_late_ones() -> None:
     g = torch.Generator().manual_seed(0)
     drawn = [draw_last(4, g) for _ in range(2000)]
@@ -168,7 +179,8 @@ def test_the_reward_is_of_the_decoded_clip_and_its_prompts(checkpointed: bool) -
     assert_close(reward, x.flatten(1).mean(1))
     assert seen == [(torch.Size([3, 2, 3, 2, 2]), ("a", "b", "c"))]
     reward.sum().backward()
-    assert_close(x.grad, torch.full_like(x, 1 / 8)) and len(seen) == 1 + checkpointed
+    assert_close(x.grad, torch.full_like(x, 1 / 8))
+    assert len(seen) == 1 + checkpointed
 
 
 def test_the_ascent_by_hand_with_and_without_a_hinge() -> None:
