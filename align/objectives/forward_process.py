@@ -108,8 +108,8 @@ def dgpo_weight(error: Tensor, reference_error: Tensor, advantage: Tensor, group
 def rwr_weight(reward: Tensor, temperature: float) -> Tensor:
     """Reward-weighted regression: exp(reward / temperature), scaled to mean 1 over the known rewards, [B] -> [B]; 0 where the reward is unknown.
 
-    Peters & Schaal 2007; for diffusion Lee et al. 2023 (arXiv 2302.12192) and Flow-RWR (arXiv 2501.13918, eq. 9). For `flow_matching(error, weight=...)`. Known failure: it only ever
-    imitates; with a low temperature a few lucky clips, with a high one the average. Raises ValueError where temperature is not positive.
+    Peters & Schaal 2007; for diffusion Lee et al. 2023 (arXiv 2302.12192) and Flow-RWR (arXiv 2501.13918, eq. 9). For `flow_matching(error, weight=...)`. Known failure: it only
+    ever imitates; with a low temperature a few lucky clips, with a high one the average. Raises ValueError where temperature is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
