@@ -76,14 +76,14 @@ class Config(Bench):
     out: Path = Path("runs/bench-overoptimisation")
     """Folder of what was made of the clips, and of the RL runs: what is finished there is not repeated. `quick` keeps nothing."""
     seeds: Seeds = (0, 1, 2, 3, 4)
-    """Seeds of which prompts are ranked, of people's noise and of the ensembles. RL climbs reward models of the first. `quick` takes two."""
+    """Seeds of which prompts are ranked, by whom and with what noise. RL climbs reward models of the first. `quick` takes two."""
     rankings: Annotated[tuple[Count, ...], Field(min_length=1, max_length=3)] = (30, 120, 480)
     """Rankings of four clips that reward models learn from, increasing. `quick` takes at most 6, 12 and 18."""
     prompts: Count = 128
     """Held-out prompts of one object. `quick` takes at most 6."""
     clips: Annotated[int, Field(ge=4)] = 64
     """Clips of each, by the shipped base. `quick` takes at most 8."""
-    policy: nft.Policy = nft.Policy(iterations=48, prompts=8, lr=2e-3, evaluate_every=4, save_every=16)
+    policy: nft.Policy = nft.Policy(iterations=48, evaluate_every=4, save_every=8)
     """How NFT moves the base, further than is wise. `quick` takes 3 small rollouts."""
     kl_steps: Annotated[int, Field(ge=4)] = 12
     """Ancestral steps of the paths whose KL is told; more of them leave less noise, and give a larger KL."""
@@ -168,18 +168,15 @@ def learn(ranked: Clips, prior: str, rankings: int, seed: int, encode: EncodeTex
     tasks = [Task(ranked.prompts[i].prompt_id, tuple(str(K * i + k) for k in range(K)), ranked.perception[range(K * i, K * i + K)]) for i in chosen]
     rows = collect(REWARD_PANEL, tasks, seed=seed, overlap=0, repeats=0, gold=0)
     clips, index = torch.tensor([[int(clip) for clip in row["clip_ids"]] for row in rows]).unique(return_inverse=True)  # [C], [E,K]
-    cfg = reward_model.Config(seed=seed, **PRIORS[prior])
-    model = RewardModel(load_matcher(SHIPPED["reward"]), ("overall",), encode, members=cfg.members, most_clips=K)
-    inputs = ranked.inputs[clips]  # [C,25]
-    model.input_mean.copy_(inputs.mean(0))
-    model.input_std.copy_(inputs.std(0).clamp(min=1e-4))
-    ranks = torch.tensor([list(row["ranks"]) for row in rows])  # [E,K]
-    table = reward_model.Table(model.standardised(inputs), index, ranks, torch.zeros(len(rows), dtype=torch.long), torch.ones(len(rows)))
+    model = RewardModel(load_matcher(SHIPPED["reward"]), ("overall",), encode, most_clips=K)
+    reward_model.fit_standard(model, ranked.inputs[clips])
+    ranks, number = torch.tensor([list(row["ranks"]) for row in rows]), torch.arange(len(rows))  # [E,K], [E]
+    table = reward_model.Table(model.standardised(ranked.inputs[clips]), index, ranks, torch.zeros_like(number), torch.ones(len(rows)), number)
     with torch.no_grad():
         model.log_tie.copy_(reward_model.start_log_tie([table], K))
-    reward_model.fit_heads(cfg, model, table, torch.poisson(torch.ones(cfg.members, len(rows)), generator=torch.Generator().manual_seed(seed)))
+    reward_model.fit_head(reward_model.Config(**PRIORS[prior]), model, table)
     with torch.no_grad():
-        reward_model.normalise(model, model.heads(table.inputs))
+        reward_model.normalise(model, model.head(table.inputs)[None])
     return model.eval().requires_grad_(False)
 
 
@@ -189,8 +186,9 @@ def within(values: Array) -> float:
 
 
 def scores(model: RewardModel, inputs: Tensor) -> Tensor:
-    """The mean of the heads, [C]."""
-    return model.heads(model.standardised(inputs)).mean(0)[:, 0]
+    """[C]."""
+    found: Tensor = model.head(model.standardised(inputs))[:, 0]
+    return found
 
 
 def accuracy(proxy: Array, worth: Array) -> float:
@@ -304,7 +302,7 @@ def climb(cfg: Config, out: Path, model: RewardModel) -> dict[str, Any]:
 def kept_climb(cfg: Config, out: Path, ranked: Clips, takes: Clips, prior: str, rankings: int, encode: EncodeText) -> Climb:
     """The run on the reward model of the first seed, gone through once for its settings; the proxy in standard deviations among takes of one prompt."""
     model = learn(ranked, prior, rankings, cfg.seeds[0], encode)
-    weights = hashlib.sha256(model.heads.weight.detach().numpy().tobytes()).hexdigest()
+    weights = hashlib.sha256(model.head.weight.detach().numpy().tobytes()).hexdigest()
     asked_for = {key: dump(cfg)[key] for key in ("prompts", "policy", "kl_steps", "kl_clips", "sampler")}
     settings = {"version": VERSION, "base": network_lineage(None), "reward": weights, "seed": cfg.seeds[0], **asked_for}
     folder = out / f"rl-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
