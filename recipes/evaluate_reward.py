@@ -78,7 +78,7 @@ class Config(BaseConfig):
     clips: Path = Path("runs/candidates")
     """Clip store with the ranked clips."""
     takes: Path | None = None
-    """Clip store with many clips of each prompt by one generator, of which the best of n are taken: 64 of each of 40 prompts say much, 4 little."""
+    """Clip store with many clips of each prompt by one generator, of which the best of n are taken, whatever the filters say: 64 of each of 40 prompts say much, 4 little."""
     guard: Path | None = None
     """Folder of a second reward model, from other people's rankings and another start, which looks at them."""
     split: Literal["test", "val"] = "test"
@@ -426,15 +426,16 @@ NO_RANKINGS: dict[str, Any] = {"split": None, "validation": None, "clips": 0, "u
 """What `evaluate_model` would say without any."""
 
 
-def optimised(cfg: Config, model: Calibrated) -> dict[str, Any] | None:
-    """The best of n by the model, looked at by the guard; None where no takes are given. Raises UserError where takes or guard come alone, or the guard is the model itself."""
+def second_scorer(cfg: Config) -> Calibrated | None:
+    """The guard; None where best of n is not asked for. Raises UserError, before any work, where takes or guard come alone or cannot be used, or the guard is the model itself."""
     if cfg.takes is None and cfg.guard is None:
         return None
     if cfg.takes is None or cfg.guard is None:
         raise UserError("takes and guard: best of n needs both, the clips and who looks at those that are picked. Give --takes STORE and --guard FOLDER")
     if card_of(cfg.model)["sha256"] == card_of(cfg.guard).get("sha256"):
         raise UserError(f"the guard has the weights of the model, {cfg.guard}: it would agree with everything. Give --guard another one")
-    return best_of_n.best_of_n_of(model, load_scorer(cfg.guard, device=cfg.device), ClipStore(cfg.takes), batch=cfg.batch, seed=cfg.seed)
+    best_of_n.takes_of(ClipStore(cfg.takes))
+    return load_scorer(cfg.guard, device=cfg.device)
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
@@ -445,10 +446,11 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     data = None if cfg.comparisons is None else load_comparisons(cfg.comparisons)
     card = card_of(cfg.model)
     model = load_scorer(cfg.model, fps=None if data is None else judged_rate(cfg, data, tier_of(card)), device=cfg.device)
+    guard = second_scorer(cfg)
     results = NO_RANKINGS if data is None else evaluate_model(cfg, model, data, ClipStore(cfg.clips))
     answers = None if data is None else events_hash(usable_events(data))
     results = results | {
-        "best_of_n": optimised(cfg, model),
+        "best_of_n": None if guard is None or cfg.takes is None else best_of_n.best_of_n_of(model, guard, ClipStore(cfg.takes), batch=cfg.batch, seed=cfg.seed),
         "trained_on_the_split_train_of_these_answers": None if answers is None else card.get("data_sha256") == answers,
         "lineage": {"weights_sha256": card["sha256"], "answers_sha256": answers, "trained_with": card.get("command")},
         "hardware": hardware(),

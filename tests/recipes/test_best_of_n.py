@@ -93,7 +93,7 @@ def test_tables_and_charts_tell_every_n(store: ClipStore) -> None:
 def test_clips_that_are_no_draws_of_one_generator_are_refused(store: ClipStore, tmp_path: Path) -> None:
     mixed = ClipStore(tmp_path / "mixed")
     mixed.add_many([NewClip(clip((0.1 * k, 0.5, 0.5), k), "a", "a", k, {"steps": 6}, f"rev {k}", 8.0) for k in range(2)], preview=False)
-    with pytest.raises(UserError, match="clips of 2 generators or samplers"):
+    with pytest.raises(UserError, match="clips of 2 generators, samplers or sizes"):
         takes_of(mixed)
     with pytest.raises(UserError, match="no prompt has two clips"):
         takes_of(ClipStore(tmp_path / "empty"))
