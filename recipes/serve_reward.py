@@ -99,17 +99,16 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         made = make_server(cfg, token=token, roots=roots)
         url = address(cfg.host, listener.getsockname()[1])
         print(f"serving {cfg.model} ({', '.join(made.dims)}) on {url}{'' if token else ', without a token'}", file=sys.stderr, flush=True)
-        stopped = 0
+        stopped_by = signal.SIGINT.value
         try:
-            uvicorn.Server(uvicorn_config(made, cfg.stop_seconds)).run(sockets=[listener])
-        except KeyboardInterrupt:
-            stopped = signal.SIGINT
+            with contextlib.suppress(KeyboardInterrupt):
+                uvicorn.Server(uvicorn_config(made, cfg.stop_seconds)).run(sockets=[listener])
         except Interrupted as error:
-            stopped = error.exit_status - 128
+            stopped_by = error.exit_status - 128
         finally:
             made.close(cfg.stop_seconds)
     answered = f"{made.answered} requests were answered, in {made.batcher.batches} batches"
-    raise Interrupted(f"the server was told to stop; {answered}. Start it again with the same command", stopped)
+    raise Interrupted(f"the server was told to stop; {answered}. Start it again with the same command", stopped_by)
 
 
 def make_server(cfg: Config, *, token: str | None, roots: tuple[Path, ...]) -> RewardServer:

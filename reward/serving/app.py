@@ -1,6 +1,6 @@
 """A reward model behind HTTP: who may ask, how much at once, and what is answered (`wire.py`).
 
-A request is checked in this order: host, token, its turn, size of the body, its form, the frame rate, the limits of `clips.py`. Then its clips wait for the
+A request is checked in this order: host, token, type, its turn, size of the body, its form, the frame rate, the limits of `clips.py`. Then its clips wait for the
 thread with the model (`batching.py`). Whatever goes wrong is a status or a clip's "error", in one line; no score is made up.
 """
 
@@ -107,15 +107,14 @@ class RewardServer:
     async def score(self, request: Request) -> Response:
         """Scores of the clips of a request."""
         self._authorise(request)
+        kind, key = _kind(request), _key(request)
         async with self._turn():
-            kind = _kind(request)
             body = await self._body(request)
-            key = request.headers.get(IDEMPOTENCY)
             if key is None:
                 answer = await self._answer(kind, body)
             else:
                 digest = hashlib.sha256(kind.encode() + b"\n" + body).hexdigest()
-                answer = await self._answers.once(_checked_key(key), digest, lambda: self._answer(kind, body))
+                answer = await self._answers.once(key, digest, lambda: self._answer(kind, body))
             self.answered += 1
             return JSONResponse(answer)
 
@@ -203,8 +202,10 @@ def _kind(request: Request) -> str:
     return kind
 
 
-def _checked_key(key: str) -> str:
-    if not (1 <= len(key) <= LONGEST_KEY and key.isascii() and key.isprintable()):
+def _key(request: Request) -> str | None:
+    """The idempotency key, if there is one. Raises HTTPException for one that is none."""
+    key = request.headers.get(IDEMPOTENCY)
+    if key is not None and not (1 <= len(key) <= LONGEST_KEY and key.isascii() and key.isprintable()):
         raise HTTPException(400, f"an idempotency key is 1 to {LONGEST_KEY} printable ASCII characters")
     return key
 
