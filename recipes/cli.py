@@ -71,6 +71,7 @@ COMMANDS = {
     "evaluate-reward": Command("recipes.evaluate_reward", "Judge a reward model on rankings it has not seen; write the report."),
     "serve-reward": Command("recipes.serve_reward", "Serve a reward model over HTTP to other processes and machines."),
     "vlm-reward": Command("recipes.vlm_reward", "Learn a reward from ranked clips on top of a vision-language model."),
+    "latent-reward": Command("recipes.latent_reward", "Distil a reward on pixels into one that scores latents at any noise level, without decoding."),
     "ddpo": Command("recipes.ddpo", "Move a model toward the reward: DDPO with LoRA under a safety limit."),
     "grpo": Command("recipes.grpo", "Move a model toward the reward: GRPO with LoRA under a safety limit."),
     "nft": Command("recipes.nft", "Move a model toward the reward: forward-process reinforcement (DiffusionNFT) with LoRA under a safety limit."),

@@ -11,7 +11,6 @@ Letters: B clips, C clips of a batch of rankings, R dimensions, L tokens, D hidd
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from base_model.checkpoint import fingerprint
 from base_model.errors import UserError
 from base_model.lora import add_lora
 from base_model.quantize import to_nf4
@@ -99,16 +99,6 @@ def patch_format(name: str | Path, revision: str | None, config: Any) -> PatchFo
             break
     vision = config.vision_config
     return PatchFormat(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, mean, std)
-
-
-def fingerprint(network: nn.Module) -> str:
-    """sha256 of the names, shapes and 64 values of every parameter: tells two revisions of a model apart in a moment, whatever folder they are in."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(network.named_parameters()):
-        values = parameter.detach().flatten()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(values[:: max(1, len(values) // 64)][:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Head(nn.Module):
