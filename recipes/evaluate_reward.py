@@ -58,7 +58,7 @@ from reward.calibration import (
 )
 from reward.comparisons import Clip, Comparisons, RankingEvent, load_comparisons
 from reward.features import signal_features
-from reward.model import TIER, Calibrated
+from reward.model import TIER, CalibratedScorer
 
 MODEL, SIGNALS_ONLY, PROMPT_ONLY = "reward model", "signals only", "prompt only"
 CARD = "reward_card.json"
@@ -283,7 +283,7 @@ def generator_names(clips: Mapping[str, Clip]) -> dict[str, str]:
 # The report
 
 
-def evaluate_model(cfg: Config, model: Calibrated, data: Comparisons, store: ClipStore) -> dict[str, Any]:
+def evaluate_model(cfg: Config, model: CalibratedScorer, data: Comparisons, store: ClipStore) -> dict[str, Any]:
     """What `report.json` holds, without lineage. Raises UserError where there is nothing to judge by."""
     events = usable_events(data)
     if cfg.split == cfg.validation:
@@ -322,7 +322,7 @@ def evaluate_model(cfg: Config, model: Calibrated, data: Comparisons, store: Cli
     }
 
 
-def judge_dimension(dim: str, cfg: Config, model: Calibrated, data: Comparisons, scorers: Mapping[str, Score]) -> dict[str, Any]:
+def judge_dimension(dim: str, cfg: Config, model: CalibratedScorer, data: Comparisons, scorers: Mapping[str, Score]) -> dict[str, Any]:
     events = [event for event in usable_events(data) if event.dimension == dim]
     test, validation = (asked([event for event in events if data.split[event.prompt_id] == name], data.component) for name in (cfg.split, cfg.validation))
     found = {name: judge(score, test, validation, data.component, cfg.seed) for name, score in scorers.items()}
@@ -426,7 +426,7 @@ NO_RANKINGS: dict[str, Any] = {"split": None, "validation": None, "clips": 0, "u
 """What `evaluate_model` would say without any."""
 
 
-def second_scorer(cfg: Config) -> Calibrated | None:
+def second_scorer(cfg: Config) -> CalibratedScorer | None:
     """The guard; None where best of n is not asked for. Raises UserError, before any work, where takes or guard come alone or cannot be used, or the guard is the model itself."""
     if cfg.takes is None and cfg.guard is None:
         return None

@@ -31,12 +31,13 @@ from base_model.lora import adapter_state, load_adapter_state, merge, reference
 from base_model.tiny import LatentVideoModel, load_tiny, save_network
 from base_model.types import Conditioning, VideoModel
 from recipes.generate import Sampler, latent_shape, safety_runner, sample_with_latents
+from recipes.scorers import card_of, load_scorer, tier_of
 from recipes.shapes.prompts import make_prompts
 from recipes.weights import file_hash, write_card
 from reward import latent
 from reward.latent import LatentMixture
 from reward.mixture import Mixture, Term
-from reward.model import Calibrated, RewardModel, load_reward_model, tier_of
+from reward.model import Calibrated, CalibratedScorer
 from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate, costs
 
 FLASHING = "P17"
@@ -395,7 +396,7 @@ def held_out_texts(cfg: Feedback) -> list[str]:
     return [prompt.text for prompt in make_prompts(cfg.held_out_prompts, seed=cfg.seed + 1, split="eval", strobe=cfg.strobe)]
 
 
-def standardised(scorer: RewardModel, pessimism: float = 0.0) -> Mixture:
+def standardised(scorer: CalibratedScorer, pessimism: float = 0.0) -> Mixture:
     """The first dimension of a reward model in standard deviations of its training clips."""
     return Mixture({"people": scorer}, (people_term(scorer, pessimism),))
 
@@ -405,11 +406,11 @@ def people_term(scorer: Calibrated, pessimism: float) -> Term:
     return Term("people", scorer.dims[0], center=float(scorer.center[0]), scale=float(scorer.scale[0]), pessimism=pessimism)
 
 
-def load_reward(folder: Path, model: LatentVideoModel, pessimism: float) -> Mixture | LatentMixture:
+def load_reward(folder: Path, model: LatentVideoModel, pessimism: float, fps: float) -> Mixture | LatentMixture:
     """The first dimension of the reward in a folder, in standard deviations of its training clips, minus `pessimism` spreads: of a reward model on pixels, or of a latent reward on
     `model`, whose network has no adapter yet. Raises UserError where it cannot be used."""
-    if tier_of(folder) != latent.TIER:
-        return standardised(load_reward_model(folder, model.text), pessimism)
+    if tier_of(card_of(folder)) != latent.TIER:
+        return standardised(load_scorer(folder, fps=fps, encode=model.text), pessimism)
     scorer = latent.load_latent_reward(folder, model)
     return LatentMixture(scorer, (people_term(scorer, pessimism),))
 
@@ -422,10 +423,10 @@ def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) ->
     model = load_tiny(cfg.model).to(run.device)
     model.network.requires_grad_(False)
     latent_shape(model, cfg.sampler.clip)
-    guard = standardised(load_reward_model(cfg.guard, model.text)) if cfg.guard else None
+    guard = standardised(load_scorer(cfg.guard, fps=cfg.sampler.fps, encode=model.text)) if cfg.guard else None
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
-    reward = load_reward(cfg.reward, model, cfg.pessimism)
+    reward = load_reward(cfg.reward, model, cfg.pessimism, cfg.sampler.fps)
     assess = Assessor(reward, safety_runner(), cfg.sampler.fps, looks=cfg.constrained)
     if isinstance(reward, LatentMixture) and not cfg.constrained:
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)

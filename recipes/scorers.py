@@ -5,6 +5,7 @@
 | matcher | `reward/model.py` | the rates of its training clips, as far as its card names them |
 | encoders | `reward/pooled.py` | the one rate it was trained for |
 | vlm | `reward/vlm/files.py` | the rate it is loaded for, which it must be able to look at |
+| latent | `reward/latent.py` | none: latents, in reinforcement learning |
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import torch
 from base_model.checkpoint import read_json
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
+from reward import latent, pooled
 from reward import model as matcher
-from reward import pooled
-from reward.model import Calibrated, EncodeText, card_errors, check_golden
+from reward.model import CalibratedScorer, EncodeText, card_errors, check_golden, golden_scores
 from reward.serving.wire import same_rate
 from reward.vlm import files as vlm
 from reward.vlm.model import VlmReward
 
 TIERS = (matcher.TIER, pooled.TIER, vlm.TIER)
+"""Those that score clips."""
+KNOWN = (*TIERS, latent.TIER)
 
 
 def card_of(folder: Path) -> dict[str, Any]:
@@ -34,8 +37,8 @@ def card_of(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no reward model, {folder}. Give a folder written by `rushes reward-model` or `rushes vlm-reward`")
     card = read_json(path, "the card of the reward model")
-    if tier_of(card) not in TIERS:
-        raise UserError(f"a reward model of the tier {tier_of(card)!r}, {path}. Known are {', '.join(TIERS)}; train it again with this version")
+    if tier_of(card) not in KNOWN:
+        raise UserError(f"a reward model of the tier {tier_of(card)!r}, {path}. Known are {', '.join(KNOWN)}; train it again with this version")
     return card
 
 
@@ -43,7 +46,7 @@ def tier_of(card: Mapping[str, Any]) -> str:
     return str(card.get("tier", matcher.TIER))  # the first cards name none
 
 
-def load_scorer(folder: Path, *, fps: float | None = None, encode: EncodeText | None = None, device: str = "cpu") -> Calibrated:
+def load_scorer(folder: Path, *, fps: float | None = None, encode: EncodeText | None = None, device: str = "cpu") -> CalibratedScorer:
     """The reward model in `folder`, of any tier, ready to score (no gradients into its weights).
 
     fps: the true rate of the clips; None: the one of its card. encode: the text encoder of a matcher, where there is one already. device: where a vision-language
@@ -52,6 +55,8 @@ def load_scorer(folder: Path, *, fps: float | None = None, encode: EncodeText | 
     """
     card = card_of(folder)
     tier = tier_of(card)
+    if tier == latent.TIER:
+        raise UserError(f"a latent reward scores latents, and here clips are scored, {folder}. Give the reward model that it learned from")
     if tier == matcher.TIER:
         check_trained_rate(folder, card, fps)
         return matcher.load_reward_model(folder, encode or TextEncoder())
@@ -70,13 +75,13 @@ def checked_device(name: str) -> str:
     return name
 
 
-def check_scorer(folder: Path, card: Mapping[str, Any], scorer: Calibrated) -> None:
+def check_scorer(folder: Path, card: Mapping[str, Any], scorer: CalibratedScorer) -> None:
     """Raises UserError where the scorer does not give the golden scores of `card`."""
     if isinstance(scorer, VlmReward):
         with card_errors(folder):
             vlm.check_vlm_golden(folder, card["golden"], scorer)
     else:
-        check_golden(folder, card, scorer)
+        check_golden(folder, card, golden_scores(scorer))
 
 
 def card_rate(folder: Path, card: Mapping[str, Any]) -> float:
