@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow mutate lint clean
 
 help:
 	@echo "make demo       set up, then run everything: about eight minutes, ends with the path of the report"
 	@echo "make test       set up, then lint, types and tests"
 	@echo "make test-slow  the long forms of the tests"
+	@echo "make mutate     whether the tests of the maths can fail: half an hour"
 
 setup: $(READY)
 
@@ -30,6 +31,9 @@ test: lint
 
 test-slow: $(READY)
 	$(OFFLINE) $(BIN)/python -m pytest -p no:cacheprovider -m slow
+
+mutate: $(READY)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutate
 
 lint: $(READY)
 	$(BIN)/ruff check --no-cache .

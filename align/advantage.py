@@ -1,12 +1,15 @@
 """From rewards to advantages. An unknown reward is nan: it is left out of every statistic, gets advantage 0, is not `valid`, and is counted.
 
-Letters: B clips, N prompts, G clips a prompt (B = N G; the clips of one prompt lie next to each other).
+Which clips are compared is said by `groups`: the number of clips of each prompt, which then lie side by side, or an integer id for each clip [B], in any order
+and groups of any size. Ids are numbers, never the prompt's text: two prompts may share their words.
+Letters: B clips, N groups (prompts), G clips of the largest group, R reward dimensions.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +23,7 @@ METRICS = {
 }
 
 DivideBy = Literal["group_std", "global_std", "max_group_std", "none"]
+Groups = int | Tensor  # clips of each prompt, side by side; or an integer id for each clip [B]
 
 
 class Advantage(NamedTuple):
@@ -30,11 +34,44 @@ class Advantage(NamedTuple):
     stats: dict[str, float]
 
 
-def _in_groups(x: Tensor, group_size: int) -> Tensor:
-    """[B] -> [N,G]."""
-    if group_size < 2 or len(x) % group_size:
-        raise ValueError(f"{len(x)} clips do not make groups of {group_size}: a group has at least two clips and every group the same number")
-    return x.reshape(-1, group_size)  # [N,G]
+@dataclass(frozen=True)
+class Grouping:
+    """B clips as a table with a row a group. Where groups have ids, rows are in the order of the ids, and short rows end in nan."""
+
+    rows: int  # N
+    columns: int  # G
+    place: Tensor | None  # [B] cell of each clip; None where the clips fill the table in their own order
+
+    def fill(self, x: Tensor) -> Tensor:
+        """[B] -> [N,G]; a bool becomes a float. Cells without a clip are nan."""
+        x = x if x.is_floating_point() else x.float()
+        if self.place is None:
+            return x.reshape(self.rows, self.columns)
+        return x.new_full((self.rows * self.columns,), torch.nan).scatter(0, self.place, x).reshape(self.rows, self.columns)
+
+    def read(self, table: Tensor) -> Tensor:
+        """[N,G], or [N,1] (one value for each clip of a row) -> [B]."""
+        cells = table.expand(self.rows, self.columns).reshape(-1)
+        return cells if self.place is None else cells[self.place]
+
+    def all(self, flags: Tensor) -> Tensor:
+        """Whether every clip of a group is True, bool [B] -> [N,1]."""
+        return (self.fill(flags) != 0).all(1, keepdim=True)
+
+
+def grouping(x: Tensor, groups: Groups) -> Grouping:
+    """How x [B] lies in its groups. Raises ValueError where x does not divide into groups of at least two, or the ids are not one integer a clip."""
+    if isinstance(groups, int):
+        if groups < 2 or len(x) % groups:
+            raise ValueError(f"{len(x)} clips do not make groups of {groups}: a group has at least two clips and every group the same number")
+        return Grouping(len(x) // groups, groups, None)
+    if groups.shape != (len(x),) or groups.is_floating_point() or groups.dtype == torch.bool:
+        raise ValueError(f"{len(x)} clips need as many integer group ids, got {groups.dtype} {list(groups.shape)}")
+    _, row, sizes = groups.to(x.device).unique(return_inverse=True, return_counts=True)  # [B], [N]
+    order = row.argsort(stable=True)  # [B] clips, group after group
+    column = torch.arange(len(x), device=x.device) - (sizes.cumsum(0) - sizes)[row[order]]  # [B]
+    largest = int(sizes.max()) if len(sizes) else 0
+    return Grouping(len(sizes), largest, torch.empty_like(row).scatter(0, order, row[order] * largest + column))
 
 
 def _masked_mean(x: Tensor, known: Tensor) -> Tensor:
@@ -47,32 +84,99 @@ def _masked_std(x: Tensor, known: Tensor) -> Tensor:
     return _masked_mean((x - _masked_mean(x, known)).square(), known).sqrt()
 
 
+class _Centred(NamedTuple):
+    """Rewards of N groups, less their group's mean and scaled."""
+
+    value: Tensor  # [N,G]; 0 where not valid or flat
+    valid: Tensor  # [N,G] bool
+    std: Tensor  # [N,1]
+    flat: Tensor  # [N,1] bool, whether a group's rewards are known and all alike
+
+
+def _centre(table: Tensor, divide_by: DivideBy, min_std: float) -> _Centred:
+    known = table.isfinite()  # [N,G]
+    valid = known & (known.sum(1, keepdim=True) >= 2)  # [N,G]
+    centred = torch.where(valid, table - _masked_mean(table, known), 0)  # [N,G]
+    std = _masked_std(table, known)  # [N,1]
+    flat = valid.any(1, keepdim=True) & (std < min_std)  # [N,1]
+    scale = _scale(table, valid, std, divide_by)  # [N,1] or [1,1]
+    return _Centred(torch.where(flat, 0, centred / scale.clamp_min(min_std)), valid, std, flat)
+
+
 def group_advantage(
-    reward: Tensor, group_size: int, *, divide_by: DivideBy = "group_std", clamp: float | None = 5.0, min_std: float = 1e-6
+    reward: Tensor, groups: Groups, *, divide_by: DivideBy = "group_std", clamp: float | None = 5.0, min_std: float = 1e-6, drop_flat: bool = False
 ) -> Advantage:
     """GRPO's advantage: (reward - mean of its group) / a standard deviation (Shao et al. 2024, arXiv 2402.03300, 4.1.2). reward [B].
 
     divide_by: group_std (GRPO); global_std, of all known rewards of the batch, prompts' differences included (Flow-GRPO on images);
     max_group_std, the largest group's (LongCat-Video); none (Dr. GRPO, arXiv 2503.20783). Standard deviations divide by n.
-    A group whose std is below `min_std` (unit of the reward) says nothing: its advantages are 0 and it is counted. `clamp` bounds
-    |advantage|. Unknown rewards (nan) are masked; a group with fewer than two known rewards is not valid. With several ranks, gather first.
+    A group whose std is below `min_std` (unit of the reward) says nothing: its advantages are 0 and it is counted. With `drop_flat` its clips are not valid
+    either: objectives are means over valid clips, so that the others weigh more (DAPO's filter, arXiv 2503.14476, eq. 11). Leave it False where a cost joins
+    the reward, or a KL term should see every clip. `clamp` bounds |advantage|. Unknown rewards (nan) are masked; a group with fewer than two known rewards is
+    not valid. With several ranks, gather first.
     """
-    groups = _in_groups(reward.detach().to(torch.promote_types(reward.dtype, torch.float32)), group_size)  # [N,G]
-    known = groups.isfinite()  # [N,G]
-    valid = known & (known.sum(1, keepdim=True) >= 2)  # [N,G]
-    centred = torch.where(valid, groups - _masked_mean(groups, known), 0)  # [N,G]
-    std = _masked_std(groups, known)  # [N,1]
-    flat = valid.any(1, keepdim=True) & (std < min_std)  # [N,1]
-    scale = _scale(groups, valid, std, divide_by)  # [N,1] or [1,1]
-    centred = torch.where(flat, 0, centred / scale.clamp_min(min_std))
-    if clamp is not None:
-        centred = centred.clamp(-clamp, clamp)
+    cells = grouping(reward, groups)
+    scores = _centre(cells.fill(_wide(reward)), divide_by, min_std)
+    valid = scores.valid & ~scores.flat if drop_flat else scores.valid  # [N,G]
+    compared = scores.valid.any(1)  # [N]
     stats = {
-        "advantage/unknown_share": float((~known).float().mean()),
-        "advantage/zero_std_share": float(flat.float().mean()),
-        "advantage/group_std": float(std[valid.any(1)].mean()) if bool(valid.any()) else float("nan"),
+        "advantage/unknown_share": float((~reward.isfinite()).float().mean()),
+        "advantage/zero_std_share": float(scores.flat.float().mean()),
+        "advantage/group_std": float(scores.std[compared].mean()) if bool(compared.any()) else float("nan"),
     }
-    return Advantage(centred.reshape(-1), valid.reshape(-1), stats)
+    return Advantage(_clamp(cells.read(scores.value), clamp), cells.read(valid), stats)
+
+
+def gdpo_advantage(
+    rewards: Tensor,
+    weights: Sequence[float],
+    groups: Groups,
+    *,
+    normalise: bool = True,
+    clamp: float | None = 5.0,
+    min_std: float = 1e-6,
+    drop_flat: bool = False,
+) -> Advantage:
+    """GDPO: standardise each reward dimension within its group, weigh, add, standardise the batch (arXiv 2601.05242, eq. 4-6). rewards [B,R].
+
+    So a dimension counts by its weight, whatever its unit and spread; one reward made of the sum would be ruled by the dimension with the largest spread.
+    Without `normalise` it is the weighted sum of advantages of MixGRPO (arXiv 2507.21802) and LongCat-Video. A clip with an unknown reward in a dimension of
+    weight other than 0 is not valid. A group is flat where it is in every such dimension. Raises ValueError where the weights are not R numbers, some not 0.
+    """
+    if rewards.dim() != 2 or rewards.shape[1] != len(weights) or not any(weights):
+        raise ValueError(f"rewards {list(rewards.shape)} need a weight for each of their dimensions, not all of them 0, got {list(weights)}")
+    cells = grouping(rewards[:, 0], groups)
+    counted = [k for k, weight in enumerate(weights) if weight]
+    scores = [_centre(cells.fill(_wide(rewards[:, k])), "group_std", min_std) for k in counted]
+    valid = torch.stack([score.valid for score in scores]).all(0)  # [N,G]
+    flat = torch.stack([score.flat for score in scores]).all(0)  # [N,1]
+    total = sum((weights[k] * score.value for k, score in zip(counted, scores, strict=True)), torch.zeros_like(scores[0].value))  # [N,G]
+    valid = cells.read(valid & ~flat if drop_flat else valid)  # [B]
+    advantage = cells.read(total).where(valid, 0)  # [B]
+    stats = {
+        "advantage/unknown_share": float((~rewards[:, counted].isfinite().all(1)).float().mean()),
+        "advantage/zero_std_share": float(flat.float().mean()),
+    }
+    return Advantage(_clamp(batch_normalise(advantage, valid, min_std=min_std) if normalise else advantage, clamp), valid, stats)
+
+
+def batch_normalise(advantage: Tensor, valid: Tensor, *, min_std: float = 1e-6) -> Tensor:
+    """(advantage - mean) / std over the valid entries, any shape; 0 elsewhere, and everywhere where the std is below min_std.
+
+    PPO's usual step after GAE, GDPO's last one (arXiv 2601.05242, eq. 6). With several ranks, gather first.
+    """
+    flat, known = advantage.reshape(-1), valid.reshape(-1)
+    std = _masked_std(flat, known)  # [1]
+    centred = (flat - _masked_mean(flat, known)) / std.clamp_min(min_std)
+    return torch.where(known & (std >= min_std), centred, 0).reshape(advantage.shape)
+
+
+def _wide(reward: Tensor) -> Tensor:
+    return reward.detach().to(torch.promote_types(reward.dtype, torch.float32))
+
+
+def _clamp(advantage: Tensor, clamp: float | None) -> Tensor:
+    return advantage if clamp is None else advantage.clamp(-clamp, clamp)
 
 
 def _scale(groups: Tensor, valid: Tensor, std: Tensor, divide_by: DivideBy) -> Tensor:
@@ -87,14 +191,33 @@ def _scale(groups: Tensor, valid: Tensor, std: Tensor, divide_by: DivideBy) -> T
     raise ValueError(f"divide_by {divide_by!r} is unknown: use group_std, global_std, max_group_std or none")
 
 
-def leave_one_out(value: Tensor, group_size: int) -> Tensor:
+def best_and_worst(advantage: Tensor, groups: Groups, keep: int, *, valid: Tensor | None = None) -> Tensor:
+    """Which clips to train on: of each group the better half of `keep` and the worse half, bool [B] (DanceGRPO's best-of-n, arXiv 2505.07818: 8 of 24).
+
+    advantage, valid [B]. The advantages are those of the whole group: its mean is the baseline of what is kept, too. A clip that is not valid is never kept; where
+    fewer are valid, all of those are. Among equals the first ones are the better. Known failure: of normal rewards the outer 8 of 24 carry 80 % of the
+    gradient, so their mean is 2.4 times as long as the whole group's; of skewed rewards the kept advantages do not add up to 0.
+    Raises ValueError where keep is not in 2 .. the clips of the largest group.
+    """
+    cells = grouping(advantage, groups)
+    table = cells.fill(advantage.detach() if valid is None else advantage.detach().where(valid, torch.nan))  # [N,G]
+    if not 2 <= keep <= cells.columns:
+        raise ValueError(f"cannot keep {keep} of {cells.columns} clips: keep at least 2, a good one and a bad one, and at most the group")
+    known = table.isfinite()  # [N,G]
+    place = table.where(known, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # [N,G] 0 is the best; unknown ones come last
+    worst = known.sum(1, keepdim=True) - keep // 2  # [N,1]
+    return cells.read(known & ((place < keep - keep // 2) | (place >= worst)))  # [B]
+
+
+def leave_one_out(value: Tensor, groups: Groups) -> Tensor:
     """Mean of the OTHER clips of the same prompt, [B] -> [B] (Kool et al. 2019, RLOO). nan values are left out; nan where no other is known."""
-    groups = _in_groups(value, group_size)  # [N,G]
-    known = groups.isfinite()
-    kept = torch.where(known, groups, 0)
+    cells = grouping(value, groups)
+    table = cells.fill(value)  # [N,G]
+    known = table.isfinite()
+    kept = torch.where(known, table, 0)
     others = known.sum(1, keepdim=True) - known.long()  # [N,G] how many others are known
     mean = (kept.sum(1, keepdim=True) - kept) / others.clamp_min(1)  # [N,G]
-    return torch.where(others > 0, mean, torch.nan).reshape(-1)  # [B]
+    return cells.read(torch.where(others > 0, mean, torch.nan))  # [B]
 
 
 class PromptStatistics:
@@ -112,7 +235,7 @@ class PromptStatistics:
 
     def advantage(self, prompt_ids: Sequence[int | str], reward: Tensor) -> Advantage:
         """Add reward [B] to the buffers, then standardise it. -> advantages [B]; unknown rewards (nan) are masked and enter no buffer."""
-        reward = reward.detach().to(torch.promote_types(reward.dtype, torch.float32))
+        reward = _wide(reward)
         if len(prompt_ids) != len(reward):
             raise ValueError(f"{len(prompt_ids)} prompt ids for {len(reward)} rewards")
         valid = reward.isfinite()  # [B]

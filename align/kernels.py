@@ -11,7 +11,9 @@ All arithmetic is float32 or wider, whatever the dtype of the state: at a step o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -66,6 +68,10 @@ class Gaussian:
     def kl_total(self, other: Gaussian) -> Tensor:
         """KL(self || other), [B], nats of the whole clip: `kl` times `elements`."""
         return self.kl(other) * self.elements
+
+    def __getitem__(self, rows: Tensor) -> Gaussian:
+        """The steps of some clips, in any order and as often as asked."""
+        return Gaussian(self.mean[rows], self.std.expand(len(self.mean), *self.std.shape[1:])[rows])
 
 
 class Kernel(Protocol):
@@ -125,20 +131,25 @@ class FlowSDE:
     """Flow-GRPO's sampler: g = a sqrt(sigma/alpha), on a rectified path a sqrt(sigma/(1 - sigma)) (arXiv 2505.05470, section 4.2).
 
     Infinite at t_max. There alpha_t is replaced by alpha_s, the next grid point, as the authors' code does: no crash, but the first
-    step's noise then depends on the grid. Too wide on coarse grids (5 % at 10 steps, a 0.7).
+    step's std is then a on every grid, so that it converges slowly (order 0.4, the others 1).
+
+    max_std: LongCat-Video's clipped std (arXiv 2510.22200): g is lowered so far that g sqrt(t - s) is at most this, in the drift as in the noise. Published
+    with a = 1 and 0.45.
     """
 
     a: float = 0.7
+    max_std: float = math.inf
 
     def __post_init__(self) -> None:
-        if self.a < 0:
-            raise ValueError(f"FlowSDE: a must not be negative, got {self.a}")
+        if self.a < 0 or self.max_std <= 0:
+            raise ValueError(f"FlowSDE: a must not be negative and max_std must be positive, got {self.a} and {self.max_std}")
 
     def __call__(self, path: Path, x_t: Tensor, u: Tensor, t: Tensor, s: Tensor) -> Gaussian:
         t, s = _wide(t), _wide(s)
         alpha = path.alpha(t)  # [B]
         alpha = torch.where(alpha < SINGULAR, path.alpha(s), alpha)  # [B]
-        return _euler_maruyama(path, x_t, u, t, s, self.a * (path.sigma(t) / alpha).sqrt())
+        g = self.a * (path.sigma(t) / alpha).sqrt()  # [B]
+        return _euler_maruyama(path, x_t, u, t, s, torch.minimum(g, self.max_std / (t - s).sqrt()))
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,27 @@ class ODE:
         return _around(path, x_t, u, t, s, torch.zeros_like(t))
 
 
+KernelName = Literal["ancestral", "flow", "longcat", "dance", "cps"]
 StepWeight = Literal["none", "inv_kappa", "g"]
+KLSpace = Literal["x", "v"]
+KL_UNITS: dict[KLSpace, str] = {"x": "nats per latent element", "v": "velocity^2 per latent element"}
+
+
+def build_kernel(name: KernelName, noise_level: float) -> Kernel:
+    """The kernel a configuration names; `noise_level` is its eta or a. longcat is FlowSDE with its std clipped as published.
+
+    Raises ValueError for another name or an impossible level.
+    """
+    kernels: dict[str, Callable[[float], Kernel]] = {
+        "ancestral": Ancestral,
+        "flow": FlowSDE,
+        "longcat": partial(FlowSDE, max_std=0.45),
+        "dance": DanceSDE,
+        "cps": CPS,
+    }
+    if name not in kernels:
+        raise ValueError(f"kernel {name!r} is unknown: use {', '.join(kernels)}")
+    return kernels[name](noise_level)
 
 
 def kappa(kernel: Kernel, path: Path, t: Tensor, s: Tensor) -> Tensor:
@@ -215,3 +246,17 @@ def step_weight(name: StepWeight, kernel: Kernel, path: Path, t: Tensor, s: Tens
         zero = torch.zeros(t.numel(), 1, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)  # [B,1]
         return kernel(path, zero, zero, t.reshape(-1), s.reshape(-1)).std.expand(t.numel(), 1)[:, 0].reshape(t.shape) / (t - s).sqrt()
     raise ValueError(f"step weight {name!r} is unknown: use none, inv_kappa or g")
+
+
+def kl_in(space: KLSpace, policy: Gaussian, reference: Gaussian, kernel: Kernel, path: Path, t: Tensor, s: Tensor) -> Tensor:
+    """How far a step of the policy is from the reference's, both by `kernel` from the same x_t; t, s [B] -> [B], unit `KL_UNITS[space]`.
+
+    x: KL(policy || reference) of the step, what Flow-GRPO charges. v: <(u - u_ref)^2>, the squared distance of the two velocities, what NFT charges. One is
+    the other times kappa^2 / 2, which grows 900 times from the first to the last step of Flow-GRPO's kernel: a coefficient does not carry over.
+    Raises ValueError for another space.
+    """
+    if space == "x":
+        return policy.kl(reference)
+    if space == "v":
+        return policy.kl(reference) * 2 / kappa(kernel, path, t, s).square()
+    raise ValueError(f"KL space {space!r} is unknown: use x or v")

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from align.advantage import Groups, grouping
 from align.kernels import Gaussian
 from base_model.errors import GuardStop
 
@@ -29,10 +30,10 @@ def first_ratio(log_prob: Tensor, old_log_prob: Tensor, *, same_batches: bool) -
     return off
 
 
-def reward_spread(reward: Tensor, group_size: int) -> float:
+def reward_spread(reward: Tensor, groups: Groups) -> float:
     """Largest standard deviation of the known rewards within a prompt's group, reward [B]: above 0, or nothing can be learned."""
-    groups = [group[group.isfinite()] for group in reward.reshape(-1, group_size)]
-    spread = max((float(group.double().std(correction=0)) for group in groups if len(group) > 1 and bool((group != group[0]).any())), default=0.0)
+    by_prompt = [group[group.isfinite()] for group in grouping(reward, groups).fill(reward)]
+    spread = max((float(group.double().std(correction=0)) for group in by_prompt if len(group) > 1 and bool((group != group[0]).any())), default=0.0)
     if spread == 0:
         known = float(reward.isfinite().float().mean())
         raise GuardStop(

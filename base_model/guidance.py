@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from base_model.paths import Path
@@ -16,10 +18,17 @@ class Guided:
     """`model` under guidance: u = u_empty + scale (u_prompt - u_empty), Ho & Salimans 2022 (arXiv 2207.12598), eq. 6 with scale = 1 + w. Itself a `VideoModel`.
 
     Two passes of the network a step; one where scale is 1, which is `model` itself. The model must have been trained with some captions dropped.
+    train_empty: whether a gradient goes through the pass without prompt too. The velocity is the same, so what was sampled is replayed either way.
     """
 
     model: VideoModel
     scale: float
+    train_empty: bool = True
+
+    @cached_property
+    def unprompted(self) -> Conditioning:
+        """The empty prompt, encoded once; 1."""
+        return self.model.encode_text([""])
 
     @property
     def path(self) -> Path:
@@ -38,8 +47,9 @@ class Guided:
         u = self.model(x_t, t, cond)  # [B,C,F,H,W]
         if self.scale == 1:
             return u
-        unprompted = replace(self.model.encode_text([""]).repeat(len(cond)), known=cond.known)  # B: a visual prompt holds in both passes
-        empty = self.model(x_t, t, unprompted)  # [B,C,F,H,W]
+        unprompted = replace(self.unprompted.repeat(len(cond)), known=cond.known)  # B: a visual prompt holds in both passes
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_empty):
+            empty = self.model(x_t, t, unprompted)  # [B,C,F,H,W]
         return empty + self.scale * (u - empty)
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:

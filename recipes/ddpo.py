@@ -3,7 +3,7 @@
 Black et al. 2023 (arXiv 2305.13301), the importance-sampled form with PPO's clipping, on a flow-matching model: a denoising step is a Gaussian, sampled and replayed
 by the same `transition`. A prompt's clips share their first noise, as in DanceGRPO (arXiv 2505.07818): rewards then differ only by noise the policy answers for.
 The SFT network is the reference (adapter off). The safety cost enters through a multiplier that aims at a quarter of the limit, and through a hard gate.
-What it leaves out: guidance (the policy is sampled without), a critic, a penalty on the KL (`grpo.py` has one).
+Under guidance the policy is the guided model: sampled, replayed and looked at with the same scale. What it leaves out: a critic, a penalty on the KL (`grpo.py` has one).
 
 Letters: N prompts, G clips a prompt, B = N G clips, K denoising steps, of which a window of consecutive ones is noisy and trained.
 """
@@ -30,12 +30,13 @@ from align.objectives.policy_gradient import ppo_clip
 from align.optimizers import build_optimizer, warmup_cosine
 from align.run import Run
 from align.threads import in_threads
-from align.trajectory import Trajectory, rollout, transition
+from align.trajectory import Trajectory, replay, rollout
+from align.windows import random_window
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
 from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel
-from base_model.types import Conditioning
+from base_model.types import Conditioning, VideoModel
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
 
@@ -55,11 +56,13 @@ class Policy(BaseConfig):
     """Noise of the ancestral kernel, above 0, at most 1."""
     same_noise: bool = True
     """Whether a prompt's clips start from the same noise. They then differ by the window's noise alone, which is all that the gradient sees, and are compared
-    with one another; otherwise with their prompt's last rewards."""
+    with one another; otherwise with their prompt's last rewards. What they have in common is computed once."""
     updates: Count = 1
     """Optimizer steps a rollout; above 1 the ratio leaves 1 and clipping matters."""
     micro_batch: Count = 48
-    """Clips in one forward pass, in the rollout and in the replay."""
+    """Clips in one forward pass, in the rollout and in the replay; with `same_noise` as many whole groups as fit, at least one."""
+    train_empty: bool = True
+    """Whether under guidance the pass without prompt is trained, too."""
     lora_rank: Count = 16
     """Rank of the adapter."""
     lr: Positive = 2e-3
@@ -91,19 +94,12 @@ METRICS = {
 }
 
 
-def noisy_window(steps: int, window: int, generator: torch.Generator) -> list[int]:
-    """Consecutive steps that take noise: `window` of the first steps - 1, at a random place; all of them for 0."""
-    last = steps - 1
-    width = last if window == 0 else min(window, last)
-    start = int(torch.randint(last - width + 1, (1,), generator=generator))
-    return list(range(start, start + width))
-
-
 def roll_out_some(
-    model: LatentVideoModel, kernel: Kernel, times: Tensor, cond: Conditioning, noise: Tensor, injected: Tensor, noisy: Sequence[int], rows: Tensor
+    policy: VideoModel, kernel: Kernel, times: Tensor, cond: Conditioning, noise: Tensor, injected: Tensor, noisy: Sequence[int], branches: int, rows: Tensor
 ) -> Trajectory:
-    """The clips `rows` of B: from noise [B,C,F,H,W], with injected[k] [B,C,F,H,W] in the noisy steps."""
-    return rollout(model, kernel, noise[rows], times, cond[rows], noise=lambda k: injected[k, rows], stochastic=noisy)
+    """The clips `rows` of B: from noise [B,C,F,H,W], `branches` of them in a row from the same, with injected[k] [B,C,F,H,W] in the noisy steps."""
+    first = rows[::branches]
+    return rollout(policy, kernel, noise[first], times, cond[first], noise=lambda k: injected[k, rows], stochastic=noisy, branches=branches)
 
 
 class Replayed(NamedTuple):
@@ -114,32 +110,34 @@ class Replayed(NamedTuple):
     prior: Gaussian | None  # what the SFT policy says of the first noisy step, where the KL is wanted
 
 
-def replay(p: Policy, model: LatentVideoModel, kernel: Kernel, limited: Advantage, known: float, part: Replayed) -> Iterator[Loss]:
+def losses_of(p: Policy, policy: VideoModel, kernel: Kernel, limited: Advantage, known: float, part: Replayed) -> Iterator[Loss]:
     """The losses of a micro-batch's noisy steps, as shares of an update that learns from `known` clips."""
     steps = part.taken.steps()
-    better, valid = limited.advantage[part.rows].to(model.device), limited.valid[part.rows].to(model.device)  # [b]
+    device = steps[0].x.device
+    better, valid = limited.advantage[part.rows].to(device), limited.valid[part.rows].to(device)  # [b]
     for number, step in enumerate(steps):
-        now = transition(model, kernel, step.x, step.t, step.s, part.taken.cond)
-        weight = step_weight(p.step_weight, kernel, model.path, step.t, step.s)  # [b]
+        now = replay(policy, kernel, step, part.taken.cond)
+        weight = step_weight(p.step_weight, kernel, policy.path, step.t, step.s)  # [b]
         loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, valid=valid, weight=weight)
         kl = {"kl": now.kl(part.prior).detach().mean()} if part.prior is not None and number == 0 else {}
         yield Loss(loss.value * (float(valid.sum()) / known / len(steps)), {**loss.stats, **kl})
 
 
 @torch.no_grad()
-def prior_of(model: LatentVideoModel, kernel: Kernel, taken: Trajectory) -> Gaussian:
+def prior_of(policy: VideoModel, kernel: Kernel, taken: Trajectory) -> Gaussian:
     """What the SFT policy says of the first noisy step."""
-    step = taken.steps()[0]
-    with reference(model.network):
-        return transition(model, kernel, step.x, step.t, step.s, taken.cond)
+    with reference(policy.network):
+        return replay(policy, kernel, taken.steps()[0], taken.cond)
 
 
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
     p = cfg.policy
     feedback.check_steps(cfg.sampler)
-    clips = p.prompts * p.group_size
-    if p.updates > -(-clips // p.micro_batch):
-        raise UserError(f"policy.updates is {p.updates}, but {clips} clips in micro-batches of {p.micro_batch} cannot be shared among so many. Lower policy.micro_batch")
+    clips, branches = p.prompts * p.group_size, p.group_size if p.same_noise else 1
+    together = max(1, p.micro_batch // branches) * branches
+    batches = [torch.arange(clips)[k : k + together] for k in range(0, clips, together)]
+    if p.updates > len(batches):
+        raise UserError(f"policy.updates is {p.updates}, but {clips} clips in micro-batches of {together} cannot be shared among so many. Lower policy.micro_batch")
     prompt_ids, texts = feedback.training_prompts(cfg)
     pool = model.encode_text(texts)
     kernel = Ancestral(p.eta)
@@ -147,6 +145,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     latent_shape = model.latents.shape(cfg.sampler.clip)  # C F H W
 
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
+    policy = feedback.guided(model, cfg.sampler, train_empty=p.train_empty)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     schedule = warmup_cosine(optimizer, p.iterations * p.updates, warmup=2)
     multiplier, watch = feedback.limits_of(cfg)
@@ -165,17 +164,16 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         generator = run.generator("rollout", i)
         chosen = torch.tensor(sampler[i]).repeat_interleave(p.group_size)  # [B]
         cond = pool[chosen]
-        noisy = noisy_window(cfg.sampler.steps, p.window, generator)
+        noisy = random_window(cfg.sampler.steps, min(p.window or cfg.sampler.steps, cfg.sampler.steps - 1), generator)
         noise = torch.randn(len(cond), *latent_shape, generator=generator).to(run.device)  # [B,C,F,H,W]
         if p.same_noise:
             noise = noise[:: p.group_size].repeat_interleave(p.group_size, dim=0)
-        batches = [torch.arange(len(cond))[k : k + p.micro_batch] for k in range(0, len(cond), p.micro_batch)]
         injected = torch.randn(cfg.sampler.steps, len(cond), *latent_shape, generator=generator).to(run.device)  # [K,B,C,F,H,W]
-        roll_out = partial(roll_out_some, model, kernel, times, cond, noise, injected, noisy)
+        roll_out = partial(roll_out_some, policy, kernel, times, cond, noise, injected, noisy, branches)
         rollouts = in_threads(roll_out, batches, run.device)
 
         # 3. Ask for reward and cost; compare each clip with what its prompt usually gets.
-        seen = assess(feedback.decode(model, rollouts), cond.prompts)
+        seen = assess.finished(model, [taken.x0 for taken in rollouts], cond)
         if p.same_noise:
             advantage = group_advantage(seen.reward, p.group_size, divide_by="max_group_std")
         else:
@@ -184,16 +182,16 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
             multiplier.update(seen.violates)
         limited = feedback.apply_limits(advantage, seen, multiplier, cfg.safety, p.group_size)
         if i == 0:
-            in_threads(partial(feedback.check_first_step, model, kernel, reward=seen.reward, group_size=p.group_size), rollouts[:1], run.device)
+            in_threads(partial(feedback.check_first_step, policy, kernel, reward=seen.reward, group_size=p.group_size), rollouts[:1], run.device)
 
         # 4. Move the policy: replay the noisy steps, weigh their log-probabilities.
         losses, norms = [], []
-        priors = [prior_of(model, kernel, rollouts[0]), *[None] * (len(batches) - 1)]
+        priors = [prior_of(policy, kernel, rollouts[0]), *[None] * (len(batches) - 1)]
         parts = [Replayed(*part) for part in zip(batches, rollouts, priors, strict=True)]
         for u in range(p.updates):
             share = parts[u :: p.updates]
             known = limited.valid[torch.cat([part.rows for part in share])].sum().clamp_min(1)  # clips this update learns from
-            losses += run.backward_each(optimizer, partial(replay, p, model, kernel, limited, float(known)), share)
+            losses += run.backward_each(optimizer, partial(losses_of, p, policy, kernel, limited, float(known)), share)
             norms.append(run.step(optimizer, p.max_grad_norm, schedule))
         kl = float(losses[0].stats["kl"])
 

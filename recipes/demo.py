@@ -22,7 +22,7 @@ from base_model.tiny import load_tiny
 from base_model.video.files import write_atomic
 from base_model.video.store import ClipRow, ClipStore
 from recipes import ddpo, evaluate, nft, report, reward_model, sft
-from recipes.feedback import Feedback, SafetyLimit, StoppedByGuard, check_steps
+from recipes.feedback import Feedback, SafetyLimit, StoppedByGuard, check_steps, check_unguided
 from recipes.generate import Request, Sampler, fill_store, network_lineage, safety_runner
 from recipes.memory import PeakMemory
 from recipes.pairs import load_pairs, read_clip_folder, save_pairs
@@ -341,6 +341,7 @@ def run_stage(cfg: Config, stage: Stage, work: Callable[[Path, PeakMemory], dict
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: the demo always goes on with what its folder holds."""
     check_steps(cfg.sampler)
+    check_unguided(cfg.sampler)
     check_same_config(cfg)
     started = time.monotonic()
     works: dict[Stage, Callable[[Path, PeakMemory], dict[str, Any]]] = {

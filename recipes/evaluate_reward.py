@@ -7,7 +7,8 @@ and what another person reaches. Nothing is chosen on the judged split but what 
 
 Writes `report.json` with everything and `report.html`, one page. A clip without a score is left out and counted, never taken for a tie.
 
-Last, good clips are changed, and the score has to stay or to fall (`reward/metamorphic.py`): drawn clips of the built-in world, and real footage where `--footage` names some.
+Then good clips are changed, and the score has to stay or to fall (`reward/metamorphic.py`): drawn clips of the built-in world, and real footage where `--footage` names some.
+Last, with `--takes` and `--guard`, how far the model can be optimised: the best of n clips by its score, looked at by a second scorer. This asks for no rankings.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from torch import Tensor
 from align.config import Config as BaseConfig
 from align.config import Count, Seed, Whole, resolved
 from align.progress import Progress
-from base_model.checkpoint import check_can_write, read_json
+from base_model.checkpoint import check_can_write
 from base_model.errors import UserError
-from base_model.prompts.text import TextEncoder
-from base_model.types import ClipShape
 from base_model.video.files import write_atomic
 from base_model.video.store import ClipStore
-from recipes.changed_clips import drawn_cases, footage_cases, table_of, within_prompt_std
+from recipes import best_of_n
+from recipes.changed_clips import checked, ranked_most, within_prompt_std
 from recipes.charts import Series, line_chart
 from recipes.doctor import hardware
 from recipes.report import NOT_MEASURED, finite, flat, interval_text
 from recipes.reward_model import Table, as_tensors, events_hash, signal_only, usable_events
+from recipes.scorers import card_of, load_scorer, tier_of
 from reward.accuracy import Answers, Signs, answers_of, best_threshold, differences, tau_per_ranking, with_ties, without_ties
 from reward.agreement import Array, Pair, pairs_of, person_by_person, three_way_agreement
 from reward.calibration import (
@@ -57,11 +58,10 @@ from reward.calibration import (
 )
 from reward.comparisons import Clip, Comparisons, RankingEvent, load_comparisons
 from reward.features import signal_features
-from reward.metamorphic import CHECKS, run_checks
-from reward.model import RewardModel, load_reward_model
-from reward.types import Scorer, Scores
+from reward.model import TIER, Calibrated
 
 MODEL, SIGNALS_ONLY, PROMPT_ONLY = "reward model", "signals only", "prompt only"
+CARD = "reward_card.json"
 Score = Mapping[str, float]
 """clip_id -> score in one dimension."""
 
@@ -70,11 +70,17 @@ class Config(BaseConfig):
     out: Path = Path("runs/evaluate-reward")
     """Folder of `report.json` and `report.html`."""
     model: Path = Path("runs/reward-model")
-    """Folder of the reward model."""
-    comparisons: Path = Path("runs/rankings")
-    """Folder of rankings, as `reward/comparisons.py` writes it."""
+    """Folder of the reward model, of any tier."""
+    device: str = "cpu"
+    """Where a vision-language model runs; the smaller tiers run on the CPU."""
+    comparisons: Path | None = Path("runs/rankings")
+    """Folder of rankings, as `reward/comparisons.py` writes it; null: only what needs none is told."""
     clips: Path = Path("runs/candidates")
     """Clip store with the ranked clips."""
+    takes: Path | None = None
+    """Clip store with many clips of each prompt by one generator, of which the best of n are taken, whatever the filters say: 64 of each of 40 prompts say much, 4 little."""
+    guard: Path | None = None
+    """Folder of a second reward model, from other people's rankings and another start, which looks at them."""
     split: Literal["test", "val"] = "test"
     """Whose answers judge the model."""
     validation: Literal["val", "train"] = "val"
@@ -150,6 +156,15 @@ def check_clips(clip_ids: Sequence[str], store: ClipStore) -> None:
     missing = [clip_id for clip_id in clip_ids if not store.record_path(clip_id).is_file()]
     if missing:
         raise UserError(f"{len(missing)} of {len(clip_ids)} ranked clips are not in the clip store, {store.record_path(missing[0])}. Give --clips the store that was ranked")
+
+
+def judged_rate(cfg: Config, data: Comparisons, tier: str) -> float | None:
+    """The frame rate of the judged clips; None where they have several, which only a matcher may score. Raises UserError where another tier would have to."""
+    rates = sorted({data.clips[clip_id].fps for event in usable_events(data) if data.split[event.prompt_id] in (cfg.split, cfg.validation) for clip_id in event.clip_ids})
+    if len(rates) > 1 and tier != TIER:
+        named = ", ".join(f"{rate:g}" for rate in rates)
+        raise UserError(f"the ranked clips have {named} frames a second, and the reward model scores clips of one rate, {cfg.comparisons}. Judge it on clips of one")
+    return rates[0] if len(rates) == 1 else None
 
 
 def signal_scores(train: Sequence[RankingEvent], signals: Looked, dims: tuple[str, ...]) -> Tensor:
@@ -268,7 +283,7 @@ def generator_names(clips: Mapping[str, Clip]) -> dict[str, str]:
 # The report
 
 
-def evaluate_model(cfg: Config, model: RewardModel, data: Comparisons, store: ClipStore) -> dict[str, Any]:
+def evaluate_model(cfg: Config, model: Calibrated, data: Comparisons, store: ClipStore) -> dict[str, Any]:
     """What `report.json` holds, without lineage. Raises UserError where there is nothing to judge by."""
     events = usable_events(data)
     if cfg.split == cfg.validation:
@@ -302,40 +317,12 @@ def evaluate_model(cfg: Config, model: RewardModel, data: Comparisons, store: Cl
         "clips": len(ids[cfg.split]),
         "unscored_clips": len(unscored),
         "not_judged": sorted((there | set(model.dims)) - set(dims)),
-        "metamorphic": changed(cfg, model, [data.clips[clip_id] for clip_id in to_score], std),
+        "metamorphic": checked(model, std, *ranked_most(data.clips[clip_id] for clip_id in to_score), drawn=cfg.drawn, footage=cfg.footage, seed=cfg.seed, batch=cfg.batch),
         "dimensions": {dim: judge_dimension(dim, cfg, model, data, {name: scores[dim] for name, scores in scorers.items()}) for dim in dims},
     }
 
 
-def changed(cfg: Config, model: Scorer, clips: Sequence[Clip], std: Mapping[str, float]) -> dict[str, Any]:
-    """What the metamorphic checks found on clips of the size that is ranked most, of drawn ones and of footage; {} for what was not asked for."""
-    size = Counter((clip.num_frames, clip.height, clip.width) for clip in clips).most_common(1)[0][0]
-    fps = Counter(clip.fps for clip in clips).most_common(1)[0][0]
-    cases = {
-        "drawn": drawn_cases(cfg.drawn, ClipShape(*size), seed=cfg.seed) if cfg.drawn else [],
-        "footage": footage_cases(cfg.footage, ClipShape(*size), fps) if cfg.footage else [],
-    }
-    free = tuple(check for check in CHECKS if not check.needs_prompt)
-    known = {dim: value for dim, value in std.items() if value > 0}
-    judged = Narrowed(model, tuple(known)) if known else None
-    return {
-        name: table_of(run_checks(judged, some, known, CHECKS if name == "drawn" else free, batch=cfg.batch)) if some and judged else {} for name, some in cases.items()
-    }
-
-
-class Narrowed:
-    """A scorer's dimensions that are to be checked."""
-
-    def __init__(self, scorer: Scorer, dims: tuple[str, ...]) -> None:
-        self.dims, self.differentiable, self._scorer = dims, scorer.differentiable, scorer
-        self._columns = [scorer.dims.index(dim) for dim in dims]
-
-    def __call__(self, video: Tensor, prompts: Sequence[str]) -> Scores:
-        scores = self._scorer(video, list(prompts))
-        return Scores(scores.mean[:, self._columns], scores.spread[:, self._columns])
-
-
-def judge_dimension(dim: str, cfg: Config, model: RewardModel, data: Comparisons, scorers: Mapping[str, Score]) -> dict[str, Any]:
+def judge_dimension(dim: str, cfg: Config, model: Calibrated, data: Comparisons, scorers: Mapping[str, Score]) -> dict[str, Any]:
     events = [event for event in usable_events(data) if event.dimension == dim]
     test, validation = (asked([event for event in events if data.split[event.prompt_id] == name], data.component) for name in (cfg.split, cfg.validation))
     found = {name: judge(score, test, validation, data.component, cfg.seed) for name, score in scorers.items()}
@@ -383,7 +370,14 @@ def as_text(results: Mapping[str, Any]) -> str:
             rows = [(f"{name} clips changed, {dim}", "must", "cases", "passed")]
             rows += [(row["check"], row["expect"], str(row["cases"]), interval_text(row["passed"])) for row in (*found["checks"], found["all"])]
             lines += [*_aligned(rows), ""]
+    for dim, found in _best_of_n(results).items():
+        lines += [*_aligned([(f"best of n, {dim}", *best_of_n.COLUMNS[1:]), *best_of_n.table_rows(found)]), best_of_n.sentence(found), ""]
     return "\n".join(lines)
+
+
+def _best_of_n(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """dimension -> what was found of it."""
+    return (results.get("best_of_n") or {"dimensions": {}})["dimensions"]
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -422,20 +416,43 @@ def render_page(results: Mapping[str, Any]) -> str:
         columns=COLUMNS,
         tables={dim: table_rows(found) for dim, found in dims.items()},
         charts={dim: charts(found) for dim, found in dims.items()},
+        best_of_n=[(dim, found, best_of_n.sentence(found), best_of_n.table_rows(found), best_of_n.chart(found)) for dim, found in _best_of_n(results).items()],
+        best_of_n_columns=best_of_n.COLUMNS,
         unknown=NOT_MEASURED,
     )
+
+
+NO_RANKINGS: dict[str, Any] = {"split": None, "validation": None, "clips": 0, "unscored_clips": 0, "not_judged": [], "metamorphic": {}, "dimensions": {}}
+"""What `evaluate_model` would say without any."""
+
+
+def second_scorer(cfg: Config) -> Calibrated | None:
+    """The guard; None where best of n is not asked for. Raises UserError, before any work, where takes or guard come alone or cannot be used, or the guard is the model itself."""
+    if cfg.takes is None and cfg.guard is None:
+        return None
+    if cfg.takes is None or cfg.guard is None:
+        raise UserError("takes and guard: best of n needs both, the clips and who looks at those that are picked. Give --takes STORE and --guard FOLDER")
+    if card_of(cfg.model)["sha256"] == card_of(cfg.guard).get("sha256"):
+        raise UserError(f"the guard has the weights of the model, {cfg.guard}: it would agree with everything. Give --guard another one")
+    best_of_n.takes_of(ClipStore(cfg.takes))
+    return load_scorer(cfg.guard, device=cfg.device)
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """Judges the model, writes the report, prints the tables on standard error. `resume` changes nothing: a report is made anew."""
     check_can_write(cfg.out)
-    data, store = load_comparisons(cfg.comparisons), ClipStore(cfg.clips)
-    model = load_reward_model(cfg.model, TextEncoder())
-    card = read_json(cfg.model / "reward_card.json", "the card of the reward model")
-    results = evaluate_model(cfg, model, data, store)
-    results |= {
-        "trained_on_the_split_train_of_these_answers": card.get("data_sha256") == events_hash(usable_events(data)),
-        "lineage": {"weights_sha256": card["sha256"], "answers_sha256": events_hash(usable_events(data)), "trained_with": card.get("command")},
+    if cfg.comparisons is None and cfg.takes is None:
+        raise UserError("comparisons and takes: there is nothing to judge by. Give --comparisons FOLDER, or --takes STORE and --guard FOLDER")
+    data = None if cfg.comparisons is None else load_comparisons(cfg.comparisons)
+    card = card_of(cfg.model)
+    model = load_scorer(cfg.model, fps=None if data is None else judged_rate(cfg, data, tier_of(card)), device=cfg.device)
+    guard = second_scorer(cfg)
+    results = NO_RANKINGS if data is None else evaluate_model(cfg, model, data, ClipStore(cfg.clips))
+    answers = None if data is None else events_hash(usable_events(data))
+    results = results | {
+        "best_of_n": None if guard is None or cfg.takes is None else best_of_n.best_of_n_of(model, guard, ClipStore(cfg.takes), batch=cfg.batch, seed=cfg.seed),
+        "trained_on_the_split_train_of_these_answers": None if answers is None else card.get("data_sha256") == answers,
+        "lineage": {"weights_sha256": card["sha256"], "answers_sha256": answers, "trained_with": card.get("command")},
         "hardware": hardware(),
         **resolved(cfg),
     }
@@ -445,6 +462,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     print(as_text(results), file=sys.stderr, flush=True)
     passed = {name: {dim: found["all"]["passed"] for dim, found in table.items()} for name, table in results["metamorphic"].items() if table}
     short = {"report": str(cfg.out / "report.html"), "metamorphic": passed, "unscored_clips": results["unscored_clips"]}
+    if _best_of_n(results):
+        short["best_of_n"] = {dim: best_of_n.sentence(found) for dim, found in _best_of_n(results).items()}
     return {**short, **{dim: _short(found) for dim, found in results["dimensions"].items()}}
 
 

@@ -6,6 +6,7 @@ Letters: B clips, N prompts, G clips a prompt.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +23,20 @@ from align.config import Count, NonNegative, Positive, Seed, Share
 from align.constraints import Multiplier, all_violating, constrained_advantage, gate
 from align.kernels import Kernel
 from align.run import Run, derived_seed
-from align.trajectory import Trajectory, transition
+from align.trajectory import Trajectory, replay
 from base_model.checkpoint import save_weights
 from base_model.errors import GuardStop, UserError
+from base_model.guidance import Guided
 from base_model.lora import adapter_state, load_adapter_state, merge, reference
 from base_model.tiny import LatentVideoModel, load_tiny, save_network
-from base_model.types import Conditioning
-from recipes.generate import Sampler, latent_shape, safety_runner, sample
+from base_model.types import Conditioning, VideoModel
+from recipes.generate import Sampler, latent_shape, safety_runner, sample_with_latents
 from recipes.shapes.prompts import make_prompts
 from recipes.weights import file_hash, write_card
+from reward import latent
+from reward.latent import LatentMixture
 from reward.mixture import Mixture, Term
-from reward.model import RewardModel, load_reward_model
+from reward.model import Calibrated, RewardModel, load_reward_model, tier_of
 from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate, costs
 
 FLASHING = "P17"
@@ -43,7 +47,8 @@ METRICS = {
     "cost": "Mean graded cost of the rollout's clips, in [0, 1]: 0.5 where the filter's limit is.",
     "multiplier": "Weight lambda of the safety cost in the advantage.",
     "all_violating": "Share of prompts whose clips all violate.",
-    "error_share": "Share of clips whose reward or cost is unknown; they are masked.",
+    "error_share": "Share of clips whose reward is unknown, or whose cost though the filters looked; they are masked.",
+    "looked_at": "1 where the safety filters saw the rollout's clips; 0 in an unconstrained run with a latent reward, which decodes none of them.",
     "held_out_reward": "The same score of held-out prompts' clips, from the deterministic sampler and fixed noise.",
     "held_out_guard": "Guard's score (other labelers, other seed) of the same held-out clips; never optimised.",
     "held_out_violation_rate": "Share of the held-out clips that the safety filters block.",
@@ -85,7 +90,7 @@ class Feedback(BaseConfig):
     model: Path | None = None
     """Network to start from and to stay near; none means the shipped base."""
     reward: Path = Path("runs/reward-model")
-    """Folder of a reward model."""
+    """Folder of a reward model, or of a latent reward, which decodes nothing: under the limit clips are decoded for the filters all the same."""
     guard: Path | None = None
     """Folder of a second reward model that watches and may stop the run."""
     captions: tuple[str, ...] = ()
@@ -99,7 +104,7 @@ class Feedback(BaseConfig):
     held_out_prompts: Count = 64
     """Held-out prompts looked at during the run."""
     constrained: bool = True
-    """Whether the safety limit holds; false is for the comparison only."""
+    """Whether the safety limit holds; false is for the comparison only. With a latent reward the filters then see the held-out clips alone."""
     safety: SafetyLimit = SafetyLimit()
     """The limit."""
     pessimism: NonNegative = 0.5
@@ -116,44 +121,81 @@ class Assessment:
     `allowed` [T, T, F, F]."""
 
     reward: Tensor  # [B]; nan where unknown
-    cost: Tensor  # [B] in [0,1], graded; nan where the filters failed
-    violates: Tensor  # [B] 1 where a filter blocks, else 0; nan where the filters failed
+    cost: Tensor  # [B] in [0,1], graded; nan where the filters failed, or saw nothing
+    violates: Tensor  # [B] 1 where a filter blocks, else 0; nan where the filters failed, or saw nothing
     allowed: Tensor  # [B] bool; only these may be learned from as good
+    looked_at: bool = True  # by the filters
 
     @property
     def violation_rate(self) -> float:
         """Share of the clips that were judged; nan where none was."""
         return float(self.violates.nanmean())
 
+    @property
+    def unknown(self) -> Tensor:
+        """Clips without a reward, and those the filters looked at in vain [B] bool."""
+        return self.reward.isnan() | (self.cost.isnan() & self.looked_at)
+
 
 @dataclass
 class Assessor:
-    """Scores and rules on clips. Raises GuardStop where the filters fail on more than `max_error_share` of a batch."""
+    """Scores and rules on clips. Raises GuardStop where the filters fail on more than `max_error_share` of a batch, or, where they are not asked, that many have no score.
 
-    reward: Mixture
+    looks: whether the filters are asked about finished latents too, whose reward needs no pixels. What is decoded is shown to them in any case.
+    """
+
+    reward: Mixture | LatentMixture
     runner: SafetyRunner
     fps: float
     max_error_share: float = 0.05
+    looks: bool = True
+
+    @torch.no_grad()
+    def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None) -> Assessment:
+        """Finished latents of B clips in batches [b,C,F,H,W], decoded where somebody looks at pixels; video: [B,T,3,H,W] where they are decoded already."""
+        if isinstance(self.reward, Mixture):
+            return self(decode(model, x0) if video is None else video, cond.prompts)
+        rows = torch.arange(len(cond)).split([len(part) for part in x0])
+        reward = torch.cat([self.reward(part, cond[row]).reward for part, row in zip(x0, rows, strict=True)])  # [B]
+        if video is None and not self.looks:
+            unknown = torch.full_like(reward, torch.nan)
+            check_known(reward, self.max_error_share)
+            return Assessment(reward, unknown, unknown, torch.zeros(len(reward), dtype=torch.bool), looked_at=False)
+        return self.ruled(reward, decode(model, x0) if video is None else video, cond.prompts)
 
     @torch.no_grad()
     def __call__(self, video: Tensor, prompts: Sequence[str]) -> Assessment:
-        """video [B,T,3,H,W] in [0,1] of B prompts."""
-        mixed = self.reward(video, prompts)
+        """video [B,T,3,H,W] in [0,1] of B prompts. Raises ValueError where the reward is a latent one, which cannot score pixels."""
+        if not isinstance(self.reward, Mixture):
+            raise ValueError("a latent reward cannot score pixels: give the latents to `finished`")
+        return self.ruled(self.reward(video, prompts).reward, video, prompts)
+
+    def ruled(self, reward: Tensor, video: Tensor, prompts: Sequence[str]) -> Assessment:
+        """Rewards [B] of clips [B,T,3,H,W] with what the filters say of them."""
         decisions = self.runner.check_videos(video, prompts, self.fps)
         check_error_rate(decisions, self.max_error_share)
         known = torch.tensor([d.verdict != Verdict.ERROR for d in decisions])
         blocks = torch.tensor([float(d.verdict == Verdict.BLOCK) for d in decisions])
-        return Assessment(mixed.reward, costs(decisions, FLASHING), blocks.where(known, torch.nan), torch.tensor([allowed(d) for d in decisions]))
+        return Assessment(reward, costs(decisions, FLASHING), blocks.where(known, torch.nan), torch.tensor([allowed(d) for d in decisions]))
+
+
+def check_known(reward: Tensor, limit: float) -> None:
+    """Raises GuardStop where more than `limit` of the rewards [B] are unknown: latents that are not finite must not pass for clips."""
+    failed = int(reward.isnan().sum())
+    if failed > limit * len(reward):
+        raise GuardStop(f"no reward for {failed} of {len(reward)} clips (limit {limit:.1%}): their latents are not finite. Lower policy.lr, then begin again in another --out")
 
 
 def apply_limits(advantage: Advantage, seen: Assessment, multiplier: Multiplier | None, limit: SafetyLimit, group_size: int) -> Advantage:
     """The advantage under the constraint: cost weighed by the multiplier, then the hard gate, and nothing that is not allowed learned from as good.
 
-    Without a multiplier only unknown costs are masked.
+    Without a multiplier only unknown costs are masked. Raises ValueError where a limit is to be kept and nobody looked at the clips.
     """
     if multiplier is None:
-        valid = advantage.valid & seen.cost.isfinite()
+        valid = advantage.valid & ~seen.unknown
         return advantage._replace(advantage=advantage.advantage.where(valid, 0), valid=valid)
+    if not seen.looked_at:
+        raise ValueError("a limit is to be kept, and the filters were not asked about these clips")
     bounded = constrained_advantage(advantage.advantage, {FLASHING: seen.cost}, [multiplier], group_size, valid=advantage.valid)
     gated = gate(bounded.advantage, (seen.violates == 1) & bounded.valid, group_size, limit.gate / (1 + multiplier.value))
     return bounded._replace(advantage=torch.where(seen.allowed, gated, gated.clamp_max(0)))
@@ -166,8 +208,9 @@ def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | No
         "violation_rate": seen.violation_rate,
         "cost": float(seen.cost.nanmean()),
         "multiplier": 0.0 if multiplier is None else multiplier.value,
-        "all_violating": all_violating(seen.violates == 1, group_size),
-        "error_share": float((seen.reward.isnan() | seen.cost.isnan()).float().mean()),
+        "all_violating": all_violating(seen.violates == 1, group_size) if seen.looked_at else float("nan"),
+        "error_share": float(seen.unknown.float().mean()),
+        "looked_at": float(seen.looked_at),
     }
 
 
@@ -187,9 +230,11 @@ class HeldOut:
 
     def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
         """Samples, keeps and scores the held-out clips."""
-        video = torch.cat(list(sample(model, self.cond, [derived_seed(self.seed, "held out", k) % 2**31 for k in range(len(self.cond))], self.sampler)))  # [B,T,3,H,W]
+        seeds = [derived_seed(self.seed, "held out", k) % 2**31 for k in range(len(self.cond))]
+        x0, clips = zip(*sample_with_latents(model, self.cond, seeds, self.sampler), strict=True)
+        video = torch.cat(clips)  # [B,T,3,H,W]
         save_weights(self.folder / f"{iteration:06d}.safetensors", {"video": (video * 255).round().to(torch.uint8)}, {})
-        seen = assess(video, self.prompts)
+        seen = assess.finished(model, x0, self.cond, video)
         guard = float("nan") if self.guard is None else float(self.guard(video, self.prompts).reward.nanmean())
         return {
             "held_out_reward": float(seen.reward.nanmean()),
@@ -231,20 +276,26 @@ class GuardWatch:
         self.best, self.fallen = best, bool(state["fallen"])
 
 
-def check_first_step(model: LatentVideoModel, kernel: Kernel, taken: Trajectory, reward: Tensor, group_size: int) -> None:
+def guided(model: VideoModel, sampler: Sampler, *, train_empty: bool = True) -> Guided:
+    """The policy under the sampler's guidance (the model itself where that is 1), its empty prompt encoded before batches go side by side."""
+    policy = Guided(model, sampler.guidance, train_empty)
+    if sampler.guidance != 1:
+        policy.unprompted  # noqa: B018
+    return policy
+
+
+def check_first_step(policy: VideoModel, kernel: Kernel, taken: Trajectory, reward: Tensor, group_size: int) -> None:
     """Before the first update: the replayed ratio is 1 in the rollout's own batch and in another split, rewards differ, the KL has a gradient."""
     step = taken.steps()[0]
-    cond = taken.cond[step.rows]
     selfcheck.reward_spread(reward, group_size)
-    now = transition(model, kernel, step.x, step.t, step.s, cond)
-    with reference(model.network), torch.no_grad():
-        prior = transition(model, kernel, step.x, step.t, step.s, cond)
-    selfcheck.kl_gradient(now, prior, model.network.parameters())
+    now = replay(policy, kernel, step, taken.cond)
+    with reference(policy.network), torch.no_grad():
+        prior = replay(policy, kernel, step, taken.cond)
+    selfcheck.kl_gradient(now, prior, policy.network.parameters())
     selfcheck.first_ratio(now.log_prob(step.x_next), step.log_prob, same_batches=len(step.rows) == len(taken.cond))
-    half = torch.arange((len(cond) + 1) // 2)
     with torch.no_grad():
-        part = step.select(half)
-        now = transition(model, kernel, part.x, part.t, part.s, cond[half])
+        part = step.select(slice((len(step.rows) + 1) // 2))
+        now = replay(policy, kernel, part, taken.cond)
         selfcheck.first_ratio(now.log_prob(part.x_next), part.log_prob, same_batches=False)
 
 
@@ -282,9 +333,14 @@ def watch_over(watch: GuardWatch, held_out: HeldOut, looked: Mapping[str, float]
 
 
 @torch.no_grad()
-def decode(model: LatentVideoModel, rollouts: Sequence[Trajectory]) -> Tensor:
-    """The finished clips of all rollouts, [B,T,3,H,W], on the CPU where they are scored."""
-    return torch.cat([model.decode(r.x0).cpu() for r in rollouts])
+def decode(model: LatentVideoModel, x0: Sequence[Tensor]) -> Tensor:
+    """The clips of all batches of finished latents [b,C,F,H,W], [B,T,3,H,W] on the CPU where they are scored."""
+    return torch.cat([model.decode(part).cpu() for part in x0])
+
+
+def mean_of(values: Sequence[Tensor]) -> float:
+    """Mean of what clips or micro-batches say, [] or [b] each; nan where there was none to learn from."""
+    return float(torch.cat([value.flatten() for value in values]).mean()) if values else float("nan")
 
 
 def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_elements: int, grad_norm: float, advantage: Advantage) -> dict[str, float]:
@@ -293,8 +349,8 @@ def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_eleme
         "kl_per_element": kl,
         "kl_total": kl * latent_elements,
         "grad_norm": grad_norm,
-        "ratio": float(torch.stack([s["policy/ratio"] for s in losses]).mean()),
-        "clip_share": float(torch.stack([s["policy/clip_share"] for s in losses]).mean()),
+        "ratio": mean_of([s["policy/ratio"] for s in losses]),
+        "clip_share": mean_of([s["policy/clip_share"] for s in losses]),
         "zero_std_share": advantage.stats["advantage/zero_std_share"],
     }
 
@@ -308,14 +364,14 @@ class StoppedByGuard(GuardStop):
 
 
 def check_unguided(sampler: Sampler) -> None:
-    """Raises UserError where guidance is asked for."""
+    """Raises UserError where guidance is asked for and the velocity that is regressed is that of the model alone."""
     if sampler.guidance != 1:
-        raise UserError(f"sampler.guidance is {sampler.guidance:g}, but a policy is sampled and trained without guidance. Give 1")
+        why = "but here a model learns its own clips' velocity, and a guided clip is not its own: what guidance gives, RL teaches the model itself"
+        raise UserError(f"sampler.guidance is {sampler.guidance:g}, {why}. Give 1, or use ddpo or grpo")
 
 
 def check_steps(sampler: Sampler) -> None:
-    """Raises UserError where no step could take noise (the last one never does), or where guidance is asked for."""
-    check_unguided(sampler)
+    """Raises UserError where no step could take noise (the last one never does)."""
     if sampler.steps < 2:
         raise UserError(f"sampler.steps is {sampler.steps}, but a policy learns from noisy steps and the last one has none. Give at least 2")
 
@@ -341,8 +397,21 @@ def held_out_texts(cfg: Feedback) -> list[str]:
 
 def standardised(scorer: RewardModel, pessimism: float = 0.0) -> Mixture:
     """The first dimension of a reward model in standard deviations of its training clips."""
-    term = Term("people", scorer.dims[0], center=float(scorer.center[0]), scale=float(scorer.scale[0]), pessimism=pessimism)
-    return Mixture({"people": scorer}, (term,))
+    return Mixture({"people": scorer}, (people_term(scorer, pessimism),))
+
+
+def people_term(scorer: Calibrated, pessimism: float) -> Term:
+    """The first dimension of a scorer in standard deviations of its training clips."""
+    return Term("people", scorer.dims[0], center=float(scorer.center[0]), scale=float(scorer.scale[0]), pessimism=pessimism)
+
+
+def load_reward(folder: Path, model: LatentVideoModel, pessimism: float) -> Mixture | LatentMixture:
+    """The first dimension of the reward in a folder, in standard deviations of its training clips, minus `pessimism` spreads: of a reward model on pixels, or of a latent reward on
+    `model`, whose network has no adapter yet. Raises UserError where it cannot be used."""
+    if tier_of(folder) != latent.TIER:
+        return standardised(load_reward_model(folder, model.text), pessimism)
+    scorer = latent.load_latent_reward(folder, model)
+    return LatentMixture(scorer, (people_term(scorer, pessimism),))
 
 
 def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) -> dict[str, object]:
@@ -356,8 +425,10 @@ def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) ->
     guard = standardised(load_reward_model(cfg.guard, model.text)) if cfg.guard else None
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
-    reward = standardised(load_reward_model(cfg.reward, model.text), cfg.pessimism)
-    assess = Assessor(reward, safety_runner(), cfg.sampler.fps)
+    reward = load_reward(cfg.reward, model, cfg.pessimism)
+    assess = Assessor(reward, safety_runner(), cfg.sampler.fps, looks=cfg.constrained)
+    if isinstance(reward, LatentMixture) and not cfg.constrained:
+        print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)
     watch = train(cfg, run, model, assess, held_out)
 
     looked = held_out.watch(model, assess, run.iteration)

@@ -55,7 +55,7 @@ class Sampler(BaseConfig):
     shift: Annotated[float, Field(ge=0.01, le=100)] = 3.0
     """Shift of the time grid; above 1 spends more steps on noise."""
     guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """Scale of classifier-free guidance; 1 is none, any other costs two passes a step. RL samples without."""
+    """Scale of classifier-free guidance; 1 is none, any other costs two passes a step."""
     frames: Annotated[int, Field(ge=1, le=1025)] = 13
     """Frames of a clip, 1 + a multiple of 4."""
     height: Side = 32
@@ -129,22 +129,31 @@ def seeded_noise(model: LatentVideoModel, clip: ClipShape, seeds: Sequence[int])
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(model.device)
 
 
-@torch.no_grad()
 def sample(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, start: Tensor | None = None, strength: float = 1.0) -> Iterator[Tensor]:
     """Denoises and decodes B clips, yielded in order in batches [b,T,3,H,W] on the CPU; two batches a core are made at a time.
 
     start: latents [C,F,H,W] that are noised to `strength` of the way and denoised from there (SDEdit, Meng et al. 2022, arXiv 2108.01073), instead of noise alone.
     """
+    for _, video in sample_with_latents(model, cond, seeds, sampler, start, strength):
+        yield video
+
+
+@torch.no_grad()
+def sample_with_latents(
+    model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, start: Tensor | None = None, strength: float = 1.0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`sample`, with the finished latents [b,C,F,H,W], where the model is, before each batch of clips."""
     times = sampling_times(model.path, sampler.steps, shift=sampler.shift) * strength  # [K+1]
     guided = Guided(model, sampler.guidance)
     model.encode_text([""])  # kept from here on: what guidance needs is not encoded in several threads
 
-    def make(begin: int) -> Tensor:
+    def make(begin: int) -> tuple[Tensor, Tensor]:
         part = slice(begin, begin + sampler.batch)
         noise = seeded_noise(model, sampler.clip, seeds[part])  # [b,C,F,H,W]
         if start is not None:
             noise = add_noise(model.path, start.expand_as(noise), noise, times[:1].to(noise))
-        return model.decode(rollout(guided, ODE(), noise, times, cond[part], noise=torch.Generator()).x0).cpu()
+        x0 = rollout(guided, ODE(), noise, times, cond[part], noise=torch.Generator()).x0  # [b,C,F,H,W]
+        return x0, model.decode(x0).cpu()
 
     begins = list(range(0, len(seeds), sampler.batch))
     together = 2 * torch.get_num_threads()

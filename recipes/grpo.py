@@ -1,8 +1,9 @@
 """GRPO for flow models with LoRA under a safety limit (`rushes grpo`).
 
 Flow-GRPO (Liu et al. 2025, arXiv 2505.05470) with one noisy step a clip, drawn per prompt and shared by its group (Flash-GRPO's iso-temporal rule, arXiv 2605.15980):
-K forward passes to roll out and one step to train. Advantages come from the group alone: no statistics outlive a rollout. The KL to the SFT network (adapter off) is a penalty.
-What it leaves out: guidance, shared ODE prefixes, best-of-n selection.
+K forward passes to roll out and one step to train; less where a group shares its first noise, and so its clips up to that step. Other windows, MixGRPO's sliding one
+among them, are a word. Advantages come from the group alone: no statistics outlive a rollout. The KL to the SFT network (adapter off) is a penalty.
+Under guidance the policy is the guided model: sampled, replayed and looked at with the same scale. What it leaves out: more than one update a rollout.
 
 Letters: N prompts, G clips a prompt, B = N G clips, K denoising steps.
 """
@@ -11,28 +12,35 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from align.advantage import DivideBy, group_advantage
+from align.advantage import DivideBy, best_and_worst, group_advantage
 from align.config import Config as BaseConfig
-from align.config import Count, NonNegative, Positive, Several
+from align.config import Count, NonNegative, Positive, Several, Whole
 from align.data import PromptSampler
-from align.kernels import FlowSDE, StepWeight, step_weight
+from align.kernels import KL_UNITS, KernelName, KLSpace, StepWeight, build_kernel, kl_in, step_weight
 from align.objectives.policy_gradient import kl_penalty, ppo_clip
 from align.optimizers import build_optimizer
 from align.run import Run
-from align.trajectory import rollout, transition
+from align.trajectory import replay, rollout
+from align.windows import all_steps, fixed_window, one_step_a_prompt, random_window, sliding_window
+from base_model.errors import UserError
 from base_model.lora import add_lora, reference
 from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, HeldOut
+from recipes.generate import Sampler
 
 METRICS = {
     **feedback.METRICS,
-    "kl_penalty": "KL term of the loss: coefficient times the mean KL of the trained steps.",
+    "kl_penalty": f"KL term of the loss: policy.kl_coef times the KL in policy.kl_space: x in {KL_UNITS['x']}, v in {KL_UNITS['v']}.",
+    "velocity_distance": f"Mean squared distance of the trained steps' velocity from the SFT policy's before the update, {KL_UNITS['v']}.",
+    "rollout_evaluations": "Model evaluations of the rollout, a clip; a guided one is two passes of the network.",
+    "kept_share": "Share of the rollout's clips that were trained on.",
 }
 
 
@@ -45,14 +53,29 @@ class Policy(BaseConfig):
     """N, prompts a rollout."""
     group_size: Several = 12
     """G, clips of each prompt a rollout."""
+    window: Literal["one_step", "all", "fixed", "random", "sliding"] = "one_step"
+    """Which steps take noise and are trained: one a prompt, drawn anew each rollout; all but the last; `width` from `window_start` on; `width` anywhere; MixGRPO's `width` from
+    noise to detail. All but `all` and `fixed` stay within `first_steps`."""
     first_steps: Count = 5
-    """The noisy step is one of the first so many."""
-    a: Positive = 0.9
-    """Noise of the flow SDE."""
+    """Noisy steps are among the first so many, and never the last one."""
+    width: Count = 2
+    """Steps of a `fixed`, `random` or `sliding` window."""
+    window_start: Whole = 0
+    """First step of a `fixed` window."""
+    slide_every: Count = 25
+    """Rollouts before a `sliding` window goes on by one step."""
+    kernel: KernelName = "flow"
+    """How a noisy step is taken (align/README.md); `longcat` is `flow` with its std clipped at 0.45."""
+    noise_level: Positive = 0.9
+    """Noise of the kernel: a of `flow` and `longcat`, eta of the others."""
     same_noise: bool = False
-    """Whether the clips of a prompt start from the same noise."""
+    """Whether the clips of a prompt start from the same noise. What they have in common is then computed once, in the rollout as in the replay."""
     micro_batch: Count = 48
-    """Clips in one forward pass, in the rollout and in the replay."""
+    """Clips in one forward pass, in the rollout and in the replay: as many whole groups as fit, at least one."""
+    keep: Whole = 0
+    """Clips of each prompt that are trained on, the better and the worse half of them; 0 means all."""
+    train_empty: bool = True
+    """Whether under guidance the pass without prompt is trained, too."""
     divide_by: DivideBy = "group_std"
     """What centred rewards are divided by."""
     lora_rank: Count = 16
@@ -66,7 +89,9 @@ class Policy(BaseConfig):
     step_weight: StepWeight = "inv_kappa"
     """Weight of a step."""
     kl_coef: NonNegative = 0.01
-    """Weight of the KL from the SFT policy, per latent element."""
+    """Weight of the KL from the SFT policy, per latent element, in the unit of `kl_space`."""
+    kl_space: KLSpace = "x"
+    """`x`: nats of the denoising step; `v`: squared distance of the velocities, whatever the step."""
     evaluate_every: Count = 10
     """Rollouts between looks at the held-out prompts."""
     save_every: Count = 10
@@ -80,71 +105,115 @@ class Config(Feedback):
     """How the policy moves."""
 
 
-def one_step_a_prompt(steps: int, prompts: int, group_size: int, first: int, generator: torch.Generator) -> Tensor:
-    """Which step of which clip takes noise, bool [K,B]: one of the `first` steps a prompt, the same for its whole group."""
-    drawn = torch.randint(min(first, steps - 1), (prompts,), generator=generator).repeat_interleave(group_size)  # [B]
-    return torch.arange(steps)[:, None] == drawn  # [K,B]
+def noisy_steps(p: Policy, num_steps: int, iteration: int, generator: torch.Generator) -> Tensor:
+    """Which steps of each prompt's clips take noise, bool [K,N]. Raises ValueError where the window does not fit."""
+    if p.window == "one_step":
+        return one_step_a_prompt(num_steps, p.prompts, generator, first=p.first_steps)
+    if p.window == "all":
+        steps = all_steps(num_steps)
+    elif p.window == "fixed":
+        steps = fixed_window(num_steps, p.window_start, p.width)
+    elif p.window == "random":
+        steps = random_window(num_steps, p.width, generator, first=p.first_steps)
+    else:
+        steps = sliding_window(num_steps, p.width, iteration, every=p.slide_every, first=p.first_steps)
+    noisy = torch.zeros(num_steps, p.prompts, dtype=torch.bool)
+    noisy[steps] = True
+    return noisy
+
+
+def check_policy(p: Policy, sampler: Sampler) -> None:
+    """Raises UserError for a window, a noise level or a selection that cannot be, before anything is loaded into a run."""
+    feedback.check_steps(sampler)
+    try:
+        noisy_steps(p, sampler.steps, 0, torch.Generator())
+        build_kernel(p.kernel, p.noise_level)
+    except ValueError as error:
+        raise UserError(f"policy.window and policy.kernel: {error}. Change policy.width, policy.first_steps, policy.noise_level or sampler.steps") from error
+    if p.keep and not 2 <= p.keep <= p.group_size:
+        raise UserError(f"policy.keep is {p.keep}: give 0, or from 2 to the policy.group_size of {p.group_size}")
 
 
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> feedback.GuardWatch:
     p = cfg.policy
-    feedback.check_steps(cfg.sampler)
+    check_policy(p, cfg.sampler)
     _, texts = feedback.training_prompts(cfg)
     states = model.encode_text(texts)
-    kernel, times = FlowSDE(p.a), sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)
+    kernel, times = build_kernel(p.kernel, p.noise_level), sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
+    policy = feedback.guided(model, cfg.sampler, train_empty=p.train_empty)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg)
     feedback.register(run, model, optimizer, multiplier, watch)
     batch = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
-    clips = p.prompts * p.group_size
+    G, clips = p.group_size, p.prompts * p.group_size
+    starts = 1 if p.same_noise else G  # rows of first noise a prompt; G / starts clips branch off each
+    together = max(1, p.micro_batch // G)  # prompts
+    parts = [slice(n, n + together) for n in range(0, p.prompts, together)]
 
     for i in run.iterations(p.iterations, save_every=p.save_every, label="grpo"):
         looked = feedback.look(run, held_out, model, assess, watch, i, every=p.evaluate_every)
 
-        # Roll out: every clip takes noise in one step.
+        # Roll out: noise in the window's steps only.
         generator = run.generator("rollout", i)
-        cond = states[torch.tensor(batch[i]).repeat_interleave(p.group_size)]  # B
-        x = torch.randn(clips, *model.latents.shape(cfg.sampler.clip), generator=generator).to(run.device)  # [B,C,F,H,W]
-        if p.same_noise:
-            x = x[:: p.group_size].repeat_interleave(p.group_size, dim=0)
-        noisy = one_step_a_prompt(cfg.sampler.steps, p.prompts, p.group_size, p.first_steps, generator)  # [K,B]
-        parts = [slice(k, k + p.micro_batch) for k in range(0, clips, p.micro_batch)]
-        taken = [rollout(model, kernel, x[part], times, cond[part], noise=generator, stochastic=noisy[:, part]) for part in parts]
+        cond = states[torch.tensor(batch[i])]  # N
+        x = torch.randn(p.prompts, starts, *model.latents.shape(cfg.sampler.clip), generator=generator).to(run.device)  # [N,G or 1,C,F,H,W]
+        noisy = noisy_steps(p, cfg.sampler.steps, i, generator)  # [K,N]
+        taken = [
+            rollout(
+                policy,
+                kernel,
+                x[part].flatten(0, 1),
+                times,
+                cond[part].repeat(starts),
+                noise=generator,
+                stochastic=noisy[:, part].repeat_interleave(starts, 1),
+                branches=G // starts,
+            )
+            for part in parts
+        ]
 
         # Compare every clip with its own group.
-        seen = assess(feedback.decode(model, taken), cond.prompts)
-        relative = group_advantage(seen.reward, p.group_size, divide_by=p.divide_by)
+        seen = assess.finished(model, [made.x0 for made in taken], cond.repeat(G))
+        relative = group_advantage(seen.reward, G, divide_by=p.divide_by)
         if multiplier is not None:
             multiplier.update(seen.violates)
-        limited = feedback.apply_limits(relative, seen, multiplier, cfg.safety, p.group_size)
+        limited = feedback.apply_limits(relative, seen, multiplier, cfg.safety, G)
+        kept = best_and_worst(limited.advantage, G, p.keep or G, valid=limited.valid)  # [B]
         if i == 0:
-            feedback.check_first_step(model, kernel, taken[0], seen.reward, p.group_size)
+            feedback.check_first_step(policy, kernel, taken[0], seen.reward, G)
 
         # One update; the ratio is 1, so its gradient is REINFORCE's.
-        terms, kls = [], []
+        terms, kls, distances, charged = [], [], [], []
         for part, trajectory in zip(parts, taken, strict=True):
-            for step in trajectory.steps():
-                conditions, rows = trajectory.cond[step.rows], step.rows.cpu() + part.start
-                better, valid = limited.advantage[rows].to(run.device), limited.valid[rows].to(run.device)  # [b]
-                now = transition(model, kernel, step.x, step.t, step.s, conditions)
+            for whole in trajectory.steps():
+                clip = whole.rows.cpu() + part.start * G  # [b] of the B clips
+                step, better = whole.select(kept[clip].nonzero()[:, 0].to(run.device)), limited.advantage[clip[kept[clip]]].to(run.device)  # b'
+                if not len(better):
+                    continue
+                now = replay(policy, kernel, step, trajectory.cond)
                 with reference(model.network), torch.no_grad():
-                    prior = transition(model, kernel, step.x, step.t, step.s, conditions)
-                kl = now.kl(prior)  # [b]
+                    prior = replay(policy, kernel, step, trajectory.cond)
                 weight = step_weight(p.step_weight, kernel, model.path, step.t, step.s)
-                policy = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, valid=valid, weight=weight)
-                loss = policy.plus("kl_penalty", kl_penalty(kl, p.kl_coef, valid=valid))
-                run.backward(loss.value * (valid.sum() / limited.valid.sum().clamp_min(1)))
+                loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, weight=weight)
+                kl = kl_in(p.kl_space, now, prior, kernel, model.path, step.t, step.s)  # [b']
+                loss = loss.plus("kl_penalty", kl_penalty(kl, p.kl_coef))
+                run.backward(loss.value * (len(better) / (kept.sum() * noisy[:, 0].sum())))
                 terms.append(loss.stats)
-                kls.append(kl.detach())
+                charged.append(kl.detach())
+                kls.append(now.kl(prior).detach())
+                distances.append(kl_in("v", now, prior, kernel, model.path, step.t, step.s).detach())
         norm = run.step(optimizer, p.max_grad_norm)
 
-        kl_mean = float(torch.cat(kls).mean())
+        # Tell.
         run.log(
-            **feedback.rollout_stats(seen, p.group_size, multiplier),
+            **feedback.rollout_stats(seen, G, multiplier),
             **looked,
-            **feedback.policy_stats(terms, kl_mean, x[0].numel(), norm, relative),
-            kl_penalty=torch.stack([s["kl_penalty"] for s in terms]).mean(),
+            **feedback.policy_stats(terms, feedback.mean_of(kls), x[0, 0].numel(), norm, relative),
+            kl_penalty=p.kl_coef * feedback.mean_of(charged),
+            velocity_distance=feedback.mean_of(distances),
+            rollout_evaluations=sum(trajectory.forward_passes for trajectory in taken) / clips,
+            kept_share=float(kept.float().mean()),
         )
     return watch
 

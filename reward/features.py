@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 SIGNALS = {
     "brightness": "mean luma (Rec. 601)",
@@ -33,12 +34,12 @@ SIGNALS = {
     "first_to_last": "mean absolute difference of the first and the last frame",
     "centre": "luma contrast of the middle half of the frame against its border",
 }
-_LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)
 
 
 def signal_features(video: Tensor) -> Tensor:
     """video [B,T,3,H,W] in [0,1] -> [B, len(SIGNALS)] float32, in the order of SIGNALS."""
-    luma = torch.einsum("btchw,c->bthw", video, video.new_tensor(_LUMA))  # [B, T, H, W]
+    luma = torch.einsum("btchw,c->bthw", video, video.new_tensor(LUMA))  # [B, T, H, W]
     return torch.stack([*_colour(video, luma), *_detail(luma), *_time(video, luma), _centre(luma)], dim=-1)  # [B, S]
 
 
@@ -121,3 +122,12 @@ def _mean(x: Tensor) -> Tensor:
 def _variance(x: Tensor) -> Tensor:
     x = x.flatten(1)
     return (x - x.mean(-1, keepdim=True)).square().mean(-1)
+
+
+def subsampled_chroma(video: Tensor) -> Tensor:
+    """Colour at half the resolution of brightness, as 4:2:0 video keeps it and people see it: [B,T,3,H,W] -> the same size. Encoding it again takes little more away."""
+    luma = torch.einsum("btchw,c->bthw", video, video.new_tensor(LUMA))[:, :, None]  # [B,T,1,H,W]
+    chroma = (video - luma).flatten(0, 1)  # [B T,3,H,W]
+    half = F.avg_pool2d(chroma, 2, ceil_mode=True, count_include_pad=False)
+    full = F.interpolate(half, size=chroma.shape[-2:], mode="bilinear", align_corners=False)
+    return (luma + full.unflatten(0, video.shape[:2])).clamp(0, 1)

@@ -7,7 +7,6 @@ have among themselves, and "falls" when it is lower by any amount. What cannot b
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from base_model.video.files import from_uint8, read_video, resample_fps, write_mp4
+from reward.mirror import swap_sides
 from reward.types import Scorer
 
 STAYS_WITHIN = 0.25
 """Of the standard deviation of scores within a prompt."""
 GRID_PERIOD = 8
-_SIDES = {"left": "right", "leftward": "rightward", "leftwards": "rightwards", "leftmost": "rightmost", "clockwise": "counter-clockwise"}
-_SWAPPED = _SIDES | {there: here for here, there in _SIDES.items()} | {"counterclockwise": "clockwise", "anticlockwise": "clockwise", "anti-clockwise": "clockwise"}
-_WORDS = re.compile("|".join(rf"(?<![\w-]){word}(?![\w-])" for word in sorted(_SWAPPED, key=len, reverse=True)), re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -119,10 +116,10 @@ def gridded(case: Case) -> Changed:
     return video.clamp(0, 1), case.prompt
 
 
-def oversaturated(case: Case) -> Changed:
-    """Colours three times as far from grey."""
+def oversaturated(case: Case) -> Changed | None:
+    """Colours three times as far from grey. Nothing to say of a clip without colours, which stays what it is."""
     grey = case.video.mean(1, keepdim=True)
-    return (grey + 3 * (case.video - grey)).clamp(0, 1), case.prompt
+    return ((grey + 3 * (case.video - grey)).clamp(0, 1), case.prompt) if coloured(case.video) else None
 
 
 def reversed_in_time(case: Case) -> Changed | None:
@@ -149,19 +146,14 @@ CHECKS = (
 )
 
 
-def swap_sides(prompt: str) -> str:
-    """The prompt of the mirrored clip: left and right, clockwise and counter-clockwise change places; a capital stays one."""
-
-    def swapped(match: re.Match[str]) -> str:
-        word = _SWAPPED[match[0].lower()]
-        return word.capitalize() if match[0][0].isupper() else word
-
-    return _WORDS.sub(swapped, prompt)
-
-
 def moves(video: Tensor) -> bool:
     """Whether more than a hundredth of the pixels ever change by more than a tenth, [T,3,H,W]."""
     return bool(((video.amax(0) - video.amin(0)).amax(0) > 0.1).float().mean() > 0.01)
+
+
+def coloured(video: Tensor) -> bool:
+    """Whether the channels of more than a hundredth of the pixels ever differ by more than a twentieth, [T,3,H,W]."""
+    return bool(((video.amax(1) - video.amin(1)).amax(0) > 0.05).float().mean() > 0.01)
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """The reward model: how well a clip does what its prompt says, learned from rankings.
 
     clip [B,T,3,H,W], prompt -> Matcher -> agreement in shape, in motion, presence [B,3] --+
-    clip -> signal_features -> [B,22] -------------------------------------------------------+-> a linear head -> mean and spread [B,R]
+    clip -> Quality -> log-probability that nothing is wrong [B] ----------------------------+-> a linear head -> mean and spread [B,R]
+    clip -> signal_features -> [B,22] -------------------------------------------------------+
 
-The matcher (`matcher.py`) is trained first, to tell a clip's caption from others; its weights start every reward model. People's rankings say how much each part
-counts. A few hundred rankings are not enough for more: heads with a hidden layer on everything the matcher knows ordered new clips worse than the matcher alone.
+The matcher (`matcher.py`) is trained first, to tell a clip's caption from others, and the judge of quality (`quality.py`), to tell whole clips from spoiled ones; their weights
+start every reward model. People's rankings say how much each part counts. A few hundred rankings are not enough for more: heads with a hidden layer on everything the
+matcher knows ordered new clips worse than the matcher alone. Everything is seen twice, as it is and mirrored with left and right swapped in the prompt, and the mean counts.
 
 How far a score can be believed is part of the model (`doubt.py` says how it is learned): the covariance of the head's weights, and the misfit, what people share about a clip
 and its inputs do not tell.
@@ -22,15 +24,22 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from base_model.checkpoint import atomic_write, load_weights, save_weights
 from base_model.errors import UserError
 from base_model.types import Conditioning
-from reward.features import SIGNALS, signal_features
+from reward.features import SIGNALS, signal_features, subsampled_chroma
 from reward.matcher import PARTS, Matcher, MatcherSize
+from reward.mirror import swap_sides
+from reward.quality import Quality
 from reward.types import Scorer, Scores
 
-INPUTS = (*PARTS, *SIGNALS)
+INPUTS = (*PARTS, "intact", *SIGNALS)
+INTACT = len(PARTS)
+"""Where "intact" is."""
+MATCH_BEND = 2.0
+"""Deviations at which agreement with the prompt hardly counts any more: what is plainly there is there."""
 TIER = "matcher"
 EncodeText = Callable[[Sequence[str]], Conditioning]
 
@@ -49,7 +58,7 @@ class Joint(NamedTuple):
 
 
 class RewardModel(nn.Module):
-    """A matcher, weight-free signals, and a linear head: a `Scorer`.
+    """A matcher, a judge of quality, weight-free signals, and a linear head: a `Scorer`.
 
     The score is in calibrated log-odds (divided by the temperature). Its spread is one standard deviation of what people share about the clip, given its inputs: doubt about the
     head's weights, and the misfit; 0 before anything was fitted. A score's zero is that of a clip with the mean inputs. `joint` says how the scores of several clips are uncertain
@@ -65,10 +74,10 @@ class RewardModel(nn.Module):
     center: Tensor
     scale: Tensor
 
-    def __init__(self, matcher: Matcher, dims: Sequence[str], encode: EncodeText, *, most_clips: int = 4) -> None:
+    def __init__(self, matcher: Matcher, quality: Quality, dims: Sequence[str], encode: EncodeText, *, most_clips: int = 4) -> None:
         super().__init__()
         self.dims = tuple(dims)
-        self.matcher = matcher
+        self.matcher, self.quality = matcher, quality
         self.head = nn.Linear(len(INPUTS), len(self.dims), bias=False)  # begins at the match, every part of it counting the same
         with torch.no_grad():
             self.head.weight.zero_()[:, : len(PARTS)] = 0.5
@@ -94,21 +103,25 @@ class RewardModel(nn.Module):
         return Joint(found.mean.masked_fill(unknown[:, None], torch.nan), found.covariance.masked_fill(unknown[:, None] | unknown, torch.nan))
 
     def joint_of(self, x: Tensor) -> Joint:
-        """Of what the head sees of B clips [B,25]."""
+        """Of what the head sees of B clips [B,26]."""
         covariance = x @ self.covariance @ x.T + torch.diag_embed(self.misfit.square()[:, None].expand(-1, len(x)))  # [R,B,B]
         return Joint(self.head(x) / self.temperature, covariance / self.temperature.square()[:, None, None])
 
     def inputs(self, video: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The parts of the match and the signals, in the order of `INPUTS`, [B,25]."""
-        cond = self._encode(prompts)
-        return torch.cat([self.matcher.parts(video, cond.text, cond.mask), signal_features(video)], dim=-1)
+        """The parts of the match, the log-probability of being intact and the signals, in the order of `INPUTS`, [B,26]: means over the clip and its mirror image."""
+        cond = self._encode([*prompts, *map(swap_sides, prompts)])  # 2B
+        views = torch.cat([video, video.flip(-1)])  # [2B,T,3,H,W]
+        intact = F.logsigmoid(self.quality(views))[:, None]  # [2B,1]
+        seen = torch.cat([self.matcher.parts(subsampled_chroma(views), cond.text, cond.mask), intact, signal_features(views)], dim=-1)  # [2B,26]
+        return seen.unflatten(0, (2, -1)).mean(0)
 
     def standardised(self, inputs: Tensor) -> Tensor:
-        """What the head sees: inputs [B,25] in deviations of the training clips, cut at three, so that no single one can be driven without end."""
-        return ((inputs - self.input_mean) / self.input_std).clamp(-3, 3)
+        """What the head sees: inputs [B,26] in deviations of the training clips, bent so that no single one can be driven far; but more is always more."""
+        known = (inputs - self.input_mean) / self.input_std
+        return torch.cat([MATCH_BEND * torch.tanh(known[:, :INTACT] / MATCH_BEND), 3 * torch.asinh(known[:, INTACT:] / 3)], dim=-1)
 
     def _seen(self, video: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Which clips have finite pixels [B], and what the head sees of them [B,25]."""
+        """Which clips have finite pixels [B], and what the head sees of them [B,26]."""
         if len(video) != len(prompts):
             raise ValueError(f"{len(video)} clips and {len(prompts)} prompts: give one prompt a clip")
         usable = torch.isfinite(video).flatten(1).all(-1)  # [B]
@@ -123,8 +136,11 @@ def _root(variance: Tensor) -> Tensor:
 # Files: weights and a card in one folder, whatever the score is made of
 
 
-class Calibrated(Scorer, Protocol):
-    """A scorer with what its card tells of it, each [R] but for the tie parameters [R,K-1]."""
+class Calibrated(Protocol):
+    """What a card tells of a scorer of R dimensions, each [R] but for the tie parameters [R,K-1]."""
+
+    @property
+    def dims(self) -> tuple[str, ...]: ...
 
     temperature: Tensor
     center: Tensor
@@ -132,7 +148,11 @@ class Calibrated(Scorer, Protocol):
     log_tie: nn.Parameter
 
 
-def write_card(folder: Path, model: Calibrated, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
+Golden = Mapping[str, list[list[float]]]
+"""`mean` and `spread` of scores that every machine can make again."""
+
+
+def write_card(folder: Path, model: Calibrated, tensors: Mapping[str, Tensor], told: Mapping[str, Any], golden: Golden) -> dict[str, Any]:
     """Writes `reward_model.safetensors` and `reward_card.json` (returned): how to read the scores, what is `told`, and golden scores to check when loaded."""
     path = folder / "reward_model.safetensors"
     save_weights(path, tensors, {})
@@ -143,7 +163,7 @@ def write_card(folder: Path, model: Calibrated, tensors: Mapping[str, Tensor], t
         "temperature": dict(zip(model.dims, model.temperature.tolist(), strict=True)),
         "log_tie": dict(zip(model.dims, model.log_tie.tolist(), strict=True)),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "golden": golden_scores(model),
+        "golden": golden,
         **told,
     }
     text = json.dumps(values, indent=2) + "\n"
@@ -163,6 +183,12 @@ def card_errors(folder: Path) -> Iterator[None]:
         raise UserError(f"not a reward model's card and weights, {folder}. Make them again with `rushes reward-model`") from error
 
 
+def tier_of(folder: Path) -> str:
+    """Which tier the card of a reward model names. Raises UserError where there is no card, or none that can be read."""
+    with card_errors(folder):
+        return str(dict(json.loads((folder / "reward_card.json").read_text())).get("tier", TIER))
+
+
 def read_card(folder: Path, tier: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Card and weights of a model of that tier. Raises UserError where one is missing or damaged, or where they are of different runs."""
     path = folder / "reward_model.safetensors"
@@ -176,9 +202,8 @@ def read_card(folder: Path, tier: str) -> tuple[dict[str, Any], dict[str, Tensor
     return card, tensors
 
 
-def check_golden(folder: Path, card: Mapping[str, Any], scorer: Scorer) -> None:
-    """Raises UserError where the scorer does not give the golden scores of its card: better no score than one by a random head or another encoder."""
-    found = golden_scores(scorer)
+def check_golden(folder: Path, card: Mapping[str, Any], found: Golden) -> None:
+    """Raises UserError where a loaded scorer does not give the golden scores of its card: better no score than one by a random head or another encoder."""
     with card_errors(folder):
         golden = card["golden"]
         same = all(torch.allclose(torch.tensor(found[key]), torch.tensor(golden[key], dtype=torch.float32), atol=1e-3, rtol=1e-3) for key in ("mean", "spread"))
@@ -204,7 +229,8 @@ def golden_clips() -> tuple[Tensor, list[str]]:
 def save_reward_model(folder: Path, model: RewardModel, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Writes weights and card (returned) into `folder`; `facts` go into the card."""
     model.eval()
-    return write_card(folder, model, model.state_dict(), {"tier": TIER, "size": asdict(model.matcher.size), "inputs": list(INPUTS), **facts})
+    told = {"tier": TIER, "size": asdict(model.matcher.size), "inputs": list(INPUTS), **facts}
+    return write_card(folder, model, model.state_dict(), told, golden_scores(model))
 
 
 def load_reward_model(folder: Path, encode: EncodeText) -> RewardModel:
@@ -218,8 +244,8 @@ def load_reward_model(folder: Path, encode: EncodeText) -> RewardModel:
     with card_errors(folder):
         if card["inputs"] != list(INPUTS):
             raise UserError(f"made with other inputs than this version computes, {folder / 'reward_card.json'}. Train it again with `rushes reward-model`")
-        model = RewardModel(Matcher(MatcherSize(**card["size"])), card["dims"], encode, most_clips=card["most_clips"])
+        model = RewardModel(Matcher(MatcherSize(**card["size"])), Quality(), card["dims"], encode, most_clips=card["most_clips"])
         model.load_state_dict(tensors)
     model.eval().requires_grad_(False)
-    check_golden(folder, card, model)
+    check_golden(folder, card, golden_scores(model))
     return model

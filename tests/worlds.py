@@ -148,6 +148,11 @@ def flow_noise(a: float) -> Callable[[GaussianWorld, float, float], float]:
     return g
 
 
+def clipped(noise: Callable[[GaussianWorld, float, float], float], max_std: float) -> Callable[[GaussianWorld, float, float], float]:
+    """g so small that g sqrt(t - s) is at most `max_std` (LongCat-Video)."""
+    return lambda world, t, s: min(noise(world, t, s), max_std / math.sqrt(t - s))
+
+
 def affine(world: GaussianWorld, rule: Rule, t: float, s: float) -> tuple[float, float, float]:
     """One step with the exact velocity: x_s = A x_t + b + std z, as (A, b, std)."""
     (p, q), (p_eps, q_eps) = world.denoiser(t)
@@ -155,11 +160,35 @@ def affine(world: GaussianWorld, rule: Rule, t: float, s: float) -> tuple[float,
     return c_x0 * p + c_eps * p_eps + c_x, c_x0 * q + c_eps * q_eps, std
 
 
-def sampler_moments(world: GaussianWorld, rule: Rule, times: Sequence[float]) -> list[tuple[float, float]]:
-    """Mean and std after each step from N(0, 1), the last one an ODE step: the closed-form recursion."""
+def pull(world: GaussianWorld, rule: Rule, t: float, s: float) -> float:
+    """d mean / d u of one step: x = alpha x0 + sigma eps and u = alpha' x0 + sigma' eps, solved for d(x0, eps) / d u by Cramer's rule."""
+    (alpha, sigma), (d_alpha, d_sigma) = world.coefficients(t), world.slopes(t)
+    c_x0, c_eps, _, _ = rule(world, t, s)
+    return (c_x0 * -sigma + c_eps * alpha) / (alpha * d_sigma - sigma * d_alpha)
+
+
+def sampler_moments(
+    world: GaussianWorld, rule: Rule, times: Sequence[float], *, noisy: Sequence[int] | None = None, shifts: Sequence[float] | None = None
+) -> list[tuple[float, float]]:
+    """Mean and std after each step from N(0, 1): the closed-form recursion. ODE steps but for `noisy` (default all but the last); shifts: added to each step's velocity."""
     mean, variance, out = 0.0, 1.0, []
+    noisy = range(len(times) - 2) if noisy is None else noisy
     for k, (t, s) in enumerate(itertools.pairwise(times)):
-        A, b, std = affine(world, rule if k < len(times) - 2 else ancestral_rule(0.0), t, s)
-        mean, variance = A * mean + b, A**2 * variance + std**2
+        here = rule if k in noisy else ancestral_rule(0.0)
+        A, b, std = affine(world, here, t, s)
+        mean, variance = A * mean + b + (pull(world, here, t, s) * shifts[k] if shifts else 0.0), A**2 * variance + std**2
         out.append((mean, math.sqrt(variance)))
     return out
+
+
+def expected_reward(world: GaussianWorld, rule: Rule, times: Sequence[float], noisy: Sequence[int], shifts: Sequence[float]) -> float:
+    """E[-(x0 - 1)^2] of the finished clips."""
+    mean, std = sampler_moments(world, rule, times, noisy=noisy, shifts=shifts)[-1]
+    return -((mean - 1) ** 2) - std**2
+
+
+def reward_gradient(world: GaussianWorld, rule: Rule, times: Sequence[float], noisy: Sequence[int]) -> list[float]:
+    """d E[-(x0 - 1)^2] / d shift of each step, by central differences, exact because the reward is quadratic in them."""
+    steps = range(len(times) - 1)
+    ends = [[expected_reward(world, rule, times, noisy, [h * (j == k) for j in steps]) for h in (0.5, -0.5)] for k in steps]
+    return [high - low for high, low in ends]

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipes.shapes.labelers import REWARD_PANEL, Labeler, rank_by
+from recipes.shapes.eye import Perception, Signals
+from recipes.shapes.labelers import REWARD_PANEL, Labeler, rank_by, utility
 
 Floats = NDArray[np.float64]
 
@@ -122,3 +123,23 @@ def held_out_answers(world: World, prompts: int, features: int, *, panel: bool) 
     answers = draw(world, [(prompt, pair, int(rng.integers(len(REWARD_PANEL))) if panel else None) for prompt, pair in pairs], rng)
     strict = answers.ranks[:, 0] != answers.ranks[:, 1]
     return Answers(*(part[strict] for part in answers))
+
+
+# Clips of the built-in world, as a benchmark keeps them
+
+
+def to_tensor(seen: Perception) -> Tensor:
+    """[C,11]; `perceived` gives the perception back."""
+    return torch.from_numpy(np.concatenate([seen.color, seen.shape, seen.motion, seen.extra[:, None], np.stack(seen.signals, axis=1)], axis=1))
+
+
+def perceived(seen: Tensor) -> Perception:
+    """[C,11] of `to_tensor` -> the perception of C clips."""
+    color, shape, motion, extra, signals = (part.numpy() for part in seen.split([2, 2, 2, 1, len(Signals._fields)], dim=1))
+    return Perception(color, shape, motion, extra[:, 0], Signals(*signals.T))
+
+
+def panel_worth(panel: Sequence[Labeler], seen: Perception) -> Floats:
+    """What a panel thinks of every clip, on average, before noise and habits [C]."""
+    worth: Floats = np.mean([utility(person, seen) for person in panel], axis=0)
+    return worth

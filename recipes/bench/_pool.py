@@ -16,15 +16,18 @@ from torch import Tensor
 from base_model.checkpoint import load_weights, save_weights
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import load_tiny
+from recipes.bench._people import to_tensor
 from recipes.generate import Sampler, network_lineage, sample
 from recipes.match import ATTRIBUTES, SHIPPED, change
+from recipes.quality import SHIPPED as QUALITY
 from recipes.shapes.eye import WEIGHTS as EYE
-from recipes.shapes.eye import Eye, Perception, Signals
+from recipes.shapes.eye import Eye
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.shapes.render import DEMO_CLIP, blur, render, sample_scene
 from recipes.weights import file_hash
 from reward.matcher import load_matcher
 from reward.model import INPUTS, RewardModel
+from reward.quality import load_quality
 
 Source = Literal["drawn", "sampled"]
 POOL_SEED = 700_000
@@ -50,29 +53,22 @@ def kept_pool(folder: Path, source: Source, prompts: int, clips: int) -> dict[st
 def pool_settings(source: Source, prompts: int, clips: int) -> Mapping[str, Any]:
     """What a pool depends on."""
     network = network_lineage(None) if source == "sampled" else ""
-    files = {"matcher": file_hash(SHIPPED["reward"]), "eye": file_hash(EYE), "network": network}
+    files = {"matcher": file_hash(SHIPPED["reward"]), "quality": file_hash(QUALITY["reward"]), "eye": file_hash(EYE), "network": network}
     return {"seed": POOL_SEED, "source": source, "prompts": prompts, "clips": clips, "inputs": list(INPUTS), **files}
 
 
 def make_pool(source: Source, prompts: int, clips: int) -> dict[str, Tensor]:
-    """`inputs` of the reward model [C,25] and what the eye has `seen` [C,11] of `clips` clips of every prompt; minutes for thousands."""
+    """`inputs` of the reward model [C,26] and what the eye has `seen` [C,11] of `clips` clips of every prompt; minutes for thousands."""
     chosen, encode, eye = asked(prompts), TextEncoder(), Eye.load()
     encode([prompt.text for prompt in chosen])
-    model = RewardModel(load_matcher(SHIPPED["reward"]), ("overall",), encode).eval()
+    model = RewardModel(load_matcher(SHIPPED["reward"]), load_quality(QUALITY["reward"]), ("overall",), encode).eval()
     make: Callable[[Sequence[ShapesPrompt], int], Iterator[Tensor]] = drawn if source == "drawn" else sampled
     inputs, seen = [], []
     for prompt, video in zip(chosen, make(chosen, clips), strict=True):
         with torch.no_grad():
             inputs.append(model.inputs(video, [prompt.text] * clips))
-        look = eye.look(video, [prompt] * clips)
-        seen.append(torch.from_numpy(np.concatenate([look.color, look.shape, look.motion, look.extra[:, None], np.stack(look.signals, axis=1)], axis=1)))
+        seen.append(to_tensor(eye.look(video, [prompt] * clips)))
     return {"inputs": torch.cat(inputs), "seen": torch.cat(seen)}
-
-
-def perception_of(seen: Tensor) -> Perception:
-    """Out of what `make_pool` says."""
-    color, shape, motion, extra, signals = (part.numpy() for part in seen.split([2, 2, 2, 1, 4], dim=1))
-    return Perception(color, shape, motion, extra[:, 0], Signals(*signals.T))
 
 
 def drawn(prompts: Sequence[ShapesPrompt], clips: int) -> Iterator[Tensor]:

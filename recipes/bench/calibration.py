@@ -30,13 +30,15 @@ from align.config import Several, Share
 from align.progress import Progress
 from base_model.prompts.text import TextEncoder
 from recipes import reward_model
-from recipes.bench._pool import Source, asked, kept_pool, perception_of
+from recipes.bench._people import panel_worth, perceived
+from recipes.bench._pool import Source, asked, kept_pool
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._trained import Seeds
 from recipes.match import SHIPPED
+from recipes.quality import SHIPPED as QUALITY
 from recipes.reward_model import ByClip, Table, as_tensors, fit_doubt, fit_head, fit_standard, penalty_of, prior_precision, start_log_tie
 from recipes.shapes.eye import Perception
-from recipes.shapes.labelers import REWARD_PANEL, Labeler, Task, collect, utility
+from recipes.shapes.labelers import REWARD_PANEL, Labeler, Task, collect
 from recipes.statistics import bootstrap_crossed
 from reward.accuracy import Signs, answers_of, differences, without_ties
 from reward.agreement import pairs_of
@@ -44,6 +46,7 @@ from reward.calibration import brier, calibrated_error, decided, expected_calibr
 from reward.comparisons import RankingEvent
 from reward.matcher import load_matcher
 from reward.model import RewardModel
+from reward.quality import load_quality
 from reward.ranking import davidson
 from reward.selection import derivatives
 
@@ -97,7 +100,7 @@ class World:
     """Clips of P prompts, and what they are worth."""
 
     source: Source
-    inputs: Tensor  # [4P,25]
+    inputs: Tensor  # [4P,26]
     perception: Perception  # of 4P clips
     prompt_ids: tuple[str, ...]  # P
 
@@ -106,7 +109,7 @@ class World:
 
     def worth(self, dim: str) -> Array:
         """[4P]."""
-        return np.mean([utility(person, self.perception) for person in PANELS[dim]], axis=0)
+        return panel_worth(PANELS[dim], self.perception)
 
     def ranked(self, prompts: Indices, dim: str, *, overlap: float, seed: int) -> list[RankingEvent]:
         tasks = [Task(self.prompt_ids[p], self.clip_ids(p), self.perception[slice(CLIPS * p, CLIPS * p + CLIPS)]) for p in prompts.tolist()]
@@ -116,7 +119,7 @@ class World:
 def the_world(cfg: Config, source: Source, out: Path) -> World:
     prompts = cfg.train + cfg.validation + cfg.test
     tensors = kept_pool(out, source, prompts, CLIPS)
-    return World(source, tensors["inputs"], perception_of(tensors["seen"]), tuple(prompt.prompt_id for prompt in asked(prompts)))
+    return World(source, tensors["inputs"], perceived(tensors["seen"]), tuple(prompt.prompt_id for prompt in asked(prompts)))
 
 
 def clips_of(prompts: Indices) -> Indices:
@@ -143,8 +146,8 @@ class Learned(NamedTuple):
     """What one seed's rankings made, on all clips of the world."""
 
     model: RewardModel
-    x: Tensor  # [C,25] what the head sees
-    curvature: Tensor  # [R,25,25] covariance of the head's weights by the curvature alone, before the temperature
+    x: Tensor  # [C,26] what the head sees
+    curvature: Tensor  # [R,26,26] covariance of the head's weights by the curvature alone, before the temperature
     heads: Tensor  # [M,C,R] scores of the heads of the ensemble
     train: list[RankingEvent]
     validation: list[RankingEvent]
@@ -158,9 +161,9 @@ def learn(cfg: Config, world: World, parts: Sequence[Indices], encode: TextEncod
         for k, (part, overlap) in enumerate(zip(parts, (cfg.overlap, cfg.overlap, 0.0), strict=True))
     ]
     settings = reward_model.Config()
-    model = RewardModel(load_matcher(SHIPPED["reward"]), DIMS, encode, most_clips=CLIPS).eval()
+    model = RewardModel(load_matcher(SHIPPED["reward"]), load_quality(QUALITY["reward"]), DIMS, encode, most_clips=CLIPS).eval()
     fit_standard(model, world.inputs[clips_of(parts[0]).ravel()])
-    x = model.standardised(world.inputs)  # [C,25]
+    x = model.standardised(world.inputs)  # [C,26]
     train, validation = (table_of(x, events) for events in by_part[:2])
     with torch.no_grad():
         model.log_tie.copy_(start_log_tie([train], CLIPS))
@@ -190,11 +193,11 @@ def bootstrapped(settings: reward_model.Config, model: RewardModel, train: Table
 
 
 def curvature_alone(settings: reward_model.Config, model: RewardModel, train: Table) -> Tensor:
-    """Laplace's covariance, as if the weighted likelihood were a likelihood, [R,25,25]."""
+    """Laplace's covariance, as if the weighted likelihood were a likelihood, [R,26,26]."""
     precision, found = prior_precision(*penalty_of(settings, model)), []
     for r in range(len(DIMS)):
         mine = train.dim == r
-        rows = train.inputs.double()[train.index[mine]]  # [E,K,25]
+        rows = train.inputs.double()[train.index[mine]]  # [E,K,26]
         _, _, curve = derivatives(rows @ model.head.weight[r].detach().double(), train.ranks[mine], model.log_tie[r].detach().double())
         found.append(torch.linalg.inv(precision + torch.einsum("e,ekd,ekl,elf->df", train.weight[mine].double(), rows, curve, rows)))
     return torch.stack(found)

@@ -1,6 +1,6 @@
 """Which clips to rank next: how many rankings do chosen tasks save against random ones, for the same accuracy on held-out prompts?
 
-A pool is drawn first and is the same for every method and seed: clips of the built-in world, right or with up to three attributes wrong, some blurred or flashing, each with the 25
+A pool is drawn first and is the same for every method and seed: clips of the built-in world, right or with up to three attributes wrong, some blurred or flashing, each with the 26
 inputs of the reward model. The simulated labelers of `recipes/shapes/labelers.py` rank. All methods of a seed begin with the same few random rankings and add as many a round;
 a share of every round, the floor, is drawn at random also where the rest is chosen, and counts. What is learned is a linear score (`reward/selection.py`). The truth it is held
 against is what the panel prefers on average, without noise and habits, on prompts that nobody ranked.
@@ -23,11 +23,12 @@ from torch import Tensor
 
 from align.config import Count, Positive, Share
 from base_model.errors import UserError
-from recipes.bench._pool import kept_pool, perception_of, pool_settings
+from recipes.bench._people import panel_worth, perceived
+from recipes.bench._pool import kept_pool, pool_settings
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.shapes.eye import Perception
-from recipes.shapes.labelers import REWARD_PANEL, rank, utility
+from recipes.shapes.labelers import REWARD_PANEL, rank
 from reward.ranking import pair_outcomes, tie_parameter
 from reward.selection import METHODS, Candidate, Given, Method, Mix, best_first, laplace_posterior, next_tasks, prior
 
@@ -78,7 +79,7 @@ class Config(Bench):
 class Pool:
     """C clips of P prompts, as many a prompt; those of the last prompts are held out."""
 
-    inputs: Tensor  # [C,25] standardised on the clips that may be ranked
+    inputs: Tensor  # [C,26] standardised on the clips that may be ranked
     perception: Perception  # of C clips
     clips: int  # a prompt
     ranked: int  # prompts that may be ranked
@@ -88,16 +89,12 @@ class Pool:
         sets = torch.tensor(list(combinations(range(self.clips), k)))
         return (torch.arange(self.ranked)[:, None, None] * self.clips + sets).flatten(0, 1)
 
-    def worth(self) -> Array:
-        """What the panel thinks of every clip, on average, before noise and habits [C]."""
-        return np.mean([utility(person, self.perception) for person in REWARD_PANEL], axis=0)
-
     def held_out_pairs(self) -> tuple[Tensor, Array]:
         """Pairs of clips of held-out prompts that are not close [P,2], and which is better [P]: +1 the first, -1 the second."""
         sets = torch.tensor(list(combinations(range(self.clips), 2)))
         first = torch.arange(self.ranked, len(self.inputs) // self.clips)[:, None, None] * self.clips
         pairs = (first + sets).flatten(0, 1)
-        worth = self.worth()[pairs.numpy()]  # [P,2]
+        worth = panel_worth(REWARD_PANEL, self.perception)[pairs.numpy()]  # [P,2]
         difference = worth[:, 0] - worth[:, 1]
         decided = np.abs(difference) >= CLOSE
         return pairs[torch.from_numpy(decided)], np.sign(difference[decided])
@@ -107,7 +104,7 @@ def pool_of(inputs: Tensor, seen: Tensor, clips: int, ranked: int) -> Pool:
     """Out of what `make_pool` says."""
     known = inputs[: ranked * clips]
     standard = ((inputs - known.mean(0)) / known.std(0).clamp(min=1e-4)).clamp(-3, 3)
-    return Pool(standard.double(), perception_of(seen), clips, ranked)
+    return Pool(standard.double(), perceived(seen), clips, ranked)
 
 
 def the_pool(cfg: Config, out: Path) -> Pool:

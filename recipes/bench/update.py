@@ -39,6 +39,7 @@ from recipes.memory import PeakMemory
 from reward.matcher import Matcher
 from reward.mixture import Mixture
 from reward.model import RewardModel, load_reward_model
+from reward.quality import Quality
 
 Recipe = Literal["ddpo", "grpo"]
 PHASES = ("rollout", "decode", "reward", "update")
@@ -177,7 +178,7 @@ def run_updates(cfg: Config, recipe: Recipe, reward: Mixture, out: Path) -> Meas
 
 def measure(cfg: Config) -> list[Row]:
     """One row a recipe."""
-    reward = standardised(load_reward_model(cfg.reward, TextEncoder()) if cfg.reward else RewardModel(Matcher(), ("overall",), TextEncoder()).eval(), 0.5)
+    reward = standardised(load_reward_model(cfg.reward, TextEncoder()) if cfg.reward else RewardModel(Matcher(), Quality(), ("overall",), TextEncoder()).eval(), 0.5)
     found: dict[Recipe, list[Measured]] = {recipe: [] for recipe in cfg.recipes}
     with Progress("update", total=cfg.rounds * len(found)) as progress:
         for _ in range(cfg.rounds):

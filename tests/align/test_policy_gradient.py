@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from align.kernels import Ancestral, Gaussian
+from align.critic import gae
+from align.kernels import CPS, Ancestral, FlowSDE, Gaussian, Kernel, kappa
 from align.objectives import Loss
-from align.objectives.policy_gradient import kl_penalty, ppo_clip
-from align.trajectory import rollout, transition
+from align.objectives.policy_gradient import kl_mask, kl_penalty, ppo_clip, score_function, step_rewards
+from align.objectives.regression import clip_error
+from align.trajectory import finish, replay, rollout
 from base_model.paths import Path
-from tests.worlds import PATHS, GaussianModel, GaussianWorld, affine, ancestral_rule, conditions
+from base_model.times import sampling_times
+from tests.worlds import PATHS, GaussianModel, GaussianWorld, Rule, affine, ancestral_rule, conditions, cps_rule, flow_noise, reward_gradient, sde_rule
 
 
 def vector(*values: float) -> torch.Tensor:
@@ -73,8 +76,124 @@ def test_approx_kl_estimates_the_exact_kl_per_element() -> None:
 
 
 def test_a_clip_range_that_is_not_positive_is_refused() -> None:
-    with pytest.raises(ValueError, match="clip_range"):
-        ppo_clip(vector(0), vector(0), vector(1), 0.0)
+    for odd in (0.0, -1.0):
+        with pytest.raises(ValueError, match="clip_range"):
+            ppo_clip(vector(0), vector(0), vector(1), odd)
+        with pytest.raises(ValueError, match="threshold"):
+            kl_mask(vector(0), vector(0), vector(0), vector(1), odd)
+
+
+def test_only_the_policy_gets_a_gradient() -> None:
+    def leaves(n: int) -> list[torch.Tensor]:
+        return [vector(0.1, -0.2).requires_grad_() for _ in range(n)]
+
+    score, clip, mask = leaves(3), leaves(4), leaves(5)
+    score_function(score[0], score[1], weight=score[2]).value.backward()
+    ppo_clip(clip[0], clip[1], clip[2], 0.5, weight=clip[3]).value.backward()
+    kl_mask(mask[0], mask[1], mask[2], mask[3], 1.0, weight=mask[4]).value.backward()
+    for inputs in (score, clip, mask):
+        assert inputs[0].grad is not None and all(each.grad is None for each in inputs[1:])
+    kl, weight = leaves(2)
+    kl_penalty(kl, 2.0, weight=weight).backward()
+    assert kl.grad is not None and weight.grad is None
+
+
+def test_the_share_that_is_clipped_is_counted_by_the_distance_from_one() -> None:
+    ratio = vector(1.1, 0.9, 1.04, 0.96, 1.3)
+    stats = ppo_clip(ratio.log(), torch.zeros(5).double(), torch.ones(5).double(), 0.05).stats
+    assert float(stats["policy/clip_share"]) == pytest.approx(0.6)
+    assert float(ppo_clip(vector(1.0).log(), vector(0), vector(1), 1e-9).stats["policy/clip_share"]) == 0
+
+
+def test_the_score_function_by_hand_and_its_gradient_is_that_of_the_ratio_before_any_update() -> None:
+    log_prob, advantage, weight = vector(-0.5, 2.0).requires_grad_(), vector(3, -1), vector(1, 10)
+    loss = score_function(log_prob, advantage, weight=weight)
+    assert float(loss.value.detach()) == pytest.approx((3 * 0.5 + 10 * 2.0) / 2) and float(loss.stats["policy/loss"]) == float(loss.value.detach())
+    assert torch.autograd.gradcheck(lambda x: score_function(x, advantage, weight=weight).value, log_prob)
+    loss.value.backward()
+    again = log_prob.detach().clone().requires_grad_()
+    ppo_clip(again, again.detach(), advantage, 1e-4, weight=weight).value.backward()
+    assert_close(log_prob.grad, again.grad, atol=1e-15, rtol=0)
+    assert float(score_function(vector(-0.5, 2.0), advantage).value) == pytest.approx(1.75)
+
+
+def test_the_score_function_masks_what_is_not_valid_also_where_it_is_nan() -> None:
+    log_prob = vector(0.1, float("nan"), -0.2).requires_grad_()
+    loss = score_function(log_prob, vector(1, float("nan"), -1), valid=torch.tensor([True, False, True]))
+    loss.value.backward()
+    assert float(loss.value.detach()) == pytest.approx(-0.15) and log_prob.grad is not None and log_prob.grad.tolist() == [-0.5, 0, 0.5]
+
+
+def test_an_endless_clip_range_is_plain_importance_sampling() -> None:
+    ratio, advantage = vector(0.01, 40.0), vector(-1, 2)
+    loss = ppo_clip(ratio.log(), vector(0, 0), advantage, math.inf)
+    assert float(loss.value) == pytest.approx((0.01 - 80) / 2) and float(loss.stats["policy/clip_share"]) == 0
+
+
+KL_CASES = [  # ratio, advantage, kl, whether the mask stops it
+    (1.5, 1.0, 0.2, True),
+    (1.5, -1.0, 0.2, False),
+    (0.5, -1.0, 0.2, True),
+    (0.5, 1.0, 0.2, False),
+    (1.5, 1.0, 0.05, False),
+    (0.5, -1.0, 0.1, False),
+    (0.5, -1.0, 0.11, True),
+    (1.0, 1.0, 0.2, False),
+    (1.5, 0.0, 0.2, False),
+    (1.5, 1.0, math.nan, True),
+]
+
+
+def test_the_kl_mask_stops_only_what_is_outside_and_leads_further() -> None:
+    ratio, advantage, kl, stopped = (torch.tensor(column, dtype=torch.float64) for column in zip(*KL_CASES, strict=True))
+    log_prob = ratio.log().requires_grad_()
+    loss = kl_mask(log_prob, torch.zeros(10).double(), kl, advantage, 0.1, weight=torch.arange(1.0, 11.0).double())
+    loss.value.backward()
+    assert log_prob.grad is not None
+    want = -advantage * ratio * (stopped == 0) * torch.arange(1, 11) / 10
+    assert_close(log_prob.grad, want, atol=1e-15, rtol=0)
+    assert float(loss.value.detach()) == pytest.approx(float(want.sum()))
+    assert float(loss.stats["policy/masked_share"]) == pytest.approx(4 / 10) and float(loss.stats["policy/ratio"]) == pytest.approx(float(ratio.mean()))
+    assert not any(stat.requires_grad for stat in loss.stats.values())
+
+
+def test_the_kl_mask_by_hand_on_two_numbers_and_against_finite_differences() -> None:
+    log_prob, old, kl, advantage = vector(0.2, -0.1).requires_grad_(), vector(0, 0), vector(0.05, 0.3), vector(1, 2)
+    loss = kl_mask(log_prob, old, kl, advantage, 0.1)
+    assert float(loss.value.detach()) == pytest.approx(-(math.exp(0.2) + 2 * math.exp(-0.1)) / 2)
+    assert float(loss.stats["policy/kl"]) == pytest.approx(0.175) and float(loss.stats["policy/loss"]) == float(loss.value.detach())
+    assert torch.autograd.gradcheck(lambda x: kl_mask(x, old, kl, advantage, 0.1).value, log_prob)
+    valid = torch.tensor([True, False])
+    masked = kl_mask(vector(0.2, float("nan")), old, vector(0.05, float("nan")), vector(1, float("nan")), 0.1, valid=valid)
+    assert float(masked.value) == pytest.approx(-math.exp(0.2)) and float(masked.stats["policy/kl"]) == pytest.approx(0.05)
+    assert float(masked.stats["policy/masked_share"]) == 0
+
+
+def test_a_policy_inside_the_region_has_the_same_gradient_under_clip_and_mask() -> None:
+    advantage, old = vector(1, -1, 2), vector(0, 0, 0)
+    one, two = vector(0.01, -0.02, 0.0).requires_grad_(), vector(0.01, -0.02, 0.0).requires_grad_()
+    ppo_clip(one, old, advantage, 0.5).value.backward()
+    kl_mask(two, old, vector(0, 0, 0), advantage, 1e-5).value.backward()
+    assert_close(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("kernel", [Ancestral(0.7), FlowSDE(0.7), CPS(0.5)], ids=lambda kernel: type(kernel).__name__)
+def test_the_kl_in_velocity_space_is_two_over_kappa_squared_of_that_of_the_step(path: Path, kernel: Ancestral) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, u, other = (torch.randn(3, 2, 2, 4, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    t, s = path.t_max * vector(0.9, 0.5, 0.3), path.t_max * vector(0.7, 0.4, 0.1)
+    in_x = kernel(path, x, u, t, s).kl(kernel(path, x, other, t, s))
+    assert_close(clip_error(u, other).double(), 2 * in_x / kappa(kernel, path, t, s).square(), atol=0, rtol=1e-5)
+
+
+def test_the_kl_in_the_reward_is_paid_at_each_step_and_the_reward_comes_at_the_last() -> None:
+    kl = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], requires_grad=True)
+    got = step_rewards(torch.tensor([1.0, float("nan")]), kl, 2.0)
+    assert_close(got, torch.tensor([[-0.2, -0.4], [-0.6, -0.8], [0.0, float("nan")]]), equal_nan=True)
+    assert not got.requires_grad
+    assert step_rewards(torch.tensor([1.0]), torch.tensor([[0.25]]), 2.0).tolist() == [[0.5]]
+    assert float(step_rewards(torch.tensor([1.0]), torch.tensor([[0.1], [0.2]]), 0.5).sum()) == pytest.approx(1 - 0.15)
 
 
 def test_a_loss_adds_named_terms_and_refuses_a_name_twice() -> None:
@@ -88,40 +207,115 @@ def test_a_loss_adds_named_terms_and_refuses_a_name_twice() -> None:
         loss.plus("kl", kl.sum())
 
 
+KERNELS: list[tuple[Kernel, Rule]] = [(Ancestral(1.0), ancestral_rule(1.0)), (FlowSDE(0.9), sde_rule(flow_noise(0.9))), (CPS(0.5), cps_rule(0.5))]
+
+
+def estimates(world: GaussianWorld, kernel: Kernel, times: list[float], noisy: list[int], *, batches: int = 25, clips: int = 2_000) -> torch.Tensor:
+    """The policy gradient of E[-(x0 - 1)^2] with respect to a constant added to the velocity, by the recipes' own functions: [batches, (noisy steps, pathwise)]."""
+    model, found = _Vectorised(GaussianModel(world)), []
+    for batch in range(batches):
+        g = torch.Generator().manual_seed(batch)
+        x = torch.randn(clips, 1, 1, 1, 2, generator=g, dtype=torch.float64)
+        trajectory = rollout(model, kernel, x, torch.tensor(times, dtype=torch.float64), conditions(clips), noise=g, stochastic=noisy, dtype=torch.float64)
+        reward = -(trajectory.x0 - 1).square().flatten(1).mean(1)
+        score = 0.0
+        for step in trajectory.steps():
+            gaussian = replay(model, kernel, step, trajectory.cond)
+            loss = ppo_clip(gaussian.log_prob(step.x_next), step.log_prob, reward - reward.mean(), 1e-4).value * gaussian.elements
+            score -= float(torch.autograd.grad(loss, model.network.value)[0])
+        again = -(finish(model, trajectory) - 1).square().mean()
+        found.append([score * clips / (clips - 1), float(torch.autograd.grad(again, model.network.value)[0])])  # the batch's own mean as baseline takes one clip's share
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize(("kernel", "rule"), KERNELS, ids=lambda case: str(case) if not callable(case) or hasattr(case, "__dict__") else "")
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
-def test_the_policy_gradient_is_unbiased_up_to_the_deterministic_last_step(path: Path) -> None:
-    """Reward = mean of the finished clip; the policy is a constant added to the exact velocity.
+def test_the_policy_gradient_of_a_whole_trajectory_and_the_pathwise_term_are_the_exact_gradient(path: Path, kernel: Kernel, rule: Rule) -> None:
+    """The sampler is affine and the reward quadratic, so the gradient of the expected reward is a closed form, step by step."""
+    world, noisy = GaussianWorld(path), [0, 1, 2]
+    times = world.grid(4)
+    by_step = reward_gradient(world, rule, times, noisy)
+    found = estimates(world, kernel, times, noisy)
+    mean, error = found.mean(0), found.std(0) / len(found) ** 0.5
+    whole, error_of_whole = float(found.sum(1).mean()), float(found.sum(1).std() / len(found) ** 0.5)
+    print(f"noisy steps {float(mean[0]):.4f} +- {float(error[0]):.4f} (exact {sum(by_step[:-1]):.4f}), last step {float(mean[1]):.4f} (exact {by_step[-1]:.4f})")
+    assert abs(float(mean[0]) - sum(by_step[:-1])) < 4 * float(error[0]) and float(error[0]) < 0.02 * abs(sum(by_step))
+    assert abs(float(mean[1]) - by_step[-1]) < 4 * float(error[1]) + 1e-6 and float(error[1]) < 0.01 * abs(sum(by_step))
+    assert abs(whole - sum(by_step)) < 4 * error_of_whole
+    assert abs(by_step[-1]) > 0.05 * abs(sum(by_step)), "the pathwise term is not negligible here"
 
-    The sampler is affine, so dE[reward]/d shift is a closed form: each step adds d mean / d shift, carried on by the later steps' slopes. The estimator
-    must find the noisy steps' part of it; the last, deterministic step's part is what every flow RL code leaves out.
-    """
-    world, kernel, num_steps, n = GaussianWorld(path), Ancestral(1.0), 4, 40_000
-    times = world.grid(num_steps)
-    rule = ancestral_rule(1.0)
-    carried, exact = 1.0, []
-    for t, s in reversed(list(itertools.pairwise(times))):
+
+def one_step_default(times: list[float], first: int) -> tuple[float, float]:
+    """What one noisy step of the first `first` finds of the exact gradient: its share, times `first`; cosine with it where every step has a parameter of its own."""
+    gradients = [reward_gradient(GaussianWorld(), sde_rule(flow_noise(0.9)), times, [k]) for k in range(first)]
+    exact = torch.tensor(gradients, dtype=torch.float64).mean(0)
+    found = torch.zeros_like(exact)
+    found[:first] = torch.tensor([gradients[k][k] / first for k in range(first)], dtype=torch.float64)
+    return float(first * found.sum() / exact.sum()), float(torch.cosine_similarity(found, exact, dim=0))
+
+
+def test_the_bias_of_the_one_step_default_is_what_the_readme_says() -> None:
+    """It leaves out how the parameters move the deterministic steps. On the recipes' grid (6 steps, shift 3) most of the gradient is in the last one."""
+    for shift, share, cosine in ((3.0, 0.62, 0.43), (1.0, 1.08, 0.87)):
+        found = one_step_default(sampling_times(GaussianWorld().path, 6, shift=shift).double().tolist(), 5)
+        print(shift, found)
+        assert found == pytest.approx((share, cosine), abs=0.006)
+    times = sampling_times(GaussianWorld().path, 6, shift=3.0).double().tolist()
+    by_step = reward_gradient(GaussianWorld(), ancestral_rule(1.0), times, list(range(5)))
+    assert sum(by_step[:-1]) / sum(by_step) == pytest.approx(0.43, abs=0.005), "with noise in all steps but the last"
+
+
+def test_one_noisy_step_estimates_its_own_part_and_the_pathwise_term_the_steps_behind_it() -> None:
+    world = GaussianWorld()
+    times = world.grid(4)
+    by_step = reward_gradient(world, sde_rule(flow_noise(0.9)), times, [1])
+    found = estimates(world, FlowSDE(0.9), times, [1])
+    mean, error = found.mean(0), found.std(0) / len(found) ** 0.5
+    print(mean.tolist(), error.tolist(), by_step)
+    assert abs(float(mean[0]) - by_step[1]) < 4 * float(error[0]) and float(error[0]) < 0.1 * abs(by_step[1])
+    assert abs(float(mean[1]) - sum(by_step[2:])) < 4 * float(error[1])
+    assert abs(by_step[0]) > 0.01, "what moves the step before the noise is in neither"
+
+
+def test_a_perfect_critic_leaves_the_gradient_unbiased_and_makes_it_far_less_noisy() -> None:
+    """The affine world again, where V_k(x) = E[reward | x_k] is a closed form. GAE with lambda 0 finds the noisy steps' share of the exact gradient, from a quarter
+    of the variance that the reward itself, less its mean, leaves; lambda 1 is that reward less V, unbiased too."""
+    world, kernel, num_steps, n = GaussianWorld(), Ancestral(1.0), 6, 8_000
+    times, rule = world.grid(num_steps), ancestral_rule(1.0)
+    later, carried, exact = (1.0, 0.0), 1.0, 0.0  # reward = slope * mean(x_k) + offset from step k on
+    value = []
+    for k, (t, s) in reversed(list(enumerate(itertools.pairwise(times)))):
+        step_slope, step_offset, _ = affine(world, rule if k < num_steps - 1 else ancestral_rule(0.0), t, s)
         (alpha_t, sigma_t), (d_alpha, d_sigma) = world.coefficients(t), world.slopes(t)
-        # x = alpha x0 + sigma eps and u = alpha' x0 + sigma' eps, solved for d(x0, eps) / d u by Cramer's rule
-        determinant = alpha_t * d_sigma - sigma_t * d_alpha
         c_x0, c_eps, _, _ = rule(world, t, s)
-        exact.append(carried * (c_x0 * -sigma_t + c_eps * alpha_t) / determinant)
-        carried *= affine(world, rule, t, s)[0]
-    last, noisy = exact[0], sum(exact[1:])
+        if k < num_steps - 1:
+            exact += carried * (c_x0 * -sigma_t + c_eps * alpha_t) / (alpha_t * d_sigma - sigma_t * d_alpha)
+        later = later[0] * step_slope, later[0] * step_offset + later[1]
+        carried *= step_slope
+        value.insert(0, later)
 
-    model, g = GaussianModel(world), torch.Generator().manual_seed(0)
-    x = torch.randn(n, 1, 1, 1, 2, generator=g, dtype=torch.float64)
-    model_batch = _Vectorised(model)
-    trajectory = rollout(model_batch, kernel, x, torch.tensor(times, dtype=torch.float64), conditions(n), noise=g, dtype=torch.float64)
-    reward = trajectory.x0.flatten(1).mean(1)
-    per_clip = torch.zeros(n, dtype=torch.float64)
-    for step in trajectory.steps():
-        gaussian = transition(model_batch, kernel, step.x, step.t, step.s, trajectory.cond)
-        total = ppo_clip(gaussian.log_prob(step.x_next), step.log_prob, reward - reward.mean(), 1e-4).value * gaussian.elements
-        per_clip[0] -= torch.autograd.grad(total, model.network.value)[0]
-    estimate = float(per_clip[0])
-    print(f"estimate {estimate:.4f}; exact: noisy steps {noisy:.4f}, deterministic last step {last:.4f}")
-    assert estimate == pytest.approx(noisy, abs=0.02 * abs(noisy) + 0.01)
-    assert abs(last) > 0.05
+    model, g = _Vectorised(GaussianModel(world)), torch.Generator().manual_seed(0)
+    x = torch.randn(n, 1, 1, 1, 1, generator=g, dtype=torch.float64)
+    trajectory = rollout(model, kernel, x, torch.tensor(times, dtype=torch.float64), conditions(n), noise=g, dtype=torch.float64)
+    reward, steps = trajectory.x0.flatten(1).mean(1), trajectory.steps()
+    values = torch.stack([a * step.x.flatten(1).mean(1) + b for step, (a, b) in zip(steps, value, strict=False)])  # [K,B]
+    rewards = step_rewards(reward, torch.zeros(len(steps), n), 0.0)
+
+    def per_clip(advantages: torch.Tensor) -> torch.Tensor:
+        """Gradient of each clip's sum over steps of A log p with respect to the shift, [B]."""
+        total = torch.zeros(n, dtype=torch.float64)
+        for advantage, step in zip(advantages, steps, strict=True):
+            shift = torch.zeros(n, 1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+            u = model(step.x, step.t, trajectory.cond) + shift
+            log_prob = kernel(world.path, step.x, u, step.t, step.s).log_prob(step.x_next)
+            total += advantage * torch.autograd.grad(log_prob.sum(), shift)[0].flatten()
+        return total
+
+    plain = per_clip((reward - reward.mean()).expand(len(steps), -1))
+    for lam, share in ((0.0, 0.3), (1.0, 0.8)):
+        got = per_clip(gae(rewards, values, lam=lam).advantage)
+        print(f"lambda {lam}: {float(got.mean()):.4f}, exact {exact:.4f}; variance {float(got.var()):.3f} of {float(plain.var()):.3f}")
+        assert float(got.mean()) == pytest.approx(exact, abs=4 * float(got.std()) / n**0.5) and float(got.var()) < share * float(plain.var())
 
 
 class _Vectorised(GaussianModel):

@@ -31,6 +31,7 @@ def test_the_first_ratio_must_be_exactly_one_in_the_same_batches_and_a_millionth
 def test_some_prompt_must_have_different_rewards() -> None:
     assert reward_spread(torch.tensor([1.0, 1.0, 2.0, 4.0]), 2) == pytest.approx(1.0)
     assert reward_spread(torch.tensor([NAN, 1.0, 3.0, NAN, NAN, NAN]), 3) == pytest.approx(1.0)
+    assert reward_spread(torch.tensor([1.0, 9.0, 3.0, NAN, 9.0]), torch.tensor([4, 7, 4, 4, 7])) == pytest.approx(1.0)
     for flat in ([1.0, 1.0, 2.0, 2.0], [NAN] * 4, [0.1, NAN, 3.0, NAN]):
         with pytest.raises(GuardStop, match="no prompt has two clips") as stop:
             reward_spread(torch.tensor(flat), 2)

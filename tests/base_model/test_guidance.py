@@ -64,6 +64,26 @@ def test_a_scale_of_one_is_the_model_itself_and_costs_no_second_pass(scale: floa
     assert torch.equal(after, before) == (scale == 1.0)
 
 
+def test_the_pass_without_prompt_is_trained_or_not_and_its_prompt_encoded_once() -> None:
+    model = small_model()
+    x, t, cond = inputs(model)
+    asked: list[list[str]] = []
+    encode, model.encode_text = model.encode_text, lambda prompts: (asked.append(list(prompts)), encode(prompts))[1]  # type: ignore[method-assign]
+    both, one = Guided(model, 3.0), Guided(model, 3.0, train_empty=False)
+    values, gradients = [], []
+    for guided in (both, one):
+        u = guided(x, t, cond)
+        guided(x, t, cond)
+        values.append(u.detach())
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(u.square().mean(), list(model.network.parameters()), allow_unused=True) if g is not None]))
+    assert torch.equal(values[0], values[1]) and asked == [[""], [""]]
+    prompted = model(x, t, cond)
+    empty = model(x, t, model.encode_text([""]).repeat(2)).detach()
+    want = torch.autograd.grad((empty + 3.0 * (prompted - empty)).square().mean(), list(model.network.parameters()), allow_unused=True)
+    torch.testing.assert_close(gradients[1], torch.cat([g.flatten() for g in want if g is not None]), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(gradients[0], gradients[1], rtol=0.1)
+
+
 def test_a_guided_model_is_a_video_model_with_the_same_parts() -> None:
     model = small_model()
     guided, video = Guided(model, 2.0), torch.rand(1, 5, 3, 8, 8)

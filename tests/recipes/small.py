@@ -12,6 +12,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_codec, save_network
 from reward.matcher import Matcher
 from reward.model import RewardModel, save_reward_model
+from reward.quality import Quality
 from reward.types import Scores
 
 
@@ -33,7 +34,7 @@ def save_small_network(path: Path, seed: int = 0) -> Path:
 def save_small_reward_model(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    save_reward_model(folder, RewardModel(Matcher(), ("overall",), TextEncoder()), {})
+    save_reward_model(folder, RewardModel(Matcher(), Quality(), ("overall",), TextEncoder()), {})
     return folder
 
 

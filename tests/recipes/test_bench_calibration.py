@@ -86,7 +86,7 @@ def test_pairs_are_those_of_one_prompt_or_of_two() -> None:
 
 def test_both_pools_are_made_once_and_sampled_clips_differ_by_their_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {source: _pool.kept_pool(tmp_path, source, 3, 4) for source in ("drawn", "sampled")}
-    assert all(pool["inputs"].shape == (12, 25) and pool["seen"].shape == (12, 11) and torch.isfinite(pool["inputs"]).all() for pool in found.values())
+    assert all(pool["inputs"].shape == (12, 26) and pool["seen"].shape == (12, 11) and torch.isfinite(pool["inputs"]).all() for pool in found.values())
     assert len(found["sampled"]["inputs"].unique(dim=0)) == 12 and not torch.equal(found["sampled"]["inputs"], found["drawn"]["inputs"])
     monkeypatch.setattr(_pool, "make_pool", lambda *_: pytest.fail("it is kept"))
     assert torch.equal(_pool.kept_pool(tmp_path, "sampled", 3, 4)["inputs"], found["sampled"]["inputs"])

@@ -14,7 +14,9 @@ from align.config import load
 from base_model.errors import UserError
 from recipes import cli
 from recipes.bench import _pool, selection
+from recipes.bench._people import panel_worth
 from recipes.shapes.labelers import REWARD_PANEL, utility
+from reward.model import INPUTS
 from reward.selection import METHODS, Given
 
 TOY = ["--prompts", "6", "--held_out", "5", "--clips", "4", "--sizes", "[2]", "--rankings", "[24, 24]", "--candidates", "20", "--seeds", "[0, 1]"]
@@ -46,10 +48,10 @@ def test_the_quick_form_gives_flat_rows_of_every_method(capsys: pytest.CaptureFi
 
 def test_the_pool_is_fixed_and_its_held_out_prompts_are_never_ranked(pool: selection.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = selection.the_pool(config("--seeds", "[7]", "--methods", "[random]"), tmp_path)
-    assert torch.equal(again.inputs, pool.inputs) and np.array_equal(again.worth(), pool.worth())
+    assert torch.equal(again.inputs, pool.inputs) and np.array_equal(*(panel_worth(REWARD_PANEL, each.perception) for each in (again, pool)))
     monkeypatch.setattr(_pool, "make_pool", lambda *_: pytest.fail("it is kept"))
     assert torch.equal(selection.the_pool(config(), tmp_path).inputs, pool.inputs)
-    assert pool.inputs.shape == (44, 25) and torch.isfinite(pool.inputs).all() and pool.inputs.abs().max() <= 3
+    assert pool.inputs.shape == (44, len(INPUTS)) and torch.isfinite(pool.inputs).all() and pool.inputs.abs().max() <= 3
     tasks, (pairs, truth) = pool.tasks(2), pool.held_out_pairs()
     assert len(tasks) == 6 * 6 and tasks.max() < 24 <= pairs.min() and (tasks[:, 0] // 4 == tasks[:, 1] // 4).all() and (pairs[:, 0] // 4 == pairs[:, 1] // 4).all()
     assert len(pool.tasks(4)) == 6 and set(truth.tolist()) <= {-1.0, 1.0} and len(truth) == len(pairs) > 10

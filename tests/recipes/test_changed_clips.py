@@ -16,7 +16,8 @@ from recipes.changed_clips import drawn_cases, footage_cases, table_of, within_p
 from recipes.shapes.judge import judge
 from recipes.shapes.prompts import make_prompts
 from recipes.shapes.render import DEMO_CLIP
-from reward.metamorphic import CHECKS, Case, Outcome, swap_sides
+from reward.metamorphic import CHECKS, Case, Outcome
+from reward.mirror import swap_sides
 
 
 def test_drawn_clips_show_what_their_prompts_say_and_are_the_same_again() -> None:

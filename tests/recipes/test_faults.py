@@ -153,9 +153,15 @@ def test_a_start_that_failed_leaves_no_run_in_the_way_of_the_corrected_command(c
     words = [command, "--out", str(tmp_path / "out"), "--model", str(network), "--held-out-prompts", "2", "--prompt-pool", "2"]
     fails(capfd, [*words, "--reward", missing], "none.safetensors")
     reward = ["--reward", str(save_small_reward_model(tmp_path / "reward"))]
-    if command != "nft":
+    if command == "nft":
+        fails(capfd, [*words, *reward, "--sampler.guidance", "3"], "sampler.guidance")
+    else:
         fails(capfd, [*words, *reward, "--sampler.steps", "1"], "steps")
-    fails(capfd, [*words, *reward, "--sampler.guidance", "3"], "sampler.guidance")
+    if command == "grpo":
+        fails(capfd, [*words, *reward, "--policy.window", "random", "--policy.width", "9"], "policy.window", "policy.width")
+        fails(capfd, [*words, *reward, "--policy.kernel", "ancestral", "--policy.noise-level", "2"], "policy.kernel", "eta must be in [0, 1]")
+        fails(capfd, [*words, *reward, "--policy.keep", "1"], "policy.keep")
+        fails(capfd, [*words, *reward, "--policy.window", "sliding", "--policy.width", "4", "--policy.first-steps", "3"], "does not fit the first 3 of 6 steps")
     assert not (tmp_path / "out").exists()
 
 

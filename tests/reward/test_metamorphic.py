@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reward.metamorphic import CHECKS, Case, blurred, frozen, gridded, mirrored, moves, oversaturated, reencoded, reversed_in_time, run_checks, shuffled, swap_sides
+from reward.metamorphic import CHECKS, Case, blurred, coloured, frozen, gridded, mirrored, moves, oversaturated, reencoded, reversed_in_time, run_checks, shuffled
+from reward.mirror import swap_sides
 from reward.types import Scores
 
 
@@ -168,7 +169,14 @@ def test_mirroring_twice_and_freezing_and_blurring_by_hand() -> None:
     torch.testing.assert_close(blurred(flat)[0], flat.video)
     assert gridded(flat)[0][0, 0, 8, 8] == pytest.approx(0.3 + 2 / 6) and gridded(flat)[0][0, 0, 1, 1] == pytest.approx(0.3)
     colored = Case("a", torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1).expand(2, 3, 8, 8), "p", 8.0)
-    assert oversaturated(colored)[0][0, :, 0, 0].tolist() == pytest.approx([0.7, 0.4, 0.1])
+    more = oversaturated(colored)
+    assert more is not None and more[0][0, :, 0, 0].tolist() == pytest.approx([0.7, 0.4, 0.1])
+
+
+def test_nothing_is_asked_of_colour_where_there_is_none() -> None:
+    grey = Case("a", torch.rand(3, 1, 16, 16).expand(3, 3, 16, 16), "a rock", 8.0)
+    assert not coloured(grey.video) and oversaturated(grey) is None
+    assert all(coloured(case.video) for case in cases())
 
 
 def test_a_dimension_without_a_spread_is_refused() -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from base_model.errors import UserError
 from base_model.types import Conditioning
-from reward.features import SIGNALS, signal_features
+from reward.features import SIGNALS, signal_features, subsampled_chroma
 from reward.matcher import Matcher, MatcherSize, load_matcher, save_matcher
-from reward.model import INPUTS, RewardModel, load_reward_model, save_reward_model
+from reward.model import INPUTS, INTACT, RewardModel, load_reward_model, save_reward_model
+from reward.quality import Quality
 from reward.ranking import davidson_luce
 from reward.types import Scorer
 
@@ -31,7 +32,7 @@ def encode(prompts: Sequence[str]) -> Conditioning:
 
 def small_model(dims: tuple[str, ...] = ("overall",)) -> RewardModel:
     torch.manual_seed(0)
-    return RewardModel(Matcher(SMALL), dims, encode).eval()
+    return RewardModel(Matcher(SMALL), Quality(), dims, encode).eval()
 
 
 def clips(batch: int = 3, frames: int = 5, height: int = 16, width: int = 16) -> Tensor:
@@ -70,6 +71,40 @@ def test_blur_lowers_sharpness_noise_raises_noise_and_a_grid_shows() -> None:
     grid = plain.clone()
     grid[..., ::8] = 1.0
     assert signal(grid, "grid") > 5 * abs(signal(plain, "grid"))
+
+
+def test_subsampled_chroma_keeps_brightness_and_flat_colours_and_blurs_colour_by_two_pixels() -> None:
+    grey = clips(1)[:, :, :1].expand(-1, -1, 3, -1, -1)
+    torch.testing.assert_close(subsampled_chroma(grey), grey)
+    flat = torch.tensor([0.7, 0.3, 0.2]).view(1, 1, 3, 1, 1).expand(1, 2, 3, 9, 11)
+    torch.testing.assert_close(subsampled_chroma(flat), flat)
+    luma = torch.tensor([0.299, 0.587, 0.114])
+    colors = torch.stack([torch.tensor([0.6, 0.5, 0.4]), torch.tensor([0.4, 0.5, 0.6])])  # two colours in turn, pixel by pixel
+    fine = colors[torch.arange(16) % 2].T.view(1, 1, 3, 1, 16).expand(1, 2, 3, 16, 16)
+    seen = subsampled_chroma(fine)
+    torch.testing.assert_close(torch.einsum("btchw,c->bthw", seen, luma), torch.einsum("btchw,c->bthw", fine, luma))
+    chroma = seen - torch.einsum("btchw,c->bthw", seen, luma)[:, :, None]
+    torch.testing.assert_close(chroma[..., 1:], chroma[..., :-1])  # the mean of both colours
+
+
+def test_a_mirrored_clip_under_the_mirrored_prompt_scores_the_same() -> None:
+    model, video = small_model(), clips(2, 5, 16, 24)
+    with torch.no_grad():
+        model.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    scores, mirrored = model(video, ["a disc moves left", "it turns clockwise"]), model(video.flip(-1), ["a disc moves right", "it turns counter-clockwise"])
+    torch.testing.assert_close(scores.mean, mirrored.mean, rtol=0, atol=1e-5)
+    views = [(video, encode(["a disc moves left", "it turns clockwise"])), (video.flip(-1), encode(["a disc moves right", "it turns counter-clockwise"]))]
+    by_hand = torch.stack([model.matcher.parts(subsampled_chroma(clip), cond.text, cond.mask) for clip, cond in views])  # [2,B,3]
+    torch.testing.assert_close(model.inputs(video, ["a disc moves left", "it turns clockwise"])[:, :INTACT], by_hand.mean(0), rtol=0, atol=1e-5)
+    assert (by_hand[0] - by_hand[1]).abs().max() > 1e-5
+
+
+def test_more_is_always_more_even_far_from_the_training_clips_and_a_match_has_an_end() -> None:
+    model = small_model()
+    far = model.standardised(torch.linspace(-50, 50, 101)[:, None].expand(-1, len(INPUTS)))
+    assert (far[:, INTACT:].diff(dim=0) > 0).all() and (far[:, :INTACT].diff(dim=0) >= 0).all()
+    assert far[:, :INTACT].abs().max() <= 2
+    torch.testing.assert_close(model.standardised(torch.full((1, len(INPUTS)), 0.01)), torch.full((1, len(INPUTS)), 0.01), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 16, 24), (13, 32, 32), (25, 48, 24)])
@@ -121,7 +156,7 @@ def doubtful_model(dims: tuple[str, ...] = ("quality", "motion")) -> RewardModel
 def test_the_spread_is_that_of_drawn_weights_and_misfits_and_a_difference_knows_that_weights_are_shared() -> None:
     model, prompts = doubtful_model(), ["red circle", "a blue bar", "x"]
     scores, joint = model(clips(), prompts), model.joint(clips(), prompts)
-    x = model.standardised(model.inputs(clips(), prompts)).double()  # [B,25]
+    x = model.standardised(model.inputs(clips(), prompts)).double()  # [B,26]
     generator = torch.Generator().manual_seed(0)
     for r in range(2):
         root = torch.linalg.cholesky(model.covariance[r].double() + 1e-9 * torch.eye(len(INPUTS), dtype=torch.float64))
@@ -163,7 +198,7 @@ def test_nothing_is_doubted_before_anything_was_fitted_and_gradients_stay_finite
 
 
 def test_the_model_is_small_and_is_a_scorer() -> None:
-    scorer: Scorer = RewardModel(Matcher(), ("overall",), encode)
+    scorer: Scorer = RewardModel(Matcher(), Quality(), ("overall",), encode)
     assert scorer.differentiable and scorer.dims == ("overall",)
     assert sum(p.numel() for p in Matcher().parameters()) <= 620_000
 
