@@ -226,11 +226,7 @@ def outcome(module: str, code: CodeType | None, seconds: int) -> str:
 
 def run(module: str, shard: tuple[int, int], out: Path) -> None:
     """Appends one line a mutant of this shard to `out`, leaving out those that are there. Raises SystemExit where the tests fail without any change."""
-    import numpy  # noqa: F401
-    import pytest  # noqa: F401
-    import torch
-
-    torch.set_num_threads(1)
+    _warm_up()
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     if outcome(module, None, 600) != "survived":
         raise SystemExit(f"the tests of {module} fail as it is: {', '.join(related(module)) or 'it has none'}. Mend them first")
@@ -243,6 +239,18 @@ def run(module: str, shard: tuple[int, int], out: Path) -> None:
         line = {"module": module, "number": number, "of": len(all_of_them), **mutant._replace(code=None)._asdict(), "outcome": found}  # type: ignore[arg-type]
         with out.open("a") as file:
             file.write(json.dumps({key: value for key, value in line.items() if key != "code"}) + "\n")
+
+
+def _warm_up() -> None:
+    """What every test process would import and set up for itself."""
+    import pytest  # noqa: F401
+    import torch
+    import torch.distributions
+    import torch.testing
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+    torch.distributions.Normal(0.0, 1.0).log_prob(torch.zeros(()))
 
 
 def read(out: Path) -> list[dict[str, object]]:
