@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -31,6 +32,7 @@ OBJECTIVES = sorted(f"align/objectives/{path.name}" for path in (ROOT / "align" 
 MODULES = ["align/kernels.py", "align/trajectory.py", "align/windows.py", "align/advantage.py", "align/constraints.py", *OBJECTIVES]
 MORE_TESTS = {"align/kernels.py": ["test_trajectory"], "align/trajectory.py": ["test_policy_gradient"], "align/constraints.py": ["test_advantage"]}
 
+PYTEST = ["-x", "--assert=plain", "--tb=no", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-m", "not slow"]  # nobody reads what they say: quick
 SWAPPED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Add: (ast.Sub,),
     ast.Sub: (ast.Add,),
@@ -217,7 +219,7 @@ def outcome(module: str, code: CodeType | None, seconds: int) -> str:
             sys.meta_path.insert(0, Instead(name, code))
         import pytest
 
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *related(module)])))
+        os._exit(int(pytest.main([*PYTEST, *related(module)])))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if -status in (signal.SIGXCPU, signal.SIGKILL, signal.SIGALRM):
         return "timeout"
@@ -248,9 +250,11 @@ def _warm_up() -> None:
     import torch.distributions
     import torch.testing
 
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(False)
     torch.distributions.Normal(0.0, 1.0).log_prob(torch.zeros(()))
+    gc.freeze()
 
 
 def read(out: Path) -> list[dict[str, object]]:

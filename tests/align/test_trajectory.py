@@ -229,8 +229,16 @@ def test_bad_grids_and_masks_are_refused() -> None:
         rollout(model, ODE(), start(), grid(model.path).flip(0), cond(6), noise=seeded())
     with pytest.raises(ValueError, match="decrease strictly"):
         rollout(model, ODE(), start(), grid(model.path)[:-1], cond(6), noise=seeded())
+    for odd in ([1.0, 0.3, 0.6, 0.0], [1.0, 0.5, 0.5, 0.0]):
+        with pytest.raises(ValueError, match="decrease strictly"):
+            rollout(model, ODE(), start(), torch.tensor(odd), cond(6), noise=seeded())
     with pytest.raises(ValueError, match="stochastic must be"):
         roll(ODE(), stochastic=torch.zeros(3, dtype=torch.bool))
+
+
+def test_noisy_steps_may_be_named_or_masked() -> None:
+    mask = torch.tensor([False, True, False, True, False])
+    assert torch.equal(roll(Ancestral(1.0), stochastic=mask)[1].x0, roll(Ancestral(1.0), stochastic=[1, 3])[1].x0)
 
 
 def branched(kernel: Kernel, stochastic: object, *, G: int = 3, noise: object = None, dtype: torch.dtype = torch.float32) -> tuple[TinyModel, Trajectory, Trajectory]:
