@@ -90,7 +90,7 @@ def test_a_request_that_is_sent_again_is_not_computed_again() -> None:
     gate = threading.Event()
     known = Known(gate)
     with in_thread(server_of(known)) as url:
-        scorer = remote(url, patience=Patience(seconds=0.3, tries=5, wait=0.0))
+        scorer = remote(url, patience=Patience(seconds=0.3, tries=20, wait=0.0))
         threading.Timer(0.5, gate.set).start()
         assert scorer(noise(2).float() / 255, ["a", "b"]).mean.isfinite().all()
     assert known.batches == [(2, 3, 3, 8, 10)]

@@ -131,7 +131,7 @@ def test_without_a_token_a_page_that_names_this_machine_its_own_way_is_turned_do
 
 def test_the_token_is_asked_for_before_a_byte_of_the_body_is_read(known: Known) -> None:
     with in_thread(server_of(known, token=TOKEN)) as url:
-        head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: {TENSORS}\r\nContent-Length: 150000\r\n\r\n"
+        head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: {TENSORS}\r\nContent-Length: 150000\r\n\r\n"
         assert talk(url, head.encode()).startswith(b"HTTP/1.1 401 ")
 
 
@@ -139,9 +139,9 @@ def test_the_token_is_asked_for_before_a_byte_of_the_body_is_read(known: Known) 
 
 
 def talk(url: str, sent: bytes, *, hang_up: bool = False) -> bytes:
-    """What a server answers to these bytes, as long as it says something within half a second."""
+    """What a server answers to these bytes until it hangs up."""
     host, _, port = url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=0.5) as connection:
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(sent)
         if hang_up:
             connection.shutdown(socket.SHUT_WR)
@@ -172,7 +172,7 @@ def test_an_answer_does_not_wait_for_an_acknowledgement(known: Known) -> None:
 def test_a_body_is_counted_whatever_its_length_says(known: Known) -> None:
     body = tensors_body(levels(51), ["a"], FPS)
     head = f"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: {TENSORS}\r\n"
-    with in_thread(server_of(known, body_seconds=0.2)) as url:
+    with in_thread(server_of(known, body_seconds=0.5)) as url:
 
         def status(headers: str, content: bytes, **options: Any) -> bytes:
             return talk(url, f"{head}{headers}\r\n".encode() + content, **options).partition(b"\r\n")[0].partition(b" ")[2]
@@ -222,10 +222,11 @@ def test_sizes_are_not_mixed_and_every_request_gets_its_own() -> None:
 def test_more_requests_than_it_answers_at_once_wait_and_are_told_to_come_back_where_that_takes_too_long() -> None:
     gate = threading.Event()
     with Ask(server_of(Known(gate), requests=2, wait_seconds=0.0, turn_seconds=0.1)) as ask:
-        threading.Timer(0.3, gate.set).start()
+        threading.Timer(1.0, gate.set).start()
         replies = ask(*[clips(levels(1), ["a"])] * 5)
         busy = [reply for reply in replies if reply.status_code == 503]
         assert len(busy) == 3 and all(reply.headers["retry-after"] == "1" and "busy: 2 requests" in errors(reply) for reply in busy)
+    with Ask(server_of(Known(), requests=2, wait_seconds=0.0)) as ask:
         assert {reply.status_code for reply in ask(*[GREY] * 40)} == {200}
 
 
@@ -250,15 +251,14 @@ def test_health_is_what_the_check_finds_looked_at_once_in_a_while() -> None:
         if wrong:
             raise wrong[0]
 
-    with Ask(server_of(Known(), check=check, health_seconds=0.3)) as ask:
+    with Ask(server_of(Known(), check=check, health_seconds=1000)) as ask:
         assert {reply.status_code for reply in ask(*[get("/health")] * 20)} == {200} and len(looked) == 1
         wrong.append(UserError("the model does not give the golden scores\nof its card"))
         assert ask(get("/health"))[0].status_code == 200, "what was found holds for a while"
-        time.sleep(0.3)
+        object.__setattr__(ask.server.settings, "health_seconds", 0)
         (reply,) = ask(get("/health"))
         assert reply.status_code == 503 and reply.json() == {"status": "failed", "reason": "the model does not give the golden scores of its card"}
         wrong[0] = RuntimeError("CUDA\nerror")
-        time.sleep(0.3)
         assert ask(get("/health"))[0].json()["reason"] == "the scorer failed: RuntimeError: CUDA error"
 
 

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import os
-import resource
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
@@ -205,6 +204,30 @@ def film(width: int, height: int, frames: int, codec: str = "libx264", container
     return buffer.getvalue()
 
 
+def growing(small: int, large: int) -> bytes:
+    """VP9 whose frames are small, as its header says, but for the last."""
+    import av
+
+    packets = []
+    for side in (small, small, large):
+        encoder = av.CodecContext.create("libvpx-vp9", "w")
+        encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base, encoder.framerate = side, side, "yuv420p", Fraction(1, 12), Fraction(12)
+        encoder.options = {"deadline": "realtime", "cpu-used": "8"}
+        black = av.VideoFrame(side, side, "yuv420p")
+        for plane in black.planes:
+            plane.update(bytes(plane.buffer_size))
+        black.pts = len(packets)
+        packets += [*encoder.encode(black), *encoder.encode(None)]
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="webm") as out:
+        stream = out.add_stream("libvpx-vp9", rate=Fraction(12))
+        stream.width, stream.height, stream.pix_fmt = small, small, "yuv420p"
+        for packet in packets:
+            packet.stream = stream
+            out.mux(packet)
+    return buffer.getvalue()
+
+
 def lying(whole: bytes, width: int, height: int) -> bytes:
     """An mp4 whose index says that its frames have another size."""
     changed = bytearray(whole)
@@ -221,23 +244,33 @@ def bombs() -> dict[str, bytes]:
     return {
         "large": large,
         "lying": lying(large, 16, 16),
+        "growing": growing(16, 4096),
         "long": film(16, 16, 5000),
+        "nine frames": film(16, 16, 9),
         "vp9": film(2048, 2048, 1, "libvpx-vp9", "webm"),
         "ffv1": film(2048, 2048, 1, "ffv1", "matroska"),
-        "mjpeg": film(16, 16, 2, "mpeg4"),
+        "mpeg4": film(16, 16, 2, "mpeg4"),
     }
 
 
-@pytest.mark.parametrize("name", ["large", "lying", "long", "vp9", "ffv1", "mjpeg"])
-def test_a_bomb_is_not_decoded(bombs: dict[str, bytes], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("large", "frame 1 of 4096x4096 is more than the limit of 8 frames and 8192 pixels"),
+        ("lying", "frame 1 of 4096x4096 is more than the limit"),
+        ("growing", "cannot read the video: Invalid argument after 2 frames"),  # the decoder's own word: it made no room for the third
+        ("long", "frame 9 of 16x16 is more than the limit"),
+        ("nine frames", "frame 9 of 16x16 is more than the limit"),
+        ("vp9", "after 0 frames"),
+        ("ffv1", "after 0 frames"),
+        ("mpeg4", "the clip is encoded as mpeg4"),
+    ],
+)
+def test_a_bomb_is_not_decoded(bombs: dict[str, bytes], name: str, reason: str) -> None:
     content = bombs[name]
     assert len(content) < 100_000
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (clip,) = read_json(body([{"prompt": "a", "mp4": base64.b64encode(content).decode()}]), LIMITS, FPS, ()).clips
-    assert isinstance(clip, Unscored) and "\n" not in clip.reason
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(name, clip.reason, grown)
-    assert grown < 30e6, "a frame of 4096x4096 takes 50 MB as RGB"
+    assert isinstance(clip, Unscored) and reason in clip.reason and "\n" not in clip.reason
 
 
 def test_the_pixels_of_a_request_are_those_of_all_its_clips() -> None:
