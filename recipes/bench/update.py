@@ -32,7 +32,7 @@ from base_model.types import Conditioning
 from recipes import ddpo, grpo
 from recipes.bench._results import Bench, Row, here, spread, write
 from recipes.ddpo import Policy as DDPOPolicy
-from recipes.feedback import Assessment, Assessor, HeldOut, standardised
+from recipes.feedback import Assessment, Assessor, Feedback, HeldOut, standardised
 from recipes.generate import Sampler, safety_runner
 from recipes.grpo import Policy as GRPOPolicy
 from recipes.memory import PeakMemory
@@ -69,7 +69,7 @@ class Config(Bench):
 
 @dataclass
 class Laps:
-    """Seconds of each phase and clips through the network by kind, for every update of one run."""
+    """Seconds of each phase, CPU seconds of all ("cpu") and clips through the network by kind, for every update of one run."""
 
     done: list[dict[str, float]] = field(default_factory=list)
     now: dict[str, float] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Laps:
     adding: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self) -> None:
-        self.now, self.last = {}, time.perf_counter()
+        self.now, self.last = {"cpu": -time.process_time()}, time.perf_counter()
 
     def lap(self, phase: str) -> None:
         """The time since the last lap was spent in `phase`."""
@@ -91,6 +91,7 @@ class Laps:
 
     def end(self) -> None:
         self.lap("update")
+        self.add("cpu", time.process_time())
         self.done.append(self.now)
 
 
@@ -104,7 +105,7 @@ class TimedModel(LatentVideoModel):
         return super().__call__(x_t, t, cond)
 
     def decode(self, x0: Tensor) -> Tensor:
-        self.laps.lap("rollout")
+        self.laps.lap("reward")  # what a latent reward said before
         video = super().decode(x0)  # [B,T,3,H,W]
         self.laps.lap("decode")
         return video
@@ -114,9 +115,9 @@ class TimedModel(LatentVideoModel):
 class TimedAssessor(Assessor):
     laps: Laps = field(default_factory=Laps)
 
-    def __call__(self, video: Tensor, prompts: Sequence[str]) -> Assessment:
-        self.laps.lap("decode")
-        seen = super().__call__(video, prompts)
+    def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None) -> Assessment:
+        self.laps.lap("rollout")
+        seen = super().finished(model, x0, cond, video)
         self.laps.lap("reward")
         return seen
 
@@ -124,7 +125,7 @@ class TimedAssessor(Assessor):
 class TimedRun(Run):
     """A run whose updates end where they are logged."""
 
-    def __init__(self, out: Path, cfg: ddpo.Config | grpo.Config, laps: Laps, metrics: Mapping[str, str]) -> None:
+    def __init__(self, out: Path, cfg: Feedback, laps: Laps, metrics: Mapping[str, str]) -> None:
         super().__init__(out, cfg, seed=cfg.seed, resume=False, metrics=metrics, quiet=True)
         self.laps = laps
 
