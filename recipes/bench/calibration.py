@@ -216,10 +216,10 @@ def doubts(one: Learned, r: int) -> dict[str, Doubt]:
     score, misfit = one.model.head(one.x).detach()[:, r], float(one.model.misfit[r])
     heads = one.heads[:, :, r]  # [M,C]
 
-    def by_weights(covariance: Tensor, misfit: float = 0.0) -> Doubt:
+    def by_weights(covariance: Tensor, tau: float = 0.0) -> Doubt:
         def doubt(first: Indices, second: Indices) -> tuple[Array, Array]:
             away = (one.x[first] - one.x[second]).double()
-            return (score[first] - score[second]).double().numpy(), (((away @ covariance.double()) * away).sum(1) + 2 * misfit**2).sqrt().numpy()
+            return (score[first] - score[second]).double().numpy(), (((away @ covariance.double()) * away).sum(1) + 2 * tau**2).sqrt().numpy()
 
         return doubt
 
