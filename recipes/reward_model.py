@@ -43,6 +43,8 @@ from reward.model import INTACT, EncodeText, RewardModel, save_reward_model
 from reward.quality import load_quality
 from reward.ranking import davidson_luce, tie_parameter
 
+LEVEL = 1 / 255
+"""One level of an 8-bit pixel: a signal that varies less among clips is not magnified, or what a codec does to a flat clip would count for several deviations."""
 WIDE = 100.0
 """Deviation of the multiple of the match that a head may be, and of a weight that nothing pulls: as good as any, but doubt stays finite where nothing was ranked."""
 METRICS = {
@@ -266,7 +268,7 @@ def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rank
 def fit_standard(model: RewardModel, inputs: Tensor) -> None:
     """What the inputs [C,width] of the training clips are standardised by."""
     model.input_mean.copy_(inputs.mean(0))
-    model.input_std.copy_(inputs.std(0).clamp(min=1e-4) if len(inputs) > 1 else torch.ones(inputs.shape[1]))
+    model.input_std.copy_(inputs.std(0).clamp(min=LEVEL) if len(inputs) > 1 else torch.ones(inputs.shape[1]))
 
 
 def start_log_tie(train: Sequence[Rankings | Table], k: int) -> Tensor:
