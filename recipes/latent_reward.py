@@ -34,6 +34,7 @@ from align.objectives import Loss
 from align.optimizers import build_optimizer, warmup_cosine
 from align.progress import Progress
 from align.run import Run, derived_seed
+from align.threads import in_threads
 from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
 from base_model.networks.packing import Segments
@@ -52,8 +53,8 @@ from reward.model import CalibratedScorer, RewardModel
 
 METRICS = {
     "loss": "Squared error of the score in variances of the training clips, the same of differences from the mean of the prompt's clips, and the terms of inputs and spread.",
-    "error": "Its first part: mean squared error in variances of the training clips, over all noise levels of the step.",
-    "grad_norm": "Norm of the gradient before clipping.",
+    "error": "Its first part: mean squared error in variances of the training clips, over all noise levels and the iteration's steps.",
+    "grad_norm": "Norm of the gradient before clipping, mean over the steps.",
     "held_out_within": "Spearman's correlation of score and reward among the clips of one prompt, finished, mean over the prompts of the split val and the dimensions.",
 }
 PROMPTS_A_SHARD = 16
@@ -77,10 +78,14 @@ class Reader(BaseConfig):
 class Fit(BaseConfig):
     """How the head learns."""
 
-    iterations: Count = 4_000
-    """Steps."""
+    iterations: Count = 200
+    """Times that the denoiser reads clips."""
     prompts: Count = 8
     """Prompts a step, with all their clips; the clips of a prompt are noised to one level."""
+    steps: Count = 8
+    """Steps' worth of clips that are noised and read at once."""
+    passes: Count = 3
+    """Steps on each of them, in another order every time: the denoiser costs several times what the head does."""
     lr: Positive = 2e-3
     """Peak learning rate of AdamW, after a warm-up, falling by a cosine."""
     decay: NonNegative = 0.05
@@ -93,10 +98,10 @@ class Fit(BaseConfig):
     """Weight of learning the inputs of the reward model beside its score; of no effect where the reward is of another tier."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
-    evaluate_every: Count = 500
-    """Steps between looks at the split val."""
-    save_every: Count = 500
-    """Steps between checkpoints."""
+    evaluate_every: Count = 20
+    """Iterations between looks at the split val."""
+    save_every: Count = 20
+    """Iterations between checkpoints."""
 
 
 class Config(BaseConfig):
@@ -278,8 +283,9 @@ def learn_from(cfg: Config, model: LatentVideoModel, teacher: Teacher) -> dict[s
     if cfg.clips is not None:
         stored = stored_scored(cfg, model, teacher, cfg.clips, {*texts["val"], *texts["test"]})
         found["train"] = together(found["train"], stored) if "train" in found else stored
-    if len(found["train"].groups) < cfg.fit.prompts:
-        raise UserError(f"{len(found['train'].groups)} training prompts are fewer than the {cfg.fit.prompts} of a step. Lower fit.prompts, or give more prompts")
+    if len(found["train"].groups) < cfg.fit.prompts * cfg.fit.steps:
+        read_at_once = cfg.fit.prompts * cfg.fit.steps
+        raise UserError(f"{len(found['train'].groups)} training prompts are fewer than fit.prompts x fit.steps, {read_at_once}. Lower these, or give more prompts")
     return found
 
 
@@ -287,22 +293,23 @@ def learn_from(cfg: Config, model: LatentVideoModel, teacher: Teacher) -> dict[s
 
 
 class Part(NamedTuple):
-    """Some prompts of a step: their clips, noised."""
+    """Some prompts of a step: their clips, noised, and what the denoiser makes of them."""
 
     rows: Tensor  # [b]
     segments: Segments  # clips of each prompt
     cond: Conditioning  # b
     x_t: Tensor  # [b,C,F,H,W]
     t: Tensor  # [b]
+    hidden: Tensor  # (n,h)
 
 
 class Learning(nn.Module):
-    """What learns: the latent reward and, beside it, a reader of the inputs of the reward on pixels."""
+    """What learns: the latent reward and, beside it, a reader of the inputs of the reward on pixels, if there are any."""
 
     def __init__(self, scorer: LatentReward, inputs: int) -> None:
         super().__init__()
         self.scorer = scorer
-        self.inputs = nn.Linear(2 * scorer.size.width, inputs)
+        self.inputs = nn.Linear(2 * scorer.size.width, inputs) if inputs else None
 
 
 def start(cfg: Config, model: LatentVideoModel, teacher: Teacher, train: Scored) -> Learning:
@@ -335,31 +342,32 @@ def noise_levels(fit: Fit, t_max: float, prompts: int, generator: torch.Generato
     return torch.where(torch.rand(prompts, generator=generator) < fit.finished, 0.0, t)
 
 
-def batch_of(cfg: Config, model: LatentVideoModel, train: Scored, groups: Sequence[Tensor], cond: Conditioning, chosen: Sequence[int], generator: torch.Generator) -> list[Part]:
-    """The clips of the chosen prompts, noised, in `PARTS` parts."""
-    levels = noise_levels(cfg.fit, model.path.t_max, len(chosen), generator)
-    parts = []
-    for some in np.array_split(np.arange(len(chosen)), min(PARTS, len(chosen))):
-        rows = torch.cat([groups[chosen[k]] for k in some])  # [b]
-        segments = Segments(tuple(len(groups[chosen[k]]) for k in some))
-        t = segments.spread(levels[torch.from_numpy(some)])  # [b]
-        x0 = train.x0[rows]
-        x_t = add_noise(model.path, x0, torch.randn(x0.shape, generator=generator), t)
-        parts.append(Part(rows, segments, cond[train.prompt[rows]], x_t.to(model.device), t.to(model.device)))
-    return parts
+def read(cfg: Config, scorer: LatentReward, train: Scored, groups: Sequence[Tensor], cond: Conditioning, chosen: Sequence[int], generator: torch.Generator) -> list[Part]:
+    """The clips of the chosen prompts, noised and read, in `PARTS` parts a step."""
+    model, parts = scorer.model, []
+    for step in torch.arange(len(chosen)).split(cfg.fit.prompts):
+        levels = noise_levels(cfg.fit, model.path.t_max, len(step), generator)
+        for some in torch.arange(len(step)).tensor_split(min(PARTS, len(step))):
+            members = [groups[chosen[int(step[k])]] for k in some]
+            rows, segments = torch.cat(members), Segments(tuple(map(len, members)))  # [b]
+            t, x0 = segments.spread(levels[some]), train.x0[rows]
+            x_t = add_noise(model.path, x0, torch.randn(x0.shape, generator=generator), t)
+            parts.append(Part(rows, segments, cond[train.prompt[rows]], x_t.to(model.device), t.to(model.device), torch.empty(0)))
+    states = in_threads(lambda part: scorer.hidden(part.x_t, part.t, part.cond), parts, model.device)
+    return [part._replace(hidden=hidden) for part, hidden in zip(parts, states, strict=True)]
 
 
 def part_loss(fit: Fit, learning: Learning, train: Scored, weight: Tensor, scale: Tensor, clips: int, part: Part) -> Iterator[Loss]:
     """The loss of a part, as its share of a step of `clips`. weight [A] of the inputs, scale [R] of the rewards."""
     scorer, device = learning.scorer, part.x_t.device
     reward, doubt, inputs = (column[part.rows].to(device) for column in (train.mean, train.spread, train.inputs))
-    summary = scorer.summary(scorer.hidden(part.x_t, part.t, part.cond), part.x_t, part.t, part.cond)  # [b,2w]
+    summary = scorer.summary(part.hidden, part.x_t, part.t, part.cond)  # [b,2w]
     mean, spread = scorer.read(summary, part.t)  # [b,R]
     error = (mean - reward) / scale.to(device)  # [b,R]
     inside = error - part.segments.spread(part.segments.mean(error))  # [b,R]
     miss = (mean.detach() - reward).square() + doubt.square()  # [b,R]
     value = error.square().mean() + fit.within * inside.square().mean() + (spread.log() + miss / (2 * spread.square())).mean()
-    if len(weight):
+    if learning.inputs is not None:
         value = value + fit.inputs * ((learning.inputs(summary) - inputs).square() @ weight.to(device)).mean() / weight.sum()
     yield Loss(value * len(part.rows) / clips, {"error": error.detach().square().mean() * len(part.rows) / clips})
 
@@ -368,20 +376,24 @@ def train_head(cfg: Config, run: Run, learning: Learning, teacher: Teacher, trai
     fit, model = cfg.fit, learning.scorer.model
     groups, cond, scale = train.groups, model.encode_text(train.texts), deviations(train)
     optimizer = build_optimizer(learning, "adamw", lr=fit.lr, weight_decay=fit.decay)
-    schedule = warmup_cosine(optimizer, fit.iterations)
+    schedule = warmup_cosine(optimizer, fit.iterations * fit.steps * fit.passes)
     for name, thing in (("learning", learning), ("optimizer", optimizer), ("schedule", schedule)):
         run.register(name, thing)
-    sampler = PromptSampler(len(groups), fit.prompts, seed=cfg.seed)
+    sampler = PromptSampler(len(groups), fit.prompts * fit.steps, seed=cfg.seed)
     for i in run.iterations(fit.iterations, save_every=fit.save_every, label="latent reward"):
-        parts = batch_of(cfg, model, train, groups, cond, sampler[i], run.generator("noise", i))
-        clips = sum(len(part.rows) for part in parts)
-        losses = run.backward_each(optimizer, partial(part_loss, fit, learning, train, teacher.weight, scale, clips), parts)
-        norm = run.step(optimizer, fit.max_grad_norm, schedule)
+        generator = run.generator("noise", i)
+        parts = read(cfg, learning.scorer, train, groups, cond, sampler[i], generator)
+        steps = [parts[k : k + PARTS] for k in range(0, len(parts), PARTS)]
+        losses, norms = [], []
+        for k in torch.cat([torch.randperm(len(steps), generator=generator) for _ in range(fit.passes)]).tolist():
+            clips = sum(len(part.rows) for part in steps[k])
+            losses += run.backward_each(optimizer, partial(part_loss, fit, learning, train, teacher.weight, scale, clips), steps[k])
+            norms.append(run.step(optimizer, fit.max_grad_norm, schedule))
         if (i + 1) % fit.evaluate_every == 0 or i + 1 == fit.iterations:
             found, _ = predictions(learning.scorer, val, 0.0, run.generator("looks", 0))
             within = float(np.nanmean([np.nanmean(list(inside(spearman, *columns).values())) for columns in by_dimension(found, val)]))
-            told = {name: sum(loss.stats[name] for loss in losses) for name in losses[0].stats}
-            run.log(loss=sum(loss.value for loss in losses), held_out_within=within, grad_norm=norm, **told)
+            told = {name: torch.stack([loss.stats[name] for loss in losses]).sum() / len(norms) for name in losses[0].stats}
+            run.log(loss=torch.stack([loss.value for loss in losses]).sum() / len(norms), held_out_within=within, grad_norm=sum(norms) / len(norms), **told)
 
 
 # Measuring

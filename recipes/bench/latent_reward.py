@@ -363,7 +363,8 @@ def _end_row(cfg: Config, name: str, seeds: Sequence[Mapping[str, Any]], judge: 
 
 def shrunk(cfg: Config) -> Config:
     """The quick form: shows that all of it runs, and nothing else."""
-    fit = cfg.distil.fit.model_copy(update={"iterations": min(6, cfg.distil.fit.iterations), "prompts": min(2, cfg.distil.fit.prompts), "evaluate_every": 3})
+    small = (("iterations", 2), ("prompts", 2), ("steps", 2), ("passes", 2), ("evaluate_every", 1))
+    fit = cfg.distil.fit.model_copy(update={key: min(most, getattr(cfg.distil.fit, key)) for key, most in small})
     distil = cfg.distil.model_copy(update={"prompts": min(4, cfg.distil.prompts), "takes": min(2, cfg.distil.takes), "held_out": min(4, cfg.distil.held_out), "fit": fit})
     fewer = {key: min(most, getattr(cfg.policy, key)) for key, most in (("iterations", 2), ("prompts", 2), ("group_size", 4), ("evaluate_every", 1))}
     policy = cfg.policy.model_copy(update=fewer)
