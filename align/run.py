@@ -112,7 +112,7 @@ class Run:
         self._registered: dict[str, tuple[Stateful, bool]] = {}
         self._looping = self._stopping = False
         self._writer: Any = None
-        self._note = ""
+        self._note = self._remark = ""
         self._label = "the run"
         self._begun, self._seconds_before = time.monotonic(), 0.0
         if self.device.type == "cpu":
@@ -156,7 +156,7 @@ class Run:
                 self._seed_globals("iteration", i)
                 yield i
                 self.iteration = i + 1
-                progress.advance(self._note)
+                progress.advance("  ".join(filter(None, (self._remark, self._note))))
                 interrupted = self._any_rank(bool(received))
                 if interrupted or self._stopping or self.iteration == n or self.iteration % save_every == 0:
                     self.save()
@@ -245,6 +245,10 @@ class Run:
         line |= {"iteration": self.iteration, "seconds": round(self.seconds, 3), "forward_passes": self.forward_passes}
         self._append(json.dumps(line, sort_keys=True) + "\n")
         self._to_tensorboard(values)
+
+    def remark(self, text: str) -> None:
+        """Stands in the progress line before the metrics, until the next remark."""
+        self._remark = text
 
     def save(self) -> None:
         """Writes `checkpoints/<iteration>` (whole or not at all) and drops all but the last two. Raises UserError where the disk is full."""
