@@ -20,7 +20,7 @@ from align.advantage import Advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Share
 from align.constraints import Multiplier, all_violating, constrained_advantage, gate
-from align.kernels import Kernel
+from align.kernels import Gaussian, Kernel
 from align.run import Run, derived_seed
 from align.trajectory import Trajectory, replay
 from base_model.checkpoint import save_weights
@@ -224,18 +224,32 @@ def guided(model: VideoModel, sampler: Sampler, *, train_empty: bool = True) -> 
 
 
 def check_first_step(policy: VideoModel, kernel: Kernel, taken: Trajectory, reward: Tensor, group_size: int) -> None:
-    """Before the first update: the replayed ratio is 1 in the rollout's own batch and in another split, rewards differ, the KL has a gradient."""
+    """Before the first update: rewards are known and differ, the replayed step is what was sampled and its ratio is 1, in the rollout's own batch and in another split, the KL has
+    a gradient, and the fresh adapter changes nothing."""
     step = taken.steps()[0]
+    selfcheck.known_rewards(reward)
     selfcheck.reward_spread(reward, group_size)
     now = replay(policy, kernel, step, taken.cond)
     with reference(policy.network), torch.no_grad():
         prior = replay(policy, kernel, step, taken.cond)
+    selfcheck.fresh_adapter(now.mean, prior.mean)
     selfcheck.kl_gradient(now, prior, policy.network.parameters())
+    selfcheck.first_residual(now, step.x_next)
     selfcheck.first_ratio(now.log_prob(step.x_next), step.log_prob, same_batches=len(step.rows) == len(taken.cond))
     with torch.no_grad():
         part = step.select(slice((len(step.rows) + 1) // 2))
         now = replay(policy, kernel, part, taken.cond)
         selfcheck.first_ratio(now.log_prob(part.x_next), part.log_prob, same_batches=False)
+
+
+def check_first_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Conditioning, u_old: Tensor, prior: Tensor) -> None:
+    """The same where no step has a density: the velocity of noised clips x_t [b,C,F,H,W] at t [b] is the remembered one, equal to the reference's `prior`, and their distance has a
+    gradient."""
+    u = model(x_t, t, cond)
+    one = torch.ones((), device=u.device)
+    selfcheck.first_velocity(u, u_old)
+    selfcheck.fresh_adapter(u_old, prior)
+    selfcheck.kl_gradient(Gaussian(u, one), Gaussian(prior, one), model.network.parameters())
 
 
 def limits_of(cfg: Feedback) -> tuple[Multiplier | None, GuardWatch]:

@@ -45,18 +45,18 @@ SENTENCES: Mapping[Measure, str] = {
     "diversity": "distance between two clips of a prompt, shrunk to 4 frames of 4x4, as a share of the first look's; must not fall",
     "motion": "logarithm of the change between frames; must not fall",
     "sharpness": "logarithm of the detail; must not fall",
-    "saturation": "mean of max - min over the colour channels; must not change",
-    "brightness": "mean luma; must not change",
+    "saturation": "mean of max - min over the colour channels, of 1; must not change",
+    "brightness": "mean luma, of 1; must not change",
     "grid": "how much detail that stands still repeats itself at a fixed distance, dots and grids, by its spectrum; must not rise",
     "noise": "logarithm of the median diagonal detail; must not rise",
     "static": "share of clips that stand still, or are black or blank, for half of their time; must not rise",
-    "kl": "KL of the sampling path from the starting policy's, of an eighth of the clips; must not exceed its budget",
+    "kl": "KL of the sampling path from the starting policy's, of an eighth of the clips, nats per latent element; must not exceed its budget",
 }
 METRICS = {
     "light": "The guards' light at this look: 0 green, 1 amber, 2 red; the worst of all measures.",
     **{
         f"change_{name}": f"Change since the first look of the {sentence}"
-        + (". Nats per latent element." if name == "kl" else "." if name in ("guard", "diversity", "static") else ". In standard deviations of the first look between prompts.")
+        + (". In standard deviations of the first look between prompts." if name in ("intact", "motion", "sharpness", "grid", "noise") else ".")
         for name, sentence in SENTENCES.items()
     },
 }
@@ -92,8 +92,8 @@ def rules(guards: Guards, drop: float) -> dict[str, Rule]:
         "diversity": Rule("falls", 0.25 * guards.tolerance, 0.5 * guards.tolerance, "%"),
         "motion": Rule("falls", near, far, "sd"),
         "sharpness": Rule("falls", near, far, "sd"),
-        "saturation": Rule("changes", near, far, "sd"),
-        "brightness": Rule("changes", near, far, "sd"),
+        "saturation": Rule("changes", 0.05 * guards.tolerance, 0.1 * guards.tolerance, "points"),
+        "brightness": Rule("changes", 0.1 * guards.tolerance, 0.2 * guards.tolerance, "points"),
         "grid": Rule("rises", near, far, "sd"),
         "noise": Rule("rises", near, far, "sd"),
         "static": Rule("rises", 0.05 * guards.tolerance, 0.15 * guards.tolerance, "points"),
