@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 Way = Literal["falls", "rises", "changes", "is spent"]
-Unit = Literal["sd", "%", "points", "nats per element"]
+Unit = Literal["%", "log %", "points", "levels", "sd", "log-odds", "nats per element"]
 
 
 class Light(IntEnum):
@@ -40,7 +40,7 @@ class Rule:
     red: float
     """The same for red."""
     unit: Unit
-    """sd: standard deviations of the first look between prompts; %: of the first look's mean, as a share; points: a difference of shares or of standardised scores."""
+    """%: share of the first look's mean; log %: values are logarithms, and the change is that of their geometric mean, as a share; any other: the mean difference itself."""
 
     def __post_init__(self) -> None:
         if not 0 < self.amber <= self.red:
@@ -77,10 +77,10 @@ def change(now: Tensor, first: Tensor, rule: Rule, level: float) -> Change | Non
 
 
 def _in_unit(difference: float, before: Tensor, unit: Unit) -> float:
-    scale = {"sd": lambda: float(before.std(correction=0)), "%": lambda: abs(float(before.mean()))}.get(unit, lambda: 1.0)()
-    if difference == 0 or scale > 0:
-        return difference / (scale or 1.0)
-    return math.copysign(math.inf, difference)
+    if unit == "log %":
+        return math.expm1(difference)
+    scale = abs(float(before.mean())) if unit == "%" else 1.0
+    return difference / scale if scale > 0 else math.copysign(math.inf, difference) if difference else 0.0
 
 
 def paired_t(difference: Tensor, wrong: Way) -> float:
@@ -110,7 +110,7 @@ def overall(found: Mapping[str, Change]) -> Light:
 
 
 def in_words(found: Mapping[str, Change], rules: Mapping[str, Rule]) -> str:
-    """The overall light and why, worst first. Example: "red: sharpness -1.3 sd, saturation +0.6 sd (amber)"; "green"."""
+    """The overall light and why, worst first. Example: "red: sharpness -62%, saturation +0.06 (amber)"; "green"."""
     light = overall(found)
     bad = sorted((name for name in found if found[name].light > Light.GREEN), key=lambda name: -found[name].light)
     told = [_one(name, found[name], rules[name]) + ("" if found[name].light == light else f" ({found[name].light.name.lower()})") for name in bad]
@@ -120,6 +120,6 @@ def in_words(found: Mapping[str, Change], rules: Mapping[str, Rule]) -> str:
 def _one(name: str, found: Change, rule: Rule) -> str:
     if math.isnan(found.size):
         return f"{name} cannot be told"
-    if rule.unit == "%":
+    if rule.unit in ("%", "log %"):
         return f"{name} {found.size:+.0%}"
     return f"{name} {found.size:+.2g}{'' if rule.unit == 'points' else f' {rule.unit}'}"

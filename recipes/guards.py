@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,25 +41,21 @@ from reward.safety.video import frame_texture
 
 Measure = Literal["guard", "intact", "diversity", "motion", "sharpness", "saturation", "brightness", "grid", "noise", "static", "kl"]
 SENTENCES: Mapping[Measure, str] = {
-    "guard": "guard's score, since its best look, in standard deviations of its scores; must not fall",
-    "intact": "log-odds that nothing is wrong with a clip, by a judge of quality that no reward model holds; must not fall",
-    "diversity": "distance between two clips of a prompt, shrunk to 4 frames of 4x4, as a share of the first look's; must not fall",
-    "motion": "logarithm of the change between frames; must not fall",
-    "sharpness": "logarithm of the detail; must not fall",
+    "guard": "mean score of the guard, counted from its best look, in standard deviations of its scores; must not fall",
+    "intact": "log-odds that nothing is wrong with a clip, by the judge of quality that guards hold; must not fall",
+    "diversity": "distance between two clips of a prompt, shrunk to 4 frames of 4x4, as a share; must not fall",
+    "motion": "mean change between frames, geometric mean over clips, as a share; must not fall",
+    "sharpness": "mean detail, geometric mean over clips, as a share; must not fall",
     "saturation": "mean of max - min over the colour channels, of 1; must not change",
     "brightness": "mean luma, of 1; must not change",
-    "grid": "how much detail that stands still repeats itself at a fixed distance, dots and grids, by its spectrum; must not rise",
-    "noise": "logarithm of the median diagonal detail; must not rise",
+    "grid": "autocorrelation at a fixed distance of detail that stands still, of 1: dots and grids; must not rise",
+    "noise": "median diagonal detail, of 255 levels; must not rise",
     "static": "share of clips that stand still, or are black or blank, for half of their time; must not rise",
     "kl": "KL of the sampling path from the starting policy's, of an eighth of the clips, nats per latent element; must not exceed its budget",
 }
 METRICS = {
     "light": "The guards' light at this look: 0 green, 1 amber, 2 red; the worst of all measures.",
-    **{
-        f"change_{name}": f"Change since the first look of the {sentence}"
-        + (". In standard deviations of the first look between prompts." if name in ("intact", "motion", "sharpness", "grid", "noise") else ".")
-        for name, sentence in SENTENCES.items()
-    },
+    **{f"change_{name}": f"Change since the first look of the {sentence}." for name, sentence in SENTENCES.items()},
 }
 LEVEL = 0.01  # chance that a look's light leaves green though nothing changed
 FILE = "guards.json"
@@ -85,21 +82,20 @@ class Guards(BaseConfig):
 
 def rules(guards: Guards, drop: float) -> dict[str, Rule]:
     """When each measure that is not ignored is amber and red. drop: of the guard's score."""
-    near, far = 0.5 * guards.tolerance, 1.0 * guards.tolerance
-    found: dict[Measure, Rule] = {
-        "guard": Rule("falls", drop / 2, drop, "points"),
-        "intact": Rule("falls", near, far, "sd"),
-        "diversity": Rule("falls", 0.25 * guards.tolerance, 0.5 * guards.tolerance, "%"),
-        "motion": Rule("falls", near, far, "sd"),
-        "sharpness": Rule("falls", near, far, "sd"),
-        "saturation": Rule("changes", 0.05 * guards.tolerance, 0.1 * guards.tolerance, "points"),
-        "brightness": Rule("changes", 0.1 * guards.tolerance, 0.2 * guards.tolerance, "points"),
-        "grid": Rule("rises", near, far, "sd"),
-        "noise": Rule("rises", near, far, "sd"),
-        "static": Rule("rises", 0.05 * guards.tolerance, 0.15 * guards.tolerance, "points"),
-        "kl": Rule("is spent", guards.kl_budget / 2, guards.kl_budget, "nats per element"),
+    usual: dict[Measure, Rule] = {
+        "intact": Rule("falls", 0.5, 1.0, "log-odds"),
+        "diversity": Rule("falls", 0.25, 0.5, "%"),
+        "motion": Rule("falls", 0.4, 0.65, "log %"),
+        "sharpness": Rule("falls", 0.3, 0.5, "log %"),
+        "saturation": Rule("changes", 0.05, 0.1, "points"),
+        "brightness": Rule("changes", 0.1, 0.2, "points"),
+        "grid": Rule("rises", 0.1, 0.2, "points"),
+        "noise": Rule("rises", 1.0, 2.0, "levels"),
+        "static": Rule("rises", 0.05, 0.15, "points"),
     }
-    return {name: rule for name, rule in found.items() if name not in guards.ignore}
+    found = {"guard": Rule("falls", drop / 2, drop, "sd"), "kl": Rule("is spent", guards.kl_budget / 2, guards.kl_budget, "nats per element")}
+    found |= {name: replace(rule, amber=rule.amber * guards.tolerance, red=rule.red * guards.tolerance) for name, rule in usual.items()}
+    return {name: found[name] for name in SENTENCES if name not in guards.ignore}
 
 
 # Measures
@@ -123,7 +119,7 @@ def _measures(video: Tensor) -> dict[str, Tensor]:
         "saturation": known["saturation"],
         "brightness": luma.flatten(1).mean(-1),
         "grid": repetition(luma),
-        "noise": known["log_noise"],
+        "noise": 255 * known["noise"],
         "static": static(video, luma),
     }
 

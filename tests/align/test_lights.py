@@ -32,10 +32,13 @@ def test_a_test_of_nothing_or_of_one_prompt_proves_nothing_and_a_sure_change_is_
 
 
 def test_each_unit_counts_as_it_says() -> None:
-    first = torch.tensor([1.0, 2.0, 3.0, 6.0])  # mean 3, standard deviation sqrt(3.5)
+    first = torch.tensor([1.0, 2.0, 3.0, 6.0])  # mean 3
     now = first - torch.tensor([1.4, 1.6, 1.4, 1.6])
-    found = {unit: change(now, first, Rule("falls", 0.1, 0.2, unit), 0.01) for unit in ("sd", "%", "points", "nats per element")}
-    assert {unit: one.size for unit, one in found.items() if one} == pytest.approx({"sd": -1.5 / math.sqrt(3.5), "%": -0.5, "points": -1.5, "nats per element": -1.5})
+    found = {unit: change(now, first, Rule("falls", 0.1, 0.2, unit), 0.01) for unit in ("%", "log %", "points", "log-odds", "nats per element")}
+    expected = {"%": -0.5, "log %": math.exp(-1.5) - 1, "points": -1.5, "log-odds": -1.5, "nats per element": -1.5}
+    assert {unit: one.size for unit, one in found.items() if one} == pytest.approx(expected)
+    halved = change((first / 2).log(), first.log(), Rule("falls", 0.1, 0.2, "log %"), 0.01)
+    assert halved is not None and halved.size == pytest.approx(-0.5, abs=1e-6), "of logarithms, half of everything is half"
 
 
 @pytest.mark.parametrize(("wrong", "up", "down"), [("falls", GREEN, RED), ("rises", RED, GREEN), ("changes", RED, RED), ("is spent", RED, GREEN)])
@@ -65,7 +68,7 @@ def test_what_is_spent_is_a_budget_and_needs_no_test() -> None:
 
 
 def test_what_cannot_be_told_any_more_is_red_and_what_never_could_is_not_watched() -> None:
-    first, rule = drawn(8), Rule("falls", 0.5, 1.0, "sd")
+    first, rule = drawn(8), Rule("falls", 0.5, 1.0, "points")
     gone = first.clone()
     gone[:5] = NAN
     lost = change(gone, first, rule, 0.01)
@@ -74,13 +77,14 @@ def test_what_cannot_be_told_any_more_is_red_and_what_never_could_is_not_watched
     half = change(gone, first, rule, 0.01)
     assert half is not None and half.light == GREEN and half.size == 0, "half of the prompts are enough"
     assert change(first, torch.full((8,), NAN), rule, 0.01) is None
-    still = change(torch.full((8,), 2.0), torch.ones(8), rule, 0.01)
-    assert still is not None and still.size == math.inf, "a first look without any spread has no unit"
+    share = Rule("rises", 0.5, 1.0, "%")
+    none, from_none = change(torch.zeros(8), torch.zeros(8), share, 0.01), change(torch.ones(8), torch.zeros(8), share, 0.01)
+    assert none is not None and from_none is not None and (none.size, from_none.size) == (0, math.inf)
 
 
 def test_noise_hardly_ever_turns_a_light_of_an_unchanged_policy() -> None:
     """Every measure's prompts are drawn twice from one distribution, plain or heavy-tailed, and any change however small would count: the level alone holds the lights."""
-    rules = {f"m{k}": Rule(("falls", "rises", "changes")[k % 3], 1e-12, 2e-12, "sd") for k in range(11)}
+    rules = {f"m{k}": Rule(("falls", "rises", "changes")[k % 3], 1e-12, 2e-12, "points") for k in range(11)}
     looks = 1000
     for heavy in (False, True):
         x = drawn(looks, 2, 11, 64, seed=3)
@@ -91,7 +95,7 @@ def test_noise_hardly_ever_turns_a_light_of_an_unchanged_policy() -> None:
 
 
 def test_a_change_of_a_standard_deviation_is_seen() -> None:
-    rules = {"m": Rule("falls", 0.5, 1.0, "sd"), **{f"other{k}": Rule("rises", 0.5, 1.0, "sd") for k in range(10)}}
+    rules = {"m": Rule("falls", 0.5, 1.0, "points"), **{f"other{k}": Rule("rises", 0.5, 1.0, "points") for k in range(10)}}
     seen = 0
     for look in range(200):
         first = {name: drawn(64, seed=50 * look + k) for k, name in enumerate(rules)}
@@ -102,7 +106,7 @@ def test_a_change_of_a_standard_deviation_is_seen() -> None:
 
 
 def test_the_worst_light_counts_and_is_told_first() -> None:
-    rules = {"a": Rule("falls", 0.5, 1.0, "sd"), "b": Rule("rises", 0.1, 0.2, "points"), "c": Rule("falls", 0.25, 0.5, "%"), "d": Rule("falls", 0.5, 1.0, "sd")}
+    rules = {"a": Rule("falls", 0.5, 1.0, "points"), "b": Rule("rises", 0.1, 0.2, "points"), "c": Rule("falls", 0.25, 0.5, "%"), "d": Rule("falls", 0.5, 1.0, "log-odds")}
     found = {"a": Change(0.1, 0.5, GREEN), "b": Change(0.12, 0.0, AMBER), "c": Change(-0.612, 0.0, RED), "d": Change(NAN, NAN, RED)}
     assert overall(found) == RED and overall({"b": found["b"]}) == AMBER and overall({}) == GREEN
     assert in_words(found, rules) == "red: c -61%, d cannot be told, b +0.12 (amber)"
