@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -21,7 +21,7 @@ from align.advantage import Advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Share
 from align.constraints import Multiplier, all_violating, constrained_advantage, gate
-from align.kernels import Kernel
+from align.kernels import Gaussian, Kernel
 from align.run import Run, derived_seed
 from align.trajectory import Trajectory, replay
 from base_model.checkpoint import save_weights
@@ -30,7 +30,10 @@ from base_model.guidance import Guided
 from base_model.lora import adapter_state, load_adapter_state, merge, reference
 from base_model.tiny import LatentVideoModel, load_tiny, save_network
 from base_model.types import Conditioning, VideoModel
+from recipes import guards
 from recipes.generate import Sampler, latent_shape, safety_runner, sample_with_latents
+from recipes.guards import Guards
+from recipes.guards import GuardWatch as GuardWatch
 from recipes.scorers import card_of, load_scorer, tier_of
 from recipes.shapes.prompts import make_prompts
 from recipes.weights import file_hash, write_card
@@ -59,6 +62,7 @@ METRICS = {
     "ratio": "Importance ratio (per latent element), mean over clips and steps.",
     "clip_share": "Share of clips and steps whose ratio left the clip range.",
     "zero_std_share": "Share of groups (or prompts) whose rewards are all alike and say nothing.",
+    **guards.METRICS,
 }
 
 
@@ -110,8 +114,10 @@ class Feedback(BaseConfig):
     """The limit."""
     pessimism: NonNegative = 0.5
     """Reward is the mean minus this many spreads of the reward model."""
-    guard_drop: NonNegative = 0.5
-    """The run stops when the guard falls this far (in standard deviations of its scores) below its best."""
+    guard_drop: Positive = 0.5
+    """The guard's light is red when its score falls this far (in standard deviations of its scores) below its best; amber from half of it."""
+    guards: Guards = Guards()
+    """What watches the run beside its reward."""
     sampler: Sampler = Sampler()
     """How clips are denoised."""
 
@@ -215,6 +221,14 @@ def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | No
     }
 
 
+class Look(NamedTuple):
+    """What the held-out clips were at one look."""
+
+    told: dict[str, float]  # metrics
+    video: Tensor  # [P,T,3,H,W], a clip of each of P prompts
+    guard: Tensor | None  # [P] the guard's scores; None where there is no guard
+
+
 @dataclass
 class HeldOut:
     """Fixed held-out prompts and noise, sampled now and then to watch the run: reward and guard now, the judge when the run is over.
@@ -229,52 +243,21 @@ class HeldOut:
     seed: int
     folder: Path
 
-    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
+    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
         """Samples, keeps and scores the held-out clips."""
         seeds = [derived_seed(self.seed, "held out", k) % 2**31 for k in range(len(self.cond))]
         x0, clips = zip(*sample_with_latents(model, self.cond, seeds, self.sampler), strict=True)
         video = torch.cat(clips)  # [B,T,3,H,W]
         save_weights(self.folder / f"{iteration:06d}.safetensors", {"video": (video * 255).round().to(torch.uint8)}, {})
         seen = assess.finished(model, x0, self.cond, video)
-        guard = float("nan") if self.guard is None else float(self.guard(video, self.prompts).reward.nanmean())
-        return {
+        with torch.no_grad():
+            guard = None if self.guard is None else self.guard(video, self.prompts).reward  # [B]
+        told = {
             "held_out_reward": float(seen.reward.nanmean()),
-            "held_out_guard": guard,
+            "held_out_guard": float("nan") if guard is None else float(guard.nanmean()),
             "held_out_violation_rate": seen.violation_rate,
         }
-
-
-class GuardWatch:
-    """Stops a run whose guard score falls: the reward model is being exploited. Remembers the best checkpoint that kept the safety limit."""
-
-    def __init__(self, *, drop: float, limit: float) -> None:
-        self.drop, self.limit = drop, limit
-        self.best_guard = self.best_safe_guard = float("-inf")
-        self.best: dict[str, Tensor] = {}
-        self.fallen = False
-
-    def fell(self, guard: float | None, violation_rate: float, adapter: dict[str, Tensor]) -> bool:
-        """Takes one held-out look; True once the guard fell `drop` below its best (in standard deviations of its scores), or could not tell (nan).
-
-        guard: None where there is no guard. violation_rate: nan, as unknown, keeps no limit.
-        """
-        if guard is None:
-            return False
-        if guard > self.best_safe_guard and violation_rate <= self.limit:
-            self.best_safe_guard, self.best = guard, {name: tensor.detach().clone() for name, tensor in adapter.items()}
-        self.best_guard = max(self.best_guard, guard)
-        self.fallen = self.fallen or not guard >= self.best_guard - self.drop
-        return self.fallen
-
-    def state_dict(self) -> dict[str, object]:
-        scores = {name: None if value == float("-inf") else value for name, value in (("best_guard", self.best_guard), ("best_safe_guard", self.best_safe_guard))}
-        return {**scores, "best": self.best, "fallen": self.fallen}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        best, scores = state["best"], [state["best_guard"], state["best_safe_guard"]]
-        assert isinstance(best, dict)
-        self.best_guard, self.best_safe_guard = (float("-inf") if score is None else float(str(score)) for score in scores)
-        self.best, self.fallen = best, bool(state["fallen"])
+        return Look(told, video, guard)
 
 
 def guided(model: VideoModel, sampler: Sampler, *, train_empty: bool = True) -> Guided:
@@ -286,13 +269,17 @@ def guided(model: VideoModel, sampler: Sampler, *, train_empty: bool = True) -> 
 
 
 def check_first_step(policy: VideoModel, kernel: Kernel, taken: Trajectory, reward: Tensor, group_size: int) -> None:
-    """Before the first update: the replayed ratio is 1 in the rollout's own batch and in another split, rewards differ, the KL has a gradient."""
+    """Before the first update: rewards are known and differ, the replayed step is what was sampled and its ratio is 1, in the rollout's own batch and in another split, the KL has
+    a gradient, and the fresh adapter changes nothing."""
     step = taken.steps()[0]
+    selfcheck.known_rewards(reward)
     selfcheck.reward_spread(reward, group_size)
     now = replay(policy, kernel, step, taken.cond)
     with reference(policy.network), torch.no_grad():
         prior = replay(policy, kernel, step, taken.cond)
+    selfcheck.fresh_adapter(now.mean, prior.mean)
     selfcheck.kl_gradient(now, prior, policy.network.parameters())
+    selfcheck.first_residual(now, step.x_next)
     selfcheck.first_ratio(now.log_prob(step.x_next), step.log_prob, same_batches=len(step.rows) == len(taken.cond))
     with torch.no_grad():
         part = step.select(slice((len(step.rows) + 1) // 2))
@@ -300,9 +287,19 @@ def check_first_step(policy: VideoModel, kernel: Kernel, taken: Trajectory, rewa
         selfcheck.first_ratio(now.log_prob(part.x_next), part.log_prob, same_batches=False)
 
 
+def check_first_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Conditioning, u_old: Tensor, prior: Tensor) -> None:
+    """The same where no step has a density: the velocity of noised clips x_t [b,C,F,H,W] at t [b] is the remembered one, equal to the reference's `prior`, and their distance has a
+    gradient."""
+    u = model(x_t, t, cond)
+    one = torch.ones((), device=u.device)
+    selfcheck.first_velocity(u, u_old)
+    selfcheck.fresh_adapter(u_old, prior)
+    selfcheck.kl_gradient(Gaussian(u, one), Gaussian(prior, one), model.network.parameters())
+
+
 def limits_of(cfg: Feedback) -> tuple[Multiplier | None, GuardWatch]:
-    """The multiplier (none in an unconstrained run) and the watch over the guard."""
-    watch = GuardWatch(drop=cfg.guard_drop, limit=cfg.safety.limit if cfg.constrained else 1.0)
+    """The multiplier (none in an unconstrained run) and the watch over what must not change."""
+    watch = GuardWatch(cfg.guards, drop=cfg.guard_drop, limit=cfg.safety.limit if cfg.constrained else 1.0)
     if not cfg.constrained:
         return None, watch
     return Multiplier(FLASHING, limit=cfg.safety.limit, rate=cfg.safety.rate, initial=cfg.safety.initial, cap=cfg.safety.cap), watch
@@ -319,18 +316,23 @@ def register(run: Run, model: LatentVideoModel, optimizer: Any, multiplier: Mult
 
 
 def look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, watch: GuardWatch, iteration: int, *, every: int) -> dict[str, float]:
-    """Every `every` rollouts: the held-out metrics, and the end of the run where the guard fell. Else nothing."""
-    if iteration % every:
-        return {}
-    looked = held_out.watch(model, assess, iteration)
-    if watch_over(watch, held_out, looked, model):
+    """Every `every` rollouts: the held-out metrics, the guards' light, and the end of the run where it is red. Else nothing."""
+    told = {} if iteration % every else watch_over(run, watch, held_out, held_out.watch(model, assess, iteration), model, iteration)
+    if watch.fallen:
         run.stop()
-    return looked
+    run.remark(watch.said)
+    return told
 
 
-def watch_over(watch: GuardWatch, held_out: HeldOut, looked: Mapping[str, float], model: LatentVideoModel) -> bool:
-    """Whether the guard fell, by this look or an earlier one."""
-    return watch.fell(None if held_out.guard is None else looked["held_out_guard"], looked["held_out_violation_rate"], adapter_state(model.network))
+def watch_over(run: Run, watch: GuardWatch, held_out: HeldOut, seen: Look, model: LatentVideoModel, iteration: int) -> dict[str, float]:
+    """The metrics of a look, those of the guards among them, if they watch; `watch.fallen` then says whether the run is to end."""
+    if not watch.guards.watch:
+        return seen.told
+    values = guards.measure(watch.guards, seen.video, seen.guard, model, held_out.cond, held_out.sampler, held_out.seed)
+    reading = watch.take(values, seen.told["held_out_violation_rate"], iteration, adapter_state(model.network))
+    if run.is_main:
+        guards.write_history(run.out, watch)
+    return seen.told | reading.metrics
 
 
 @torch.no_grad()
@@ -432,20 +434,21 @@ def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) ->
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)
     watch = train(cfg, run, model, assess, held_out)
 
-    looked = held_out.watch(model, assess, run.iteration)
-    stopped = watch_over(watch, held_out, looked, model)
-    if stopped and watch.best:
+    looked = watch_over(run, watch, held_out, held_out.watch(model, assess, run.iteration), model, run.iteration)
+    if watch.fallen and watch.best:
+        run.log(**looked)
         load_adapter_state(model.network, watch.best)
-        looked = held_out.watch(model, assess, run.iteration)
+        looked = held_out.watch(model, assess, run.iteration).told
     run.log(**looked)
     save_weights(run.out / "adapter.safetensors", adapter_state(model.network), {})
     model.network = merge(model.network)
     weights = run.out / "network.safetensors"
     data = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     write_card(weights, lambda path: save_network(path, model), recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked)
-    result = {"weights": str(weights), "sha256": file_hash(weights), "stopped_by_guard": stopped, "forward_passes": run.forward_passes, **looked}
-    if stopped:
+    result = {"weights": str(weights), "sha256": file_hash(weights), "stopped_by_guard": watch.fallen, "forward_passes": run.forward_passes, **looked}
+    if watch.said:
+        result["guards"] = watch.said
+    if watch.fallen:
         kept = "the best checkpoint that kept the limit is saved" if watch.best else "the last state is saved"
-        why = f"the guard's score fell more than {cfg.guard_drop:g} below its best while the reward was optimised, or could not be told"
-        raise StoppedByGuard(f"{why}; {kept}, {weights}. Look at {run.out}", result)
+        raise StoppedByGuard(f"the guards' light is {watch.said}; {kept}, {weights}. Look at {run.out / guards.FILE}", result)
     return result

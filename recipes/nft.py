@@ -137,6 +137,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         seen = assess.finished(model, [made.x0 for made in taken], cond)
         advantage = group_advantage(seen.reward, p.group_size)
         if i == 0:
+            selfcheck.known_rewards(seen.reward)
             selfcheck.reward_spread(seen.reward, p.group_size)
         if multiplier is not None:
             multiplier.update(seen.violates)
@@ -156,6 +157,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
             old = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised, run.device)  # [b,C,F,H,W] each
             with reference(model.network):
                 first = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised if p.kl_coef else noised[:1], run.device)
+        if i == 0:
+            in_threads(lambda part: feedback.check_first_velocity(model, part[0].x_t, part[0].t, part[0].cond, *part[1:]), [(noised[0], old[0], first[0])], run.device)
         distance = clip_error(old[0], first[0]).mean()
         prior = first if p.kl_coef else [None] * len(noised)
 

@@ -40,8 +40,9 @@ from recipes.bench._trained import PROMPT_SEED, Pace, Seeds, asked, kept
 from recipes.best_of_n import verdict
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
-from recipes.feedback import Assessor, HeldOut, standardised
+from recipes.feedback import Assessor, HeldOut, Look, standardised
 from recipes.generate import Sampler, network_lineage, safety_runner, sample, seeded_noise
+from recipes.guards import Guards
 from recipes.match import SHIPPED
 from recipes.quality import SHIPPED as QUALITY
 from recipes.shapes.eye import WEIGHTS as EYE
@@ -252,8 +253,9 @@ class Watched(HeldOut):
     kl_steps: int
     kl_clips: int
 
-    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
-        return super().watch(model, assess, iteration) | {"path_kl": self.kl(model, self.kl_steps)[0]}
+    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
+        seen = super().watch(model, assess, iteration)
+        return seen._replace(told=seen.told | {"path_kl": self.kl(model, self.kl_steps)[0]})
 
     def kl(self, model: LatentVideoModel, steps: int) -> tuple[float, float]:
         """Mean over paths of so many steps, nats a clip; and the sigma of the noise that is left before the last step."""
@@ -285,7 +287,7 @@ class Climb(NamedTuple):
 def climb(cfg: Config, out: Path, model: RewardModel) -> dict[str, Any]:
     """NFT from the shipped base on this reward alone, in `out`: `Climb`, as it is kept."""
     prompts, _ = asked(cfg.prompts)
-    settings = nft.Config(out=out, seed=cfg.seeds[0], constrained=False, pessimism=0, two_objects=0, strobe=0, policy=cfg.policy, sampler=cfg.sampler)
+    settings = nft.Config(out=out, seed=cfg.seeds[0], constrained=False, pessimism=0, two_objects=0, strobe=0, guards=Guards(watch=False), policy=cfg.policy, sampler=cfg.sampler)
     run = Run(out, settings, seed=settings.seed, resume=(out / "run.json").exists(), metrics=METRICS)
     policy, base = (load_tiny(None).to(run.device) for _ in range(2))
     policy.network.requires_grad_(False)
@@ -293,7 +295,7 @@ def climb(cfg: Config, out: Path, model: RewardModel) -> dict[str, Any]:
     texts = [prompt.text for prompt in prompts]
     held_out = Watched(texts, policy.encode_text(texts), cfg.sampler, None, settings.seed, out / "held_out", base, cfg.kl_steps, cfg.kl_clips)
     nft.train(settings, run, policy, assess, held_out)
-    run.log(**held_out.watch(policy, assess, run.iteration))
+    run.log(**held_out.watch(policy, assess, run.iteration).told)
     kl = {int(line["iteration"]): line["path_kl"] for line in read_metrics(out) if "path_kl" in line}
     eye, looks = Eye.load(), []
     for iteration in sorted(kl):

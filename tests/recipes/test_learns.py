@@ -185,31 +185,6 @@ def test_the_limit_holds_violations_down_although_they_are_what_pays(tmp_path: P
     assert all(row["multiplier"] == 0 for row in runs["loose"])
 
 
-def test_the_guard_stops_a_run_it_sees_falling_and_remembers_the_best_safe_checkpoint() -> None:
-    watch = feedback.GuardWatch(drop=0.5, limit=0.02)
-    adapters = [{"a": torch.full((1,), float(k))} for k in range(4)]
-    assert not watch.fell(1.0, 0.01, adapters[0])
-    assert not watch.fell(1.4, 0.30, adapters[1]), "better, but it violates the limit: not remembered"
-    assert not watch.fell(1.2, 0.00, adapters[2])
-    assert watch.fell(0.8, 0.00, adapters[3])
-    assert watch.best["a"].item() == 2.0
-    restored = feedback.GuardWatch(drop=0.5, limit=0.02)
-    restored.load_state_dict(watch.state_dict())
-    assert (restored.best_guard, restored.best_safe_guard, restored.best["a"].item(), restored.fallen) == (1.4, 1.2, 2.0, True)
-    assert restored.fell(2.0, 0.0, adapters[0]), "a guard that fell once stays fallen"
-
-
-def test_the_guard_watches_a_run_that_never_kept_the_limit_and_an_unknown_score_is_a_fall() -> None:
-    watch = feedback.GuardWatch(drop=0.5, limit=0.02)
-    assert not watch.fell(1.0, 0.2, {}) and watch.fell(0.0, 0.2, {}) and not watch.best
-    for rate in (0.0, float("nan")):
-        unknown = feedback.GuardWatch(drop=0.5, limit=0.02)
-        assert not unknown.fell(1.0, rate, {"a": torch.ones(1)})
-        assert bool(unknown.best) == (rate == 0.0), "an unknown violation rate keeps no limit"
-        assert unknown.fell(float("nan"), 0.0, {}) and unknown.best_guard == 1.0
-    assert not feedback.GuardWatch(drop=0.5, limit=0.02).fell(None, 0.0, {}), "no guard, no fall"
-
-
 def test_a_run_its_guard_ended_saves_and_reports_the_best_safe_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([1.0, 0.2, 0.9, 1.0])  # two looks on the way, one at the end (better again), one at what is saved
 
