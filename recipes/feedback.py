@@ -20,9 +20,9 @@ from align.advantage import Advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Share
 from align.constraints import Multiplier, all_violating, constrained_advantage, gate
-from align.kernels import Kernel
+from align.kernels import ODE, Kernel
 from align.run import Run, derived_seed
-from align.trajectory import Trajectory, replay
+from align.trajectory import Trajectory, replay, rollout
 from base_model.checkpoint import save_weights
 from base_model.errors import GuardStop, UserError
 from base_model.guidance import Guided
@@ -78,15 +78,13 @@ class SafetyLimit(BaseConfig):
         return self
 
 
-class Feedback(BaseConfig):
-    """What every RL recipe is told: where it starts, who scores, which limit holds. A recipe adds `out` and `policy`."""
+class Setting(BaseConfig):
+    """What every recipe that moves a policy is told: where it starts, who watches, which limit holds. A recipe adds `out` and `policy`."""
 
     seed: Seed = 0
     """Seed of prompts and noise."""
     model: Path | None = None
     """Network to start from and to stay near; none means the shipped base."""
-    reward: Path = Path("runs/reward-model")
-    """Folder of a reward model."""
     guard: Path | None = None
     """Folder of a second reward model that watches and may stop the run."""
     captions: tuple[str, ...] = ()
@@ -111,6 +109,13 @@ class Feedback(BaseConfig):
     """How clips are denoised."""
 
 
+class Feedback(Setting):
+    """The same for a recipe that goes after a reward model's score."""
+
+    reward: Path = Path("runs/reward-model")
+    """Folder of a reward model."""
+
+
 @dataclass(frozen=True)
 class Assessment:
     """Example: B = 4 clips, the third flashing, the fourth blank: `reward` [0.2, 1.1, 0.9, 0.4], `cost` [0.02, 0.03, 0.9, 0.02], `violates` [0, 0, 1, 0],
@@ -131,7 +136,7 @@ class Assessment:
 class Assessor:
     """Scores and rules on clips. Raises GuardStop where the filters fail on more than `max_error_share` of a batch."""
 
-    reward: Mixture
+    reward: Mixture | None  # None where nobody scores: every reward is then unknown
     runner: SafetyRunner
     fps: float
     max_error_share: float = 0.05
@@ -139,12 +144,12 @@ class Assessor:
     @torch.no_grad()
     def __call__(self, video: Tensor, prompts: Sequence[str]) -> Assessment:
         """video [B,T,3,H,W] in [0,1] of B prompts."""
-        mixed = self.reward(video, prompts)
+        reward = torch.full((len(video),), torch.nan) if self.reward is None else self.reward(video, prompts).reward
         decisions = self.runner.check_videos(video, prompts, self.fps)
         check_error_rate(decisions, self.max_error_share)
         known = torch.tensor([d.verdict != Verdict.ERROR for d in decisions])
         blocks = torch.tensor([float(d.verdict == Verdict.BLOCK) for d in decisions])
-        return Assessment(mixed.reward, costs(decisions, FLASHING), blocks.where(known, torch.nan), torch.tensor([allowed(d) for d in decisions]))
+        return Assessment(reward, costs(decisions, FLASHING), blocks.where(known, torch.nan), torch.tensor([allowed(d) for d in decisions]))
 
 
 def apply_limits(advantage: Advantage, seen: Assessment, multiplier: Multiplier | None, limit: SafetyLimit, group_size: int) -> Advantage:
@@ -255,7 +260,7 @@ def check_first_step(policy: VideoModel, kernel: Kernel, taken: Trajectory, rewa
         selfcheck.first_ratio(now.log_prob(part.x_next), part.log_prob, same_batches=False)
 
 
-def limits_of(cfg: Feedback) -> tuple[Multiplier | None, GuardWatch]:
+def limits_of(cfg: Setting) -> tuple[Multiplier | None, GuardWatch]:
     """The multiplier (none in an unconstrained run) and the watch over the guard."""
     watch = GuardWatch(drop=cfg.guard_drop, limit=cfg.safety.limit if cfg.constrained else 1.0)
     if not cfg.constrained:
@@ -288,6 +293,11 @@ def watch_over(watch: GuardWatch, held_out: HeldOut, looked: Mapping[str, float]
     return watch.fell(None if held_out.guard is None else looked["held_out_guard"], looked["held_out_violation_rate"], adapter_state(model.network))
 
 
+def roll_out_clean(model: VideoModel, times: Tensor, cond: Conditioning, noise: Tensor, rows: Tensor) -> Trajectory:
+    """The clips `rows` of B, from noise [B,C,F,H,W], by the deterministic sampler."""
+    return rollout(model, ODE(), noise[rows], times, cond[rows], noise=torch.Generator())
+
+
 @torch.no_grad()
 def decode(model: LatentVideoModel, rollouts: Sequence[Trajectory]) -> Tensor:
     """The finished clips of all rollouts, [B,T,3,H,W], on the CPU where they are scored."""
@@ -299,7 +309,7 @@ def mean_of(values: Sequence[Tensor]) -> float:
     return float(torch.cat([value.flatten() for value in values]).mean()) if values else float("nan")
 
 
-def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_elements: int, grad_norm: float, advantage: Advantage) -> dict[str, float]:
+def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_elements: int, grad_norm: float) -> dict[str, float]:
     """The metrics of one update."""
     return {
         "kl_per_element": kl,
@@ -307,7 +317,6 @@ def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_eleme
         "grad_norm": grad_norm,
         "ratio": mean_of([s["policy/ratio"] for s in losses]),
         "clip_share": mean_of([s["policy/clip_share"] for s in losses]),
-        "zero_std_share": advantage.stats["advantage/zero_std_share"],
     }
 
 
@@ -332,11 +341,11 @@ def check_steps(sampler: Sampler) -> None:
         raise UserError(f"sampler.steps is {sampler.steps}, but a policy learns from noisy steps and the last one has none. Give at least 2")
 
 
-C = TypeVar("C", bound=Feedback)
+C = TypeVar("C", bound=Setting)
 Train = Callable[[C, Run, LatentVideoModel, Assessor, HeldOut], GuardWatch]
 
 
-def training_prompts(cfg: Feedback) -> tuple[list[str], list[str]]:
+def training_prompts(cfg: Setting) -> tuple[list[str], list[str]]:
     """Ids and texts of the prompts to train on."""
     if cfg.captions:
         return list(cfg.captions), list(cfg.captions)
@@ -344,7 +353,7 @@ def training_prompts(cfg: Feedback) -> tuple[list[str], list[str]]:
     return [prompt.prompt_id for prompt in pool], [prompt.text for prompt in pool]
 
 
-def held_out_texts(cfg: Feedback) -> list[str]:
+def held_out_texts(cfg: Setting) -> list[str]:
     """Prompts of held-out combinations (the captions themselves where clips are real: there are too few to hold any out)."""
     if cfg.captions:
         return list(cfg.captions)
@@ -357,8 +366,8 @@ def standardised(scorer: RewardModel, pessimism: float = 0.0) -> Mixture:
     return Mixture({"people": scorer}, (term,))
 
 
-def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) -> dict[str, object]:
-    """Loads the model, the scorers and the filters, trains, looks once more, and saves the adapter and the merged network.
+def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None) -> dict[str, object]:
+    """Loads the model, the scorers and the filters, trains, looks once more, and saves the adapter and the merged network. reward: folder of a reward model.
 
     Raises StoppedByGuard, after saving, where the guard ended the run.
     """
@@ -368,8 +377,8 @@ def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) ->
     guard = standardised(load_reward_model(cfg.guard, model.text)) if cfg.guard else None
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
-    reward = standardised(load_reward_model(cfg.reward, model.text), cfg.pessimism)
-    assess = Assessor(reward, safety_runner(), cfg.sampler.fps)
+    scorer = standardised(load_reward_model(reward, model.text), cfg.pessimism) if reward else None
+    assess = Assessor(scorer, safety_runner(), cfg.sampler.fps)
     watch = train(cfg, run, model, assess, held_out)
 
     looked = held_out.watch(model, assess, run.iteration)

@@ -23,14 +23,12 @@ from align.advantage import group_advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Several
 from align.data import PromptSampler
-from align.kernels import ODE
 from align.objectives import Loss
 from align.objectives.forward_process import implicit_split, signed_flow_matching
 from align.objectives.regression import clip_error
 from align.optimizers import build_optimizer
 from align.run import Run
 from align.threads import in_threads
-from align.trajectory import Trajectory, rollout
 from base_model.lora import add_lora, reference
 from base_model.paths import add_noise
 from base_model.times import sampling_times, stratified_logit_normal
@@ -97,11 +95,6 @@ class Noised(NamedTuple):
     target: Tensor  # [b,C,F,H,W] velocity of the clip that was made
 
 
-def clean_rollout(model: LatentVideoModel, times: Tensor, cond: Conditioning, noise: Tensor, rows: Tensor) -> Trajectory:
-    """The clips `rows` of B, by the deterministic sampler."""
-    return rollout(model, ODE(), noise[rows], times, cond[rows], noise=torch.Generator())
-
-
 def batch_loss(p: Policy, model: LatentVideoModel, a: Tensor, valid: Tensor, known: float, part: tuple[Noised, Tensor, Tensor | None]) -> Iterator[Loss]:
     """The loss of a micro-batch, as its share of an update that learns from `known` clips. part: the clips, and what the old and the SFT policy say of them."""
     noised, u_old, prior = part
@@ -133,7 +126,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         # 1. Roll out by the deterministic sampler, score, compare within each prompt.
         cond = pool[torch.tensor(sampler[i]).repeat_interleave(p.group_size)]  # B
         noise = run.noise(model.latents.shape(cfg.sampler.clip), clips, "rollout", i * clips)  # [B,C,F,H,W]
-        taken = in_threads(partial(clean_rollout, model, times, cond, noise), batches, run.device)
+        taken = in_threads(partial(feedback.roll_out_clean, model, times, cond, noise), batches, run.device)
         seen = assess(feedback.decode(model, taken), cond.prompts)
         advantage = group_advantage(seen.reward, p.group_size)
         if i == 0:
@@ -184,5 +177,5 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
-    result = feedback.align(cfg, run, train, cfg.policy.iterations, recipe="nft")
+    result = feedback.align(cfg, run, train, recipe="nft", reward=cfg.reward)
     return {**result, "wall_seconds": round(time.monotonic() - started, 1)}
