@@ -299,9 +299,9 @@ def roll_out_clean(model: VideoModel, times: Tensor, cond: Conditioning, noise: 
 
 
 @torch.no_grad()
-def decode(model: LatentVideoModel, rollouts: Sequence[Trajectory]) -> Tensor:
-    """The finished clips of all rollouts, [B,T,3,H,W], on the CPU where they are scored."""
-    return torch.cat([model.decode(r.x0).cpu() for r in rollouts])
+def decode(model: VideoModel, latents: Sequence[Tensor]) -> Tensor:
+    """Finished latents, [b,C,F,H,W] each, as clips [B,T,3,H,W] on the CPU, where they are scored."""
+    return torch.cat([model.decode(x0).cpu() for x0 in latents])
 
 
 def mean_of(values: Sequence[Tensor]) -> float:

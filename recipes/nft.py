@@ -127,7 +127,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         cond = pool[torch.tensor(sampler[i]).repeat_interleave(p.group_size)]  # B
         noise = run.noise(model.latents.shape(cfg.sampler.clip), clips, "rollout", i * clips)  # [B,C,F,H,W]
         taken = in_threads(partial(feedback.roll_out_clean, model, times, cond, noise), batches, run.device)
-        seen = assess(feedback.decode(model, taken), cond.prompts)
+        seen = assess(feedback.decode(model, [each.x0 for each in taken]), cond.prompts)
         advantage = group_advantage(seen.reward, p.group_size)
         if i == 0:
             selfcheck.reward_spread(seen.reward, p.group_size)
