@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,8 +37,8 @@ def add_lora(
 
 @contextmanager
 def reference(network: Any) -> Iterator[None]:
-    """The same network with its adapter switched off: the policy that training started from."""
-    with network.disable_adapter():
+    """The same network with its adapter switched off: the policy that training started from. One without an adapter stays as it is."""
+    with network.disable_adapter() if hasattr(network, "disable_adapter") else nullcontext():
         yield
 
 

@@ -16,7 +16,7 @@ from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
 from base_model.networks.dit import DiT, DiTConfig
 from base_model.networks.layers import NetworkConfig
-from base_model.networks.packing import Segments, grid_positions, patchify, token_grid, unpatchify
+from base_model.networks.packing import Packed, Patch, Segments, grid_positions, patchify, token_grid, unpatchify
 from base_model.networks.uvit import UViT, UViTConfig
 from base_model.networks.vae import VAEConfig, VideoVAE
 from base_model.paths import Path, RectifiedFlow
@@ -116,11 +116,7 @@ class LatentVideoModel:
     def _velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """t: one noise level a clip [B], or one a token [B n]."""
         grid = token_grid(x_t.shape, self.config.patch)
-        tokens = patchify(x_t, self.config.patch)  # [B,n,c]
-        segments = Segments.equal(len(x_t), tokens.shape[1])
-        text, text_segments = packed_text(cond)
-        positions = grid_positions(grid).repeat(len(x_t), 1).to(x_t.device)
-        u = self.network(tokens.flatten(0, 1), positions, segments, t, text, text_segments)  # [B n,c]
+        u = self.network(*packed(x_t, self.config.patch), t, *packed_text(cond))  # [B n,c]
         return unpatchify(u.unflatten(0, (len(x_t), -1)), x_t.shape[1], grid, self.config.patch).float()
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
@@ -132,6 +128,13 @@ class LatentVideoModel:
 
     def decode(self, x0: Tensor) -> Tensor:
         return self.codec.decode(x0)
+
+
+def packed(x_t: Tensor, patch: Patch) -> Packed:
+    """Latents of B clips of one size [B,C,F,H,W] as one sequence."""
+    tokens = patchify(x_t, patch)  # [B,n,c]
+    positions = grid_positions(token_grid(x_t.shape, patch)).repeat(len(x_t), 1).to(x_t.device)  # [B n,3]
+    return Packed(tokens.flatten(0, 1), positions, Segments.equal(len(x_t), tokens.shape[1]))
 
 
 def packed_text(cond: Conditioning) -> tuple[Tensor, Segments]:

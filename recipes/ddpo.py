@@ -173,7 +173,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         rollouts = in_threads(roll_out, batches, run.device)
 
         # 3. Ask for reward and cost; compare each clip with what its prompt usually gets.
-        seen = assess(feedback.decode(model, [each.x0 for each in rollouts]), cond.prompts)
+        seen = assess.finished(model, [taken.x0 for taken in rollouts], cond)
         if p.same_noise:
             advantage = group_advantage(seen.reward, p.group_size, divide_by="max_group_std")
         else:

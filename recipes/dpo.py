@@ -211,7 +211,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
             cond = pool[torch.tensor(prompts[i]).repeat_interleave(p.group_size)]  # B
             noise = run.noise(shape, clips, "rollout", i * clips)  # [B,C,F,H,W]
             taken = in_threads(partial(feedback.roll_out_clean, policy, times, cond, noise), torch.arange(clips).split(p.micro_batch), run.device)
-            seen = assess(feedback.decode(model, [each.x0 for each in taken]), cond.prompts)
+            seen = assess.finished(model, [each.x0 for each in taken], cond)
             if i == 0:
                 selfcheck.reward_spread(seen.reward, p.group_size)
             pairs = fresh_pairs(seen, p.group_size, p.which, margin=p.margin, constrained=cfg.constrained)

@@ -6,6 +6,7 @@ Letters: B clips, N prompts, G clips a prompt.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,14 @@ from base_model.guidance import Guided
 from base_model.lora import adapter_state, load_adapter_state, merge, reference
 from base_model.tiny import LatentVideoModel, load_tiny, save_network
 from base_model.types import Conditioning, VideoModel
-from recipes.generate import Sampler, latent_shape, safety_runner, sample
+from recipes.generate import Sampler, latent_shape, safety_runner, sample_with_latents
+from recipes.scorers import card_of, load_scorer, tier_of
 from recipes.shapes.prompts import make_prompts
 from recipes.weights import file_hash, write_card
+from reward import latent
+from reward.latent import LatentMixture
 from reward.mixture import Mixture, Term
-from reward.model import RewardModel, load_reward_model
+from reward.model import Calibrated, CalibratedScorer
 from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate, costs
 
 FLASHING = "P17"
@@ -44,7 +48,8 @@ METRICS = {
     "cost": "Mean graded cost of the rollout's clips, in [0, 1]: 0.5 where the filter's limit is.",
     "multiplier": "Weight lambda of the safety cost in the advantage.",
     "all_violating": "Share of prompts whose clips all violate.",
-    "error_share": "Share of clips whose reward or cost is unknown; they are masked.",
+    "error_share": "Share of clips whose reward is unknown, or whose cost though the filters looked; they are masked.",
+    "looked_at": "1 where the safety filters saw the rollout's clips; 0 in an unconstrained run with a latent reward, which decodes none of them.",
     "held_out_reward": "The same score of held-out prompts' clips, from the deterministic sampler and fixed noise.",
     "held_out_guard": "Guard's score (other labelers, other seed) of the same held-out clips; never optimised.",
     "held_out_violation_rate": "Share of the held-out clips that the safety filters block.",
@@ -98,7 +103,7 @@ class Setting(BaseConfig):
     held_out_prompts: Count = 64
     """Held-out prompts looked at during the run."""
     constrained: bool = True
-    """Whether the safety limit holds; false is for the comparison only."""
+    """Whether the safety limit holds; false is for the comparison only. With a latent reward the filters then see the held-out clips alone."""
     safety: SafetyLimit = SafetyLimit()
     """The limit."""
     pessimism: NonNegative = 0.5
@@ -113,7 +118,7 @@ class Feedback(Setting):
     """The same for a recipe that goes after a reward model's score."""
 
     reward: Path = Path("runs/reward-model")
-    """Folder of a reward model."""
+    """Folder of a reward model, or of a latent reward, which decodes nothing: under the limit clips are decoded for the filters all the same."""
 
 
 @dataclass(frozen=True)
@@ -122,29 +127,58 @@ class Assessment:
     `allowed` [T, T, F, F]."""
 
     reward: Tensor  # [B]; nan where unknown
-    cost: Tensor  # [B] in [0,1], graded; nan where the filters failed
-    violates: Tensor  # [B] 1 where a filter blocks, else 0; nan where the filters failed
+    cost: Tensor  # [B] in [0,1], graded; nan where the filters failed, or saw nothing
+    violates: Tensor  # [B] 1 where a filter blocks, else 0; nan where the filters failed, or saw nothing
     allowed: Tensor  # [B] bool; only these may be learned from as good
+    looked_at: bool = True  # by the filters
 
     @property
     def violation_rate(self) -> float:
         """Share of the clips that were judged; nan where none was."""
         return float(self.violates.nanmean())
 
+    @property
+    def unknown(self) -> Tensor:
+        """Clips without a reward, and those the filters looked at in vain [B] bool."""
+        return self.reward.isnan() | (self.cost.isnan() & self.looked_at)
+
 
 @dataclass
 class Assessor:
-    """Scores and rules on clips. Raises GuardStop where the filters fail on more than `max_error_share` of a batch."""
+    """Scores and rules on clips. Raises GuardStop where the filters fail on more than `max_error_share` of a batch, or, where they are not asked, that many have no score.
 
-    reward: Mixture | None  # None where nobody scores: every reward is then unknown
+    looks: whether the filters are asked about finished latents too, whose reward needs no pixels. What is decoded is shown to them in any case.
+    """
+
+    reward: Mixture | LatentMixture | None  # None where nobody scores: every reward is then unknown
     runner: SafetyRunner
     fps: float
     max_error_share: float = 0.05
+    looks: bool = True
+
+    @torch.no_grad()
+    def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None) -> Assessment:
+        """Finished latents of B clips in batches [b,C,F,H,W], decoded where somebody looks at pixels; video: [B,T,3,H,W] where they are decoded already."""
+        if not isinstance(self.reward, LatentMixture):
+            return self(decode(model, x0) if video is None else video, cond.prompts)
+        rows = torch.arange(len(cond)).split([len(part) for part in x0])
+        reward = torch.cat([self.reward(part, cond[row]).reward for part, row in zip(x0, rows, strict=True)])  # [B]
+        if video is None and not self.looks:
+            unknown = torch.full_like(reward, torch.nan)
+            check_known(reward, self.max_error_share)
+            return Assessment(reward, unknown, unknown, torch.zeros(len(reward), dtype=torch.bool), looked_at=False)
+        return self.ruled(reward, decode(model, x0) if video is None else video, cond.prompts)
 
     @torch.no_grad()
     def __call__(self, video: Tensor, prompts: Sequence[str]) -> Assessment:
-        """video [B,T,3,H,W] in [0,1] of B prompts."""
+        """video [B,T,3,H,W] in [0,1] of B prompts. Raises ValueError where the reward is a latent one, which cannot score pixels."""
+        if isinstance(self.reward, LatentMixture):
+            raise ValueError("a latent reward cannot score pixels: give the latents to `finished`")
         reward = torch.full((len(video),), torch.nan) if self.reward is None else self.reward(video, prompts).reward
+        return self.ruled(reward, video, prompts)
+
+    def ruled(self, reward: Tensor, video: Tensor, prompts: Sequence[str]) -> Assessment:
+        """Rewards [B] of clips [B,T,3,H,W] with what the filters say of them."""
         decisions = self.runner.check_videos(video, prompts, self.fps)
         check_error_rate(decisions, self.max_error_share)
         known = torch.tensor([d.verdict != Verdict.ERROR for d in decisions])
@@ -152,14 +186,23 @@ class Assessor:
         return Assessment(reward, costs(decisions, FLASHING), blocks.where(known, torch.nan), torch.tensor([allowed(d) for d in decisions]))
 
 
+def check_known(reward: Tensor, limit: float) -> None:
+    """Raises GuardStop where more than `limit` of the rewards [B] are unknown: latents that are not finite must not pass for clips."""
+    failed = int(reward.isnan().sum())
+    if failed > limit * len(reward):
+        raise GuardStop(f"no reward for {failed} of {len(reward)} clips (limit {limit:.1%}): their latents are not finite. Lower policy.lr, then begin again in another --out")
+
+
 def apply_limits(advantage: Advantage, seen: Assessment, multiplier: Multiplier | None, limit: SafetyLimit, group_size: int) -> Advantage:
     """The advantage under the constraint: cost weighed by the multiplier, then the hard gate, and nothing that is not allowed learned from as good.
 
-    Without a multiplier only unknown costs are masked.
+    Without a multiplier only unknown costs are masked. Raises ValueError where a limit is to be kept and nobody looked at the clips.
     """
     if multiplier is None:
-        valid = advantage.valid & seen.cost.isfinite()
+        valid = advantage.valid & ~seen.unknown
         return advantage._replace(advantage=advantage.advantage.where(valid, 0), valid=valid)
+    if not seen.looked_at:
+        raise ValueError("a limit is to be kept, and the filters were not asked about these clips")
     bounded = constrained_advantage(advantage.advantage, {FLASHING: seen.cost}, [multiplier], group_size, valid=advantage.valid)
     gated = gate(bounded.advantage, (seen.violates == 1) & bounded.valid, group_size, limit.gate / (1 + multiplier.value))
     return bounded._replace(advantage=torch.where(seen.allowed, gated, gated.clamp_max(0)))
@@ -172,8 +215,9 @@ def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | No
         "violation_rate": seen.violation_rate,
         "cost": float(seen.cost.nanmean()),
         "multiplier": 0.0 if multiplier is None else multiplier.value,
-        "all_violating": all_violating(seen.violates == 1, group_size),
-        "error_share": float((seen.reward.isnan() | seen.cost.isnan()).float().mean()),
+        "all_violating": all_violating(seen.violates == 1, group_size) if seen.looked_at else float("nan"),
+        "error_share": float(seen.unknown.float().mean()),
+        "looked_at": float(seen.looked_at),
     }
 
 
@@ -193,9 +237,11 @@ class HeldOut:
 
     def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
         """Samples, keeps and scores the held-out clips."""
-        video = torch.cat(list(sample(model, self.cond, [derived_seed(self.seed, "held out", k) % 2**31 for k in range(len(self.cond))], self.sampler)))  # [B,T,3,H,W]
+        seeds = [derived_seed(self.seed, "held out", k) % 2**31 for k in range(len(self.cond))]
+        x0, clips = zip(*sample_with_latents(model, self.cond, seeds, self.sampler), strict=True)
+        video = torch.cat(clips)  # [B,T,3,H,W]
         save_weights(self.folder / f"{iteration:06d}.safetensors", {"video": (video * 255).round().to(torch.uint8)}, {})
-        seen = assess(video, self.prompts)
+        seen = assess.finished(model, x0, self.cond, video)
         guard = float("nan") if self.guard is None else float(self.guard(video, self.prompts).reward.nanmean())
         return {
             "held_out_reward": float(seen.reward.nanmean()),
@@ -299,9 +345,9 @@ def roll_out_clean(model: VideoModel, times: Tensor, cond: Conditioning, noise: 
 
 
 @torch.no_grad()
-def decode(model: VideoModel, latents: Sequence[Tensor]) -> Tensor:
-    """Finished latents, [b,C,F,H,W] each, as clips [B,T,3,H,W] on the CPU, where they are scored."""
-    return torch.cat([model.decode(x0).cpu() for x0 in latents])
+def decode(model: VideoModel, x0: Sequence[Tensor]) -> Tensor:
+    """The clips of all batches of finished latents [b,C,F,H,W], [B,T,3,H,W] on the CPU where they are scored."""
+    return torch.cat([model.decode(part).cpu() for part in x0])
 
 
 def mean_of(values: Sequence[Tensor]) -> float:
@@ -360,10 +406,23 @@ def held_out_texts(cfg: Setting) -> list[str]:
     return [prompt.text for prompt in make_prompts(cfg.held_out_prompts, seed=cfg.seed + 1, split="eval", strobe=cfg.strobe)]
 
 
-def standardised(scorer: RewardModel, pessimism: float = 0.0) -> Mixture:
+def standardised(scorer: CalibratedScorer, pessimism: float = 0.0) -> Mixture:
     """The first dimension of a reward model in standard deviations of its training clips."""
-    term = Term("people", scorer.dims[0], center=float(scorer.center[0]), scale=float(scorer.scale[0]), pessimism=pessimism)
-    return Mixture({"people": scorer}, (term,))
+    return Mixture({"people": scorer}, (people_term(scorer, pessimism),))
+
+
+def people_term(scorer: Calibrated, pessimism: float) -> Term:
+    """The first dimension of a scorer in standard deviations of its training clips."""
+    return Term("people", scorer.dims[0], center=float(scorer.center[0]), scale=float(scorer.scale[0]), pessimism=pessimism)
+
+
+def load_reward(folder: Path, model: LatentVideoModel, pessimism: float, fps: float) -> Mixture | LatentMixture:
+    """The first dimension of the reward in a folder, in standard deviations of its training clips, minus `pessimism` spreads: of a reward model on pixels, or of a latent reward on
+    `model`, whose network has no adapter yet. Raises UserError where it cannot be used."""
+    if tier_of(card_of(folder)) != latent.TIER:
+        return standardised(load_scorer(folder, fps=fps, encode=model.text), pessimism)
+    scorer = latent.load_latent_reward(folder, model)
+    return LatentMixture(scorer, (people_term(scorer, pessimism),))
 
 
 def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None) -> dict[str, object]:
@@ -374,11 +433,13 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     model = load_tiny(cfg.model).to(run.device)
     model.network.requires_grad_(False)
     latent_shape(model, cfg.sampler.clip)
-    guard = standardised(load_reward_model(cfg.guard, model.text)) if cfg.guard else None
+    guard = standardised(load_scorer(cfg.guard, fps=cfg.sampler.fps, encode=model.text)) if cfg.guard else None
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
-    scorer = standardised(load_reward_model(reward, model.text), cfg.pessimism) if reward else None
-    assess = Assessor(scorer, safety_runner(), cfg.sampler.fps)
+    scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps) if reward else None
+    assess = Assessor(scorer, safety_runner(), cfg.sampler.fps, looks=cfg.constrained)
+    if isinstance(scorer, LatentMixture) and not cfg.constrained:
+        print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)
     watch = train(cfg, run, model, assess, held_out)
 
     looked = held_out.watch(model, assess, run.iteration)

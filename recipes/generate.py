@@ -129,22 +129,31 @@ def seeded_noise(model: LatentVideoModel, clip: ClipShape, seeds: Sequence[int])
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(model.device)
 
 
-@torch.no_grad()
 def sample(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, start: Tensor | None = None, strength: float = 1.0) -> Iterator[Tensor]:
     """Denoises and decodes B clips, yielded in order in batches [b,T,3,H,W] on the CPU; two batches a core are made at a time.
 
     start: latents [C,F,H,W] that are noised to `strength` of the way and denoised from there (SDEdit, Meng et al. 2022, arXiv 2108.01073), instead of noise alone.
     """
+    for _, video in sample_with_latents(model, cond, seeds, sampler, start, strength):
+        yield video
+
+
+@torch.no_grad()
+def sample_with_latents(
+    model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, start: Tensor | None = None, strength: float = 1.0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`sample`, with the finished latents [b,C,F,H,W], where the model is, before each batch of clips."""
     times = sampling_times(model.path, sampler.steps, shift=sampler.shift) * strength  # [K+1]
     guided = Guided(model, sampler.guidance)
     model.encode_text([""])  # kept from here on: what guidance needs is not encoded in several threads
 
-    def make(begin: int) -> Tensor:
+    def make(begin: int) -> tuple[Tensor, Tensor]:
         part = slice(begin, begin + sampler.batch)
         noise = seeded_noise(model, sampler.clip, seeds[part])  # [b,C,F,H,W]
         if start is not None:
             noise = add_noise(model.path, start.expand_as(noise), noise, times[:1].to(noise))
-        return model.decode(rollout(guided, ODE(), noise, times, cond[part], noise=torch.Generator()).x0).cpu()
+        x0 = rollout(guided, ODE(), noise, times, cond[part], noise=torch.Generator()).x0  # [b,C,F,H,W]
+        return x0, model.decode(x0).cpu()
 
     begins = list(range(0, len(seeds), sampler.batch))
     together = 2 * torch.get_num_threads()

@@ -174,7 +174,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         ]
 
         # Compare every clip with its own group.
-        seen = assess(feedback.decode(model, [each.x0 for each in taken]), cond.repeat(G).prompts)
+        seen = assess.finished(model, [made.x0 for made in taken], cond.repeat(G))
         relative = group_advantage(seen.reward, G, divide_by=p.divide_by)
         if multiplier is not None:
             multiplier.update(seen.violates)

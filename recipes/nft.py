@@ -180,7 +180,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         noise = run.noise(model.latents.shape(cfg.sampler.clip), clips, "rollout", i * clips)  # [B,C,F,H,W]
         with using(model.network, "old") if old is not None else nullcontext():
             taken = in_threads(partial(feedback.roll_out_clean, model, times, cond, noise), batches, run.device)
-        seen = assess(feedback.decode(model, [each.x0 for each in taken]), cond.prompts)
+        seen = assess.finished(model, [made.x0 for made in taken], cond)
         advantage = group_advantage(seen.reward, p.group_size)
         if i == 0:
             selfcheck.reward_spread(seen.reward, p.group_size)

@@ -181,7 +181,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         noise = torch.randn(shape, generator=generator).to(run.device)  # [B,C,F,H,W]
         injected = torch.randn(len(noisy), *shape, generator=generator).to(run.device)  # [w,B,C,F,H,W]
         taken = in_threads(partial(roll_out_some, policy, kernel, times, cond, noise, injected, noisy), batches, run.device)
-        seen = assess(feedback.decode(model, [each.x0 for each in taken]), cond.prompts)
+        seen = assess.finished(model, [each.x0 for each in taken], cond)
         if i == 0:
             in_threads(partial(feedback.check_first_step, policy, kernel, reward=seen.reward, group_size=p.group_size), taken[:1], run.device)
 

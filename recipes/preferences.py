@@ -50,7 +50,7 @@ def lawful_pairs(score: Tensor, permitted: Tensor, judged: Tensor, group_size: i
 
 def fresh_pairs(seen: Assessment, group_size: int, which: Which, *, margin: float, constrained: bool) -> Pairs:
     """Of clips that were just scored, the clips of a prompt side by side. Where not `constrained`, only clips the filters could not judge are left out."""
-    judged = seen.violates.isfinite()  # [B]
+    judged = ~seen.unknown  # [B]
     return lawful_pairs(seen.reward, seen.allowed if constrained else judged, judged, group_size, which, margin=margin)
 
 

@@ -45,6 +45,7 @@ from base_model.tiny import LatentVideoModel
 from base_model.types import Conditioning, VideoModel
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
+from reward.mixture import Mixture
 
 
 class Policy(BaseConfig):
@@ -183,7 +184,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         seen = assess(feedback.decode(model, made), cond.prompts)
 
         # 2. Which clips may be made better, and which cost more than others of their prompt: the limit's advantages, of clips whose reward is alike.
-        learned = (seen.allowed if cfg.constrained else seen.cost.isfinite()) & seen.reward.isfinite()  # [B]
+        learned = seen.allowed & ~seen.unknown if cfg.constrained else ~seen.unknown  # [B]
         if multiplier is not None:
             multiplier.update(seen.violates)
         alike = Advantage(torch.zeros(clips), torch.ones(clips, dtype=torch.bool), {})
@@ -217,7 +218,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 def differentiable(assess: Assessor) -> Score:
     """The reward as `reward_of` takes it, on the CPU. Raises UserError where one of its scorers may not be differentiated."""
     mixture = assess.reward
-    assert mixture is not None
+    if not isinstance(mixture, Mixture):
+        raise UserError("a latent reward is not differentiable, so no reward gradient passes through it, reward. Give a reward model on pixels, or use another recipe")
     for name in dict.fromkeys(term.scorer for term in mixture.terms):
         check_differentiable(mixture.scorers[name].differentiable, name)
     return lambda video, prompts: mixture(video.cpu(), prompts).reward

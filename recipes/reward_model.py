@@ -44,7 +44,7 @@ from reward.quality import load_quality
 from reward.ranking import davidson_luce, tie_parameter
 
 WIDE = 100.0
-"""Deviation of the multiple of the match that a head may be: any, but where nothing was ranked its doubt is finite."""
+"""Deviation of the multiple of the match that a head may be, and of a weight that nothing pulls: as good as any, but doubt stays finite where nothing was ranked."""
 METRICS = {
     "loss": "Davidson-Luce negative log-likelihood of a ranking, mean over heads and weighted events of the batch, plus 0.01 times the squared mean score; nats.",
     "grad_norm": "Norm of the gradient before clipping.",
@@ -309,8 +309,9 @@ def penalty_of(cfg: Config, model: RewardModel) -> tuple[Tensor, Tensor]:
 
 
 def prior_precision(penalty: Tensor, match: Tensor) -> Tensor:
-    """Precision [width,width], float64, of the prior that the penalty is: a normal around a multiple of the match. The multiple may be any: its own deviation is `WIDE`."""
-    own, along = 2 * penalty.double(), 2 * (penalty * match).double()
+    """Precision [width,width], float64, of the prior that the penalty is: a normal around a multiple of the match, which may be any."""
+    own = 2 * penalty.double() + WIDE**-2
+    along = own * match.double()
     return torch.diag(own) - torch.outer(along, along) / (WIDE**-2 + along @ match.double())  # Sherman & Morrison 1950
 
 

@@ -6,7 +6,7 @@ Every value stands for one prompt (the mean over its clips), because clips of on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +73,21 @@ def bootstrap_crossed(values: ArrayLike, *, seed: int = 0, draws: int = DRAWS, l
     trainings, prompts = (rng.multinomial(n, np.full(n, 1 / n), size=draws) for n in table.shape)  # [draws,S], [draws,N]
     total, number = (((trainings @ part) * prompts).sum(1) for part in (np.where(known, table, 0), known.astype(np.float64)))  # [draws] each
     return _percentiles(float(table[known].mean()), total[number > 0] / number[number > 0], level)
+
+
+def bootstrap_prompts(statistic: Callable[[NDArray[np.int64]], float], prompts: ArrayLike, *, seed: int = 0, draws: int = 500, level: float = 0.95) -> Interval:
+    """Percentile bootstrap of a statistic of clips, given as their rows, that is no mean; whole prompts are resampled. prompts [N]: which prompt a clip is of.
+
+    Unknown where the statistic of all clips is nan; draws in which it is nan are left out.
+    """
+    _, number, counts = np.unique(np.asarray(prompts), return_inverse=True, return_counts=True)
+    rows = np.split(np.argsort(number, kind="stable"), np.cumsum(counts)[:-1])
+    value = statistic(np.arange(len(number)))
+    if math.isnan(value):
+        return UNKNOWN
+    rng = np.random.default_rng(seed)
+    drawn = _known([statistic(np.concatenate([rows[k] for k in rng.integers(len(rows), size=len(rows))])) for _ in range(draws)])
+    return _percentiles(value, drawn, level)
 
 
 def clopper_pearson(hits: int, trials: int, *, level: float = 0.95) -> Interval:

@@ -136,8 +136,11 @@ def _root(variance: Tensor) -> Tensor:
 # Files: weights and a card in one folder, whatever the score is made of
 
 
-class Calibrated(Scorer, Protocol):
-    """A scorer with what its card tells of it, each [R] but for the tie parameters [R,K-1]."""
+class Calibrated(Protocol):
+    """What a card tells of a scorer of R dimensions, each [R] but for the tie parameters [R,K-1]."""
+
+    @property
+    def dims(self) -> tuple[str, ...]: ...
 
     temperature: Tensor
     center: Tensor
@@ -145,7 +148,15 @@ class Calibrated(Scorer, Protocol):
     log_tie: nn.Parameter
 
 
-def write_card(folder: Path, model: Calibrated, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
+class CalibratedScorer(Scorer, Calibrated, Protocol):
+    """A scorer of clips with its card."""
+
+
+Golden = Mapping[str, list[list[float]]]
+"""`mean` and `spread` of scores that every machine can make again."""
+
+
+def write_card(folder: Path, model: Calibrated, tensors: Mapping[str, Tensor], told: Mapping[str, Any], golden: Golden) -> dict[str, Any]:
     """Writes `reward_model.safetensors` and `reward_card.json` (returned): how to read the scores, what is `told`, and golden scores to check when loaded."""
     path = folder / "reward_model.safetensors"
     save_weights(path, tensors, {})
@@ -156,7 +167,7 @@ def write_card(folder: Path, model: Calibrated, tensors: Mapping[str, Tensor], t
         "temperature": dict(zip(model.dims, model.temperature.tolist(), strict=True)),
         "log_tie": dict(zip(model.dims, model.log_tie.tolist(), strict=True)),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "golden": golden_scores(model),
+        "golden": golden,
         **told,
     }
     text = json.dumps(values, indent=2) + "\n"
@@ -189,9 +200,8 @@ def read_card(folder: Path, tier: str) -> tuple[dict[str, Any], dict[str, Tensor
     return card, tensors
 
 
-def check_golden(folder: Path, card: Mapping[str, Any], scorer: Scorer) -> None:
-    """Raises UserError where the scorer does not give the golden scores of its card: better no score than one by a random head or another encoder."""
-    found = golden_scores(scorer)
+def check_golden(folder: Path, card: Mapping[str, Any], found: Golden) -> None:
+    """Raises UserError where a loaded scorer does not give the golden scores of its card: better no score than one by a random head or another encoder."""
     with card_errors(folder):
         golden = card["golden"]
         same = all(torch.allclose(torch.tensor(found[key]), torch.tensor(golden[key], dtype=torch.float32), atol=1e-3, rtol=1e-3) for key in ("mean", "spread"))
@@ -217,7 +227,8 @@ def golden_clips() -> tuple[Tensor, list[str]]:
 def save_reward_model(folder: Path, model: RewardModel, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Writes weights and card (returned) into `folder`; `facts` go into the card."""
     model.eval()
-    return write_card(folder, model, model.state_dict(), {"tier": TIER, "size": asdict(model.matcher.size), "inputs": list(INPUTS), **facts})
+    told = {"tier": TIER, "size": asdict(model.matcher.size), "inputs": list(INPUTS), **facts}
+    return write_card(folder, model, model.state_dict(), told, golden_scores(model))
 
 
 def load_reward_model(folder: Path, encode: EncodeText) -> RewardModel:
@@ -234,5 +245,5 @@ def load_reward_model(folder: Path, encode: EncodeText) -> RewardModel:
         model = RewardModel(Matcher(MatcherSize(**card["size"])), Quality(), card["dims"], encode, most_clips=card["most_clips"])
         model.load_state_dict(tensors)
     model.eval().requires_grad_(False)
-    check_golden(folder, card, model)
+    check_golden(folder, card, golden_scores(model))
     return model

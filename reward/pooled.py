@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from base_model.errors import UserError
 from reward.encoders import Encoder, load_encoder
-from reward.model import card_errors, check_golden, read_card, write_card
+from reward.model import card_errors, check_golden, golden_scores, read_card, write_card
 from reward.types import Scores
 
 TIER = "encoders"
@@ -172,7 +172,7 @@ def save_pooled(folder: Path, model: PooledModel, facts: Mapping[str, Any]) -> d
         for e in model.encoders
     ]
     size = {"members": len(model.heads.weight), "width": model.heads.weight.shape[-1], "motion_dims": list(model.motion_dims)}
-    return write_card(folder, model, model.state_dict(), {"tier": TIER, "encoders": encoders, **size, **facts})
+    return write_card(folder, model, model.state_dict(), {"tier": TIER, "encoders": encoders, **size, **facts}, golden_scores(model))
 
 
 def load_pooled(folder: Path, *, fps: float, moved: Mapping[str, str | Path] | None = None) -> PooledModel:
@@ -195,5 +195,5 @@ def load_pooled(folder: Path, *, fps: float, moved: Mapping[str, str | Path] | N
         model = PooledModel(encoders, card["dims"], **options)
         model.load_state_dict(tensors)
     model.eval().requires_grad_(False)
-    check_golden(folder, card, model)
+    check_golden(folder, card, golden_scores(model))
     return model

@@ -80,12 +80,12 @@ def kl_mask(
     valid: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Loss:
-    """mean over valid clips of weight * -A rho, without the clips that are `threshold` away from the old policy and would go further. All [B].
+    """mean over valid clips of weight * -A rho, without the clips further than `threshold` from the old policy that would go further still. All [B].
 
-    Flow-DPPO (arXiv 2606.11025): a clip is left out where kl >= threshold and (A > 0 and rho > 1, or A < 0 and rho < 1); what leads back stays. kl: `old.kl(new)`,
-    nats per latent element, so the threshold is too (1e-5 there); for a threshold in nats of the clip divide it by `Gaussian.elements`. The region is exact,
-    where the ratio's is a single noisy draw. An unknown kl (nan) counts as outside; masked clips count in the mean. Known failure: nothing pulls a policy back
-    that is outside and where every clip is masked; keep a KL penalty. Raises ValueError where threshold is not positive.
+    Flow-DPPO (arXiv 2606.11025, eq. 17-18): a clip is left out where kl > threshold and (A > 0 and rho > 1, or A < 0 and rho < 1); what leads back stays. kl: `old.kl(new)`
+    (eq. 14), nats per latent element, so the threshold is too, as in its code (1e-5); the paper's own sum over the clip is `kl_total`. The region is exact, where the
+    ratio's is a single noisy draw. An unknown kl (nan) counts as outside; masked clips count in the mean. Known failure: nothing pulls a policy back that is outside and
+    where every clip is masked; keep a KL penalty. Raises ValueError where threshold is not positive.
     """
     if threshold <= 0:
         raise ValueError(f"threshold must be positive, got {threshold}")
@@ -93,7 +93,7 @@ def kl_mask(
     advantage = advantage.detach().where(valid, 0)  # [B]
     log_ratio = (log_prob - old_log_prob.detach()).where(valid, 0)  # [B]
     kl = kl.detach()
-    away = ~(kl < threshold) & (advantage * log_ratio.detach() > 0)  # [B]
+    away = ~(kl <= threshold) & (advantage * log_ratio.detach() > 0)  # [B]
     loss = -advantage * log_ratio.exp() * (~away)  # [B]
     value = masked_mean(loss if weight is None else loss * weight.detach(), valid)
     stats = {

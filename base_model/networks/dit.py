@@ -7,6 +7,7 @@ M text tokens of all clips together, D text width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -167,6 +168,17 @@ class DiT(nn.Module):
             clip, t = pairs[0].long(), pairs[1]  # [R] each
         c = self.time_in(time_features(t, self.config.width).to(text.dtype)) + pooled[clip]  # [R,w]
         return self.tokens_in(tokens) + beside.token, Told(c, row), text
+
+    def hidden(self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments, *, after: Sequence[int]) -> list[Tensor]:
+        """What the tokens have become after each number of blocks in `after`, ascending, [N,w] each; no block behind the last of them is computed."""
+        table = rotary_table(positions, self.config.rotary_axes)  # 2 x [N,1,d/2]
+        x, told, text = self.embed(tokens, segments, t, text, text_segments)
+        found, done = [], 0
+        for number in after:
+            x = self._through(x, done, number, told, text, table, segments, text_segments)  # [N,w]
+            found.append(x)
+            done = number
+        return found
 
     def head(self, x: Tensor, told: Told, segments: Segments) -> Tensor:
         """x [N,w] after the blocks -> velocity (N,c)."""

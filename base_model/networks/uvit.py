@@ -16,6 +16,7 @@ d head width, D text width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -88,6 +89,32 @@ class UViT(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments, route: Route | None = None) -> Tensor:
         """`route`: patch tokens that skip blocks in training; as many blocks before as after them, since skips join the two ends. Raises ValueError where they differ."""
+        x, place, whole, table = self._joint(tokens, positions, segments, t, text, text_segments)
+        said: list[Tensor] = []
+        if route is None:
+            x = self._through(x, 0, self.config.depth, said, table, whole)  # [J,w]
+        else:
+            kept, way = self._among_all(route, segments, text_segments, place)  # kept [K]
+            x = self._through(x, 0, route.first, said, table, whole)  # [J,w]
+            middle = self._through(x[kept], route.first, route.last, said, (table[0][kept], table[1][kept]), way)  # [K,w]
+            x = self._through(x.index_copy(0, kept, middle), route.last, self.config.depth, said, table, whole)  # [J,w]
+        return self.tokens_out(self.norm_out(x[place[-len(tokens) :]]))  # [N,c]
+
+    def hidden(self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments, *, after: Sequence[int]) -> list[Tensor]:
+        """What the patch tokens have become after each number of blocks in `after`, ascending, [N,w] each; no block behind the last of them is computed."""
+        x, place, whole, table = self._joint(tokens, positions, segments, t, text, text_segments)
+        said: list[Tensor] = []
+        found, done = [], 0
+        for number in after:
+            x = self._through(x, done, number, said, table, whole)  # [J,w]
+            found.append(x[place[-len(tokens) :]])  # [N,w]
+            done = number
+        return found
+
+    def _joint(
+        self, tokens: Tensor, positions: Tensor, segments: Segments, t: Tensor, text: Tensor, text_segments: Segments
+    ) -> tuple[Tensor, Tensor, Segments, tuple[Tensor, Tensor]]:
+        """Time, text and patches in one sequence: x [J,w], the place [J] of every row of (time, text, patches) in it, its segments, its rotary table."""
         x = self.tokens_in(tokens)  # [N,w]
         if len(t) == len(segments):
             time = self._time(t, x.dtype)  # [S,w]
@@ -98,17 +125,8 @@ class UViT(nn.Module):
         whole, place = joined(Segments.equal(len(segments), 1), text_segments, segments)  # place [J]
         place = place.to(x.device)
         x = x.new_empty(len(place), x.shape[1]).index_copy(0, place, torch.cat([time, self.text_in(text), x]))  # [J,w]
-        patches = place[-len(tokens) :]  # [N]
-        table = rotary_table(positions.new_zeros(len(place), 3).index_copy(0, patches, positions), self.config.rotary_axes)  # 2 x [J,1,d/2]
-        said: list[Tensor] = []
-        if route is None:
-            x = self._through(x, 0, self.config.depth, said, table, whole)  # [J,w]
-        else:
-            kept, way = self._among_all(route, segments, text_segments, place)  # kept [K]
-            x = self._through(x, 0, route.first, said, table, whole)  # [J,w]
-            middle = self._through(x[kept], route.first, route.last, said, (table[0][kept], table[1][kept]), way)  # [K,w]
-            x = self._through(x.index_copy(0, kept, middle), route.last, self.config.depth, said, table, whole)  # [J,w]
-        return self.tokens_out(self.norm_out(x[patches]))  # [N,c]
+        table = rotary_table(positions.new_zeros(len(place), 3).index_copy(0, place[-len(tokens) :], positions), self.config.rotary_axes)  # 2 x [J,1,d/2]
+        return x, place, whole, table
 
     def _time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         return self.time_in(time_features(t, self.config.width).to(dtype))  # [..,w]

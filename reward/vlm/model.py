@@ -11,7 +11,6 @@ Letters: B clips, C clips of a batch of rankings, R dimensions, L tokens, D hidd
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from base_model.checkpoint import fingerprint
 from base_model.errors import UserError
 from base_model.lora import add_lora
 from base_model.quantize import to_nf4
@@ -101,16 +101,6 @@ def patch_format(name: str | Path, revision: str | None, config: Any) -> PatchFo
     return PatchFormat(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, mean, std)
 
 
-def fingerprint(network: nn.Module) -> str:
-    """sha256 of the names, shapes and 64 values of every parameter: tells two revisions of a model apart in a moment, whatever folder they are in."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(network.named_parameters()):
-        values = parameter.detach().flatten()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(values[:: max(1, len(values) // 64)][:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 class Head(nn.Module):
     """fp32 scores of hidden states, dimension r by its own row; every clip scores 0 before it has learned. No bias: only differences count."""
 
@@ -179,15 +169,14 @@ class VlmReward(nn.Module):
             self.register_buffer(name, torch.full((len(self.dims),), value))
 
     def forward(self, video: Tensor, prompts: Sequence[str]) -> Scores:
-        """video [B,T,3,H,W] in [0,1] at `clip_fps`, one prompt a clip -> scores [B,R]; nan for a clip with pixels that are not finite."""
+        """video [B,T,3,H,W] in [0,1] at `clip_fps`, one prompt a clip -> scores [B,R] where the clips are; nan for a clip with pixels that are not finite."""
         if len(video) != len(prompts):
             raise ValueError(f"{len(video)} clips and {len(prompts)} prompts: give one prompt a clip")
         usable = torch.isfinite(video).flatten(1).all(-1)  # [B]
         video = torch.where(usable[:, None, None, None, None], video, 0.5)
         chunks = [slice(i, i + CLIPS_AT_ONCE) for i in range(0, len(video), CLIPS_AT_ONCE)]
         parts = [self.scores(video[chunk], prompts[chunk], [self.clip_fps] * len(video[chunk])) for chunk in chunks]
-        unknown = ~usable[:, None].to(self.temperature.device)
-        mean, spread = ((torch.cat(values) / self.temperature).masked_fill(unknown, torch.nan) for values in zip(*parts, strict=True))
+        mean, spread = ((torch.cat(values) / self.temperature).to(video.device).masked_fill(~usable[:, None], torch.nan) for values in zip(*parts, strict=True))
         return Scores(mean, spread)
 
     def scores(self, videos: Sequence[Tensor] | Tensor, prompts: Sequence[str], fps: Sequence[float]) -> Scores:

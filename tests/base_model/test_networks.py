@@ -156,3 +156,45 @@ def test_noise_levels_of_tokens_that_agree_are_the_noise_level_of_their_clip_and
     each[:3] = 0.0
     network(packed.tokens, packed.positions, packed.segments, each, text, text_segments)
     assert seen == [3, 3, 4], "a vector for each clip and each of its levels, not for each token"
+
+
+@BOTH
+def test_hidden_states_are_those_on_the_way_to_the_velocity_and_packing_does_not_mix_them(name: NetworkName) -> None:
+    network = trained_looking(name)
+    clips, texts, t = clips_and_texts()
+    packed = pack(clips, SMALL.patch)
+    text, text_segments = torch.cat(texts), Segments(tuple(len(x) for x in texts))
+    depth, seen = network.config.depth, []
+    for block in network.blocks:
+        block.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    velocity = network(packed.tokens, packed.positions, packed.segments, t, text, text_segments)
+    after = tuple(range(1, depth + 1))
+    before = len(seen)
+    states = network.hidden(packed.tokens, packed.positions, packed.segments, t, text, text_segments, after=after)
+    assert before == len(seen) - before == depth
+    if isinstance(network, DiT):
+        for state, hooked in zip(states, seen[:depth], strict=True):
+            assert torch.equal(state, hooked)
+        _, told, _ = network.embed(packed.tokens, packed.segments, t, text, text_segments)
+        out = network.head(states[-1], told, packed.segments)
+    else:
+        out = network.tokens_out(network.norm_out(states[-1]))
+    assert torch.equal(out, velocity)
+    alone = pack(clips[2:3], SMALL.patch)
+    single = network.hidden(alone.tokens, alone.positions, alone.segments, t[2:3], texts[2], Segments((len(texts[2]),)), after=after)
+    first = packed.segments.offsets[2]
+    for state, own in zip(states, single, strict=True):
+        assert (state[first : first + len(own)] - own).abs().max() < 1e-5
+
+
+@BOTH
+def test_hidden_states_of_the_first_blocks_compute_no_further_block(name: NetworkName) -> None:
+    network = trained_looking(name)
+    clips, texts, t = clips_and_texts()
+    packed = pack(clips, SMALL.patch)
+    with torch.no_grad():
+        for parameter in network.blocks[1:].parameters():
+            parameter.fill_(torch.nan)
+    states = network.hidden(*packed, t, torch.cat(texts), Segments(tuple(len(x) for x in texts)), after=(0, 1))
+    assert all(torch.isfinite(state).all() for state in states)
+    assert torch.equal(states[0], network.tokens_in(packed.tokens)) or name == "uvit"

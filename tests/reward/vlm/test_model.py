@@ -10,9 +10,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from base_model.checkpoint import fingerprint
 from base_model.errors import UserError
 from reward.types import Scorer
-from reward.vlm.model import CLIP_MEAN, FAMILIES, VlmReward, fingerprint, load_base
+from reward.vlm.model import CLIP_MEAN, FAMILIES, VlmReward, load_base
 from reward.vlm.prompt import Dimension
 from tests.reward.vlm.tiny import FRAMES, LOOK, MATCH, clips, save_tiny, tiny_network, tiny_reward, tokenizer
 

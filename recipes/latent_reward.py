@@ -1,0 +1,488 @@
+"""Distil a reward on pixels into a latent reward (`rushes latent-reward`): RL then scores clips without decoding them.
+
+The model makes clips, and a store may give more; the reward on pixels scores each once, decoded. A head on the frozen denoiser's hidden states then learns these scores from
+latents noised to any level. Differences between clips of one prompt are what RL learns from, so they count twice: by themselves, and within the squared error. Where the
+reward is the small one, what it is the sum of (26 inputs: shape, motion, presence, quality, signals) is learned beside the score: a score alone does not say why it is low.
+
+The spread learns by the likelihood of a Gaussian around the score, with the reward's own spread as noise in the target; a factor a noise level, fitted on the split val, makes
+it honest on prompts not trained on. Agreement by noise level is measured on the split test, which nothing was chosen by.
+
+Letters: N clips, P prompts of a step, b clips of a part of it, R dimensions, A inputs of the reward on pixels, Q noise levels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+from scipy.stats import kendalltau, spearmanr
+from torch import Tensor, nn
+
+from align.config import Config as BaseConfig
+from align.config import Count, NonNegative, Positive, Seed, Several, Share, Whole, dump
+from align.data import PromptSampler
+from align.objectives import Loss
+from align.optimizers import build_optimizer, warmup_cosine
+from align.progress import Progress
+from align.run import Run, derived_seed
+from base_model.checkpoint import load_weights, save_weights
+from base_model.errors import UserError
+from base_model.networks.packing import Segments
+from base_model.paths import add_noise
+from base_model.prompts.text import TextEncoder
+from base_model.tiny import LatentVideoModel, load_tiny
+from base_model.types import Conditioning
+from base_model.video.store import ClipRow, ClipStore
+from recipes.generate import Sampler, latent_shape, network_lineage, sample_with_latents
+from recipes.scorers import card_of, load_scorer, tier_of
+from recipes.shapes.prompts import make_prompts
+from recipes.statistics import Interval, bootstrap_mean, bootstrap_prompts
+from recipes.weights import file_hash
+from reward.latent import LatentReward, LatentSize, save_latent_reward
+from reward.model import CalibratedScorer, RewardModel
+
+METRICS = {
+    "loss": "Squared error of the score in variances of the training clips, the same of differences from the mean of the prompt's clips, and the terms of inputs and spread.",
+    "error": "Its first part: mean squared error in variances of the training clips, over all noise levels of the step.",
+    "grad_norm": "Norm of the gradient before clipping.",
+    "held_out_within": "Spearman's correlation of score and reward among the clips of one prompt, finished, mean over the prompts of the split val and the dimensions.",
+}
+PROMPTS_A_SHARD = 16
+PARTS = 2
+"""Of a step, side by side on the CPU's cores."""
+
+
+class Reader(BaseConfig):
+    """The head, see `reward/latent.py`."""
+
+    after: tuple[int, ...] = (3,)
+    """It reads the hidden states after so many of the denoiser's blocks."""
+    width: Count = 64
+    """Its width."""
+    depth: Count = 1
+    """Its blocks."""
+    heads: Count = 4
+    """Attention heads of a block."""
+
+
+class Fit(BaseConfig):
+    """How the head learns."""
+
+    iterations: Count = 4_000
+    """Steps."""
+    prompts: Count = 8
+    """Prompts a step, with all their clips; the clips of a prompt are noised to one level."""
+    lr: Positive = 2e-3
+    """Peak learning rate of AdamW, after a warm-up, falling by a cosine."""
+    decay: NonNegative = 0.05
+    """Weight decay."""
+    finished: Share = 0.4
+    """Share of prompts whose clips are not noised; the others' levels are even over the path."""
+    within: NonNegative = 1.0
+    """Weight of differences within a prompt, beside the squared error."""
+    inputs: NonNegative = 1.0
+    """Weight of learning the inputs of the reward model beside its score; of no effect where the reward is of another tier."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this norm."""
+    evaluate_every: Count = 500
+    """Steps between looks at the split val."""
+    save_every: Count = 500
+    """Steps between checkpoints."""
+
+
+class Config(BaseConfig):
+    out: Path = Path("runs/latent-reward")
+    """Folder of the run; `reward_model.safetensors` and `reward_card.json` appear in it."""
+    model: Path | None = None
+    """Network whose hidden states are read, and which makes the clips: the one RL will start from. None means the shipped base."""
+    reward: Path = Path("runs/reward-model")
+    """Folder of the reward on pixels to imitate, of any tier."""
+    clips: Path | None = None
+    """Clip store whose clips of the sampler's size are learned from, too, such as the ranked ones."""
+    seed: Seed = 0
+    """Seed of prompts, noise and weights."""
+    prompts: Whole = 2_500
+    """Prompts to make training clips of; 0 is for the clips of a store alone."""
+    takes: Several = 8
+    """Clips of each."""
+    held_out: Several = 200
+    """Further prompts, of combinations that no training prompt asks for: half of them for the spread (val), half for the agreement that is reported (test)."""
+    captions: tuple[str, ...] = ()
+    """Captions of real clips in place of the built-in world's prompts; the last quarter of them is held out."""
+    two_objects: Share = 0.2
+    """Share of prompts with two objects."""
+    strobe: Share = 0.2
+    """Share of prompts that ask for strobing in words the prompt filter lets pass."""
+    sampler: Sampler = Sampler()
+    """How clips are denoised."""
+    reader: Reader = Reader()
+    """The head."""
+    fit: Fit = Fit()
+    """How it learns."""
+    levels: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
+    """Noise levels, as shares of the path, at which the spread is fitted and agreement is measured."""
+
+    @field_validator("levels")
+    @classmethod
+    def _levels_ascend(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
+        if list(levels) != sorted(set(levels)):
+            raise ValueError(f"expected ascending levels, got {list(levels)}")
+        return levels
+
+
+# What the reward on pixels says
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The reward to imitate. Where it is a sum of inputs, `weight` [A] says how much each of them counts, otherwise A is 0."""
+
+    scorer: CalibratedScorer
+    weight: Tensor
+
+    @torch.no_grad()
+    def look(self, video: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Clips [B,T,3,H,W] -> mean and spread [B,R], inputs [B,A]."""
+        if not isinstance(self.scorer, RewardModel):
+            scores = self.scorer(video, prompts)
+            return {"mean": scores.mean, "spread": scores.spread, "inputs": scores.mean.new_zeros(len(video), 0)}
+        inputs = self.scorer.standardised(self.scorer.inputs(video, prompts))  # [B,A]
+        joint = self.scorer.joint_of(inputs)
+        return {"mean": joint.mean, "spread": joint.covariance.diagonal(dim1=1, dim2=2).T.sqrt(), "inputs": inputs}
+
+
+def load_teacher(folder: Path, text: TextEncoder, *, fps: float, device: torch.device) -> Teacher:
+    """The reward in a folder, of any tier on pixels. Raises UserError where it cannot be used."""
+    scorer = load_scorer(folder, fps=fps, encode=text, device=str(device))
+    return Teacher(scorer, scorer.head.weight.abs().mean(0) if isinstance(scorer, RewardModel) else torch.zeros(0))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Finished clips and what the reward on pixels says of them."""
+
+    texts: tuple[str, ...]
+    prompt: Tensor  # [N] row of `texts`
+    x0: Tensor  # [N,C,F,H,W]
+    mean: Tensor  # [N,R]
+    spread: Tensor  # [N,R]
+    inputs: Tensor  # [N,A]
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    @property
+    def groups(self) -> list[Tensor]:
+        """The rows of each prompt."""
+        return [rows for rows in (torch.nonzero(self.prompt == k)[:, 0] for k in range(len(self.texts))) if len(rows)]
+
+
+def joined(texts: Sequence[str], parts: Sequence[Mapping[str, Tensor]]) -> Scored:
+    """One table of all parts; what was scored nan is left out."""
+    columns = {name: torch.cat([part[name] for part in parts]) for name in ("prompt", "x0", "mean", "spread", "inputs")}
+    known = (torch.isfinite(columns["mean"]) & torch.isfinite(columns["spread"])).all(1)
+    return Scored(tuple(texts), **{name: column[known] for name, column in columns.items()})
+
+
+def kept(folder: Path, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `make` found, written under the hash of all it depends on: a killed run goes on, and another one with the same clips finds them."""
+    path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
+    if not path.exists():
+        save_weights(path, make(), {})
+    return load_weights(path)[0]
+
+
+def make_scored(cfg: Config, model: LatentVideoModel, teacher: Teacher, texts: Sequence[str], split: str) -> Scored:
+    """`takes` clips of every prompt, scored."""
+    origin = {"network": network_lineage(cfg.model), "reward": file_hash(cfg.reward / "reward_card.json"), "sampler": dump(cfg.sampler)}
+
+    def make(first: int, some: Sequence[str]) -> dict[str, Tensor]:
+        cond = model.encode_text(some).repeat(cfg.takes)
+        found: list[dict[str, Tensor]] = []
+        for x0, video in sample_with_latents(model, cond, seeds(first, len(some)), cfg.sampler):
+            rows = slice(at := sum(len(part["x0"]) for part in found), at + len(x0))
+            found.append({"x0": x0.cpu(), **teacher.look(video, cond.prompts[rows])})
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+    def seeds(first: int, number: int) -> list[int]:
+        return [derived_seed(cfg.seed, f"latent reward, {split}", first * cfg.takes + k) % 2**31 for k in range(number * cfg.takes)]
+
+    parts = []
+    with Progress(f"clips to learn from ({split})", total=len(texts)) as progress:
+        for first in range(0, len(texts), PROMPTS_A_SHARD):
+            some = texts[first : first + PROMPTS_A_SHARD]
+            part = kept(cfg.out / "scored", {**origin, "texts": list(some), "seeds": seeds(first, len(some))}, partial(make, first, some))
+            parts.append({**part, "prompt": first + torch.arange(len(some)).repeat_interleave(cfg.takes)})
+            progress.advance(steps=len(some))
+    return joined(texts, parts)
+
+
+def stored_scored(cfg: Config, model: LatentVideoModel, teacher: Teacher, folder: Path, without: set[str]) -> Scored:
+    """The clips of a store that have the sampler's size and whose prompt is none of `without`, scored. Raises UserError where there is none."""
+    store, size = ClipStore(folder), (cfg.sampler.frames, cfg.sampler.height, cfg.sampler.width)
+    rows = [row for row in store.rows() if (row.num_frames, row.height, row.width) == size and row.prompt not in without]
+    if not rows:
+        raise UserError(f"no clip of {cfg.sampler.clip} to learn from among the {len(store)} of the store, {folder}. Give --clips another store, or the sampler that made this one")
+    texts = list(dict.fromkeys(row.prompt for row in rows))
+    reward = file_hash(cfg.reward / "reward_card.json")
+
+    def make(some: Sequence[ClipRow]) -> dict[str, Tensor]:
+        video = torch.stack([store.load(row.clip_id) for row in some])  # [b,T,3,H,W]
+        return {"x0": model.encode(video).cpu(), **teacher.look(video, [row.prompt for row in some])}
+
+    parts = []
+    with Progress("clips of the store", total=len(rows)) as progress:
+        for first in range(0, len(rows), PROMPTS_A_SHARD * cfg.takes):
+            some = rows[first : first + PROMPTS_A_SHARD * cfg.takes]
+            part = kept(cfg.out / "scored", {"reward": reward, "clips": [row.clip_id for row in some], "texts": [row.prompt for row in some]}, partial(make, some))
+            parts.append({**part, "prompt": torch.tensor([texts.index(row.prompt) for row in some])})
+            progress.advance(steps=len(some))
+    return joined(texts, parts)
+
+
+def together(a: Scored, b: Scored) -> Scored:
+    """Both; a prompt of both is two prompts."""
+    columns = {name: torch.cat([getattr(a, name), getattr(b, name)]) for name in ("x0", "mean", "spread", "inputs")}
+    return Scored((*a.texts, *b.texts), torch.cat([a.prompt, b.prompt + len(a.texts)]), **columns)
+
+
+def prompts_of(cfg: Config) -> dict[str, list[str]]:
+    """The prompts of each split. Raises UserError where captions are too few to hold any out."""
+    if cfg.captions:
+        held = len(cfg.captions) // 4
+        if held < 2:
+            raise UserError(f"{len(cfg.captions)} captions are too few to hold a quarter of them out. Give at least 8, captions")
+        train, rest = list(cfg.captions[:-held]), list(cfg.captions[-held:])
+    else:
+        shares = {"two_objects": cfg.two_objects, "strobe": cfg.strobe}
+        train = [prompt.text for prompt in make_prompts(cfg.prompts, seed=cfg.seed + 30, split="train", **shares)] if cfg.prompts else []
+        rest = [prompt.text for prompt in make_prompts(cfg.held_out, seed=cfg.seed + 31, split="eval", **shares)]
+    return {"train": train, "val": rest[: len(rest) // 2], "test": rest[len(rest) // 2 :]}
+
+
+def learn_from(cfg: Config, model: LatentVideoModel, teacher: Teacher) -> dict[str, Scored]:
+    """The scored clips of each split. Raises UserError where there is nothing to learn from."""
+    texts = prompts_of(cfg)
+    if not texts["train"] and cfg.clips is None:
+        raise UserError("nothing to learn from: no prompts and no clips. Give --prompts 2500, or --clips a clip store")
+    found = {split: make_scored(cfg, model, teacher, some, split) for split, some in texts.items() if some}
+    if cfg.clips is not None:
+        stored = stored_scored(cfg, model, teacher, cfg.clips, {*texts["val"], *texts["test"]})
+        found["train"] = together(found["train"], stored) if "train" in found else stored
+    if len(found["train"].groups) < cfg.fit.prompts:
+        raise UserError(f"{len(found['train'].groups)} training prompts are fewer than the {cfg.fit.prompts} of a step. Lower fit.prompts, or give more prompts")
+    return found
+
+
+# Learning
+
+
+class Part(NamedTuple):
+    """Some prompts of a step: their clips, noised."""
+
+    rows: Tensor  # [b]
+    segments: Segments  # clips of each prompt
+    cond: Conditioning  # b
+    x_t: Tensor  # [b,C,F,H,W]
+    t: Tensor  # [b]
+
+
+class Learning(nn.Module):
+    """What learns: the latent reward and, beside it, a reader of the inputs of the reward on pixels."""
+
+    def __init__(self, scorer: LatentReward, inputs: int) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.inputs = nn.Linear(2 * scorer.size.width, inputs)
+
+
+def start(cfg: Config, model: LatentVideoModel, teacher: Teacher, train: Scored) -> Learning:
+    """A fresh head whose every score is the mean of the training clips. Raises UserError for sizes that do not fit the network."""
+    size, card = LatentSize(**dump(cfg.reader)), teacher.scorer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(cfg.seed, "latent head", 0))
+        try:
+            scorer = LatentReward(model, size, card.dims, levels=[level * model.path.t_max for level in cfg.levels], most_clips=card.log_tie.shape[-1] + 1)
+        except ValueError as error:
+            raise UserError(f"reader: {error}") from error
+        learning = Learning(scorer, len(teacher.weight))
+    with torch.no_grad():
+        for name in ("temperature", "center", "scale", "log_tie"):
+            getattr(scorer, name).copy_(getattr(card, name))
+        for linear, bias in ((scorer.mean, train.mean.mean(0)), (scorer.log_spread, deviations(train).log())):
+            linear.weight.zero_()
+            linear.bias.copy_(bias)
+    return learning.to(model.device)
+
+
+def deviations(train: Scored) -> Tensor:
+    """Standard deviation of the reward over the training clips [R]."""
+    return train.mean.std(0, correction=0).clamp_min(1e-3)
+
+
+def noise_levels(fit: Fit, t_max: float, prompts: int, generator: torch.Generator) -> Tensor:
+    """One level a prompt [P]: none for `finished` of them, else one in each of P even strata of the path, in random order."""
+    t = t_max * (torch.randperm(prompts, generator=generator) + torch.rand(prompts, generator=generator)) / prompts
+    return torch.where(torch.rand(prompts, generator=generator) < fit.finished, 0.0, t)
+
+
+def batch_of(cfg: Config, model: LatentVideoModel, train: Scored, groups: Sequence[Tensor], cond: Conditioning, chosen: Sequence[int], generator: torch.Generator) -> list[Part]:
+    """The clips of the chosen prompts, noised, in `PARTS` parts."""
+    levels = noise_levels(cfg.fit, model.path.t_max, len(chosen), generator)
+    parts = []
+    for some in np.array_split(np.arange(len(chosen)), min(PARTS, len(chosen))):
+        rows = torch.cat([groups[chosen[k]] for k in some])  # [b]
+        segments = Segments(tuple(len(groups[chosen[k]]) for k in some))
+        t = segments.spread(levels[torch.from_numpy(some)])  # [b]
+        x0 = train.x0[rows]
+        x_t = add_noise(model.path, x0, torch.randn(x0.shape, generator=generator), t)
+        parts.append(Part(rows, segments, cond[train.prompt[rows]], x_t.to(model.device), t.to(model.device)))
+    return parts
+
+
+def part_loss(fit: Fit, learning: Learning, train: Scored, weight: Tensor, scale: Tensor, clips: int, part: Part) -> Iterator[Loss]:
+    """The loss of a part, as its share of a step of `clips`. weight [A] of the inputs, scale [R] of the rewards."""
+    scorer, device = learning.scorer, part.x_t.device
+    reward, doubt, inputs = (column[part.rows].to(device) for column in (train.mean, train.spread, train.inputs))
+    summary = scorer.summary(scorer.hidden(part.x_t, part.t, part.cond), part.x_t, part.t, part.cond)  # [b,2w]
+    mean, spread = scorer.read(summary, part.t)  # [b,R]
+    error = (mean - reward) / scale.to(device)  # [b,R]
+    inside = error - part.segments.spread(part.segments.mean(error))  # [b,R]
+    miss = (mean.detach() - reward).square() + doubt.square()  # [b,R]
+    value = error.square().mean() + fit.within * inside.square().mean() + (spread.log() + miss / (2 * spread.square())).mean()
+    if len(weight):
+        value = value + fit.inputs * ((learning.inputs(summary) - inputs).square() @ weight.to(device)).mean() / weight.sum()
+    yield Loss(value * len(part.rows) / clips, {"error": error.detach().square().mean() * len(part.rows) / clips})
+
+
+def train_head(cfg: Config, run: Run, learning: Learning, teacher: Teacher, train: Scored, val: Scored) -> None:
+    fit, model = cfg.fit, learning.scorer.model
+    groups, cond, scale = train.groups, model.encode_text(train.texts), deviations(train)
+    optimizer = build_optimizer(learning, "adamw", lr=fit.lr, weight_decay=fit.decay)
+    schedule = warmup_cosine(optimizer, fit.iterations)
+    for name, thing in (("learning", learning), ("optimizer", optimizer), ("schedule", schedule)):
+        run.register(name, thing)
+    sampler = PromptSampler(len(groups), fit.prompts, seed=cfg.seed)
+    for i in run.iterations(fit.iterations, save_every=fit.save_every, label="latent reward"):
+        parts = batch_of(cfg, model, train, groups, cond, sampler[i], run.generator("noise", i))
+        clips = sum(len(part.rows) for part in parts)
+        losses = run.backward_each(optimizer, partial(part_loss, fit, learning, train, teacher.weight, scale, clips), parts)
+        norm = run.step(optimizer, fit.max_grad_norm, schedule)
+        if (i + 1) % fit.evaluate_every == 0 or i + 1 == fit.iterations:
+            found, _ = predictions(learning.scorer, val, 0.0, run.generator("looks", 0))
+            within = float(np.nanmean([np.nanmean(list(inside(spearman, *columns).values())) for columns in by_dimension(found, val)]))
+            told = {name: sum(loss.stats[name] for loss in losses) for name in losses[0].stats}
+            run.log(loss=sum(loss.value for loss in losses), held_out_within=within, grad_norm=norm, **told)
+
+
+# Measuring
+
+
+def predictions(scorer: LatentReward, scored: Scored, t: float, generator: torch.Generator, *, batch: int = 128) -> tuple[Tensor, Tensor]:
+    """Mean and spread [N,R] of clips noised to t."""
+    cond, found = scorer.model.encode_text(scored.texts), []
+    for rows in torch.arange(len(scored)).split(batch):
+        x0 = scored.x0[rows]
+        level = torch.full((len(rows),), t)
+        x_t = add_noise(scorer.model.path, x0, torch.randn(x0.shape, generator=generator), level)
+        found.append(scorer(x_t.to(scorer.model.device), level.to(scorer.model.device), cond[scored.prompt[rows]]))
+    return torch.cat([each.mean for each in found]).cpu(), torch.cat([each.spread for each in found]).cpu()
+
+
+def misses(scored: Scored, mean: Tensor, spread: Tensor) -> Tensor:
+    """How far the reward on pixels may lie from a score, in spreads, as a root mean square [R]: 1 where the spread is honest."""
+    return (((scored.mean - mean).square() + scored.spread.square()) / spread.square()).mean(0).sqrt()
+
+
+@torch.no_grad()
+def widen(run: Run, scorer: LatentReward, val: Scored) -> None:
+    """Fits the factor of the spread at each level."""
+    scorer.widening.fill_(1.0)
+    found = [misses(val, *predictions(scorer, val, float(t), run.generator("val", k))) for k, t in enumerate(scorer.levels)]
+    scorer.widening.copy_(torch.stack(found))  # [Q,R]
+
+
+Columns = tuple[Sequence[float], Sequence[float], Sequence[int]]
+Correlation = Callable[[Sequence[float], Sequence[float]], float]
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """nan where one of them is constant, or of one clip."""
+    return float(spearmanr(a, b).statistic) if len(a) > 1 and min(np.ptp(a), np.ptp(b)) > 0 else math.nan
+
+
+def kendall(a: Sequence[float], b: Sequence[float]) -> float:
+    """tau-b; nan where one of them is constant, or of one clip."""
+    return float(kendalltau(a, b).statistic) if len(a) > 1 and min(np.ptp(a), np.ptp(b)) > 0 else math.nan
+
+
+def by_dimension(found: Tensor, scored: Scored) -> list[Columns]:
+    """Of each dimension: scores, rewards and prompts of N clips."""
+    prompts = scored.prompt.tolist()
+    return [(found[:, r].tolist(), scored.mean[:, r].tolist(), prompts) for r in range(found.shape[1])]
+
+
+def inside(correlation: Correlation, found: Sequence[float], reward: Sequence[float], prompts: Sequence[int]) -> dict[int, float]:
+    """prompt -> correlation among its clips."""
+    rows: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    return {prompt: correlation([found[k] for k in some], [reward[k] for k in some]) for prompt, some in rows.items()}
+
+
+def agreement(found: Sequence[float], reward: Sequence[float], prompts: Sequence[int]) -> dict[str, Interval]:
+    """Rank correlations of scores with the reward on pixels over all clips and, as a mean over prompts, among the clips of one; 95 % intervals resample prompts."""
+    a, b, cluster = np.asarray(found), np.asarray(reward), np.asarray(prompts)
+    told: dict[str, Interval] = {}
+    for name, correlation in (("spearman", spearman), ("kendall", kendall)):
+        told[name] = bootstrap_prompts(lambda rows, correlation=correlation: correlation(a[rows], b[rows]), cluster)  # type: ignore[misc]
+        told[f"{name}_within"] = bootstrap_mean(list(inside(correlation, found, reward, prompts).values()))
+    return told
+
+
+def measure(run: Run, scorer: LatentReward, test: Scored) -> list[dict[str, Any]]:
+    """One row a noise level and dimension."""
+    rows = []
+    for k, t in enumerate(scorer.levels.tolist()):
+        mean, spread = predictions(scorer, test, t, run.generator("test", k))
+        honest = misses(test, mean, spread)
+        for r, (dim, columns) in enumerate(zip(scorer.dims, by_dimension(mean, test), strict=True)):
+            told = {name: interval.as_json() for name, interval in agreement(*columns).items()}
+            rows.append({"t": round(t, 6), "dim": dim, **told, "spread": float(spread[:, r].mean()), "miss_in_spreads": float(honest[r])})
+    return rows
+
+
+def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
+    """Scores clips, learns, measures; writes weights and card into `out`."""
+    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    model = load_tiny(cfg.model).to(run.device)
+    model.network.eval().requires_grad_(False)
+    latent_shape(model, cfg.sampler.clip)
+    teacher = load_teacher(cfg.reward, model.text, fps=cfg.sampler.fps, device=run.device)
+    scored = learn_from(cfg, model, teacher)
+    learning = start(cfg, model, teacher, scored["train"])
+    train_head(cfg, run, learning, teacher, scored["train"], scored["val"])
+    scorer = learning.scorer.eval()
+    widen(run, scorer, scored["val"])
+    facts = {
+        "measured": measure(run, scorer, scored["test"]),
+        "prompts": {split: len(some.groups) for split, some in scored.items()},
+        "clips": {split: len(some) for split, some in scored.items()},
+        "distilled_from": {"tier": tier_of(card_of(cfg.reward)), "card_sha256": file_hash(cfg.reward / "reward_card.json")},
+        "network_sha256": network_lineage(cfg.model),
+        "sampler": dump(cfg.sampler),
+        "seed": cfg.seed,
+        "seconds": round(run.seconds, 1),
+        "command": f"rushes latent-reward --seed {cfg.seed}",
+    }
+    card = save_latent_reward(cfg.out, scorer, facts)
+    return {"out": str(cfg.out), "seconds": card["seconds"], "clips": card["clips"], "agreement": card["measured"]}
