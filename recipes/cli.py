@@ -73,8 +73,11 @@ COMMANDS = {
     "vlm-reward": Command("recipes.vlm_reward", "Learn a reward from ranked clips on top of a vision-language model."),
     "latent-reward": Command("recipes.latent_reward", "Distil a reward on pixels into one that scores latents at any noise level, without decoding."),
     "ddpo": Command("recipes.ddpo", "Move a model toward the reward: DDPO with LoRA under a safety limit."),
+    "ppo": Command("recipes.ppo", "Move a model toward the reward: PPO with a critic and LoRA under a safety limit."),
     "grpo": Command("recipes.grpo", "Move a model toward the reward: GRPO with LoRA under a safety limit."),
     "nft": Command("recipes.nft", "Move a model toward the reward: forward-process reinforcement (DiffusionNFT) with LoRA under a safety limit."),
+    "dpo": Command("recipes.dpo", "Move a model toward what people preferred, or toward the better of its own clips: DPO with LoRA."),
+    "reward-gradient": Command("recipes.reward_gradient", "Move a model up the gradient of a reward: DRaFT, AlignProp, ReFL or VADER with LoRA under a safety limit."),
     "evaluate": Command("recipes.evaluate", "Compare models on the same prompts and seeds; write the report."),
     "bench": Command("recipes.bench", "Measure something: rushes bench NAME [--quick]."),
 }

@@ -36,6 +36,7 @@ from recipes.shapes.prompts import make_prompts
 from recipes.weights import file_hash, write_card
 from reward import latent
 from reward.latent import LatentMixture
+from reward.mirror import swap_sides
 from reward.mixture import Mixture, Term
 from reward.model import Calibrated, CalibratedScorer
 from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate, costs
@@ -387,6 +388,14 @@ def check_steps(sampler: Sampler) -> None:
         raise UserError(f"sampler.steps is {sampler.steps}, but a policy learns from noisy steps and the last one has none. Give at least 2")
 
 
+def encode_all(model: LatentVideoModel, *prompts: Sequence[str]) -> None:
+    """Encodes prompts as they are and, for reward models, which look at every clip mirrored too, with their sides swapped: one by one as rollouts need them, a prompt's states would
+    depend, in their last bits, on where the run was resumed."""
+    for texts in prompts:
+        model.encode_text(texts)
+    model.encode_text([swap_sides(text) for texts in prompts for text in texts])
+
+
 C = TypeVar("C", bound=Setting)
 Train = Callable[[C, Run, LatentVideoModel, Assessor, HeldOut], GuardWatch]
 
@@ -440,6 +449,7 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     assess = Assessor(scorer, safety_runner(), cfg.sampler.fps, looks=cfg.constrained)
     if isinstance(scorer, LatentMixture) and not cfg.constrained:
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)
+    encode_all(model, training_prompts(cfg)[1], texts)
     watch = train(cfg, run, model, assess, held_out)
 
     looked = held_out.watch(model, assess, run.iteration)
