@@ -389,8 +389,8 @@ def check_steps(sampler: Sampler) -> None:
 
 
 def encode_all(model: LatentVideoModel, *prompts: Sequence[str]) -> None:
-    """Encodes prompts as they are and, for reward models, which look at every clip mirrored too, with their sides swapped: one by one as rollouts need them, a prompt's states would
-    depend, in their last bits, on where the run was resumed."""
+    """Encodes prompts as they are and with their sides swapped, for a reward model looks at every clip mirrored, too. The states of a prompt depend, in their last bits, on what it
+    is encoded with: left to the rollouts, they would depend on where the run was resumed."""
     for texts in prompts:
         model.encode_text(texts)
     model.encode_text([swap_sides(text) for texts in prompts for text in texts])
