@@ -30,7 +30,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, load_codec, load_tiny
 from base_model.video.files import write_atomic
 from recipes.doctor import hardware
-from recipes.feedback import Feedback
+from recipes.feedback import Setting
 from recipes.generate import Sampler, best_device, network_lineage, safety_runner, sample
 from recipes.memory import PeakMemory
 from recipes.report import NAMES, CurveRun, ReportData, Shown, Take, read_rows, write_report
@@ -279,7 +279,7 @@ def read_run(folder: Path, model: str, label: str, *, judged: bool = True) -> Cu
     Raises UserError where there is no run.
     """
     if not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"no metrics.jsonl of a run, {folder}. Give the folder of a `rushes ddpo`, `rushes grpo` or `rushes nft`")
+        raise UserError(f"no metrics.jsonl of a run, {folder}. Give the folder of a `rushes nft`, `rushes ddpo` or another recipe of alignment")
     rows = read_rows(folder / "metrics.jsonl", METRIC_NAMES)
     return CurveRun(label, model, [*rows, *(_judged_on_the_way(folder) if judged else [])])
 
@@ -290,9 +290,9 @@ def _judged_on_the_way(folder: Path) -> list[dict[str, float]]:
     The look before iteration i is placed where i - 1 ended, the one after a run that its guard ended early at the end of the run.
     """
     try:
-        told = Feedback.model_validate({key: read_json(folder / "run.json", "the description of the run")["config"][key] for key in ("held_out_prompts", "seed", "strobe")})
+        told = Setting.model_validate({key: read_json(folder / "run.json", "the description of the run")["config"][key] for key in ("held_out_prompts", "seed", "strobe")})
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"not the description of an RL run, {folder / 'run.json'}. Give the folder of a `rushes ddpo`, `rushes grpo` or `rushes nft`") from error
+        raise UserError(f"not the description of an RL run, {folder / 'run.json'}. Give the folder of a `rushes nft`, `rushes ddpo` or another recipe of alignment") from error
     prompts = make_prompts(told.held_out_prompts, seed=told.seed + 1, split="eval", strobe=told.strobe)
     columns = ("iteration", "forward_passes", "seconds")
     ends = {int(row["iteration"]) + 1: row for row in read_rows(folder / "metrics.jsonl", {name: name for name in columns}) if len(row) == len(columns)}

@@ -21,9 +21,9 @@ from align.advantage import Advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Share
 from align.constraints import Multiplier, all_violating, constrained_advantage, gate
-from align.kernels import Gaussian, Kernel
+from align.kernels import ODE, Gaussian, Kernel
 from align.run import Run, derived_seed
-from align.trajectory import Trajectory, replay
+from align.trajectory import Trajectory, replay, rollout
 from base_model.checkpoint import save_weights
 from base_model.errors import GuardStop, UserError
 from base_model.guidance import Guided
@@ -39,6 +39,7 @@ from recipes.shapes.prompts import make_prompts
 from recipes.weights import file_hash, write_card
 from reward import latent
 from reward.latent import LatentMixture
+from reward.mirror import swap_sides
 from reward.mixture import Mixture, Term
 from reward.model import Calibrated, CalibratedScorer
 from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate, costs
@@ -87,15 +88,13 @@ class SafetyLimit(BaseConfig):
         return self
 
 
-class Feedback(BaseConfig):
-    """What every RL recipe is told: where it starts, who scores, which limit holds. A recipe adds `out` and `policy`."""
+class Setting(BaseConfig):
+    """What every recipe that moves a policy is told: where it starts, who watches, which limit holds. A recipe adds `out` and `policy`."""
 
     seed: Seed = 0
     """Seed of prompts and noise."""
     model: Path | None = None
     """Network to start from and to stay near; none means the shipped base."""
-    reward: Path = Path("runs/reward-model")
-    """Folder of a reward model, or of a latent reward, which decodes nothing: under the limit clips are decoded for the filters all the same."""
     guard: Path | None = None
     """Folder of a second reward model that watches and may stop the run."""
     captions: tuple[str, ...] = ()
@@ -120,6 +119,13 @@ class Feedback(BaseConfig):
     """What watches the run beside its reward."""
     sampler: Sampler = Sampler()
     """How clips are denoised."""
+
+
+class Feedback(Setting):
+    """The same for a recipe that goes after a reward model's score."""
+
+    reward: Path = Path("runs/reward-model")
+    """Folder of a reward model, or of a latent reward, which decodes nothing: under the limit clips are decoded for the filters all the same."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class Assessor:
     looks: whether the filters are asked about finished latents too, whose reward needs no pixels. What is decoded is shown to them in any case.
     """
 
-    reward: Mixture | LatentMixture
+    reward: Mixture | LatentMixture | None  # None where nobody scores: every reward is then unknown
     runner: SafetyRunner
     fps: float
     max_error_share: float = 0.05
@@ -160,7 +166,7 @@ class Assessor:
     @torch.no_grad()
     def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None) -> Assessment:
         """Finished latents of B clips in batches [b,C,F,H,W], decoded where somebody looks at pixels; video: [B,T,3,H,W] where they are decoded already."""
-        if isinstance(self.reward, Mixture):
+        if not isinstance(self.reward, LatentMixture):
             return self(decode(model, x0) if video is None else video, cond.prompts)
         rows = torch.arange(len(cond)).split([len(part) for part in x0])
         reward = torch.cat([self.reward(part, cond[row]).reward for part, row in zip(x0, rows, strict=True)])  # [B]
@@ -173,9 +179,10 @@ class Assessor:
     @torch.no_grad()
     def __call__(self, video: Tensor, prompts: Sequence[str]) -> Assessment:
         """video [B,T,3,H,W] in [0,1] of B prompts. Raises ValueError where the reward is a latent one, which cannot score pixels."""
-        if not isinstance(self.reward, Mixture):
+        if isinstance(self.reward, LatentMixture):
             raise ValueError("a latent reward cannot score pixels: give the latents to `finished`")
-        return self.ruled(self.reward(video, prompts).reward, video, prompts)
+        reward = torch.full((len(video),), torch.nan) if self.reward is None else self.reward(video, prompts).reward
+        return self.ruled(reward, video, prompts)
 
     def ruled(self, reward: Tensor, video: Tensor, prompts: Sequence[str]) -> Assessment:
         """Rewards [B] of clips [B,T,3,H,W] with what the filters say of them."""
@@ -297,7 +304,7 @@ def check_first_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: 
     selfcheck.kl_gradient(Gaussian(u, one), Gaussian(prior, one), model.network.parameters())
 
 
-def limits_of(cfg: Feedback) -> tuple[Multiplier | None, GuardWatch]:
+def limits_of(cfg: Setting) -> tuple[Multiplier | None, GuardWatch]:
     """The multiplier (none in an unconstrained run) and the watch over what must not change."""
     watch = GuardWatch(cfg.guards, drop=cfg.guard_drop, limit=cfg.safety.limit if cfg.constrained else 1.0)
     if not cfg.constrained:
@@ -335,8 +342,13 @@ def watch_over(run: Run, watch: GuardWatch, held_out: HeldOut, seen: Look, model
     return seen.told | reading.metrics
 
 
+def roll_out_clean(model: VideoModel, times: Tensor, cond: Conditioning, noise: Tensor, rows: Tensor) -> Trajectory:
+    """The clips `rows` of B, from noise [B,C,F,H,W], by the deterministic sampler."""
+    return rollout(model, ODE(), noise[rows], times, cond[rows], noise=torch.Generator())
+
+
 @torch.no_grad()
-def decode(model: LatentVideoModel, x0: Sequence[Tensor]) -> Tensor:
+def decode(model: VideoModel, x0: Sequence[Tensor]) -> Tensor:
     """The clips of all batches of finished latents [b,C,F,H,W], [B,T,3,H,W] on the CPU where they are scored."""
     return torch.cat([model.decode(part).cpu() for part in x0])
 
@@ -346,7 +358,7 @@ def mean_of(values: Sequence[Tensor]) -> float:
     return float(torch.cat([value.flatten() for value in values]).mean()) if values else float("nan")
 
 
-def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_elements: int, grad_norm: float, advantage: Advantage) -> dict[str, float]:
+def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_elements: int, grad_norm: float) -> dict[str, float]:
     """The metrics of one update."""
     return {
         "kl_per_element": kl,
@@ -354,7 +366,6 @@ def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_eleme
         "grad_norm": grad_norm,
         "ratio": mean_of([s["policy/ratio"] for s in losses]),
         "clip_share": mean_of([s["policy/clip_share"] for s in losses]),
-        "zero_std_share": advantage.stats["advantage/zero_std_share"],
     }
 
 
@@ -379,11 +390,19 @@ def check_steps(sampler: Sampler) -> None:
         raise UserError(f"sampler.steps is {sampler.steps}, but a policy learns from noisy steps and the last one has none. Give at least 2")
 
 
-C = TypeVar("C", bound=Feedback)
+def encode_all(model: LatentVideoModel, *prompts: Sequence[str]) -> None:
+    """Encodes prompts as they are and with their sides swapped, for a reward model looks at every clip mirrored, too. The states of a prompt depend, in their last bits, on what it
+    is encoded with: left to the rollouts, they would depend on where the run was resumed."""
+    for texts in prompts:
+        model.encode_text(texts)
+    model.encode_text([swap_sides(text) for texts in prompts for text in texts])
+
+
+C = TypeVar("C", bound=Setting)
 Train = Callable[[C, Run, LatentVideoModel, Assessor, HeldOut], GuardWatch]
 
 
-def training_prompts(cfg: Feedback) -> tuple[list[str], list[str]]:
+def training_prompts(cfg: Setting) -> tuple[list[str], list[str]]:
     """Ids and texts of the prompts to train on."""
     if cfg.captions:
         return list(cfg.captions), list(cfg.captions)
@@ -391,7 +410,7 @@ def training_prompts(cfg: Feedback) -> tuple[list[str], list[str]]:
     return [prompt.prompt_id for prompt in pool], [prompt.text for prompt in pool]
 
 
-def held_out_texts(cfg: Feedback) -> list[str]:
+def held_out_texts(cfg: Setting) -> list[str]:
     """Prompts of held-out combinations (the captions themselves where clips are real: there are too few to hold any out)."""
     if cfg.captions:
         return list(cfg.captions)
@@ -417,8 +436,8 @@ def load_reward(folder: Path, model: LatentVideoModel, pessimism: float, fps: fl
     return LatentMixture(scorer, (people_term(scorer, pessimism),))
 
 
-def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) -> dict[str, object]:
-    """Loads the model, the scorers and the filters, trains, looks once more, and saves the adapter and the merged network.
+def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None) -> dict[str, object]:
+    """Loads the model, the scorers and the filters, trains, looks once more, and saves the adapter and the merged network. reward: folder of a reward model.
 
     Raises StoppedByGuard, after saving, where the guard ended the run.
     """
@@ -428,10 +447,11 @@ def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) ->
     guard = standardised(load_scorer(cfg.guard, fps=cfg.sampler.fps, encode=model.text)) if cfg.guard else None
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
-    reward = load_reward(cfg.reward, model, cfg.pessimism, cfg.sampler.fps)
-    assess = Assessor(reward, safety_runner(), cfg.sampler.fps, looks=cfg.constrained)
-    if isinstance(reward, LatentMixture) and not cfg.constrained:
+    scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps) if reward else None
+    assess = Assessor(scorer, safety_runner(), cfg.sampler.fps, looks=cfg.constrained)
+    if isinstance(scorer, LatentMixture) and not cfg.constrained:
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)
+    encode_all(model, training_prompts(cfg)[1], texts)
     watch = train(cfg, run, model, assess, held_out)
 
     looked = watch_over(run, watch, held_out, held_out.watch(model, assess, run.iteration), model, run.iteration)

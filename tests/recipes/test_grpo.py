@@ -11,20 +11,12 @@ from torch import Tensor
 from align.run import Run, read_metrics
 from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import ddpo, grpo
-from recipes.feedback import Assessor, HeldOut
+from recipes.feedback import Assessor
 from recipes.generate import Sampler, safety_runner
-from reward.mixture import Mixed, Mixture, Term
-from tests.recipes.small import Brightness, small_model
+from reward.mixture import Mixed
+from tests.recipes.small import BRIGHT, NoLook, small_model
 
 SAMPLER = Sampler(steps=6, frames=5, height=16, width=16)
-BRIGHT = Mixture({"signal": Brightness()}, (Term("signal", "overall", scale=0.1),))
-
-
-class NoLook(HeldOut):
-    """Nothing held out, so that every pass counted is of rollout or replay."""
-
-    def watch(self, *_: Any) -> dict[str, float]:
-        return dict.fromkeys(("held_out_reward", "held_out_guard", "held_out_violation_rate"), 0.0)
 
 
 def lively() -> LatentVideoModel:

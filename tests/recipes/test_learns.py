@@ -16,16 +16,13 @@ from base_model.networks.uvit import UViT
 from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import ddpo, feedback, grpo, nft, pretrain, sft
 from recipes.feedback import Assessor, HeldOut, SafetyLimit
-from recipes.generate import Sampler, safety_runner
+from recipes.generate import safety_runner
 from recipes.pairs import encode_pairs
 from recipes.shapes.dataset import draw_clips
-from reward.mixture import Mixed, Mixture, Term
-from reward.safety.contract import Ruling, SafetyRunner, Verdict
+from reward.mixture import Mixed
+from reward.safety.contract import Ruling, SafetyRunner
 from reward.safety.policy import load_policy
-from tests.recipes.small import Brightness, save_small_network, save_small_reward_model, small_model
-
-SAMPLER = Sampler(steps=4, frames=5, height=16, width=16)
-BRIGHT = Mixture({"signal": Brightness()}, (Term("signal", "overall", scale=0.1),))
+from tests.recipes.small import BRIGHT, SAMPLER, Dazzle, save_small_network, save_small_reward_model, small_model
 
 
 def held_out(folder: Path, texts: list[str]) -> HeldOut:
@@ -96,19 +93,6 @@ def test_sft_with_lora_and_either_optimizer_learns_and_comes_back_merged(tmp_pat
     still = fit.model_copy(update={"iterations": 1, "lr": 1e-9})
     again = sft.main(sft.Config(out=tmp_path / "again", base=Path(str(result["weights"])), clips=24, fit=still))
     assert again["held_out_loss"] == pytest.approx(result["held_out_loss"], rel=1e-3)
-
-
-class Dazzle:
-    """A filter with a known answer: the score is 0.5 at the brightness `limit`, and what is brighter is blocked."""
-
-    id, version, threshold, policies = "dazzle", "1", 0.5, ("P17",)
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-
-    def check_videos(self, video: torch.Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
-        scores = torch.sigmoid(40 * (video.flatten(1).mean(1) - self.limit)).tolist()
-        return [[Ruling(Verdict.BLOCK if score > 0.5 else Verdict.ALLOW, "P17", score, (), self.id, self.version, self.threshold)] for score in scores]
 
 
 def run_rl(recipe: str, out: Path, *, constrained: bool, runner: SafetyRunner | None = None) -> list[dict[str, float]]:
