@@ -2,8 +2,8 @@
 
 Flow-DPO (VideoAlign, arXiv 2501.13918) or Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908). Pairs are stored or fresh (`preferences.py`). Stored: people's rankings of
 any number of clips, with no reward model; ties make no pair. Fresh: the best and the worst of each prompt's clips, made by the policy as it is and scored by a reward model.
-The safety limit: a clip the filters do not allow loses to every clip they allow, whatever people or the reward say, and never wins. There is no multiplier, for a pair holds no
-graded cost; where all clips of a prompt are blocked nothing is learned.
+The safety limit: a clip the filters do not allow loses to every clip they allow, whatever people or the reward say, and never wins; where all clips of a prompt are blocked nothing
+is learned. Fresh clips are worth their reward less the graded cost at the multiplier's price, or what just passes the filters would win. Rankings hold no cost.
 
 A pair costs 2 forward passes of the SFT network and 2 that are trained; fresh ones also K for each clip they were picked from. Under guidance fresh clips are those of the guided
 model, and what learns is the model alone. What it leaves out: a pull back to the better clips where both errors grow (both are logged), an averaged reference.
@@ -44,7 +44,7 @@ from recipes.feedback import Assessor, GuardWatch, HeldOut, Setting
 from recipes.preferences import Ranked, Takes, Which, count, fresh_pairs, numbered, stored_pairs
 
 QUANTILES = 4  # noise levels at which held-out pairs are looked at
-OF_FRESH_CLIPS = ("reward", "violation_rate", "all_violating", "error_share")
+OF_FRESH_CLIPS = ("reward", "violation_rate", "cost", "multiplier", "all_violating", "error_share")
 
 
 class Policy(BaseConfig):
@@ -192,8 +192,9 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
     policy = feedback.guided(model, cfg.sampler)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
-    _, watch = feedback.limits_of(cfg)
-    feedback.register(run, model, optimizer, None, watch)
+    multiplier, watch = feedback.limits_of(cfg)
+    multiplier = None if ranked.train else multiplier
+    feedback.register(run, model, optimizer, multiplier, watch)
     tested = HeldOutPairs(p, model, ranked.val, run)
     prompts = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
     numbers = PromptSampler(max(1, count(ranked.train)), p.pairs, seed=cfg.seed)
@@ -214,10 +215,12 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
             seen = assess.finished(model, [each.x0 for each in taken], cond)
             if i == 0:
                 selfcheck.reward_spread(seen.reward, p.group_size)
-            pairs = fresh_pairs(seen, p.group_size, p.which, margin=p.margin, constrained=cfg.constrained)
+            if multiplier is not None:
+                multiplier.update(seen.violates)
+            pairs = fresh_pairs(seen, None if multiplier is None else multiplier.value, p.group_size, p.which, margin=p.margin)
             made = Takes(torch.cat([each.x0.cpu() for each in taken]), cond, pairs)
             steps = [numbered([made], range(len(pairs.win)), p.micro_batch)] * p.updates
-            stats = feedback.rollout_stats(seen, p.group_size, None)
+            stats = feedback.rollout_stats(seen, p.group_size, multiplier)
             looked |= {name: stats[name] for name in OF_FRESH_CLIPS}
 
         # 2. Noise both clips of a pair alike, once a step, and ask the SFT policy.
@@ -236,7 +239,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         # 4. Tell.
         told = {name.removeprefix("preference/"): sum(float(loss.stats[name]) for loss in losses) / p.updates if losses else math.nan for name in PREFERENCE}
         run.log(**told, **looked, pairs=sum(len(rows) for step in steps for _, rows in step) / p.updates, grad_norm=sum(norms) / len(norms))
-    run.log(**tested.accuracy())
+    if ranked.val:
+        run.log(**tested.accuracy())
     return watch
 
 

@@ -48,10 +48,15 @@ def lawful_pairs(score: Tensor, permitted: Tensor, judged: Tensor, group_size: i
     return preference_pairs(table.flatten(), group_size, which=which, margin=margin)
 
 
-def fresh_pairs(seen: Assessment, group_size: int, which: Which, *, margin: float, constrained: bool) -> Pairs:
-    """Of clips that were just scored, the clips of a prompt side by side. Where not `constrained`, only clips the filters could not judge are left out."""
+def fresh_pairs(seen: Assessment, price: float | None, group_size: int, which: Which, *, margin: float) -> Pairs:
+    """Of clips that were just scored, the clips of a prompt side by side; a clip is worth its reward less `price` times its graded cost.
+
+    price: None where no limit is kept; then only clips the filters could not judge are left out.
+    """
     judged = ~seen.unknown  # [B]
-    return lawful_pairs(seen.reward, seen.allowed if constrained else judged, judged, group_size, which, margin=margin)
+    if price is None:
+        return lawful_pairs(seen.reward, judged, judged, group_size, which, margin=margin)
+    return lawful_pairs(seen.reward - price * seen.cost, seen.allowed, judged, group_size, which, margin=margin)
 
 
 class Ranked(NamedTuple):

@@ -145,11 +145,11 @@ def losses_of(p: Policy, model: VideoModel, score: Score, learned: Tensor, limit
     learned: which clips get a reward gradient, bool [B]; limited: how the cost moves them; price: 1 + lambda.
     """
     some, prior = part
-    clips = len(learned)
-    reward = reward_of(score, model, some.shown, some.cond, name="reward", differentiable=True, checkpointed=p.checkpointed)  # [b]
-    ascent = reward_ascent(reward, hinge=p.hinge, valid=learned[some.rows])
-    share = float(learned[some.rows].sum()) / clips
-    yield Loss(ascent.value * (share / price), {"optimised_reward": ascent.stats["reward_gradient/reward"] * share})
+    clips, better = len(learned), learned[some.rows].nonzero()[:, 0].to(some.shown.device)  # rows of the part
+    if len(better):
+        reward = reward_of(score, model, some.shown[better], some.cond[better], name="reward", differentiable=True, checkpointed=p.checkpointed)
+        ascent, share = reward_ascent(reward, hinge=p.hinge), len(better) / clips
+        yield Loss(ascent.value * (share / price), {"optimised_reward": ascent.stats["reward_gradient/reward"] * share})
 
     u = model(some.x_t, some.t, some.cond)  # [b,C,F,H,W]
     a, valid = limited.advantage[some.rows].to(u.device), limited.valid[some.rows].to(u.device)  # [b]
