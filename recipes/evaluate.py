@@ -32,6 +32,7 @@ from base_model.video.files import write_atomic
 from recipes.doctor import hardware
 from recipes.feedback import Setting
 from recipes.generate import Sampler, best_device, network_lineage, safety_runner, sample
+from recipes.guards import read_history
 from recipes.memory import PeakMemory
 from recipes.report import NAMES, CurveRun, ReportData, Shown, Take, read_rows, write_report
 from recipes.shapes.eye import Eye
@@ -351,6 +352,7 @@ def report(cfg: Config, extra: Callable[[], Mapping[str, Any]] = dict) -> dict[s
     results = _readings(cfg, found)
     if cfg.world:
         results["world"] = measure_world({name: load_tiny(file).to(best_device()) for name, file in files.items()}, cfg.sampler, scenes=cfg.world_scenes, seed=seed)
+    results["lights"] = {name: looks for name, path in cfg.runs.items() if (looks := read_history(path))}
     results |= {"lineage": origins, "hardware": hardware(), "reward_model": None, **resolved(cfg)}
     names = {**NAMES, **cfg.names}
     runs = [read_run(path, name, names.get(name, name), judged=not cfg.captions) for name, path in cfg.runs.items()]

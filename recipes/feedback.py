@@ -347,6 +347,17 @@ def roll_out_clean(model: VideoModel, times: Tensor, cond: Conditioning, noise: 
     return rollout(model, ODE(), noise[rows], times, cond[rows], noise=torch.Generator())
 
 
+def last_look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, watch: GuardWatch) -> dict[str, float]:
+    """A look after the loop and, where the run fell, the way back to the best adapter and a look at that: the metrics of what is kept, logged."""
+    looked = watch_over(run, watch, held_out, held_out.watch(model, assess, run.iteration), model, run.iteration)
+    run.log(**looked)
+    if watch.fallen and watch.best:
+        load_adapter_state(model.network, watch.best)
+        looked = held_out.watch(model, assess, run.iteration).told
+        run.log(**looked)
+    return looked
+
+
 @torch.no_grad()
 def decode(model: VideoModel, x0: Sequence[Tensor]) -> Tensor:
     """The clips of all batches of finished latents [b,C,F,H,W], [B,T,3,H,W] on the CPU where they are scored."""
@@ -454,12 +465,7 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     encode_all(model, training_prompts(cfg)[1], texts)
     watch = train(cfg, run, model, assess, held_out)
 
-    looked = watch_over(run, watch, held_out, held_out.watch(model, assess, run.iteration), model, run.iteration)
-    if watch.fallen and watch.best:
-        run.log(**looked)
-        load_adapter_state(model.network, watch.best)
-        looked = held_out.watch(model, assess, run.iteration).told
-    run.log(**looked)
+    looked = last_look(run, held_out, model, assess, watch)
     save_weights(run.out / "adapter.safetensors", adapter_state(model.network), {})
     model.network = merge(model.network)
     weights = run.out / "network.safetensors"

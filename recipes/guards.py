@@ -27,7 +27,8 @@ from align.kernels import Ancestral
 from align.lights import Change, Light, Rule, changes, in_words, overall
 from align.run import derived_seed
 from align.trajectory import replay, rollout
-from base_model.checkpoint import atomic_write
+from base_model.checkpoint import atomic_write, read_json
+from base_model.errors import UserError
 from base_model.guidance import Guided
 from base_model.lora import reference
 from base_model.times import sampling_times
@@ -268,4 +269,15 @@ def _finite(value: float) -> float | None:
 
 def write_history(out: Path, watch: GuardWatch) -> None:
     """Every look of a run so far, as `guards.json` in its folder."""
-    atomic_write(out / FILE, (json.dumps(watch.history, indent=1) + "\n").encode())
+    atomic_write(out / FILE, (json.dumps({"looks": watch.history}, indent=1) + "\n").encode())
+
+
+def read_history(out: Path) -> list[dict[str, Any]]:
+    """What the guards of the run in `out` said at each look: iteration, light, said, changes. Empty where nothing watched. Raises UserError for a damaged file."""
+    file = out / FILE
+    if not file.exists():
+        return []
+    looks = read_json(file, "what the guards of a run said").get("looks")
+    if not isinstance(looks, list) or not all(isinstance(look, dict) and {"iteration", "light", "said"} <= set(look) for look in looks):
+        raise UserError(f"not what the guards of a run said, {file}. Delete the file, or give the folder of another run")
+    return looks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from align.lights import Light, changes, in_words, overall
 from align.run import derived_seed
 from align.state import flatten, unflatten
 from align.trajectory import path_kl, rollout
+from base_model.errors import UserError
 from base_model.lora import add_lora, merge
 from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel
@@ -264,9 +264,14 @@ def test_a_watch_resumes_with_everything_it_knew(tmp_path: Path) -> None:
         parts.take(values, rate, number, adapter(number))
     assert flatten(whole.state_dict())[0] == flatten(parts.state_dict())[0]
     assert (parts.fallen, parts.said, parts.best["a"].item(), parts.best_guard) == (True, "red: guard cannot be told", 1.0, 1.5)
+    assert guards.read_history(tmp_path) == []
     guards.write_history(tmp_path, parts)
-    told = json.loads((tmp_path / guards.FILE).read_text())
+    told = guards.read_history(tmp_path)
     assert [entry["iteration"] for entry in told] == [0, 1, 2, 3] and told[3]["changes"]["guard"]["size"] is None
+    for damage in ("", "[]", "{}", '{"looks": [{}]}'):
+        (tmp_path / guards.FILE).write_text(damage)
+        with pytest.raises(UserError, match=guards.FILE):
+            guards.read_history(tmp_path)
 
 
 def test_the_numbers_of_a_reading_are_metrics() -> None:
