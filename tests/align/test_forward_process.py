@@ -86,7 +86,9 @@ def gradient(loss: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> 
 def test_only_the_policy_gets_a_gradient() -> None:
     inputs = [torch.randn(2, 3, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in range(3)]
     a, weight = torch.tensor([0.5, -0.5], requires_grad=True), torch.ones(2, requires_grad=True)
-    signed_flow_matching(*inputs, a, 1.0, weight=weight).value.backward()  # type: ignore[arg-type]
+    loss = signed_flow_matching(*inputs, a, 1.0, weight=weight)  # type: ignore[arg-type]
+    loss.value.backward()
+    assert not any(stat.requires_grad for stat in loss.stats.values())
     assert inputs[0].grad is not None and inputs[1].grad is None and a.grad is None and weight.grad is None
 
 

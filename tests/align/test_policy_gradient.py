@@ -88,9 +88,14 @@ def test_only_the_policy_gets_a_gradient() -> None:
         return [vector(0.1, -0.2).requires_grad_() for _ in range(n)]
 
     score, clip, mask = leaves(3), leaves(4), leaves(5)
-    score_function(score[0], score[1], weight=score[2]).value.backward()
-    ppo_clip(clip[0], clip[1], clip[2], 0.5, weight=clip[3]).value.backward()
-    kl_mask(mask[0], mask[1], mask[2], mask[3], 1.0, weight=mask[4]).value.backward()
+    losses = [
+        score_function(score[0], score[1], weight=score[2]),
+        ppo_clip(clip[0], clip[1], clip[2], 0.5, weight=clip[3]),
+        kl_mask(mask[0], mask[1], mask[2], mask[3], 1.0, weight=mask[4]),
+    ]
+    for loss in losses:
+        assert not any(stat.requires_grad for stat in loss.stats.values())
+        loss.value.backward()
     for inputs in (score, clip, mask):
         assert inputs[0].grad is not None and all(each.grad is None for each in inputs[1:])
     kl, weight = leaves(2)

@@ -193,6 +193,7 @@ def test_the_ascent_by_hand_with_and_without_a_hinge() -> None:
     reward = torch.tensor([1.0, 3.0], requires_grad=True)
     loss = reward_ascent(reward)
     loss.value.backward()
+    assert not any(stat.requires_grad for stat in loss.stats.values())
     assert float(loss.value.detach()) == -2 and reward.grad is not None and reward.grad.tolist() == [-0.5, -0.5]
     assert {name: float(value) for name, value in loss.stats.items()} == {"reward_gradient/loss": -2, "reward_gradient/reward": 2, "reward_gradient/unknown_share": 0}
     again = reward.detach().clone().requires_grad_()
