@@ -353,7 +353,8 @@ def read(cfg: Config, scorer: LatentReward, train: Scored, groups: Sequence[Tens
             t, x0 = segments.spread(levels[some]), train.x0[rows]
             x_t = add_noise(model.path, x0, torch.randn(x0.shape, generator=generator), t)
             parts.append(Part(rows, segments, cond[train.prompt[rows]], x_t.to(model.device), t.to(model.device), torch.empty(0)))
-    states = in_threads(lambda part: scorer.hidden(part.x_t, part.t, part.cond), parts, model.device)
+    with torch.no_grad():
+        states = in_threads(lambda part: scorer.hidden(part.x_t, part.t, part.cond), parts, model.device)
     return [part._replace(hidden=hidden) for part, hidden in zip(parts, states, strict=True)]
 
 
@@ -399,6 +400,7 @@ def train_head(cfg: Config, run: Run, learning: Learning, teacher: Teacher, trai
 # Measuring
 
 
+@torch.no_grad()
 def predictions(scorer: LatentReward, scored: Scored, t: float, generator: torch.Generator, *, batch: int = 128) -> tuple[Tensor, Tensor]:
     """Mean and spread [N,R] of clips noised to t."""
     cond, found = scorer.model.encode_text(scored.texts), []

@@ -88,7 +88,7 @@ class LatentReward(nn.Module):
     """(x_t [B,C,F,H,W], t [B], conditions of B clips) -> scores [B,R], by a head on the hidden states of `model`'s network.
 
     The network is no part of its weights. It is read with its adapter off, so a policy that trains as an adapter is scored by what it started from; once an adapter is
-    merged, or the network trains by itself, a score raises ValueError.
+    merged, or the network trains by itself, a score raises ValueError. Scores have a gradient into the latents.
     The spread is the standard deviation of what the reward on pixels may say of the finished clip: that reward's own doubt and the error of this one, learned together from
     x_t and t, and widened by `widening` [Q,R] between the noise levels `levels` [Q] (`recipes/latent_reward.py` fits it on held-out prompts).
     `temperature`, `center`, `scale` and `log_tie` are those of the reward it imitates.
@@ -122,7 +122,6 @@ class LatentReward(nn.Module):
     def model(self) -> LatentVideoModel:
         return self._model[0]
 
-    @torch.no_grad()
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Scores:
         """nan for a clip whose latents or noise level are not finite.
 
@@ -135,7 +134,6 @@ class LatentReward(nn.Module):
         unknown = ~usable[:, None]
         return Scores(mean.masked_fill(unknown, torch.nan), spread.masked_fill(unknown, torch.nan))
 
-    @torch.no_grad()
     def hidden(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """What the head reads of the denoiser: the hidden states after the blocks `size.after`, beside each other, (N, h)."""
         if cond.known is not None:

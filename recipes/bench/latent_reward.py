@@ -402,6 +402,16 @@ def run_all(cfg: Config, out: Path) -> dict[str, list[Row]]:
     }
 
 
+def in_brackets(rows: Sequence[Row]) -> list[Row]:
+    """For the file: a value and its interval in one cell."""
+
+    def cell(row: Row, name: str) -> Any:
+        known = row[name] is not None and row.get(f"{name}_low") is not None
+        return f"{row[name]:.3g} [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]" if known else row[name]
+
+    return [{name: cell(row, name) for name in row if not name.endswith(("_low", "_high"))} for row in rows]
+
+
 def verdicts(parts: Mapping[str, Sequence[Row]]) -> list[str]:
     """What was asked, and whether it holds."""
     low = min(parts["agreement"], key=lambda row: row["t"])
@@ -424,16 +434,17 @@ def _verdict(holds: bool, fails: bool) -> str:
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
+    small = shrunk(cfg) if cfg.quick else cfg
     if cfg.quick:
         with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = run_all(shrunk(cfg), Path(folder))
+            parts = run_all(small, Path(folder))
     else:
         parts = run_all(cfg, cfg.out)
     if cfg.write:
         remarks = [
             *verdicts(parts),
-            f"{len(cfg.seeds)} seeds of RL from one network and one pair of rewards. What each number is: [how to read](../README.md#how-to-read-the-latent-reward).",
+            f"{len(small.seeds)} seeds of RL from one network and one pair of rewards. What each number is: [how to read](../README.md#how-to-read-the-latent-reward).",
         ]
-        sections = {part.capitalize(): rows for part, rows in parts.items()}
+        sections = {part.capitalize(): in_brackets(rows) for part, rows in parts.items()}
         write(cfg, "latent-reward", here("latent-reward", cfg), "A latent reward beside the reward on pixels", sections, remarks=remarks)
     return {"rows": flat(parts)}

@@ -96,7 +96,7 @@ def test_a_clip_scores_alone_what_it_scores_beside_others_with_longer_prompts() 
     x_t, t, cond = clips(model)
     scorer = scorer_of(model)
     scores = scorer(x_t, t, cond)
-    assert scores.mean.shape == scores.spread.shape == (3, 2) and (scores.spread > 0).all() and not scores.mean.requires_grad
+    assert scores.mean.shape == scores.spread.shape == (3, 2) and (scores.spread > 0).all()
     for i in range(3):
         alone = scorer(x_t[i : i + 1], t[i : i + 1], model.encode_text(PROMPTS[i : i + 1]))
         torch.testing.assert_close(scores.mean[i : i + 1], alone.mean, rtol=0, atol=1e-5)
@@ -148,6 +148,22 @@ def test_what_it_cannot_score_is_refused() -> None:
         with pytest.raises(ValueError, match="cannot be turned"):
             rotary_axes(width)
     assert rotary_axes(32) == (8, 12, 12) and rotary_axes(16) == (4, 6, 6) and rotary_axes(8) == (4, 2, 2)
+
+
+def test_a_score_has_a_gradient_into_the_latents_of_its_clip_alone(folder: Path) -> None:
+    model = small_model()
+    x_t, t, cond = clips(model)
+    scorer = load_latent_reward(folder, model)
+    model.network.requires_grad_(False)
+    trained_adapter(model)
+    x_t.requires_grad_()
+    (slope,) = torch.autograd.grad(scorer(x_t, t, cond).mean[1, 0], x_t)
+    assert slope[0].abs().max() == slope[2].abs().max() == 0
+    step = 0.02 * slope / slope.norm()
+    with torch.no_grad():
+        rise = scorer(x_t + step, t, cond).mean[1, 0] - scorer(x_t - step, t, cond).mean[1, 0]
+    assert float(rise) == pytest.approx(2 * 0.02 * float(slope.norm()), rel=0.02)
+    assert all(parameter.grad is None for parameter in model.network.parameters())
 
 
 # Spread and reward
