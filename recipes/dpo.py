@@ -39,7 +39,7 @@ from base_model.lora import add_lora, reference
 from base_model.times import quantile_times, sampling_times, stratified_logit_normal
 from base_model.tiny import LatentVideoModel
 from base_model.types import Conditioning, VideoModel
-from recipes import feedback
+from recipes import feedback, guards
 from recipes.feedback import Assessor, GuardWatch, HeldOut, Setting
 from recipes.preferences import Ranked, Takes, Which, count, fresh_pairs, numbered, stored_pairs
 
@@ -108,6 +108,7 @@ class Config(Setting):
 METRICS = {
     **{name.removeprefix("preference/"): sentence for name, sentence in PREFERENCE.items()},
     **{name: sentence for name, sentence in feedback.METRICS.items() if name.startswith("held_out") or name in (*OF_FRESH_CLIPS, "grad_norm")},
+    **guards.METRICS,
     "held_out_accuracy": "Share of the pairs of the split val whose better clip has the larger implicit reward, at fixed noise; a tie counts half, so 0.5 at the start.",
     "pairs": "Pairs of this round's steps, mean.",
 }

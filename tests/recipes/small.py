@@ -14,8 +14,9 @@ from base_model.networks.dit import DiT, DiTConfig
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_codec, save_network
 from base_model.types import Conditioning
-from recipes.feedback import Assessor, HeldOut, SafetyLimit
+from recipes.feedback import Assessor, HeldOut, Look, SafetyLimit
 from recipes.generate import Sampler, safety_runner
+from recipes.guards import Guards
 from reward.matcher import Matcher
 from reward.mixture import Mixture, Term
 from reward.model import RewardModel, save_reward_model
@@ -101,8 +102,8 @@ def counting_model() -> Counting:
 class NoLook(HeldOut):
     """Nothing held out, so that every pass counted is of rollout or replay."""
 
-    def watch(self, *_: Any) -> dict[str, float]:
-        return dict.fromkeys(("held_out_reward", "held_out_guard", "held_out_violation_rate"), 0.0)
+    def watch(self, *_: Any) -> Look:
+        return Look(dict.fromkeys(("held_out_reward", "held_out_guard", "held_out_violation_rate"), 0.0), torch.zeros(0, 5, 3, 16, 16), None)
 
 
 def no_look() -> NoLook:
@@ -124,7 +125,8 @@ def run_small(
 ) -> list[dict[str, Any]]:
     """What `recipe.train` logged, without times, of a small model on six prompts; unconstrained where nothing else is said."""
     common = {"iterations": 1, "micro_batch": 12, "lr": 1e-2, "evaluate_every": 100, "save_every": 100}
-    told = {"prompt_pool": 6, "strobe": 0.0, "two_objects": 0.0, "constrained": False, "safety": SafetyLimit(limit=0.2, initial=5.0, cap=20.0), "sampler": sampler, **settings}
+    limit = SafetyLimit(limit=0.2, initial=5.0, cap=20.0)
+    told = {"prompt_pool": 6, "strobe": 0.0, "two_objects": 0.0, "constrained": False, "safety": limit, "sampler": sampler, "guards": Guards(watch=False), **settings}
     cfg = recipe.Config(out=out, policy=recipe.Policy(**{**common, **policy}), **told)
     model = model or small_model()
     model.network.requires_grad_(False)

@@ -22,7 +22,7 @@ from align.trajectory import replay
 from base_model.errors import UserError
 from base_model.lora import add_lora
 from base_model.tiny import LatentVideoModel
-from recipes import check, cli, ddpo, feedback, nft
+from recipes import check, cli, ddpo, feedback
 from recipes.cli import main
 from reward.mixture import Mixture, Term
 from reward.types import Scores
@@ -144,10 +144,10 @@ def test_too_little_memory_fails_and_any_other_error_is_a_bug(
 
         return rollout
 
-    monkeypatch.setattr(nft, "rollout", cannot("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    monkeypatch.setattr(feedback, "rollout", cannot("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
     status, told, err = checked(capfd, [configs["nft"], *weights])
     assert status == 1 and failing(told) == {check.FITS} and "Lower policy.micro_batch".lower() in err.lower()
-    monkeypatch.setattr(nft, "rollout", cannot("shapes do not match"))
+    monkeypatch.setattr(feedback, "rollout", cannot("shapes do not match"))
     status, _, err = checked(capfd, [configs["nft"], *weights])
     assert status == 1 and "this is a bug" in err and not selfcheck.rehearsing()
 
@@ -179,7 +179,7 @@ def test_the_recipe_is_named_by_the_first_line_or_by_a_word(tmp_path: Path, conf
         (check.Config(), "nobody says which recipe to check, on the command line"),
         (check.Config(file=tmp_path / "nameless.yaml"), "nameless.yaml"),
         (check.Config(file=cli.shipped_config("demo")), "'demo' is no recipe that can be checked"),
-        (check.Config(recipe="drpo"), "ddpo, grpo, nft"),
+        (check.Config(recipe="drpo"), "ddpo, ppo, grpo, nft, dpo, reward-gradient"),
         (check.Config(file=tmp_path / "none.yaml"), "none.yaml"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):

@@ -13,6 +13,7 @@ from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import ddpo, grpo
 from recipes.feedback import Assessor
 from recipes.generate import Sampler, safety_runner
+from recipes.guards import Guards
 from reward.mixture import Mixed
 from tests.recipes.small import BRIGHT, NoLook, small_model
 
@@ -41,7 +42,8 @@ def run(
 ) -> list[dict[str, float]]:
     settings = {"iterations": 1, "prompts": 3, "group_size": 4, "micro_batch": 8, "lr": 1e-2, "evaluate_every": 20, "save_every": 1, **policy}
     sampler = SAMPLER.model_copy(update={"guidance": guidance})
-    cfg = recipe.Config(out=out, seed=seed, prompt_pool=pool, strobe=0.0, two_objects=0.0, constrained=False, sampler=sampler, policy=recipe.Policy(**settings))
+    told = {"prompt_pool": pool, "strobe": 0.0, "two_objects": 0.0, "constrained": False, "guards": Guards(watch=False)}
+    cfg = recipe.Config(out=out, seed=seed, sampler=sampler, policy=recipe.Policy(**settings), **told)
     model = model or lively()
     model.network.requires_grad_(False)
     assess = Assessor(reward, safety_runner(), 12.0, max_error_share=1.0)
