@@ -471,10 +471,10 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     weights = run.out / "network.safetensors"
     data = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     write_card(weights, lambda path: save_network(path, model), recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked)
-    result = {"weights": str(weights), "sha256": file_hash(weights), "stopped_by_guard": watch.fallen, "forward_passes": run.forward_passes, **looked}
+    result = {"weights": str(weights), "sha256": file_hash(weights), "stopped_by_guard": bool(watch.fallen), "forward_passes": run.forward_passes, **looked}
     if watch.said:
         result["guards"] = watch.said
     if watch.fallen:
         kept = "the best checkpoint that kept the limit is saved" if watch.best else "the last state is saved"
-        raise StoppedByGuard(f"the guards' light is {watch.said}; {kept}, {weights}. Look at {run.out / guards.FILE}", result)
+        raise StoppedByGuard(f"the guards' light was {watch.fallen}; {kept}, {weights}. Look at {run.out / guards.FILE}", result)
     return result

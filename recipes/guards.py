@@ -62,6 +62,7 @@ LEVEL = 0.01  # chance that a look's light leaves green though nothing changed
 FILE = "guards.json"
 _STILL_VALUES, _STILL_STEP, _BLACK, _BLANK = 0.001, 1.5 / 255, 32 / 255, 0.01
 _LAGS = (3, 64)  # pixels
+_VALUES_AT_ONCE = 2**23
 
 
 class Guards(BaseConfig):
@@ -105,7 +106,7 @@ def rules(guards: Guards, drop: float) -> dict[str, Rule]:
 @torch.no_grad()
 def measures_of(video: Tensor) -> dict[str, Tensor]:
     """Clips [P,T,3,H,W] in [0,1] -> measure -> [P]; what needs no model."""
-    parts = [_measures(part) for part in video.split(8)]
+    parts = [_measures(part) for part in video.split(max(1, _VALUES_AT_ONCE // max(1, video[0].numel())))]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -221,18 +222,20 @@ class GuardWatch:
         self.before: dict[str, Tensor] = {}  # what looks are compared with: the first one; of the guard the best one
         self.best_guard = self.best_safe_guard = -math.inf
         self.best: dict[str, Tensor] = {}
-        self.fallen = False
+        self.fallen = ""  # what the light said when it ended the run
         self.said = ""
         self.history: list[dict[str, Any]] = []
 
     def take(self, values: Mapping[str, Tensor], violation_rate: float, iteration: int, adapter: Mapping[str, Tensor]) -> Reading:
-        """One look before `iteration`: measure -> values [p] of the first p prompts. violation_rate: nan, as unknown, keeps no limit. `fallen` tells whether the run is to end."""
+        """One look before `iteration`: measure -> values [p] of the first p prompts. violation_rate: nan, as unknown, keeps no limit. `fallen` then tells whether the run is to end, and
+        why."""
         values = {name: value.detach().double().cpu() for name, value in values.items()}
         self.before = self.before or values
         found = changes(values, self.before, self.rules, LEVEL)
         reading = Reading(overall(found), in_words(found, self.rules), found)
         self._remember(values.get("guard"), reading.light, violation_rate, adapter)
-        self.fallen = self.fallen or (reading.light == Light.RED and self.guards.stop == "red")
+        if reading.light == Light.RED and self.guards.stop == "red":
+            self.fallen = self.fallen or reading.said
         self.said = reading.said
         self.history.append(_entry(iteration, reading))
         return reading
@@ -246,12 +249,17 @@ class GuardWatch:
             self.best_guard, self.before = score, {**self.before, "guard": guard}
 
     def state_dict(self) -> dict[str, Any]:
-        told = ("before", "best_guard", "best_safe_guard", "best", "fallen", "said", "history")
-        return {name: getattr(self, name) for name in told}
+        return {name: getattr(self, name) for name in _REMEMBERED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Raises UserError for what an earlier version remembered."""
+        if set(state) != set(_REMEMBERED):
+            raise UserError("the checkpoint was made by an earlier version, whose guards remembered less. Begin again in another --out")
+        for name in _REMEMBERED:
+            setattr(self, name, state[name])
+
+
+_REMEMBERED = ("before", "best_guard", "best_safe_guard", "best", "fallen", "said", "history")
 
 
 def _entry(iteration: int, reading: Reading) -> dict[str, Any]:

@@ -119,6 +119,8 @@ def step_rewards(reward: Tensor, kl: Tensor, coef: float) -> Tensor:
     """The KL in the reward: -coef kl_k at each step, and the clip's reward at the last; reward [B], kl [K,B] -> [K,B].
 
     InstructGPT (arXiv 2203.02155, eq. 2) over denoising steps. `critic.gae` takes it as it is; for group advantages sum over the K steps. It moves the policy
-    through its log-probability only; `kl_penalty` in the loss has the smaller variance. An unknown reward (nan) stays so.
+    through its log-probability only; `kl_penalty` in the loss has the smaller variance. So kl must depend on the step that was taken: its log-ratio
+    log p - log p_ref, whose mean is the KL. The exact KL of a state is the same whatever step is taken there, and teaches nothing about that step.
+    An unknown reward (nan) stays so.
     """
     return torch.cat([-coef * kl[:-1], (reward - coef * kl[-1])[None]]).detach()

@@ -181,8 +181,7 @@ def climb(cfg: Config, out: Path, start: Start, flaw: str, seed: int, watched: b
     feedback.last_look(run, held_out, policy, assess, watch)
     told = {int(line["iteration"]): line for line in read_metrics(out) if line.get("held_out_reward") is not None}
     looks = [look_of(out, start.prompts, int(file.stem), told[int(file.stem)]) for file in sorted((out / "held_out").glob("*.safetensors"))]
-    returned = watch.fallen and bool(watch.best)
-    return {"looks": looks, "stopped": run.iteration if watch.fallen else None, "said": watch.said, "returned": returned, "history": watch.history}
+    return {"looks": looks, "stopped": run.iteration if watch.fallen else None, "said": watch.fallen or watch.said, "history": watch.history}
 
 
 def look_of(out: Path, prompts: Sequence[ShapesPrompt], iteration: int, line: Mapping[str, Any]) -> dict[str, Any]:

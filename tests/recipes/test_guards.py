@@ -212,9 +212,9 @@ def test_the_guard_stops_a_run_it_sees_falling_from_its_best_and_remembers_the_b
     assert watch.best["a"].item() == 0.0, "better, but it violates the limit"
     assert watch.take(look(1.2), 0.00, 2, adapter(2)).light == Light.GREEN and not watch.fallen
     assert watch.take(look(1.1), 0.00, 3, adapter(3)).said == "amber: guard -0.3 sd"
-    assert watch.take(look(0.8), 0.00, 4, adapter(4)).said == "red: guard -0.6 sd" and watch.fallen
+    assert watch.take(look(0.8), 0.00, 4, adapter(4)).said == "red: guard -0.6 sd" == watch.fallen
     assert watch.best["a"].item() == 2.0
-    assert watch.take(look(2.0), 0.0, 5, adapter(5)).light == Light.GREEN and watch.fallen, "what fell once stays fallen"
+    assert watch.take(look(2.0), 0.0, 5, adapter(5)).light == Light.GREEN and watch.fallen == "red: guard -0.6 sd", "what fell once stays fallen"
 
 
 def test_the_best_checkpoint_is_the_guards_and_never_one_whose_light_was_red() -> None:
@@ -263,7 +263,9 @@ def test_a_watch_resumes_with_everything_it_knew(tmp_path: Path) -> None:
         parts = again
         parts.take(values, rate, number, adapter(number))
     assert flatten(whole.state_dict())[0] == flatten(parts.state_dict())[0]
-    assert (parts.fallen, parts.said, parts.best["a"].item(), parts.best_guard) == (True, "red: guard cannot be told", 1.0, 1.5)
+    assert (parts.fallen, parts.said, parts.best["a"].item(), parts.best_guard) == ("red: guard cannot be told", "red: guard cannot be told", 1.0, 1.5)
+    with pytest.raises(UserError, match="earlier version"):
+        new_watch().load_state_dict({"best_guard": 1.0, "best": {}, "fallen": False})
     assert guards.read_history(tmp_path) == []
     guards.write_history(tmp_path, parts)
     told = guards.read_history(tmp_path)
