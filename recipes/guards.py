@@ -227,8 +227,8 @@ class GuardWatch:
         self.history: list[dict[str, Any]] = []
 
     def take(self, values: Mapping[str, Tensor], violation_rate: float, iteration: int, adapter: Mapping[str, Tensor]) -> Reading:
-        """One look before `iteration`: measure -> values [p] of the first p prompts. violation_rate: nan, as unknown, keeps no limit. `fallen` then tells whether the run is to end, and
-        why."""
+        """One look before `iteration`: measure -> values [p] of the first p prompts. violation_rate: nan, as unknown, keeps no limit. `fallen` then tells whether the run is
+        to end, and why."""
         values = {name: value.detach().double().cpu() for name, value in values.items()}
         self.before = self.before or values
         found = changes(values, self.before, self.rules, LEVEL)
