@@ -445,7 +445,14 @@ def _explain(cls: type[Config], error: ValidationError, data: dict[str, Any], wh
         return f"{dotted}: not a key of the kind of section chosen here ({place}). Choose the kind that has it, or leave it out"
     if first["type"] in ("value_error", "assertion_error"):
         return f"{dotted}: {first['msg'].partition(', ')[2] or first['msg']} ({place})"
-    return f"{dotted}: expected {_expected(first)}, got {_shown(value)} ({place})"
+    return f"{dotted}: expected {_expected(first)}, got {_shown(value)} ({place}){_nearest_choice(first, value)}"
+
+
+def _nearest_choice(error: ErrorDetails, value: object) -> str:
+    """A question after a word that is no choice but much like one, else an empty string."""
+    choices = _expected(error).removeprefix("one of ").split(", ") if error["type"] == "literal_error" else []
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    return f". Did you mean {near[0]}?" if near else ""
 
 
 def _location(error: ErrorDetails, data: dict[str, Any]) -> tuple[list[str], object]:

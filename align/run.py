@@ -1,4 +1,4 @@
-"""`Run`: the plumbing of a recipe, and nothing else. It has no hooks and never calls back into a recipe.
+"""`Run`: the plumbing of a recipe, and nothing else. It has no hooks and never calls back into a recipe. In a rehearsal (`selfcheck.py`) it makes one iteration, without a step.
 
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     network, optimizer = run.prepare(network, optimizer)
@@ -45,6 +45,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from align import selfcheck
 from align.config import Config, leaves, path_keys, resolved
 from align.objectives import Loss
 from align.progress import Progress
@@ -110,9 +111,9 @@ class Run:
         self.forward_passes = 0
         self._counting = threading.Lock()
         self._registered: dict[str, tuple[Stateful, bool]] = {}
-        self._looping = self._stopping = False
+        self._looping = self._stopping = self._compared = False
         self._writer: Any = None
-        self._note = ""
+        self._note = self._remark = ""
         self._label = "the run"
         self._begun, self._seconds_before = time.monotonic(), 0.0
         if self.device.type == "cpu":
@@ -151,12 +152,14 @@ class Run:
         self._looping, self._label = True, label
         self._claim()
         self._restore()
+        if selfcheck.rehearsing():
+            n = self.iteration + 1
         with self._signals() as received, Progress(label, total=n, done=self.iteration, quiet=self.quiet) as progress:
             for i in range(self.iteration, 0 if self._stopping else n):
                 self._seed_globals("iteration", i)
                 yield i
                 self.iteration = i + 1
-                progress.advance(self._note)
+                progress.advance("  ".join(filter(None, (self._remark, self._note))))
                 interrupted = self._any_rank(bool(received))
                 if interrupted or self._stopping or self.iteration == n or self.iteration % save_every == 0:
                     self.save()
@@ -215,14 +218,16 @@ class Run:
     def step(self, optimizer: Any, max_grad_norm: float, scheduler: Any = None) -> float:
         """Clips the gradient to `max_grad_norm`, steps the optimizer (and the scheduler) and clears the gradient; returns its norm before clipping.
 
-        Raises GuardStop, leaving the weights as they were, where the norm is not finite.
+        Raises GuardStop, leaving the weights as they were, where the norm is not finite, and before the first step where ranks have different gradients.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._compare_ranks(parameters)
         norm = torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, max_grad_norm))
         self._check_finite("gradient norm", norm)
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
+        if not selfcheck.rehearsing():
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
@@ -245,6 +250,10 @@ class Run:
         line |= {"iteration": self.iteration, "seconds": round(self.seconds, 3), "forward_passes": self.forward_passes}
         self._append(json.dumps(line, sort_keys=True) + "\n")
         self._to_tensorboard(values)
+
+    def remark(self, text: str) -> None:
+        """Stands in the progress line before the metrics, until the next remark."""
+        self._remark = text
 
     def save(self) -> None:
         """Writes `checkpoints/<iteration>` (whole or not at all) and drops all but the last two. Raises UserError where the disk is full."""
@@ -414,6 +423,14 @@ class Run:
         return float(self.accelerator.reduce(tensor.reshape(1).to(self.device), reduction="mean"))
 
     # Guards
+
+    def _compare_ranks(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Once, and only where there are several ranks: all are about to make the same step."""
+        if self._compared or self.accelerator.num_processes == 1:
+            return
+        self._compared = True
+        norms = torch.stack([torch.zeros((), device=self.device) if one.grad is None else one.grad.detach().norm() for one in parameters]).double()  # [n]
+        selfcheck.equal_ranks(self.accelerator.gather(norms[None]))
 
     def _check_finite(self, what: str, value: Tensor) -> None:
         if not self._any_rank(not bool(torch.isfinite(value).all())):

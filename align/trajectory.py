@@ -178,7 +178,7 @@ def rollout(
             log_prob[k] = torch.where(taken[k], step.log_prob(x)[first.cumsum(0) - 1], torch.nan)
         else:
             x = step.mean
-    return Trajectory((*states, x[first.cumsum(0) - 1].to(wide)), origin, times, log_prob, taken, cond)
+    return Trajectory((*states, x[first.cumsum(0) - 1]), origin, times, log_prob, taken, cond)
 
 
 @torch.no_grad()

@@ -20,20 +20,18 @@ from reward.agreement import Interval
 from reward.overoptimisation import Curve, Fit, clips_for_kl, curve_of, fit_gao, half_way, mean_gains, second_half
 from reward.types import Scorer
 
-FEW_CLIPS, FEW_PROMPTS = 64, 40
-
 
 def takes_of(store: ClipStore) -> dict[str, list[ClipRow]]:
     """The clips of each prompt, in the order of arrival. Raises UserError where they are not draws of one generator, or no prompt has two."""
     rows = store.rows()
-    makers = {(row.generator, row.generator_rev, row.sampler_json) for row in rows}
+    makers = {(row.generator, row.generator_rev, row.sampler_json, row.num_frames, row.height, row.width) for row in rows}
     if len(makers) > 1:
-        raise UserError(f"clips of {len(makers)} generators or samplers, {store.folder}. Best of n is about one: give --takes a store of its own")
+        raise UserError(f"clips of {len(makers)} generators, samplers or sizes, {store.folder}. Best of n is about one: give --takes a store of its own")
     takes: dict[str, list[ClipRow]] = {}
     for row in rows:
         takes.setdefault(row.prompt, []).append(row)
     if not any(len(clips) > 1 for clips in takes.values()):
-        raise UserError(f"no prompt has two clips, {store.folder}. Make more: rushes generate --clips-per-prompt {FEW_CLIPS}")
+        raise UserError(f"no prompt has two clips, {store.folder}. Make more: rushes generate --clips-per-prompt 64")
     return takes
 
 
@@ -96,11 +94,10 @@ def verdict(later: Interval) -> str:
 
 
 def fitted(fit: Fit) -> dict[str, Any]:
-    """Gao's form, and where it says that gold is highest: in sqrt(nats) and, of best of n, in clips."""
-    peak = {"peak_sqrt_kl": fit.peak._asdict()}
-    if fit.form == "best_of_n":
-        peak["peak_n"] = {name: clips_for_kl(d * d) for name, d in fit.peak._asdict().items()}
-    return {"alpha": fit.alpha._asdict(), "beta": fit.beta._asdict(), **peak, "gain_at_peak": fit.top._asdict(), "misfit": fit.misfit}
+    """Gao's form of the best of n, and where it says that gold is highest, in sqrt(nats) and in clips: inf, null in `report.json`, where it never falls."""
+    peak = fit.peak._asdict()
+    clips = {name: clips_for_kl(d * d) for name, d in peak.items()}
+    return {"alpha": fit.alpha._asdict(), "beta": fit.beta._asdict(), "peak_sqrt_kl": peak, "peak_n": clips, "gain_at_peak": fit.top._asdict(), "misfit": fit.misfit}
 
 
 COLUMNS = ("n", "sqrt(KL)", "promised by the model", "gained by the guard's score")

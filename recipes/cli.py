@@ -69,11 +69,16 @@ COMMANDS = {
     "export-rankings": Command("recipes.export_rankings", "Write rankings in a public format: rushes export-rankings FORMAT FOLDER FILE.", ("format", "folder", "file")),
     "reward-model": Command("recipes.reward_model", "Learn a reward model from ranked clips."),
     "evaluate-reward": Command("recipes.evaluate_reward", "Judge a reward model on rankings it has not seen; write the report."),
+    "serve-reward": Command("recipes.serve_reward", "Serve a reward model over HTTP to other processes and machines."),
     "vlm-reward": Command("recipes.vlm_reward", "Learn a reward from ranked clips on top of a vision-language model."),
     "latent-reward": Command("recipes.latent_reward", "Distil a reward on pixels into one that scores latents at any noise level, without decoding."),
     "ddpo": Command("recipes.ddpo", "Move a model toward the reward: DDPO with LoRA under a safety limit."),
+    "ppo": Command("recipes.ppo", "Move a model toward the reward: PPO with a critic and LoRA under a safety limit."),
     "grpo": Command("recipes.grpo", "Move a model toward the reward: GRPO with LoRA under a safety limit."),
     "nft": Command("recipes.nft", "Move a model toward the reward: forward-process reinforcement (DiffusionNFT) with LoRA under a safety limit."),
+    "dpo": Command("recipes.dpo", "Move a model toward what people preferred, or toward the better of its own clips: DPO with LoRA."),
+    "reward-gradient": Command("recipes.reward_gradient", "Move a model up the gradient of a reward: DRaFT, AlignProp, ReFL or VADER with LoRA under a safety limit."),
+    "check": Command("recipes.check", "Check an RL configuration before its first expensive second: rushes check CONFIG.yaml [--recipe NAME].", ("file",)),
     "evaluate": Command("recipes.evaluate", "Compare models on the same prompts and seeds; write the report."),
     "bench": Command("recipes.bench", "Measure something: rushes bench NAME [--quick]."),
 }
@@ -142,12 +147,26 @@ def _run(words: list[str], flags: set[str]) -> dict[str, Any] | str:
 def arguments_of(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]]:
     """(configuration, `--key value` words) of what follows a command's name."""
     keys = COMMANDS[name].words
+    if name == "check":
+        return None, _check_words(rest)
     if not keys:
         return (Path(rest[0]), list(rest[1:])) if rest and not rest[0].startswith("-") else (shipped_config(name), list(rest))
     given = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
     if given and len(given) != len(keys):
         raise UserError(f"{len(given)} words after {name}, on the command line. Write rushes {name} {' '.join(keys).upper()}")
     return None, [*(f"--{key}={word}" for key, word in zip(keys, given, strict=False)), *rest[len(given) :]]
+
+
+def _check_words(rest: Sequence[str]) -> list[str]:
+    """`[CONFIG.yaml] [--recipe NAME]` and whatever else, which is for the recipe's configuration, as words for that of `check`."""
+    words = [*rest]
+    file = [f"--file={words.pop(0)}"] if words and not words[0].startswith("-") else []
+    recipe = []
+    for place, word in enumerate(words):
+        if word == "--recipe" or word.startswith("--recipe="):
+            recipe, words[place : place + 1 + (word == "--recipe")] = [f"--recipe={word.partition('=')[2] or ''.join(words[place + 1 : place + 2])}"], []
+            break
+    return [*file, *recipe, *([f"--keys={json.dumps(words)}"] if words else [])]
 
 
 def _bench(rest: list[str], flags: set[str]) -> dict[str, Any] | str:
@@ -220,11 +239,14 @@ def plain(value: Any) -> Any:
 def _lines(result: dict[str, Any]) -> str:
     import yaml
 
-    return yaml.safe_dump(result, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(result, sort_keys=False, allow_unicode=True, width=10_000) if result else ""
 
 
 def _report(error: BaseException, *, as_json: bool, debug: bool) -> int:
     bug = not isinstance(error, RushesError | KeyboardInterrupt)
+    result = getattr(error, "result", None)
+    if not as_json and result:
+        _say(_lines(plain(result)))
     message = " ".join(str(error).split()) if not isinstance(error, KeyboardInterrupt) else "interrupted. Go on with --resume"
     if debug or bug:
         _complain("".join(traceback.format_exception(error)).rstrip())
@@ -232,7 +254,7 @@ def _report(error: BaseException, *, as_json: bool, debug: bool) -> int:
         message = f"this is a bug in rushes, please report it with the lines above: {type(error).__name__}: {message}"
     _complain(f"rushes: {message}")
     if as_json:
-        _say(json.dumps({"error": {"kind": type(error).__name__, "message": message}}))
+        _say(json.dumps({"error": {"kind": type(error).__name__, "message": message}, **({} if result is None else {"result": plain(result)})}))
     return error.exit_status if isinstance(error, RushesError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
@@ -254,7 +276,7 @@ def _lead_nowhere(number: int) -> None:
 def _say(text: str) -> int:
     """Writes one text to standard output. The exit status: 0, also where the reader has gone (`| head`), and 2 where it cannot be written."""
     try:
-        print(text.rstrip("\n"), flush=True)
+        print(text.rstrip("\n"), end="\n" if text else "", flush=True)
     except OSError as error:
         _lead_nowhere(sys.stdout.fileno())  # what is still buffered would fail once more at exit
         if not isinstance(error, BrokenPipeError):

@@ -199,7 +199,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         run.log(
             **feedback.rollout_stats(seen, p.group_size, multiplier),
             **looked,
-            **feedback.policy_stats([loss.stats for loss in losses], kl, noise[0].numel(), sum(norms) / len(norms), advantage),
+            **feedback.policy_stats([loss.stats for loss in losses], kl, noise[0].numel(), sum(norms) / len(norms)),
+            zero_std_share=advantage.stats["advantage/zero_std_share"],
             window_start=noisy[0],
         )
     return watch
@@ -208,5 +209,5 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
-    result = feedback.align(cfg, run, train, cfg.policy.iterations, recipe="ddpo")
+    result = feedback.align(cfg, run, train, recipe="ddpo", reward=cfg.reward)
     return {**result, "wall_seconds": round(time.monotonic() - started, 1)}

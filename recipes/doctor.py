@@ -33,8 +33,11 @@ NEEDED = {
     "pyyaml": "configuration",
     "rich": "progress",
     "psutil": "memory figures",
+    "httpx2": "asking judges and reward servers",
 }
 OPTIONAL = {
+    "starlette": "`rushes serve-reward` (pip install -e '.[app]')",
+    "uvicorn": "`rushes serve-reward` (pip install -e '.[app]')",
     "pytest": "`make test` (pip install -e '.[dev]')",
     "ruff": "`make test` (pip install -e '.[dev]')",
     "mypy": "`make test` (pip install -e '.[dev]')",

@@ -30,8 +30,9 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, load_codec, load_tiny
 from base_model.video.files import write_atomic
 from recipes.doctor import hardware
-from recipes.feedback import Feedback
+from recipes.feedback import Setting
 from recipes.generate import Sampler, best_device, network_lineage, safety_runner, sample
+from recipes.guards import read_history
 from recipes.memory import PeakMemory
 from recipes.report import NAMES, CurveRun, ReportData, Shown, Take, read_rows, write_report
 from recipes.shapes.eye import Eye
@@ -279,7 +280,7 @@ def read_run(folder: Path, model: str, label: str, *, judged: bool = True) -> Cu
     Raises UserError where there is no run.
     """
     if not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"no metrics.jsonl of a run, {folder}. Give the folder of a `rushes ddpo`, `rushes grpo` or `rushes nft`")
+        raise UserError(f"no metrics.jsonl of a run, {folder}. Give the folder of a `rushes nft`, `rushes ddpo` or another recipe of alignment")
     rows = read_rows(folder / "metrics.jsonl", METRIC_NAMES)
     return CurveRun(label, model, [*rows, *(_judged_on_the_way(folder) if judged else [])])
 
@@ -290,9 +291,9 @@ def _judged_on_the_way(folder: Path) -> list[dict[str, float]]:
     The look before iteration i is placed where i - 1 ended, the one after a run that its guard ended early at the end of the run.
     """
     try:
-        told = Feedback.model_validate({key: read_json(folder / "run.json", "the description of the run")["config"][key] for key in ("held_out_prompts", "seed", "strobe")})
+        told = Setting.model_validate({key: read_json(folder / "run.json", "the description of the run")["config"][key] for key in ("held_out_prompts", "seed", "strobe")})
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"not the description of an RL run, {folder / 'run.json'}. Give the folder of a `rushes ddpo`, `rushes grpo` or `rushes nft`") from error
+        raise UserError(f"not the description of an RL run, {folder / 'run.json'}. Give the folder of a `rushes nft`, `rushes ddpo` or another recipe of alignment") from error
     prompts = make_prompts(told.held_out_prompts, seed=told.seed + 1, split="eval", strobe=told.strobe)
     columns = ("iteration", "forward_passes", "seconds")
     ends = {int(row["iteration"]) + 1: row for row in read_rows(folder / "metrics.jsonl", {name: name for name in columns}) if len(row) == len(columns)}
@@ -351,6 +352,7 @@ def report(cfg: Config, extra: Callable[[], Mapping[str, Any]] = dict) -> dict[s
     results = _readings(cfg, found)
     if cfg.world:
         results["world"] = measure_world({name: load_tiny(file).to(best_device()) for name, file in files.items()}, cfg.sampler, scenes=cfg.world_scenes, seed=seed)
+    results["lights"] = {name: looks for name, path in cfg.runs.items() if (looks := read_history(path))}
     results |= {"lineage": origins, "hardware": hardware(), "reward_model": None, **resolved(cfg)}
     names = {**NAMES, **cfg.names}
     runs = [read_run(path, name, names.get(name, name), judged=not cfg.captions) for name, path in cfg.runs.items()]

@@ -28,9 +28,8 @@ from torch import Tensor
 from align.config import Config as BaseConfig
 from align.config import Count, Seed, Whole, resolved
 from align.progress import Progress
-from base_model.checkpoint import check_can_write, read_json
+from base_model.checkpoint import check_can_write
 from base_model.errors import UserError
-from base_model.prompts.text import TextEncoder
 from base_model.video.files import write_atomic
 from base_model.video.store import ClipStore
 from recipes import best_of_n
@@ -39,6 +38,7 @@ from recipes.charts import Series, line_chart
 from recipes.doctor import hardware
 from recipes.report import NOT_MEASURED, finite, flat, interval_text
 from recipes.reward_model import Table, as_tensors, events_hash, signal_only, usable_events
+from recipes.scorers import card_of, load_scorer, tier_of
 from reward.accuracy import Answers, Signs, answers_of, best_threshold, differences, tau_per_ranking, with_ties, without_ties
 from reward.agreement import Array, Pair, pairs_of, person_by_person, three_way_agreement
 from reward.calibration import (
@@ -58,7 +58,7 @@ from reward.calibration import (
 )
 from reward.comparisons import Clip, Comparisons, RankingEvent, load_comparisons
 from reward.features import signal_features
-from reward.model import RewardModel, load_reward_model
+from reward.model import TIER, CalibratedScorer
 
 MODEL, SIGNALS_ONLY, PROMPT_ONLY = "reward model", "signals only", "prompt only"
 CARD = "reward_card.json"
@@ -70,13 +70,15 @@ class Config(BaseConfig):
     out: Path = Path("runs/evaluate-reward")
     """Folder of `report.json` and `report.html`."""
     model: Path = Path("runs/reward-model")
-    """Folder of the reward model."""
+    """Folder of the reward model, of any tier."""
+    device: str = "cpu"
+    """Where a vision-language model runs; the smaller tiers run on the CPU."""
     comparisons: Path | None = Path("runs/rankings")
     """Folder of rankings, as `reward/comparisons.py` writes it; null: only what needs none is told."""
     clips: Path = Path("runs/candidates")
     """Clip store with the ranked clips."""
     takes: Path | None = None
-    """Clip store with many clips of each prompt by one generator, of which the best of n are taken: 64 of each of 40 prompts say much, 4 little."""
+    """Clip store with many clips of each prompt by one generator, of which the best of n are taken, whatever the filters say: 64 of each of 40 prompts say much, 4 little."""
     guard: Path | None = None
     """Folder of a second reward model, from other people's rankings and another start, which looks at them."""
     split: Literal["test", "val"] = "test"
@@ -154,6 +156,15 @@ def check_clips(clip_ids: Sequence[str], store: ClipStore) -> None:
     missing = [clip_id for clip_id in clip_ids if not store.record_path(clip_id).is_file()]
     if missing:
         raise UserError(f"{len(missing)} of {len(clip_ids)} ranked clips are not in the clip store, {store.record_path(missing[0])}. Give --clips the store that was ranked")
+
+
+def judged_rate(cfg: Config, data: Comparisons, tier: str) -> float | None:
+    """The frame rate of the judged clips; None where they have several, which only a matcher may score. Raises UserError where another tier would have to."""
+    rates = sorted({data.clips[clip_id].fps for event in usable_events(data) if data.split[event.prompt_id] in (cfg.split, cfg.validation) for clip_id in event.clip_ids})
+    if len(rates) > 1 and tier != TIER:
+        named = ", ".join(f"{rate:g}" for rate in rates)
+        raise UserError(f"the ranked clips have {named} frames a second, and the reward model scores clips of one rate, {cfg.comparisons}. Judge it on clips of one")
+    return rates[0] if len(rates) == 1 else None
 
 
 def signal_scores(train: Sequence[RankingEvent], signals: Looked, dims: tuple[str, ...]) -> Tensor:
@@ -272,7 +283,7 @@ def generator_names(clips: Mapping[str, Clip]) -> dict[str, str]:
 # The report
 
 
-def evaluate_model(cfg: Config, model: RewardModel, data: Comparisons, store: ClipStore) -> dict[str, Any]:
+def evaluate_model(cfg: Config, model: CalibratedScorer, data: Comparisons, store: ClipStore) -> dict[str, Any]:
     """What `report.json` holds, without lineage. Raises UserError where there is nothing to judge by."""
     events = usable_events(data)
     if cfg.split == cfg.validation:
@@ -311,7 +322,7 @@ def evaluate_model(cfg: Config, model: RewardModel, data: Comparisons, store: Cl
     }
 
 
-def judge_dimension(dim: str, cfg: Config, model: RewardModel, data: Comparisons, scorers: Mapping[str, Score]) -> dict[str, Any]:
+def judge_dimension(dim: str, cfg: Config, model: CalibratedScorer, data: Comparisons, scorers: Mapping[str, Score]) -> dict[str, Any]:
     events = [event for event in usable_events(data) if event.dimension == dim]
     test, validation = (asked([event for event in events if data.split[event.prompt_id] == name], data.component) for name in (cfg.split, cfg.validation))
     found = {name: judge(score, test, validation, data.component, cfg.seed) for name, score in scorers.items()}
@@ -415,15 +426,16 @@ NO_RANKINGS: dict[str, Any] = {"split": None, "validation": None, "clips": 0, "u
 """What `evaluate_model` would say without any."""
 
 
-def optimised(cfg: Config, model: RewardModel) -> dict[str, Any] | None:
-    """The best of n by the model, looked at by the guard; None where no takes are given. Raises UserError where takes or guard come alone, or the guard is the model itself."""
+def second_scorer(cfg: Config) -> CalibratedScorer | None:
+    """The guard; None where best of n is not asked for. Raises UserError, before any work, where takes or guard come alone or cannot be used, or the guard is the model itself."""
     if cfg.takes is None and cfg.guard is None:
         return None
     if cfg.takes is None or cfg.guard is None:
         raise UserError("takes and guard: best of n needs both, the clips and who looks at those that are picked. Give --takes STORE and --guard FOLDER")
-    if read_json(cfg.model / CARD, "the card of the reward model")["sha256"] == read_json(cfg.guard / CARD, "the card of the guard").get("sha256"):
+    if card_of(cfg.model)["sha256"] == card_of(cfg.guard).get("sha256"):
         raise UserError(f"the guard has the weights of the model, {cfg.guard}: it would agree with everything. Give --guard another one")
-    return best_of_n.best_of_n_of(model, load_reward_model(cfg.guard, TextEncoder()), ClipStore(cfg.takes), batch=cfg.batch, seed=cfg.seed)
+    best_of_n.takes_of(ClipStore(cfg.takes))
+    return load_scorer(cfg.guard, device=cfg.device)
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
@@ -432,12 +444,13 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     if cfg.comparisons is None and cfg.takes is None:
         raise UserError("comparisons and takes: there is nothing to judge by. Give --comparisons FOLDER, or --takes STORE and --guard FOLDER")
     data = None if cfg.comparisons is None else load_comparisons(cfg.comparisons)
-    model = load_reward_model(cfg.model, TextEncoder())
-    card = read_json(cfg.model / CARD, "the card of the reward model")
+    card = card_of(cfg.model)
+    model = load_scorer(cfg.model, fps=None if data is None else judged_rate(cfg, data, tier_of(card)), device=cfg.device)
+    guard = second_scorer(cfg)
     results = NO_RANKINGS if data is None else evaluate_model(cfg, model, data, ClipStore(cfg.clips))
     answers = None if data is None else events_hash(usable_events(data))
     results = results | {
-        "best_of_n": optimised(cfg, model),
+        "best_of_n": None if guard is None or cfg.takes is None else best_of_n.best_of_n_of(model, guard, ClipStore(cfg.takes), batch=cfg.batch, seed=cfg.seed),
         "trained_on_the_split_train_of_these_answers": None if answers is None else card.get("data_sha256") == answers,
         "lineage": {"weights_sha256": card["sha256"], "answers_sha256": answers, "trained_with": card.get("command")},
         "hardware": hardware(),

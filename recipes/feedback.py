@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -21,22 +21,27 @@ from align.advantage import Advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Share
 from align.constraints import Multiplier, all_violating, constrained_advantage, gate
-from align.kernels import Kernel
+from align.kernels import ODE, Gaussian, Kernel
 from align.run import Run, derived_seed
-from align.trajectory import Trajectory, replay
+from align.trajectory import Trajectory, replay, rollout
 from base_model.checkpoint import save_weights
 from base_model.errors import GuardStop, UserError
 from base_model.guidance import Guided
 from base_model.lora import adapter_state, load_adapter_state, merge, reference
 from base_model.tiny import LatentVideoModel, load_tiny, save_network
 from base_model.types import Conditioning, VideoModel
+from recipes import guards
 from recipes.generate import Sampler, latent_shape, safety_runner, sample_with_latents
+from recipes.guards import Guards
+from recipes.guards import GuardWatch as GuardWatch
+from recipes.scorers import card_of, load_scorer, tier_of
 from recipes.shapes.prompts import make_prompts
 from recipes.weights import file_hash, write_card
 from reward import latent
 from reward.latent import LatentMixture
+from reward.mirror import swap_sides
 from reward.mixture import Mixture, Term
-from reward.model import Calibrated, RewardModel, load_reward_model, tier_of
+from reward.model import Calibrated, CalibratedScorer
 from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate, costs
 
 FLASHING = "P17"
@@ -58,6 +63,7 @@ METRICS = {
     "ratio": "Importance ratio (per latent element), mean over clips and steps.",
     "clip_share": "Share of clips and steps whose ratio left the clip range.",
     "zero_std_share": "Share of groups (or prompts) whose rewards are all alike and say nothing.",
+    **guards.METRICS,
 }
 
 
@@ -82,15 +88,13 @@ class SafetyLimit(BaseConfig):
         return self
 
 
-class Feedback(BaseConfig):
-    """What every RL recipe is told: where it starts, who scores, which limit holds. A recipe adds `out` and `policy`."""
+class Setting(BaseConfig):
+    """What every recipe that moves a policy is told: where it starts, who watches, which limit holds. A recipe adds `out` and `policy`."""
 
     seed: Seed = 0
     """Seed of prompts and noise."""
     model: Path | None = None
     """Network to start from and to stay near; none means the shipped base."""
-    reward: Path = Path("runs/reward-model")
-    """Folder of a reward model, or of a latent reward, which decodes nothing: under the limit clips are decoded for the filters all the same."""
     guard: Path | None = None
     """Folder of a second reward model that watches and may stop the run."""
     captions: tuple[str, ...] = ()
@@ -109,10 +113,19 @@ class Feedback(BaseConfig):
     """The limit."""
     pessimism: NonNegative = 0.5
     """Reward is the mean minus this many spreads of the reward model."""
-    guard_drop: NonNegative = 0.5
-    """The run stops when the guard falls this far (in standard deviations of its scores) below its best."""
+    guard_drop: Positive = 0.5
+    """The guard's light is red when its score falls this far (in standard deviations of its scores) below its best; amber from half of it."""
+    guards: Guards = Guards()
+    """What watches the run beside its reward."""
     sampler: Sampler = Sampler()
     """How clips are denoised."""
+
+
+class Feedback(Setting):
+    """The same for a recipe that goes after a reward model's score."""
+
+    reward: Path = Path("runs/reward-model")
+    """Folder of a reward model, or of a latent reward, which decodes nothing: under the limit clips are decoded for the filters all the same."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,7 @@ class Assessor:
     looks: whether the filters are asked about finished latents too, whose reward needs no pixels. What is decoded is shown to them in any case.
     """
 
-    reward: Mixture | LatentMixture
+    reward: Mixture | LatentMixture | None  # None where nobody scores: every reward is then unknown
     runner: SafetyRunner
     fps: float
     max_error_share: float = 0.05
@@ -153,7 +166,7 @@ class Assessor:
     @torch.no_grad()
     def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None) -> Assessment:
         """Finished latents of B clips in batches [b,C,F,H,W], decoded where somebody looks at pixels; video: [B,T,3,H,W] where they are decoded already."""
-        if isinstance(self.reward, Mixture):
+        if not isinstance(self.reward, LatentMixture):
             return self(decode(model, x0) if video is None else video, cond.prompts)
         rows = torch.arange(len(cond)).split([len(part) for part in x0])
         reward = torch.cat([self.reward(part, cond[row]).reward for part, row in zip(x0, rows, strict=True)])  # [B]
@@ -166,9 +179,10 @@ class Assessor:
     @torch.no_grad()
     def __call__(self, video: Tensor, prompts: Sequence[str]) -> Assessment:
         """video [B,T,3,H,W] in [0,1] of B prompts. Raises ValueError where the reward is a latent one, which cannot score pixels."""
-        if not isinstance(self.reward, Mixture):
+        if isinstance(self.reward, LatentMixture):
             raise ValueError("a latent reward cannot score pixels: give the latents to `finished`")
-        return self.ruled(self.reward(video, prompts).reward, video, prompts)
+        reward = torch.full((len(video),), torch.nan) if self.reward is None else self.reward(video, prompts).reward
+        return self.ruled(reward, video, prompts)
 
     def ruled(self, reward: Tensor, video: Tensor, prompts: Sequence[str]) -> Assessment:
         """Rewards [B] of clips [B,T,3,H,W] with what the filters say of them."""
@@ -214,6 +228,14 @@ def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | No
     }
 
 
+class Look(NamedTuple):
+    """What the held-out clips were at one look."""
+
+    told: dict[str, float]  # metrics
+    video: Tensor  # [P,T,3,H,W], a clip of each of P prompts
+    guard: Tensor | None  # [P] the guard's scores; None where there is no guard
+
+
 @dataclass
 class HeldOut:
     """Fixed held-out prompts and noise, sampled now and then to watch the run: reward and guard now, the judge when the run is over.
@@ -228,52 +250,21 @@ class HeldOut:
     seed: int
     folder: Path
 
-    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
+    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
         """Samples, keeps and scores the held-out clips."""
         seeds = [derived_seed(self.seed, "held out", k) % 2**31 for k in range(len(self.cond))]
         x0, clips = zip(*sample_with_latents(model, self.cond, seeds, self.sampler), strict=True)
         video = torch.cat(clips)  # [B,T,3,H,W]
         save_weights(self.folder / f"{iteration:06d}.safetensors", {"video": (video * 255).round().to(torch.uint8)}, {})
         seen = assess.finished(model, x0, self.cond, video)
-        guard = float("nan") if self.guard is None else float(self.guard(video, self.prompts).reward.nanmean())
-        return {
+        with torch.no_grad():
+            guard = None if self.guard is None else self.guard(video, self.prompts).reward  # [B]
+        told = {
             "held_out_reward": float(seen.reward.nanmean()),
-            "held_out_guard": guard,
+            "held_out_guard": float("nan") if guard is None else float(guard.nanmean()),
             "held_out_violation_rate": seen.violation_rate,
         }
-
-
-class GuardWatch:
-    """Stops a run whose guard score falls: the reward model is being exploited. Remembers the best checkpoint that kept the safety limit."""
-
-    def __init__(self, *, drop: float, limit: float) -> None:
-        self.drop, self.limit = drop, limit
-        self.best_guard = self.best_safe_guard = float("-inf")
-        self.best: dict[str, Tensor] = {}
-        self.fallen = False
-
-    def fell(self, guard: float | None, violation_rate: float, adapter: dict[str, Tensor]) -> bool:
-        """Takes one held-out look; True once the guard fell `drop` below its best (in standard deviations of its scores), or could not tell (nan).
-
-        guard: None where there is no guard. violation_rate: nan, as unknown, keeps no limit.
-        """
-        if guard is None:
-            return False
-        if guard > self.best_safe_guard and violation_rate <= self.limit:
-            self.best_safe_guard, self.best = guard, {name: tensor.detach().clone() for name, tensor in adapter.items()}
-        self.best_guard = max(self.best_guard, guard)
-        self.fallen = self.fallen or not guard >= self.best_guard - self.drop
-        return self.fallen
-
-    def state_dict(self) -> dict[str, object]:
-        scores = {name: None if value == float("-inf") else value for name, value in (("best_guard", self.best_guard), ("best_safe_guard", self.best_safe_guard))}
-        return {**scores, "best": self.best, "fallen": self.fallen}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        best, scores = state["best"], [state["best_guard"], state["best_safe_guard"]]
-        assert isinstance(best, dict)
-        self.best_guard, self.best_safe_guard = (float("-inf") if score is None else float(str(score)) for score in scores)
-        self.best, self.fallen = best, bool(state["fallen"])
+        return Look(told, video, guard)
 
 
 def guided(model: VideoModel, sampler: Sampler, *, train_empty: bool = True) -> Guided:
@@ -285,13 +276,17 @@ def guided(model: VideoModel, sampler: Sampler, *, train_empty: bool = True) -> 
 
 
 def check_first_step(policy: VideoModel, kernel: Kernel, taken: Trajectory, reward: Tensor, group_size: int) -> None:
-    """Before the first update: the replayed ratio is 1 in the rollout's own batch and in another split, rewards differ, the KL has a gradient."""
+    """Before the first update: rewards are known and differ, the replayed step is what was sampled and its ratio is 1, in the rollout's own batch and in another split, the KL has
+    a gradient, and the fresh adapter changes nothing."""
     step = taken.steps()[0]
+    selfcheck.known_rewards(reward)
     selfcheck.reward_spread(reward, group_size)
     now = replay(policy, kernel, step, taken.cond)
     with reference(policy.network), torch.no_grad():
         prior = replay(policy, kernel, step, taken.cond)
+    selfcheck.fresh_adapter(now.mean, prior.mean)
     selfcheck.kl_gradient(now, prior, policy.network.parameters())
+    selfcheck.first_residual(now, step.x_next)
     selfcheck.first_ratio(now.log_prob(step.x_next), step.log_prob, same_batches=len(step.rows) == len(taken.cond))
     with torch.no_grad():
         part = step.select(slice((len(step.rows) + 1) // 2))
@@ -299,9 +294,19 @@ def check_first_step(policy: VideoModel, kernel: Kernel, taken: Trajectory, rewa
         selfcheck.first_ratio(now.log_prob(part.x_next), part.log_prob, same_batches=False)
 
 
-def limits_of(cfg: Feedback) -> tuple[Multiplier | None, GuardWatch]:
-    """The multiplier (none in an unconstrained run) and the watch over the guard."""
-    watch = GuardWatch(drop=cfg.guard_drop, limit=cfg.safety.limit if cfg.constrained else 1.0)
+def check_first_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Conditioning, u_old: Tensor, prior: Tensor) -> None:
+    """The same where no step has a density: the velocity of noised clips x_t [b,C,F,H,W] at t [b] is the remembered one, equal to the reference's `prior`, and their distance has a
+    gradient."""
+    u = model(x_t, t, cond)
+    one = torch.ones((), device=u.device)
+    selfcheck.first_velocity(u, u_old)
+    selfcheck.fresh_adapter(u_old, prior)
+    selfcheck.kl_gradient(Gaussian(u, one), Gaussian(prior, one), model.network.parameters())
+
+
+def limits_of(cfg: Setting) -> tuple[Multiplier | None, GuardWatch]:
+    """The multiplier (none in an unconstrained run) and the watch over what must not change."""
+    watch = GuardWatch(cfg.guards, drop=cfg.guard_drop, limit=cfg.safety.limit if cfg.constrained else 1.0)
     if not cfg.constrained:
         return None, watch
     return Multiplier(FLASHING, limit=cfg.safety.limit, rate=cfg.safety.rate, initial=cfg.safety.initial, cap=cfg.safety.cap), watch
@@ -318,22 +323,43 @@ def register(run: Run, model: LatentVideoModel, optimizer: Any, multiplier: Mult
 
 
 def look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, watch: GuardWatch, iteration: int, *, every: int) -> dict[str, float]:
-    """Every `every` rollouts: the held-out metrics, and the end of the run where the guard fell. Else nothing."""
-    if iteration % every:
-        return {}
-    looked = held_out.watch(model, assess, iteration)
-    if watch_over(watch, held_out, looked, model):
+    """Every `every` rollouts: the held-out metrics, the guards' light, and the end of the run where it is red. Else nothing."""
+    told = {} if iteration % every else watch_over(run, watch, held_out, held_out.watch(model, assess, iteration), model, iteration)
+    if watch.fallen:
         run.stop()
+    run.remark(watch.said)
+    return told
+
+
+def watch_over(run: Run, watch: GuardWatch, held_out: HeldOut, seen: Look, model: LatentVideoModel, iteration: int) -> dict[str, float]:
+    """The metrics of a look, those of the guards among them, if they watch; `watch.fallen` then says whether the run is to end."""
+    if not watch.guards.watch:
+        return seen.told
+    values = guards.measure(watch.guards, seen.video, seen.guard, model, held_out.cond, held_out.sampler, held_out.seed)
+    reading = watch.take(values, seen.told["held_out_violation_rate"], iteration, adapter_state(model.network))
+    if run.is_main:
+        guards.write_history(run.out, watch)
+    return seen.told | reading.metrics
+
+
+def roll_out_clean(model: VideoModel, times: Tensor, cond: Conditioning, noise: Tensor, rows: Tensor) -> Trajectory:
+    """The clips `rows` of B, from noise [B,C,F,H,W], by the deterministic sampler."""
+    return rollout(model, ODE(), noise[rows], times, cond[rows], noise=torch.Generator())
+
+
+def last_look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, watch: GuardWatch) -> dict[str, float]:
+    """A look after the loop and, where the run fell, the way back to the best adapter and a look at that: the metrics of what is kept, logged."""
+    looked = watch_over(run, watch, held_out, held_out.watch(model, assess, run.iteration), model, run.iteration)
+    run.log(**looked)
+    if watch.fallen and watch.best:
+        load_adapter_state(model.network, watch.best)
+        looked = held_out.watch(model, assess, run.iteration).told
+        run.log(**looked)
     return looked
 
 
-def watch_over(watch: GuardWatch, held_out: HeldOut, looked: Mapping[str, float], model: LatentVideoModel) -> bool:
-    """Whether the guard fell, by this look or an earlier one."""
-    return watch.fell(None if held_out.guard is None else looked["held_out_guard"], looked["held_out_violation_rate"], adapter_state(model.network))
-
-
 @torch.no_grad()
-def decode(model: LatentVideoModel, x0: Sequence[Tensor]) -> Tensor:
+def decode(model: VideoModel, x0: Sequence[Tensor]) -> Tensor:
     """The clips of all batches of finished latents [b,C,F,H,W], [B,T,3,H,W] on the CPU where they are scored."""
     return torch.cat([model.decode(part).cpu() for part in x0])
 
@@ -343,7 +369,7 @@ def mean_of(values: Sequence[Tensor]) -> float:
     return float(torch.cat([value.flatten() for value in values]).mean()) if values else float("nan")
 
 
-def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_elements: int, grad_norm: float, advantage: Advantage) -> dict[str, float]:
+def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_elements: int, grad_norm: float) -> dict[str, float]:
     """The metrics of one update."""
     return {
         "kl_per_element": kl,
@@ -351,7 +377,6 @@ def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_eleme
         "grad_norm": grad_norm,
         "ratio": mean_of([s["policy/ratio"] for s in losses]),
         "clip_share": mean_of([s["policy/clip_share"] for s in losses]),
-        "zero_std_share": advantage.stats["advantage/zero_std_share"],
     }
 
 
@@ -376,11 +401,19 @@ def check_steps(sampler: Sampler) -> None:
         raise UserError(f"sampler.steps is {sampler.steps}, but a policy learns from noisy steps and the last one has none. Give at least 2")
 
 
-C = TypeVar("C", bound=Feedback)
+def encode_all(model: LatentVideoModel, *prompts: Sequence[str]) -> None:
+    """Encodes prompts as they are and with their sides swapped, for a reward model looks at every clip mirrored, too. The states of a prompt depend, in their last bits, on what it
+    is encoded with: left to the rollouts, they would depend on where the run was resumed."""
+    for texts in prompts:
+        model.encode_text(texts)
+    model.encode_text([swap_sides(text) for texts in prompts for text in texts])
+
+
+C = TypeVar("C", bound=Setting)
 Train = Callable[[C, Run, LatentVideoModel, Assessor, HeldOut], GuardWatch]
 
 
-def training_prompts(cfg: Feedback) -> tuple[list[str], list[str]]:
+def training_prompts(cfg: Setting) -> tuple[list[str], list[str]]:
     """Ids and texts of the prompts to train on."""
     if cfg.captions:
         return list(cfg.captions), list(cfg.captions)
@@ -388,14 +421,14 @@ def training_prompts(cfg: Feedback) -> tuple[list[str], list[str]]:
     return [prompt.prompt_id for prompt in pool], [prompt.text for prompt in pool]
 
 
-def held_out_texts(cfg: Feedback) -> list[str]:
+def held_out_texts(cfg: Setting) -> list[str]:
     """Prompts of held-out combinations (the captions themselves where clips are real: there are too few to hold any out)."""
     if cfg.captions:
         return list(cfg.captions)
     return [prompt.text for prompt in make_prompts(cfg.held_out_prompts, seed=cfg.seed + 1, split="eval", strobe=cfg.strobe)]
 
 
-def standardised(scorer: RewardModel, pessimism: float = 0.0) -> Mixture:
+def standardised(scorer: CalibratedScorer, pessimism: float = 0.0) -> Mixture:
     """The first dimension of a reward model in standard deviations of its training clips."""
     return Mixture({"people": scorer}, (people_term(scorer, pessimism),))
 
@@ -405,46 +438,43 @@ def people_term(scorer: Calibrated, pessimism: float) -> Term:
     return Term("people", scorer.dims[0], center=float(scorer.center[0]), scale=float(scorer.scale[0]), pessimism=pessimism)
 
 
-def load_reward(folder: Path, model: LatentVideoModel, pessimism: float) -> Mixture | LatentMixture:
+def load_reward(folder: Path, model: LatentVideoModel, pessimism: float, fps: float) -> Mixture | LatentMixture:
     """The first dimension of the reward in a folder, in standard deviations of its training clips, minus `pessimism` spreads: of a reward model on pixels, or of a latent reward on
     `model`, whose network has no adapter yet. Raises UserError where it cannot be used."""
-    if tier_of(folder) != latent.TIER:
-        return standardised(load_reward_model(folder, model.text), pessimism)
+    if tier_of(card_of(folder)) != latent.TIER:
+        return standardised(load_scorer(folder, fps=fps, encode=model.text), pessimism)
     scorer = latent.load_latent_reward(folder, model)
     return LatentMixture(scorer, (people_term(scorer, pessimism),))
 
 
-def align(cfg: C, run: Run, train: Train[C], iterations: int, *, recipe: str) -> dict[str, object]:
-    """Loads the model, the scorers and the filters, trains, looks once more, and saves the adapter and the merged network.
+def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None) -> dict[str, object]:
+    """Loads the model, the scorers and the filters, trains, looks once more, and saves the adapter and the merged network. reward: folder of a reward model.
 
     Raises StoppedByGuard, after saving, where the guard ended the run.
     """
     model = load_tiny(cfg.model).to(run.device)
     model.network.requires_grad_(False)
     latent_shape(model, cfg.sampler.clip)
-    guard = standardised(load_reward_model(cfg.guard, model.text)) if cfg.guard else None
+    guard = standardised(load_scorer(cfg.guard, fps=cfg.sampler.fps, encode=model.text)) if cfg.guard else None
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
-    reward = load_reward(cfg.reward, model, cfg.pessimism)
-    assess = Assessor(reward, safety_runner(), cfg.sampler.fps, looks=cfg.constrained)
-    if isinstance(reward, LatentMixture) and not cfg.constrained:
+    scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps) if reward else None
+    assess = Assessor(scorer, safety_runner(), cfg.sampler.fps, looks=cfg.constrained)
+    if isinstance(scorer, LatentMixture) and not cfg.constrained:
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)
+    encode_all(model, training_prompts(cfg)[1], texts)
     watch = train(cfg, run, model, assess, held_out)
 
-    looked = held_out.watch(model, assess, run.iteration)
-    stopped = watch_over(watch, held_out, looked, model)
-    if stopped and watch.best:
-        load_adapter_state(model.network, watch.best)
-        looked = held_out.watch(model, assess, run.iteration)
-    run.log(**looked)
+    looked = last_look(run, held_out, model, assess, watch)
     save_weights(run.out / "adapter.safetensors", adapter_state(model.network), {})
     model.network = merge(model.network)
     weights = run.out / "network.safetensors"
     data = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     write_card(weights, lambda path: save_network(path, model), recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked)
-    result = {"weights": str(weights), "sha256": file_hash(weights), "stopped_by_guard": stopped, "forward_passes": run.forward_passes, **looked}
-    if stopped:
+    result = {"weights": str(weights), "sha256": file_hash(weights), "stopped_by_guard": bool(watch.fallen), "forward_passes": run.forward_passes, **looked}
+    if watch.said:
+        result["guards"] = watch.said
+    if watch.fallen:
         kept = "the best checkpoint that kept the limit is saved" if watch.best else "the last state is saved"
-        why = f"the guard's score fell more than {cfg.guard_drop:g} below its best while the reward was optimised, or could not be told"
-        raise StoppedByGuard(f"{why}; {kept}, {weights}. Look at {run.out}", result)
+        raise StoppedByGuard(f"the guards' light was {watch.fallen}; {kept}, {weights}. Look at {run.out / guards.FILE}", result)
     return result

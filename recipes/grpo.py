@@ -209,7 +209,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         run.log(
             **feedback.rollout_stats(seen, G, multiplier),
             **looked,
-            **feedback.policy_stats(terms, feedback.mean_of(kls), x[0, 0].numel(), norm, relative),
+            **feedback.policy_stats(terms, feedback.mean_of(kls), x[0, 0].numel(), norm),
+            zero_std_share=relative.stats["advantage/zero_std_share"],
             kl_penalty=p.kl_coef * feedback.mean_of(charged),
             velocity_distance=feedback.mean_of(distances),
             rollout_evaluations=sum(trajectory.forward_passes for trajectory in taken) / clips,
@@ -221,5 +222,5 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
-    result = feedback.align(cfg, run, train, cfg.policy.iterations, recipe="grpo")
+    result = feedback.align(cfg, run, train, recipe="grpo", reward=cfg.reward)
     return {**result, "wall_seconds": round(time.monotonic() - started, 1)}

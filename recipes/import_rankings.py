@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 from align.config import Config as BaseConfig
 from base_model.checkpoint import check_can_write
@@ -29,6 +30,9 @@ class Config(BaseConfig):
     """What the answers name as their dataset; none means the format's own. Give one for data of your own: it tells files with equal paths apart."""
     licence: str | None = None
     """Licence of the answers; none means the dataset's own, which for data of your own is not known."""
+    split: Literal["train", "val", "test"] | None = None
+    """Split of prompts that the folder does not know yet; none means test for what was made to test on (videogen-rewardbench, genai-bench, hpdv2-test), else by hash. A prompt
+    that hangs together with one of an earlier split stays with it."""
     commercial: bool = False
     """Whether this is for commercial use: answers whose licence forbids that, or is not known, are then refused."""
 
@@ -44,7 +48,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     imported = chosen.read(cfg.file, media=cfg.media, source=source, licence=licence)
     if cfg.commercial:
         check_commercial(imported.events, cfg.file)
-    whole = write_comparisons(cfg.out, imported.events, clips=imported.clips, prompts=imported.prompts, annotators=imported.annotators)
+    split = "test" if cfg.split is None and chosen.benchmark else cfg.split
+    whole = write_comparisons(cfg.out, imported.events, clips=imported.clips, prompts=imported.prompts, annotators=imported.annotators, split=split)
     return {
         "out": str(cfg.out),
         "source": source,
@@ -62,5 +67,6 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         "people": len(imported.annotators),
         "clips": len(imported.clips),
         "clips_with_media": imported.found,
+        "prompts_by_split": dict(Counter(whole.split[prompt.prompt_id] for prompt in imported.prompts)),
         "answers_in_folder": len(whole.events),
     }

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,15 +44,12 @@ from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.types import Conditioning
 from base_model.video.store import ClipRow, ClipStore
 from recipes.generate import Sampler, latent_shape, network_lineage, sample_with_latents
+from recipes.scorers import card_of, load_scorer, tier_of
 from recipes.shapes.prompts import make_prompts
 from recipes.statistics import Interval, bootstrap_mean, bootstrap_prompts
 from recipes.weights import file_hash
-from reward import latent, pooled
 from reward.latent import LatentReward, LatentSize, save_latent_reward
-from reward.model import TIER, Calibrated, RewardModel, load_reward_model, tier_of
-from reward.pooled import load_pooled
-from reward.types import Scorer
-from reward.vlm.files import load_vlm_reward
+from reward.model import CalibratedScorer, RewardModel
 
 METRICS = {
     "loss": "Squared error of the score in variances of the training clips, the same of differences from the mean of the prompt's clips, and the terms of inputs and spread.",
@@ -150,15 +147,11 @@ class Config(BaseConfig):
 # What the reward on pixels says
 
 
-class PixelReward(Scorer, Calibrated, Protocol):
-    """A reward on pixels with the constants of its card."""
-
-
 @dataclass(frozen=True)
 class Teacher:
     """The reward to imitate. Where it is a sum of inputs, `weight` [A] says how much each of them counts, otherwise A is 0."""
 
-    scorer: PixelReward
+    scorer: CalibratedScorer
     weight: Tensor
 
     @torch.no_grad()
@@ -174,14 +167,8 @@ class Teacher:
 
 def load_teacher(folder: Path, text: TextEncoder, *, fps: float, device: torch.device) -> Teacher:
     """The reward in a folder, of any tier on pixels. Raises UserError where it cannot be used."""
-    tier = tier_of(folder)
-    if tier == TIER:
-        model = load_reward_model(folder, text)
-        return Teacher(model, model.head.weight.abs().mean(0))
-    if tier == latent.TIER:
-        raise UserError(f"already a latent reward, {folder}. Give --reward a reward on pixels")
-    scorer: PixelReward = load_pooled(folder, fps=fps) if tier == pooled.TIER else load_vlm_reward(folder, clip_fps=fps, device=device)
-    return Teacher(scorer, torch.zeros(0))
+    scorer = load_scorer(folder, fps=fps, encode=text, device=str(device))
+    return Teacher(scorer, scorer.head.weight.abs().mean(0) if isinstance(scorer, RewardModel) else torch.zeros(0))
 
 
 @dataclass(frozen=True)
@@ -504,7 +491,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         "measured": measure(run, scorer, scored["test"]),
         "prompts": {split: len(some.groups) for split, some in scored.items()},
         "clips": {split: len(some) for split, some in scored.items()},
-        "distilled_from": {"tier": tier_of(cfg.reward), "card_sha256": file_hash(cfg.reward / "reward_card.json")},
+        "distilled_from": {"tier": tier_of(card_of(cfg.reward)), "card_sha256": file_hash(cfg.reward / "reward_card.json")},
         "network_sha256": network_lineage(cfg.model),
         "sampler": dump(cfg.sampler),
         "seed": cfg.seed,

@@ -2,7 +2,9 @@
 
 DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117): clips are made by the deterministic sampler, noised again, and their velocity is regressed with the sign of their
 advantage, near the policy that made them. No step of the sampler needs a density, so any sampler will do, and every clip teaches along its own latent instead
-of along random noise. The limit on flashing is that of `ddpo.py`. What it leaves out: guidance, adaptive weights, an averaged sampling policy.
+of along random noise. Clips may come from a policy that follows the trained one slowly (`old_rate`), as in the paper. `method` names its relatives, which differ by a factor
+(align/README.md): the paper's adaptive weights, AWM (arXiv 2509.25050), DGPO (arXiv 2510.08425), RWR (arXiv 2302.12192). The limit on flashing is that of `ddpo.py`. What it
+leaves out: guidance.
 
 Letters: N prompts, G clips a prompt, B = N G clips.
 """
@@ -11,11 +13,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from align import selfcheck
@@ -23,15 +27,14 @@ from align.advantage import group_advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Several
 from align.data import PromptSampler
-from align.kernels import ODE
 from align.objectives import Loss
-from align.objectives.forward_process import implicit_split, signed_flow_matching
-from align.objectives.regression import clip_error
+from align.objectives.forward_process import dgpo_weight, implicit_split, matching_log_prob, nft_split, old_policy_decay, rwr_weight, signed_flow_matching
+from align.objectives.policy_gradient import ppo_clip
+from align.objectives.regression import clip_error, flow_matching
 from align.optimizers import build_optimizer
 from align.run import Run
 from align.threads import in_threads
-from align.trajectory import Trajectory, rollout
-from base_model.lora import add_lora, reference
+from base_model.lora import ShadowAdapter, add_lora, reference, using
 from base_model.paths import add_noise
 from base_model.times import sampling_times, stratified_logit_normal
 from base_model.tiny import LatentVideoModel
@@ -57,8 +60,22 @@ class Policy(BaseConfig):
     """Shift s of the times clips are noised to: logit-normal(log s, 1)."""
     largest_advantage: Positive = 2.0
     """Advantages are clipped to this and divided by it."""
+    method: Literal["nft", "adaptive", "awm", "dgpo", "rwr"] = "nft"
+    """NFT with weight 1; with its paper's adaptive weights; advantage-weighted matching, clipped as PPO; a group's clips weighed together, on the same noise; clips the
+    filters allow imitated by exp(advantage / temperature)."""
     proximal: Positive = 1.0
-    """Strength of the pull to the policy that made the clips."""
+    """Strength of the pull to the policy that made the clips, of `nft` and `adaptive`."""
+    clip_range: Positive = 1e-3
+    """PPO's clip range of `awm`, on exp(old error - error)."""
+    group_beta: Positive = 10.0
+    """beta of `dgpo`: the larger, the sooner a group whose order is learned teaches nothing more."""
+    temperature: Positive = 0.5
+    """Temperature of `rwr`."""
+    old_rate: NonNegative = 0.0
+    """Clips are made by a policy that keeps `old_rate` times the rollout's number of itself after each rollout, at most `old_largest` (0.001 and 0.5 in the paper); with 0, by the
+    trained policy."""
+    old_largest: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """The most that the policy which makes the clips keeps of itself."""
     lora_rank: Count = 16
     """Rank of the adapter."""
     lr: Positive = 1e-3
@@ -83,7 +100,7 @@ class Config(Feedback):
 METRICS = {name: sentence for name, sentence in feedback.METRICS.items() if name not in ("kl_per_element", "kl_total", "ratio", "clip_share")} | {
     "toward_good": "Mean of -2 a <u - u_old, u_old - v>: how far the policy moved towards what was better than expected.",
     "drift": "Mean squared distance of the velocity from the one that made the clips, per latent element.",
-    "reference_distance": "Mean squared distance of the velocity from the SFT policy's, per latent element, at the start of the rollout's updates.",
+    "reference_distance": "Mean squared distance of the velocity of the policy that made the clips from the SFT policy's, per latent element.",
 }
 
 
@@ -97,20 +114,44 @@ class Noised(NamedTuple):
     target: Tensor  # [b,C,F,H,W] velocity of the clip that was made
 
 
-def clean_rollout(model: LatentVideoModel, times: Tensor, cond: Conditioning, noise: Tensor, rows: Tensor) -> Trajectory:
-    """The clips `rows` of B, by the deterministic sampler."""
-    return rollout(model, ODE(), noise[rows], times, cond[rows], noise=torch.Generator())
+class Lessons(NamedTuple):
+    """What clips teach."""
+
+    advantage: Tensor  # [B] in [-1, 1]
+    imitated: Tensor  # [B] weight of RWR
+    valid: Tensor  # [B] bool
+
+    def of(self, rows: Tensor, device: torch.device) -> Lessons:
+        """Those of some clips."""
+        return Lessons(*(each[rows].to(device) for each in self))
 
 
-def batch_loss(p: Policy, model: LatentVideoModel, a: Tensor, valid: Tensor, known: float, part: tuple[Noised, Tensor, Tensor | None]) -> Iterator[Loss]:
+def batch_loss(p: Policy, model: LatentVideoModel, lessons: Lessons, known: float, part: tuple[Noised, Tensor, Tensor | None]) -> Iterator[Loss]:
     """The loss of a micro-batch, as its share of an update that learns from `known` clips. part: the clips, and what the old and the SFT policy say of them."""
     noised, u_old, prior = part
     u = model(noised.x_t, noised.t, noised.cond)  # [b,C,F,H,W]
-    taught = valid[noised.rows].to(u.device)  # [b]
-    loss = signed_flow_matching(u, u_old, noised.target, a[noised.rows].to(u.device), p.proximal, valid=taught)
+    mine = lessons.of(noised.rows, u.device)  # b
+    loss = signed_flow_matching(u, u_old, noised.target, mine.advantage, p.proximal, valid=mine.valid)
+    if p.method != "nft":
+        loss = loss._replace(value=value_of_relative(p, mine, u, u_old, prior, noised.target, model.path.sigma(noised.t)))
     if prior is not None:
         loss = loss.plus("reference", p.kl_coef * clip_error(u, prior).mean())
-    yield Loss(loss.value * (float(taught.sum()) / known), loss.stats)
+    yield Loss(loss.value * (float(mine.valid.sum()) / known), loss.stats)
+
+
+def value_of_relative(p: Policy, mine: Lessons, u: Tensor, u_old: Tensor, prior: Tensor | None, target: Tensor, sigma: Tensor) -> Tensor:
+    """What a method other than `nft` minimises, []; u, u_old, prior, target [b,C,F,H,W], sigma [b]."""
+    if p.method == "adaptive":
+        split = nft_split(u, u_old, target, mine.advantage, p.proximal, sigma)
+        return signed_flow_matching(u, u_old, target, split.advantage, p.proximal, weight=split.weight, valid=mine.valid).value
+    error = clip_error(u, target)  # [b]
+    if p.method == "awm":
+        return ppo_clip(matching_log_prob(error), matching_log_prob(clip_error(u_old, target)), mine.advantage, p.clip_range, valid=mine.valid).value
+    if p.method == "dgpo":
+        assert prior is not None
+        weight = dgpo_weight(error, clip_error(prior, target), mine.advantage, p.group_size, p.group_beta, valid=mine.valid)  # [b]
+        return flow_matching(error, weight=weight * mine.advantage, valid=mine.valid).value
+    return flow_matching(error, weight=mine.imitated, valid=mine.valid).value
 
 
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
@@ -123,9 +164,13 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg)
     feedback.register(run, model, optimizer, multiplier, watch)
+    old = ShadowAdapter(model.network, "old") if p.old_rate else None
+    if old is not None:
+        run.register("old", old)
     sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
     clips = p.prompts * p.group_size
-    batches = [torch.arange(clips)[k : k + p.micro_batch] for k in range(0, clips, p.micro_batch)]
+    alike = p.group_size if p.method == "dgpo" else 1  # clips side by side that are noised alike
+    batches = torch.arange(clips).split(max(1, p.micro_batch // alike) * alike)
 
     for i in run.iterations(p.iterations, save_every=p.save_every, label="nft"):
         looked = feedback.look(run, held_out, model, assess, watch, i, every=p.evaluate_every)
@@ -133,15 +178,19 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         # 1. Roll out by the deterministic sampler, score, compare within each prompt.
         cond = pool[torch.tensor(sampler[i]).repeat_interleave(p.group_size)]  # B
         noise = run.noise(model.latents.shape(cfg.sampler.clip), clips, "rollout", i * clips)  # [B,C,F,H,W]
-        taken = in_threads(partial(clean_rollout, model, times, cond, noise), batches, run.device)
+        with using(model.network, "old") if old is not None else nullcontext():
+            taken = in_threads(partial(feedback.roll_out_clean, model, times, cond, noise), batches, run.device)
         seen = assess.finished(model, [made.x0 for made in taken], cond)
         advantage = group_advantage(seen.reward, p.group_size)
         if i == 0:
+            selfcheck.known_rewards(seen.reward)
             selfcheck.reward_spread(seen.reward, p.group_size)
         if multiplier is not None:
             multiplier.update(seen.violates)
         limited = feedback.apply_limits(advantage, seen, multiplier, cfg.safety, p.group_size)
-        a = implicit_split(limited.advantage, p.largest_advantage)  # [B]
+        good = limited.valid & seen.allowed if cfg.constrained else limited.valid  # [B] what may be imitated
+        imitated = rwr_weight(limited.advantage.where(good, torch.nan), p.temperature)  # [B]
+        lessons = Lessons(implicit_split(limited.advantage, p.largest_advantage), imitated, limited.valid)
 
         # 2. Noise every clip once an update; what the policy that made the clips says there is known before it moves.
         generator = run.generator("times", i)
@@ -149,24 +198,31 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         for _ in range(p.updates):
             t = stratified_logit_normal(model.path, clips, shift=p.time_shift, generator=generator)  # [B]
             for rows, made in zip(batches, taken, strict=True):
-                eps = torch.randn(made.x0.shape, generator=generator).to(run.device)  # [b,C,F,H,W]
-                at = t[rows].to(run.device)  # [b]
+                first = torch.arange(len(rows)) // alike * alike  # [b]
+                eps = torch.randn(made.x0.shape, generator=generator)[first].to(run.device)  # [b,C,F,H,W]
+                at = t[rows][first].to(run.device)  # [b]
                 noised.append(Noised(rows, made.cond, add_noise(model.path, made.x0, eps, at), at, model.path.velocity(made.x0, eps, at)))
+        asked = p.kl_coef > 0 or p.method == "dgpo"  # whether the SFT policy takes part
         with torch.no_grad():
-            old = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised, run.device)  # [b,C,F,H,W] each
+            with using(model.network, "old") if old is not None else nullcontext():
+                made_by = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised, run.device)  # [b,C,F,H,W] each
             with reference(model.network):
-                first = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised if p.kl_coef else noised[:1], run.device)
-        distance = clip_error(old[0], first[0]).mean()
-        prior = first if p.kl_coef else [None] * len(noised)
+                sft = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised if asked else noised[:1], run.device)
+        if i == 0:
+            in_threads(lambda part: feedback.check_first_velocity(model, part[0].x_t, part[0].t, part[0].cond, *part[1:]), [(noised[0], made_by[0], sft[0])], run.device)
+        distance = clip_error(made_by[0], sft[0]).mean()
+        prior = sft if asked else [None] * len(noised)
 
         # 3. Move the policy.
         losses, norms = [], []
         known = float(limited.valid.sum().clamp_min(1))
         for u in range(p.updates):
             part = slice(u * len(batches), (u + 1) * len(batches))
-            share = list(zip(noised[part], old[part], prior[part], strict=True))
-            losses += run.backward_each(optimizer, partial(batch_loss, p, model, a, limited.valid, known), share)
+            share = list(zip(noised[part], made_by[part], prior[part], strict=True))
+            losses += run.backward_each(optimizer, partial(batch_loss, p, model, lessons, known), share)
             norms.append(run.step(optimizer, p.max_grad_norm))
+        if old is not None:
+            old.follow(1 - old_policy_decay(i, rate=p.old_rate, largest=p.old_largest))
 
         # 4. Tell.
         run.log(
@@ -184,5 +240,5 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
-    result = feedback.align(cfg, run, train, cfg.policy.iterations, recipe="nft")
+    result = feedback.align(cfg, run, train, recipe="nft", reward=cfg.reward)
     return {**result, "wall_seconds": round(time.monotonic() - started, 1)}

@@ -94,6 +94,7 @@ class ReportData:
     Keys read beyond those of the contract: `per_attribute` {attribute: {model: interval}}, `two_objects` {model: interval}, `guard` {model: interval},
     `judge_gain_sft`, `judge_gain_ddpo`, `judge_gain_two_objects`, `diversity_ratio`, `diversity_ratio_ddpo`, `flash_limit` (a share),
     `seeds` [the same entries for each seed], `counts` {name: int}, `filtered` [{where, policy, verdict, count, of, examples}],
+    `lights` {model: [{iteration, light, said}]}, what the guards of its run said at each look,
     `eye_judge_agreement` {attribute: interval or share}, `judge_accuracy` {on what: {attribute: interval}}, `judge_confusion` {attribute: {drawn: {read: count}}},
     `world` [{measure, meaning, words, models: {name: interval}}], `stage_seconds` {stage: s}, `commands` [str], `config`, `versions`, `hardware` {name: str}, `notes` [str].
     An interval is {mean, low, high}, null for what is unknown, or a string that says why not.

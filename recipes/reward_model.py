@@ -43,8 +43,10 @@ from reward.model import INTACT, EncodeText, RewardModel, save_reward_model
 from reward.quality import load_quality
 from reward.ranking import davidson_luce, tie_parameter
 
+LEVEL = 1 / 255
+"""One level of an 8-bit pixel: a signal that varies less among clips is not magnified, or what a codec does to a flat clip would count for several deviations."""
 WIDE = 100.0
-"""Deviation of the multiple of the match that a head may be: any, but where nothing was ranked its doubt is finite."""
+"""Deviation of the multiple of the match that a head may be, and of a weight that nothing pulls: as good as any, but doubt stays finite where nothing was ranked."""
 METRICS = {
     "loss": "Davidson-Luce negative log-likelihood of a ranking, mean over heads and weighted events of the batch, plus 0.01 times the squared mean score; nats.",
     "grad_norm": "Norm of the gradient before clipping.",
@@ -266,7 +268,7 @@ def start_model(cfg: Config, dims: tuple[str, ...], k: int, train: Sequence[Rank
 def fit_standard(model: RewardModel, inputs: Tensor) -> None:
     """What the inputs [C,width] of the training clips are standardised by."""
     model.input_mean.copy_(inputs.mean(0))
-    model.input_std.copy_(inputs.std(0).clamp(min=1e-4) if len(inputs) > 1 else torch.ones(inputs.shape[1]))
+    model.input_std.copy_(inputs.std(0).clamp(min=LEVEL) if len(inputs) > 1 else torch.ones(inputs.shape[1]))
 
 
 def start_log_tie(train: Sequence[Rankings | Table], k: int) -> Tensor:
@@ -309,8 +311,9 @@ def penalty_of(cfg: Config, model: RewardModel) -> tuple[Tensor, Tensor]:
 
 
 def prior_precision(penalty: Tensor, match: Tensor) -> Tensor:
-    """Precision [width,width], float64, of the prior that the penalty is: a normal around a multiple of the match. The multiple may be any: its own deviation is `WIDE`."""
-    own, along = 2 * penalty.double(), 2 * (penalty * match).double()
+    """Precision [width,width], float64, of the prior that the penalty is: a normal around a multiple of the match, which may be any."""
+    own = 2 * penalty.double() + WIDE**-2
+    along = own * match.double()
     return torch.diag(own) - torch.outer(along, along) / (WIDE**-2 + along @ match.double())  # Sherman & Morrison 1950
 
 

@@ -56,12 +56,16 @@ def tie_share(pairs: Sequence[Pair]) -> float:
 
 
 def scorer_accuracy(pairs: Sequence[Pair], score: Mapping[tuple[str, str], float], clusters: Mapping[str, str], *, seed: int = 0) -> Interval:
-    """How often a scorer ((dimension, clip_id) -> score; nan earns one half) orders a pair as a person did, over all decided answers."""
+    """How often a scorer ((dimension, clip_id) -> score; equal scores earn one half) orders a pair as a person did, over all decided answers. Pairs with an unknown score (nan) are
+    left out."""
 
     def count(pair: Pair) -> tuple[float, float]:
         answers = [answer for answer in pair.votes.values() if answer]
-        predicted = np.sign(score[pair.dimension, pair.first] - score[pair.dimension, pair.second])
-        return sum(0.5 if abs(predicted) != 1 else float(predicted == answer) for answer in answers), float(len(answers))
+        difference = score[pair.dimension, pair.first] - score[pair.dimension, pair.second]
+        if np.isnan(difference):
+            return 0.0, 0.0
+        predicted = np.sign(difference)
+        return sum(float(predicted == answer) if predicted else 0.5 for answer in answers), float(len(answers))
 
     return _share(pairs, count, clusters, seed)
 

@@ -166,10 +166,12 @@ def write_comparisons(
     salt: str = "rushes",
     shares: tuple[float, float, float] = (0.6, 0.15, 0.25),
     seed_families: bool = False,
+    split: str | None = None,
 ) -> Comparisons:
     """Adds answers to `folder` (made when missing) and assigns splits (shares of train, val, test) to prompts that have none.
 
     Which prompts stay together is said in `splits.py`, `seed_families` too; prompts that were together stay together. Give the same options at every writing.
+    split: where prompts that have none go, instead of by hash: a benchmark's to test. One that hangs together with a prompt of an earlier split stays with it.
     Answers that are already there, word for word, are skipped; the rest goes into a new file. Clips, prompts and people are merged by id.
     Raises UserError, writing nothing, where an id is there with other content, or where the whole would not pass the checks of loading.
     """
@@ -188,16 +190,26 @@ def write_comparisons(
     people = {**old.annotators, **{person.annotator_id: person for person in annotators}}
     all_events = (*old.events, *new.values())
     components = components_of(all_prompts.values(), all_events, all_clips.values(), before=old.component, seed_families=seed_families)
-    split = assign_splits(components, old.split, salt=salt, shares=shares)
-    whole = _checked(Comparisons(all_events, all_clips, all_prompts, people, split, components), folder)
+    splits = assign_splits(components, {**_wanted(split, components, old.split), **old.split}, salt=salt, shares=shares)
+    whole = _checked(Comparisons(all_events, all_clips, all_prompts, people, splits, components), folder)
 
     _write_rows(folder / "annotators.parquet", list(people.values()), Annotator)
     _write_rows(folder / "prompts.parquet", list(all_prompts.values()), Prompt)
     _write_rows(folder / "clips.parquet", list(all_clips.values()), Clip)
-    _write_table(folder / "splits.parquet", _split_table(components, split, salt))
+    _write_table(folder / "splits.parquet", _split_table(components, splits, salt))
     if new:
         _write_rows(folder / f"comparisons-{len(_parts(folder)):05d}.parquet", list(new.values()), RankingEvent)
     return whole
+
+
+def _wanted(split: str | None, components: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
+    """prompt_id -> the split asked for, of prompts whose component has none yet. Raises ValueError for an unknown split."""
+    if split is None:
+        return {}
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    decided = {component for prompt_id, component in components.items() if prompt_id in known}
+    return {prompt_id: split for prompt_id, component in components.items() if component not in decided}
 
 
 def load_comparisons(folder: Path) -> Comparisons:

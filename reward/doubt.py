@@ -77,8 +77,9 @@ def fit_misfit(votes: Tensor, difference: Tensor) -> Misfit:
         2 tau^2 = shared LOGISTIC / k^2        c = k / sqrt(1 - shared)        shared uniform on (0, 1), log k ~ N(0, SLOPE^2), log tie parameter ~ N(0, 3^2)
 
     One person's noise and a misfit look alike in one answer, so pairs that one person judged are left out; without any other, half of the noise is taken for misfit. eta is double
-    exponential: small for most pairs and large for some, as where a shape was misread. A normal one finds tau too small by a tenth or more (`rushes bench calibration`). Pairs
-    count as independent, though those of one ranking are not: a composite likelihood (Varin et al. 2011), which finds the same tau and only its precision too high.
+    exponential: small for most pairs and large for some, as where a shape was misread; a normal one gave a tau too small by a tenth or more for the people of
+    `rushes bench calibration`. Pairs count as independent, though those of one ranking are not: a composite likelihood (Varin et al. 2011), which aims at the same tau and is only
+    too sure of it.
     """
     several = votes.sum(-1) > 1  # [P]
     counts, gap = votes[several].double(), difference[several].double()

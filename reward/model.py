@@ -148,6 +148,10 @@ class Calibrated(Protocol):
     log_tie: nn.Parameter
 
 
+class CalibratedScorer(Scorer, Calibrated, Protocol):
+    """A scorer of clips with its card."""
+
+
 Golden = Mapping[str, list[list[float]]]
 """`mean` and `spread` of scores that every machine can make again."""
 
@@ -181,12 +185,6 @@ def card_errors(folder: Path) -> Iterator[None]:
         raise UserError(f"no reward model, {folder}. Give a folder written by `rushes reward-model`") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"not a reward model's card and weights, {folder}. Make them again with `rushes reward-model`") from error
-
-
-def tier_of(folder: Path) -> str:
-    """Which tier the card of a reward model names. Raises UserError where there is no card, or none that can be read."""
-    with card_errors(folder):
-        return str(dict(json.loads((folder / "reward_card.json").read_text())).get("tier", TIER))
 
 
 def read_card(folder: Path, tier: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -35,7 +35,7 @@ def signed_flow_matching(
 ) -> Loss:
     """mean over valid clips of weight (2 a <d, e> + beta <d, d>); u, u_old, target [B,C,F,H,W], a [B] in [-1, 1], beta = `proximal`, weight [B].
 
-    DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117, theorem 3.2), its policy loss with weight 1, the constant <e, e> left out, over beta. For a = 1 and beta = 1 it is flow
+    DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117, eq. 5), its policy loss with weight 1, the constant <e, e> left out, over beta. For a = 1 and beta = 1 it is flow
     matching on the clip (up to that constant); for a = -1 the minimum lies as far on the other side of u_old. Known failure: a small beta lets the policy
     run away from clips it disliked, in directions nobody looked at. Raises ValueError where proximal is not positive.
     """
@@ -53,7 +53,7 @@ def signed_flow_matching(
 
 
 def implicit_split(advantage: Tensor, largest: float) -> Tensor:
-    """2 q - 1 = clip(A / A_max, -1, 1), [B] -> [B] (DiffusionNFT, arXiv 2509.16117). Raises ValueError where `largest` is not positive."""
+    """2 q - 1 = clip(A / A_max, -1, 1), [B] -> [B] (DiffusionNFT, arXiv 2509.16117, section 3.3: its optimality reward is q). Raises ValueError where `largest` is not positive."""
     if largest <= 0:
         raise ValueError(f"the largest advantage must be positive, got {largest}")
     return torch.clamp(advantage / largest, -1, 1)
@@ -71,7 +71,7 @@ def nft_split(u: Tensor, u_old: Tensor, target: Tensor, advantage: Tensor, proxi
 
     The paper divides the error of the good policy's x0 by w+ = <|x0+ - x0|>, that of the bad one's by w-, both without gradient and at least `floor`; x0+- - x0 is
     -sigma (e +- beta d), for both paths here. With q = (1 + a)/2, p = q/w+ and n = (1 - q)/w- that is the signed objective with a' = (p - n)/(p + n) and weight
-    sigma^2 (p + n): the same gradient at every theta, and at theta_old a' = a, weight = sigma^2/w. (arXiv 2509.16117, "adaptive loss weighting".)
+    sigma^2 (p + n): the same gradient at every theta, and at theta_old a' = a, weight = sigma^2/w. (arXiv 2509.16117, section 3.3, adaptive loss weighting.)
     Known failure: a clip the policy already fits weighs without bound, up to sigma^2/floor.
     """
     u, u_old, target = u.detach().float(), u_old.detach().float(), target.float()
@@ -93,7 +93,7 @@ def matching_log_prob(error: Tensor, weight: Tensor | float = 1.0, *, power: flo
 
 
 def dgpo_weight(error: Tensor, reference_error: Tensor, advantage: Tensor, groups: Groups, beta: float, *, valid: Tensor | None = None) -> Tensor:
-    """DGPO's weight of each group: sigmoid(beta mean over its valid clips of A (error - reference_error)), all [B] -> [B] without gradient (arXiv 2510.08425).
+    """DGPO's weight of each group: sigmoid(beta mean over its valid clips of A (error - reference_error)), all [B] -> [B] without gradient (arXiv 2510.08425, eq. 17).
 
     DGPO is `flow_matching(error, weight=dgpo_weight(...) * A)`: the gradient, over beta, of -log sigmoid(-beta mean A (error - reference_error)). It is 1/2 where policy
     and reference agree, and falls to 0 for a group whose order is learned. beta: on errors that are means over elements (10-100 there). All clips of a group
@@ -108,8 +108,8 @@ def dgpo_weight(error: Tensor, reference_error: Tensor, advantage: Tensor, group
 def rwr_weight(reward: Tensor, temperature: float) -> Tensor:
     """Reward-weighted regression: exp(reward / temperature), scaled to mean 1 over the known rewards, [B] -> [B]; 0 where the reward is unknown.
 
-    Peters & Schaal 2007; for diffusion Lee et al. 2023 (arXiv 2302.12192) and Flow-RWR (arXiv 2501.13918). For `flow_matching(error, weight=...)`. Known failure: it only ever
-    imitates; with a low temperature a few lucky clips, with a high one the average. Raises ValueError where temperature is not positive.
+    Peters & Schaal 2007; for diffusion Lee et al. 2023 (arXiv 2302.12192) and Flow-RWR (arXiv 2501.13918, eq. 9). For `flow_matching(error, weight=...)`. Known failure: it only
+    ever imitates; with a low temperature a few lucky clips, with a high one the average. Raises ValueError where temperature is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -119,7 +119,7 @@ def rwr_weight(reward: Tensor, temperature: float) -> Tensor:
 
 
 def old_policy_decay(iteration: int, *, flat: int = 0, rate: float = 0.001, largest: float = 0.5) -> float:
-    """How much of the old policy stays after iteration 0, 1, ...: min(rate max(0, iteration - flat), largest) (DiffusionNFT, arXiv 2509.16117, its code).
+    """How much of the old policy stays after iteration 0, 1, ...: min(rate max(0, iteration - flat), largest) (DiffusionNFT, arXiv 2509.16117, section 3.3 and figure 8).
 
     u_old <- decay u_old + (1 - decay) u, by `base_model.lora.ShadowAdapter.follow(1 - decay)`. The other published schedule is flat 75, rate 0.0075, largest 0.999.
     """

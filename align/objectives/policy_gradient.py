@@ -80,12 +80,12 @@ def kl_mask(
     valid: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Loss:
-    """mean over valid clips of weight * -A rho, without the clips that are `threshold` away from the old policy and would go further. All [B].
+    """mean over valid clips of weight * -A rho, without the clips further than `threshold` from the old policy that would go further still. All [B].
 
-    Flow-DPPO (arXiv 2606.11025): a clip is left out where kl >= threshold and (A > 0 and rho > 1, or A < 0 and rho < 1); what leads back stays. kl: `old.kl(new)`,
-    nats per latent element, so the threshold is too (1e-5 there); for a threshold in nats of the clip divide it by `Gaussian.elements`. The region is exact,
-    where the ratio's is a single noisy draw. An unknown kl (nan) counts as outside; masked clips count in the mean. Known failure: nothing pulls a policy back
-    that is outside and where every clip is masked; keep a KL penalty. Raises ValueError where threshold is not positive.
+    Flow-DPPO (arXiv 2606.11025, eq. 17-18): a clip is left out where kl > threshold and (A > 0 and rho > 1, or A < 0 and rho < 1); what leads back stays. kl: `old.kl(new)`
+    (eq. 14), nats per latent element, so the threshold is too, as in its code (1e-5); the paper's own sum over the clip is `kl_total`. The region is exact, where the
+    ratio's is a single noisy draw. An unknown kl (nan) counts as outside; masked clips count in the mean. Known failure: nothing pulls a policy back that is outside and
+    where every clip is masked; keep a KL penalty. Raises ValueError where threshold is not positive.
     """
     if threshold <= 0:
         raise ValueError(f"threshold must be positive, got {threshold}")
@@ -93,7 +93,7 @@ def kl_mask(
     advantage = advantage.detach().where(valid, 0)  # [B]
     log_ratio = (log_prob - old_log_prob.detach()).where(valid, 0)  # [B]
     kl = kl.detach()
-    away = ~(kl < threshold) & (advantage * log_ratio.detach() > 0)  # [B]
+    away = ~(kl <= threshold) & (advantage * log_ratio.detach() > 0)  # [B]
     loss = -advantage * log_ratio.exp() * (~away)  # [B]
     value = masked_mean(loss if weight is None else loss * weight.detach(), valid)
     stats = {
@@ -119,6 +119,8 @@ def step_rewards(reward: Tensor, kl: Tensor, coef: float) -> Tensor:
     """The KL in the reward: -coef kl_k at each step, and the clip's reward at the last; reward [B], kl [K,B] -> [K,B].
 
     InstructGPT (arXiv 2203.02155, eq. 2) over denoising steps. `critic.gae` takes it as it is; for group advantages sum over the K steps. It moves the policy
-    through its log-probability only; `kl_penalty` in the loss has the smaller variance. An unknown reward (nan) stays so.
+    through its log-probability only; `kl_penalty` in the loss has the smaller variance. So kl must depend on the step that was taken: its log-ratio
+    log p - log p_ref, whose mean is the KL. The exact KL of a state is the same whatever step is taken there, and teaches nothing about that step.
+    An unknown reward (nan) stays so.
     """
     return torch.cat([-coef * kl[:-1], (reward - coef * kl[-1])[None]]).detach()

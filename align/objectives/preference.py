@@ -89,7 +89,7 @@ def flow_dpo(
 ) -> Loss:
     """mean over valid pairs of -log sigmoid(-(beta/2) w_t [(e_win - e_win^ref) - (e_lose - e_lose^ref)]); all [P], errors from `pair_errors`.
 
-    Flow-DPO (arXiv 2501.13918) with time_weight None (constant, which worked best there) or (1 - t)^2. Diffusion-DPO (arXiv 2311.12908, eq. 14), whose errors
+    Flow-DPO (arXiv 2501.13918, eq. 6) with time_weight None (constant, which worked best there) or (1 - t)^2. Diffusion-DPO (arXiv 2311.12908, eq. 14), whose errors
     are those of eps, with time_weight alpha(t)^2; its T omega(lambda_t) is part of beta. beta: on errors that are means over elements (500-5000 in public code); see `mean_beta`.
     pair_weight: `Pairs.weight`. Known failure: the loss falls just as well when both errors grow, the loser's faster; look at both changes, which are logged, and stop.
     Raises ValueError where beta is not positive.

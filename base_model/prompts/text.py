@@ -14,7 +14,7 @@ from base_model.types import Conditioning
 
 
 class TextEncoder:
-    """MiniLM token states, D = 384, kept per prompt: a prompt is encoded once a process.
+    """MiniLM token states, D = 384, kept per prompt: a prompt is encoded once a process (or again once `keep` others came after it, where prompts never end).
 
     For bit-identical repeats encode all prompts of a run in one call at its start: the states of a prompt may differ in the last bit with its batch.
     """
@@ -22,8 +22,9 @@ class TextEncoder:
     width = 384
     max_tokens = 64
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: int | None = None) -> None:
         self._states: dict[str, Tensor] = {}  # prompt -> [l, D]
+        self._keep = keep
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Raises UserError for an empty list of prompts."""
@@ -34,6 +35,9 @@ class TextEncoder:
             batch = missing[begin : begin + 32]
             self._states.update(zip(batch, _encode(batch), strict=True))
         states = [self._states[p] for p in prompts]
+        if self._keep is not None:
+            for old in list(self._states)[: max(0, len(self._states) - self._keep)]:
+                del self._states[old]
         text = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)  # [B,L,D]
         mask = torch.arange(text.shape[1]) < torch.tensor([len(s) for s in states])[:, None]  # [B,L]
         return Conditioning(tuple(prompts), text, mask)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from base_model.errors import UserError
 
 PREVIEW_SIDE = 128
 DIGEST_TAG = "RUSHES_SHA256"
+CONTAINERS = ((4, b"ftyp", "mp4"), (0, b"\x1aE\xdf\xa3", "matroska"))  # where their first bytes stand, and what PyAV calls them
+CODECS = ("h264", "hevc", "vp9", "av1", "ffv1")
+"""What `decode_video` decodes."""
 
 
 class Video(NamedTuple):
@@ -32,6 +35,13 @@ class Video(NamedTuple):
 
     frames: NDArray[np.uint8]
     fps: float
+
+
+class Bounds(NamedTuple):
+    """The most that is decoded of a clip: frames, and pixels of all frames together."""
+
+    frames: int
+    pixels: int
 
 
 def digest_of(frames: NDArray[np.uint8]) -> str:
@@ -98,9 +108,27 @@ def read_video(path: str | Path, *, max_frames: int | None = None, shrink: Calla
     """
     path = Path(path)
     _require_file(path)
-    _refuse_truncated_mp4(path)
+    with open(path, "rb") as file:
+        _refuse_truncated_mp4(file, path.stat().st_size, path)
     frames, fps, _ = _decode(path, max_frames, shrink)
     return Video(np.stack(frames), fps)
+
+
+def decode_video(content: bytes, name: str, bounds: Bounds) -> Video:
+    """Decodes a clip that came from outside: mp4 or Matroska, told by its first bytes, with one of `CODECS`, from memory, so that no path in it leads anywhere.
+
+    Nothing larger than `bounds` is decoded, whatever the file says of itself: the decoder refuses a frame before it makes room for it. `name` stands in errors.
+    Raises UserError where it is no such file, larger than `bounds`, truncated or damaged, or not the lossless clip that its own digest says.
+    """
+    kind = next((kind for at, magic, kind in CONTAINERS if content[at : at + len(magic)] == magic), None)
+    if kind is None:
+        raise UserError(f"neither mp4 nor Matroska, {name}. Give a clip in one of them")
+    _refuse_truncated_mp4(io.BytesIO(content), len(content), name)
+    frames, fps, digest = _decode(name, content=content, kind=kind, bounds=bounds)
+    video = np.stack(frames)
+    if digest is not None and digest != digest_of(video):
+        raise UserError(f"the clip is damaged: its {len(video)} frames are not the ones that were written, {name}. Make it again")
+    return Video(video, fps)
 
 
 def read_lossless(path: str | Path) -> Video:
@@ -145,6 +173,11 @@ def write_mp4(path: str | Path, video: Tensor | NDArray[np.uint8], fps: float, *
     video: float [T,3,H,W] in [0,1] or uint8 [T,H,W,3]. upscale: small clips grow by a whole factor, pixels repeated, until the short side has 128.
     An odd side gets its last row or column twice. Raises UserError where the file cannot be written.
     """
+    write_atomic(path, mp4_bytes(video, fps, upscale=upscale))
+
+
+def mp4_bytes(video: Tensor | NDArray[np.uint8], fps: float, *, upscale: bool = True) -> bytes:
+    """What `write_mp4` writes."""
     frames = _as_frames(video)
     rate = frame_rate(fps)
     factor = max(1, -(-PREVIEW_SIDE // min(frames.shape[1:3]))) if upscale else 1
@@ -165,7 +198,7 @@ def write_mp4(path: str | Path, video: Tensor | NDArray[np.uint8], fps: float, *
             frame = reformatter.reformat(_packed_frame(pixels, "rgb24"), format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=1)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -205,27 +238,40 @@ def _require_file(path: Path) -> None:
         raise UserError(f"no permission to read the video file, {path}. Change its permissions")
 
 
-def _decode(path: Path, max_frames: int | None, shrink: Callable[[Frame], Frame] | None = None) -> tuple[list[NDArray[np.uint8]], float, str | None]:
-    """(frames, fps, the digest the file carries)."""
+def _decode(
+    path: Path | str,
+    max_frames: int | None = None,
+    shrink: Callable[[Frame], Frame] | None = None,
+    *,
+    content: bytes | None = None,
+    kind: str | None = None,
+    bounds: Bounds | None = None,
+) -> tuple[list[NDArray[np.uint8]], float, str | None]:
+    """(frames, fps, the digest the file carries) of the file at `path`, or of `content`, which is of that `kind`."""
     import av
     from av.video.reformatter import VideoReformatter
 
     frames: list[Frame] = []
     sizes: set[tuple[int, ...]] = set()
     reformatter = VideoReformatter()
+    options = {"err_detect": "crccheck+explode", **({"max_pixels": str(bounds.pixels)} if bounds else {})}
     try:
-        with av.open(str(path), options={"err_detect": "crccheck+explode"}) as container:
+        with av.open(str(path) if content is None else io.BytesIO(content), format=kind, options=options) as container:
             stream = next((each for each in container.streams.video if each.codec_context is not None), None)
             if stream is None:
                 raise UserError(f"the file has no video stream that can be decoded, {path}. Give a video")
+            if bounds and stream.codec_context.codec.canonical_name not in CODECS:
+                raise UserError(f"the clip is encoded as {stream.codec_context.codec.canonical_name}, {path}. Give one of {', '.join(CODECS)}")
             stream.codec_context.thread_count = 1
-            stream.codec_context.options = {"err_detect": "crccheck+explode"}
+            stream.codec_context.options = options
             fps = float(stream.average_rate or stream.guessed_rate or 0)
             digest = container.metadata.get(DIGEST_TAG)
+            _check_bounds(0, (stream.codec_context.height, stream.codec_context.width), bounds, path)
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise UserError(f"the video file is truncated or damaged after {len(frames)} frames, {path}. Copy or make it again")
                 for frame in packet.decode():
+                    _check_bounds(len(frames), (frame.height, frame.width), bounds, path)
                     pixels = _rgb(frame, reformatter)
                     sizes.add(pixels.shape)
                     frames.append(shrink(pixels) if shrink else pixels)
@@ -239,6 +285,13 @@ def _decode(path: Path, max_frames: int | None, shrink: Callable[[Frame], Frame]
     if len(sizes) > 1:
         raise UserError(f"the frames change their size, {path}. Encode the video again with one size")
     return frames, fps or 1.0, digest
+
+
+def _check_bounds(before: int, size: tuple[int, int], bounds: Bounds | None, path: Path | str) -> None:
+    """Raises UserError where one frame of [H,W] more is too many."""
+    if bounds and (before >= bounds.frames or (before + 1) * size[0] * size[1] > bounds.pixels):
+        limit = f"{bounds.frames} frames and {bounds.pixels} pixels of all frames together"
+        raise UserError(f"frame {before + 1} of {size[1]}x{size[0]} is more than the limit of {limit}, {path}. Give a shorter or smaller clip")
 
 
 def _rgb(frame: Any, reformatter: Any) -> NDArray[np.uint8]:
@@ -278,21 +331,19 @@ def frame_rate(fps: float) -> Fraction:
     return rate
 
 
-def _refuse_truncated_mp4(path: Path) -> None:
+def _refuse_truncated_mp4(file: BinaryIO, size: int, path: Path | str) -> None:
     """The boxes of an mp4 say how long they are: a last one that reaches past the end of the file was cut off."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        if file.read(12)[4:8] != b"ftyp":
+    if file.read(12)[4:8] != b"ftyp":
+        return
+    start = 0
+    while start + 8 <= size:
+        file.seek(start)
+        header = file.read(16)
+        length = int.from_bytes(header[:4], "big")
+        if length == 1:
+            length = int.from_bytes(header[8:16], "big")
+        if length == 0:
             return
-        start = 0
-        while start + 8 <= size:
-            file.seek(start)
-            header = file.read(16)
-            length = int.from_bytes(header[:4], "big")
-            if length == 1:
-                length = int.from_bytes(header[8:16], "big")
-            if length == 0:
-                return
-            if length < 8 or start + length > size:
-                raise UserError(f"the video file is truncated or damaged at byte {start} of {size}, {path}. Copy or make it again")
-            start += length
+        if length < 8 or start + length > size:
+            raise UserError(f"the video file is truncated or damaged at byte {start} of {size}, {path}. Copy or make it again")
+        start += length

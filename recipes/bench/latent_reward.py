@@ -230,7 +230,7 @@ def timed_updates(cfg: Config, made: Made, arm: Arm, out: Path) -> list[dict[str
     loaded = load_tiny(made.model)
     loaded.network.requires_grad_(False)
     model = TimedModel(**{part.name: getattr(loaded, part.name) for part in fields(LatentVideoModel)}, laps=laps)
-    reward = load_reward(made.rewards[arm.reward], model, 0.5)
+    reward = load_reward(made.rewards[arm.reward], model, 0.5, cfg.sampler.fps)
     assess = TimedAssessor(reward, safety_runner(), cfg.sampler.fps, looks=arm.constrained, laps=laps)
     once = {"iterations": 1 + cfg.updates, "save_every": 2 + cfg.updates, "evaluate_every": 2 + cfg.updates}
     settings = nft.Config(out=out, constrained=arm.constrained, strobe=cfg.strobe, policy=cfg.policy.model_copy(update=once), sampler=cfg.sampler)

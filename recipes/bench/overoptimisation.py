@@ -40,8 +40,9 @@ from recipes.bench._trained import PROMPT_SEED, Pace, Seeds, asked, kept
 from recipes.best_of_n import verdict
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
-from recipes.feedback import Assessor, HeldOut, standardised
+from recipes.feedback import Assessor, HeldOut, Look, standardised
 from recipes.generate import Sampler, network_lineage, safety_runner, sample, seeded_noise
+from recipes.guards import Guards
 from recipes.match import SHIPPED
 from recipes.quality import SHIPPED as QUALITY
 from recipes.shapes.eye import WEIGHTS as EYE
@@ -81,14 +82,14 @@ class Config(Bench):
     out: Path = Path("runs/bench-overoptimisation")
     """Folder of what was made of the clips, and of the RL runs: what is finished there is not repeated. `quick` keeps nothing."""
     seeds: Seeds = (0, 1, 2, 3, 4)
-    """Seeds of which prompts are ranked, of people's noise and of the ensembles. RL climbs reward models of the first. `quick` takes two."""
+    """Seeds of which prompts are ranked, by whom and with what noise. RL climbs reward models of the first. `quick` takes two."""
     rankings: Annotated[tuple[Count, ...], Field(min_length=1, max_length=3)] = (30, 120, 480)
     """Rankings of four clips that reward models learn from, increasing. `quick` takes at most 6, 12 and 18."""
     prompts: Count = 128
     """Held-out prompts of one object. `quick` takes at most 6."""
     clips: Annotated[int, Field(ge=4)] = 64
     """Clips of each, by the shipped base. `quick` takes at most 8."""
-    policy: nft.Policy = nft.Policy(iterations=48, prompts=8, lr=2e-3, evaluate_every=4, save_every=16)
+    policy: nft.Policy = nft.Policy(iterations=48, evaluate_every=4, save_every=8)
     """How NFT moves the base, further than is wise. `quick` takes 3 small rollouts."""
     kl_steps: Annotated[int, Field(ge=4)] = 12
     """Ancestral steps of the paths whose KL is told; more of them leave less noise, and give a larger KL."""
@@ -174,15 +175,13 @@ def learn(ranked: Clips, prior: str, rankings: int, seed: int, encode: EncodeTex
     tasks = [Task(ranked.prompts[i].prompt_id, tuple(str(K * i + k) for k in range(K)), ranked.perception[range(K * i, K * i + K)]) for i in chosen]
     rows = collect(REWARD_PANEL, tasks, seed=seed, overlap=0, repeats=0, gold=0)
     clips, index = torch.tensor([[int(clip) for clip in row["clip_ids"]] for row in rows]).unique(return_inverse=True)  # [C], [E,K]
-    cfg = reward_model.Config(seed=seed, **PRIORS[prior])
     model = RewardModel(load_matcher(SHIPPED["reward"]), load_quality(QUALITY["reward"]), ("overall",), encode, most_clips=K)
-    inputs = ranked.inputs[clips]  # [C,26]
-    reward_model.fit_standard(model, inputs)
-    ranks = torch.tensor([list(row["ranks"]) for row in rows])  # [E,K]
-    table = reward_model.Table(model.standardised(inputs), index, ranks, torch.zeros(len(rows), dtype=torch.long), torch.ones(len(rows)), torch.arange(len(rows)))
+    reward_model.fit_standard(model, ranked.inputs[clips])
+    ranks, number = torch.tensor([list(row["ranks"]) for row in rows]), torch.arange(len(rows))  # [E,K], [E]
+    table = reward_model.Table(model.standardised(ranked.inputs[clips]), index, ranks, torch.zeros_like(number), torch.ones(len(rows)), number)
     with torch.no_grad():
         model.log_tie.copy_(reward_model.start_log_tie([table], K))
-    reward_model.fit_head(cfg, model, table)
+    reward_model.fit_head(reward_model.Config(**PRIORS[prior]), model, table)
     with torch.no_grad():
         reward_model.normalise(model, model.head(table.inputs)[None])
     return model.eval().requires_grad_(False)
@@ -195,7 +194,8 @@ def within(values: Array) -> float:
 
 def scores(model: RewardModel, inputs: Tensor) -> Tensor:
     """[C]."""
-    return model.head(model.standardised(inputs))[:, 0]
+    found: Tensor = model.head(model.standardised(inputs))[:, 0]
+    return found
 
 
 def accuracy(proxy: Array, worth: Array) -> float:
@@ -253,8 +253,9 @@ class Watched(HeldOut):
     kl_steps: int
     kl_clips: int
 
-    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
-        return super().watch(model, assess, iteration) | {"path_kl": self.kl(model, self.kl_steps)[0]}
+    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
+        seen = super().watch(model, assess, iteration)
+        return seen._replace(told=seen.told | {"path_kl": self.kl(model, self.kl_steps)[0]})
 
     def kl(self, model: LatentVideoModel, steps: int) -> tuple[float, float]:
         """Mean over paths of so many steps, nats a clip; and the sigma of the noise that is left before the last step."""
@@ -286,7 +287,7 @@ class Climb(NamedTuple):
 def climb(cfg: Config, out: Path, model: RewardModel) -> dict[str, Any]:
     """NFT from the shipped base on this reward alone, in `out`: `Climb`, as it is kept."""
     prompts, _ = asked(cfg.prompts)
-    settings = nft.Config(out=out, seed=cfg.seeds[0], constrained=False, pessimism=0, two_objects=0, strobe=0, policy=cfg.policy, sampler=cfg.sampler)
+    settings = nft.Config(out=out, seed=cfg.seeds[0], constrained=False, pessimism=0, two_objects=0, strobe=0, guards=Guards(watch=False), policy=cfg.policy, sampler=cfg.sampler)
     run = Run(out, settings, seed=settings.seed, resume=(out / "run.json").exists(), metrics=METRICS)
     policy, base = (load_tiny(None).to(run.device) for _ in range(2))
     policy.network.requires_grad_(False)
@@ -294,7 +295,7 @@ def climb(cfg: Config, out: Path, model: RewardModel) -> dict[str, Any]:
     texts = [prompt.text for prompt in prompts]
     held_out = Watched(texts, policy.encode_text(texts), cfg.sampler, None, settings.seed, out / "held_out", base, cfg.kl_steps, cfg.kl_clips)
     nft.train(settings, run, policy, assess, held_out)
-    run.log(**held_out.watch(policy, assess, run.iteration))
+    run.log(**held_out.watch(policy, assess, run.iteration).told)
     kl = {int(line["iteration"]): line["path_kl"] for line in read_metrics(out) if "path_kl" in line}
     eye, looks = Eye.load(), []
     for iteration in sorted(kl):

@@ -8,9 +8,6 @@ against is what the panel prefers on average, without noise and habits, on promp
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
 import tempfile
 from dataclasses import dataclass
 from itertools import combinations
@@ -25,31 +22,18 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from align.config import Count, Positive, Share
-from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
-from base_model.prompts.text import TextEncoder
-from recipes.bench._people import panel_worth, perceived, to_tensor
+from recipes.bench._people import panel_worth, perceived
+from recipes.bench._pool import kept_pool, pool_settings
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._trained import Pace, Seeds, kept
-from recipes.match import ATTRIBUTES, SHIPPED, change
-from recipes.quality import SHIPPED as QUALITY
-from recipes.shapes.eye import WEIGHTS as EYE
-from recipes.shapes.eye import Eye, Perception
+from recipes.shapes.eye import Perception
 from recipes.shapes.labelers import REWARD_PANEL, rank
-from recipes.shapes.prompts import ShapesPrompt, make_prompts
-from recipes.shapes.render import DEMO_CLIP, blur, render, sample_scene
-from recipes.weights import file_hash
-from reward.matcher import load_matcher
-from reward.model import INPUTS, RewardModel
-from reward.quality import load_quality
 from reward.ranking import pair_outcomes, tie_parameter
 from reward.selection import METHODS, Candidate, Given, Method, Mix, best_first, laplace_posterior, next_tasks, prior
 
 VERSION = 1
 """Of what a curve means. One more wherever that changes: what was kept before is then refused, not read."""
-POOL_SEED = 700_000
-WRONG = (0.3, 0.4, 0.2, 0.1)
-"""Shares of clips with none to three attributes wrong."""
 CLOSE = 0.25
 """Clips of the held-out prompts whose worth differs by less ask nothing."""
 TARGETS = (0.5, 0.75, 0.9)
@@ -116,52 +100,16 @@ class Pool:
         return pairs[torch.from_numpy(decided)], np.sign(difference[decided])
 
 
-def draw_pool(prompts: int, clips: int) -> dict[str, Tensor]:
-    """Draws every clip, and says what the reward model's inputs are [C,26] and what the eye sees [C,11]; minutes for thousands."""
-    asked = make_prompts(prompts, seed=POOL_SEED, split="train", two_objects=0.2)
-    encode, eye = TextEncoder(), Eye.load()
-    encode([prompt.text for prompt in asked])
-    model = RewardModel(load_matcher(SHIPPED["reward"]), load_quality(QUALITY["reward"]), ("overall",), encode).eval()
-    inputs, seen = [], []
-    for number, prompt in enumerate(asked):
-        video = torch.stack([draw_clip(prompt, np.random.default_rng([POOL_SEED, number, i])) for i in range(clips)])  # [clips,T,3,H,W]
-        with torch.no_grad():
-            inputs.append(model.inputs(video, [prompt.text] * clips))
-        seen.append(to_tensor(eye.look(video, [prompt] * clips)))
-    return {"inputs": torch.cat(inputs), "seen": torch.cat(seen)}
-
-
-def draw_clip(prompt: ShapesPrompt, rng: np.random.Generator) -> Tensor:
-    """A clip of a prompt as a base model makes them: some attributes wrong, one in ten blurred, one in ten flashing."""
-    things = prompt.things
-    for attribute in rng.permutation(len(ATTRIBUTES))[: rng.choice(len(WRONG), p=WRONG)]:
-        things = change(things, ATTRIBUTES[attribute], rng, unseen=True)
-    blurred, flashing = (bool(rng.random() < 0.1) for _ in range(2))
-    video = render(sample_scene(ShapesPrompt("", "", things, False, "train"), rng, clip=DEMO_CLIP, flashing=flashing), DEMO_CLIP)
-    return blur(video, rng.uniform(0.8, 1.3)) if blurred else video
-
-
 def pool_of(inputs: Tensor, seen: Tensor, clips: int, ranked: int) -> Pool:
-    """Out of what `draw_pool` says."""
+    """Out of what `make_pool` says."""
     known = inputs[: ranked * clips]
     standard = ((inputs - known.mean(0)) / known.std(0).clamp(min=1e-4)).clamp(-3, 3)
     return Pool(standard.double(), perceived(seen), clips, ranked)
 
 
-def pool_settings(cfg: Config) -> dict[str, Any]:
-    """What a pool depends on."""
-    sizes = {"prompts": cfg.prompts, "held_out": cfg.held_out, "clips": cfg.clips}
-    hashes = {name: file_hash(path) for name, path in (("matcher", SHIPPED["reward"]), ("quality", QUALITY["reward"]), ("eye", EYE))}
-    return {"version": VERSION, "seed": POOL_SEED, **sizes, "inputs": list(INPUTS), **hashes}
-
-
-def kept_pool(cfg: Config, out: Path) -> Pool:
-    """The pool, drawn once for its settings and read from `out` ever after."""
-    path = out / f"pool-{hashlib.sha256(json.dumps(pool_settings(cfg)).encode()).hexdigest()[:12]}.safetensors"
-    if not path.exists():
-        print(f"drawing the {(cfg.prompts + cfg.held_out) * cfg.clips:,} clips of the pool", file=sys.stderr, flush=True)
-        save_weights(path, draw_pool(cfg.prompts + cfg.held_out, cfg.clips), {})
-    tensors, _ = load_weights(path)
+def the_pool(cfg: Config, out: Path) -> Pool:
+    """The pool, drawn once for its settings."""
+    tensors = kept_pool(out, "drawn", cfg.prompts + cfg.held_out, cfg.clips)
     return pool_of(tensors["inputs"], tensors["seen"], cfg.clips, cfg.prompts)
 
 
@@ -323,7 +271,7 @@ def measure(cfg: Config, out: Path) -> dict[str, list[Row]]:
     """The rows of each part."""
     if "random" not in cfg.methods:
         raise UserError("methods: ratios are to `random`, which is not among them. Add it to --methods")
-    pool = kept_pool(cfg, out)
+    pool = the_pool(cfg, out)
     pace = Pace("selection", len(cfg.sizes) * len(cfg.methods) * len(cfg.seeds))
     ratios: list[Row] = []
     accuracies: list[Row] = []
@@ -335,7 +283,8 @@ def measure(cfg: Config, out: Path) -> dict[str, list[Row]]:
             for seed in cfg.seeds:
                 file = out / f"{k}-clips" / f"{method}-{seed}.json"
                 rest = {"start": cfg.start, "round": cfg.round, "floor": cfg.floor, "candidates": cfg.candidates, "precision": cfg.precision}
-                settings = {"pool": pool_settings(cfg), "k": k, "total": total, "method": method, "seed": seed, **rest}
+                clips = {"pool": pool_settings("drawn", cfg.prompts + cfg.held_out, cfg.clips), "ranked": cfg.prompts}
+                settings = {"version": VERSION, **clips, "k": k, "total": total, "method": method, "seed": seed, **rest}
                 fresh = not file.exists()
                 curves.setdefault(method, []).append(kept(file, settings, lambda: curve(cfg, pool, k, total, method, seed)))  # noqa: B023
                 pace.advance(f"{k} clips, {method}, seed {seed}", 1, fresh=fresh)

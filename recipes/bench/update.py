@@ -32,9 +32,10 @@ from base_model.types import Conditioning
 from recipes import ddpo, grpo
 from recipes.bench._results import Bench, Row, here, spread, write
 from recipes.ddpo import Policy as DDPOPolicy
-from recipes.feedback import Assessment, Assessor, Feedback, HeldOut, standardised
+from recipes.feedback import Assessment, Assessor, Feedback, HeldOut, Look, standardised
 from recipes.generate import Sampler, safety_runner
 from recipes.grpo import Policy as GRPOPolicy
+from recipes.guards import Guards
 from recipes.memory import PeakMemory
 from reward.matcher import Matcher
 from reward.mixture import Mixture
@@ -138,8 +139,8 @@ class TimedRun(Run):
 class NoLook(HeldOut):
     """Nothing is held out: looks are no part of an update."""
 
-    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
-        return dict.fromkeys(("held_out_reward", "held_out_guard", "held_out_violation_rate"), math.nan)
+    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
+        return Look(dict.fromkeys(("held_out_reward", "held_out_guard", "held_out_violation_rate"), math.nan), torch.zeros(0), None)
 
 
 # Measuring
@@ -165,10 +166,10 @@ def run_updates(cfg: Config, recipe: Recipe, reward: Mixture, out: Path) -> Meas
 
     def train() -> None:
         if recipe == "ddpo":
-            alone = ddpo.Config(out=out, sampler=cfg.sampler, prompt_pool=cfg.ddpo.prompts, policy=cfg.ddpo.model_copy(update=once))
+            alone = ddpo.Config(out=out, sampler=cfg.sampler, guards=Guards(watch=False), prompt_pool=cfg.ddpo.prompts, policy=cfg.ddpo.model_copy(update=once))
             ddpo.train(alone, TimedRun(out, alone, laps, ddpo.METRICS), model, assess, held_out)
         else:
-            grouped = grpo.Config(out=out, sampler=cfg.sampler, prompt_pool=cfg.grpo.prompts, policy=cfg.grpo.model_copy(update=once))
+            grouped = grpo.Config(out=out, sampler=cfg.sampler, guards=Guards(watch=False), prompt_pool=cfg.grpo.prompts, policy=cfg.grpo.model_copy(update=once))
             grpo.train(grouped, TimedRun(out, grouped, laps, grpo.METRICS), model, assess, held_out)
 
     laps.begin()

@@ -26,23 +26,25 @@ class Format(NamedTuple):
     origin: Origin
     read: Reader
     write: Callable[[Comparisons, Path], Exported] | None = None
+    benchmark: bool = False
+    """Whether the data were made to test on."""
 
 
 FORMATS = {
     format.origin.name: format
     for format in (
-        Format(kling.VIDEOGEN, kling.read_videogen),
+        Format(kling.VIDEOGEN, kling.read_videogen, benchmark=True),
         Format(kling.VIDEOALIGN, kling.read_videoalign, kling.write_videoalign),
         Format(safesora.SAFESORA, safesora.read_safesora),
         Format(safesora.LABEL, safesora.read_safesora_label),
         Format(tiger.VIDEOFEEDBACK, tiger.read_videofeedback),
-        Format(tiger.GENAI, tiger.read_genai_bench),
+        Format(tiger.GENAI, tiger.read_genai_bench, benchmark=True),
         Format(visionreward.TRAIN, visionreward.read_visionreward_train),
         Format(visionreward.PAIRS, visionreward.read_visionreward_pairs),
         Format(images.PICKAPIC, images.read_pickapic),
         Format(images.RANKINGS, images.read_pickapic_rankings),
         Format(images.HPD_TRAIN, images.read_hpdv2_train),
-        Format(images.HPD_TEST, images.read_hpdv2_test),
+        Format(images.HPD_TEST, images.read_hpdv2_test, benchmark=True),
         Format(datapoint.MOTION, datapoint.read_datapoint_motion),
         Format(label_studio.LABEL_STUDIO, label_studio.read_label_studio, label_studio.write_label_studio),
         Format(trl.TRL, trl.read_trl, trl.write_trl),

@@ -22,6 +22,7 @@ from reward.vlm.frames import FrameSampler, frame_indices
 from reward.vlm.model import VlmReward, load_base
 from reward.vlm.prompt import Dimension
 
+TIER = "vlm"
 WEIGHTS = "vlm_reward.safetensors"
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of a score, between machines
 
@@ -32,7 +33,7 @@ def save_vlm_reward(folder: Path, model: VlmReward, facts: Mapping[str, Any]) ->
     base, path = model.base, folder / WEIGHTS
     save_weights(path, model.learned(), {})
     values = {
-        "tier": "vlm",
+        "tier": TIER,
         "dims": list(model.dims),
         "dimensions": [asdict(dimension) for dimension in model.dimensions],
         "rubric": model.rubric,
@@ -85,11 +86,16 @@ def load_vlm_reward(folder: Path, *, clip_fps: float, base: str | Path | None = 
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"not a vision-language reward's card and weights, {folder}: {error}. Make them again with `rushes vlm-reward`") from error
     model.to(device).eval().requires_grad_(False)
-    tolerance = GOLDEN_TOLERANCE[found.dtype]
+    check_vlm_golden(folder, golden, model)
+    return model
+
+
+def check_vlm_golden(folder: Path, golden: Mapping[str, Any], model: VlmReward) -> None:
+    """Raises UserError where the model does not give the `golden` scores of its card, up to what machines differ by."""
+    tolerance = GOLDEN_TOLERANCE[model.base.dtype]
     scores = _golden_scores(model, golden["fps"])
     if not all(torch.allclose(torch.tensor(scores[key]), torch.tensor(golden[key]), atol=tolerance, rtol=tolerance) for key in ("mean", "spread")):
         raise UserError(f"the model does not give the golden scores of its card, {folder}: found {scores['mean']}, expected {golden['mean']}. Train it again")
-    return model
 
 
 @torch.no_grad()

@@ -169,15 +169,14 @@ class VlmReward(nn.Module):
             self.register_buffer(name, torch.full((len(self.dims),), value))
 
     def forward(self, video: Tensor, prompts: Sequence[str]) -> Scores:
-        """video [B,T,3,H,W] in [0,1] at `clip_fps`, one prompt a clip -> scores [B,R]; nan for a clip with pixels that are not finite."""
+        """video [B,T,3,H,W] in [0,1] at `clip_fps`, one prompt a clip -> scores [B,R] where the clips are; nan for a clip with pixels that are not finite."""
         if len(video) != len(prompts):
             raise ValueError(f"{len(video)} clips and {len(prompts)} prompts: give one prompt a clip")
         usable = torch.isfinite(video).flatten(1).all(-1)  # [B]
         video = torch.where(usable[:, None, None, None, None], video, 0.5)
         chunks = [slice(i, i + CLIPS_AT_ONCE) for i in range(0, len(video), CLIPS_AT_ONCE)]
         parts = [self.scores(video[chunk], prompts[chunk], [self.clip_fps] * len(video[chunk])) for chunk in chunks]
-        unknown = ~usable[:, None].to(self.temperature.device)
-        mean, spread = ((torch.cat(values) / self.temperature).masked_fill(unknown, torch.nan) for values in zip(*parts, strict=True))
+        mean, spread = ((torch.cat(values) / self.temperature).to(video.device).masked_fill(~usable[:, None], torch.nan) for values in zip(*parts, strict=True))
         return Scores(mean, spread)
 
     def scores(self, videos: Sequence[Tensor] | Tensor, prompts: Sequence[str], fps: Sequence[float]) -> Scores:

@@ -252,10 +252,19 @@ def test_a_batch_is_normalised_over_what_is_valid() -> None:
     got = batch_normalise(advantage, valid)
     want = (np.array([1.0, 2, 6]) - 3) / np.std([1.0, 2, 6])
     assert_close(got, torch.tensor([[want[0], want[1]], [0, want[2]]], dtype=torch.float32), atol=1e-6, rtol=0)
+    assert_close(batch_normalise(torch.tensor([0.001, 0.003]), torch.tensor([True, True])), torch.tensor([-1.0, 1.0]), atol=1e-3, rtol=0)
     assert batch_normalise(torch.ones(3), torch.ones(3, dtype=torch.bool)).tolist() == [0, 0, 0]
     assert batch_normalise(torch.tensor([1.0, 3.0]), torch.tensor([True, True]), min_std=1.0).tolist() == [-1, 1]
     assert batch_normalise(torch.tensor([1.0, 3.0]), torch.tensor([True, True]), min_std=1.1).tolist() == [0, 0]
     assert batch_normalise(torch.tensor([1.0, 3.0]), torch.zeros(2, dtype=torch.bool)).tolist() == [0, 0]
+
+
+def test_advantages_carry_no_gradient_and_are_float32_or_wider() -> None:
+    reward = torch.tensor([1.0, 2.0, 4.0, 3.0], dtype=torch.bfloat16, requires_grad=True)
+    for got in (group_advantage(reward, 2), gdpo_advantage(reward[:, None], [1.0], 2)):
+        assert not got.advantage.requires_grad and got.advantage.dtype == torch.float32
+    assert PromptStatistics(min_count=1).advantage([1, 1, 2, 2], reward).advantage.dtype == torch.float32
+    assert group_advantage(reward.detach().double(), 2).advantage.dtype == torch.float64
 
 
 def test_a_spread_at_the_smallest_std_still_counts() -> None:

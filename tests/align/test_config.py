@@ -149,6 +149,7 @@ def test_floats_that_yaml_reads_as_text_and_dashes_in_keys_work(file: Path) -> N
         ("out: a\n", ["--sizes", "[1, x]"], "sizes.1: expected an integer, got 'x' (command line)"),
         ("out: a\n", ["--sizes", "2,1"], "Example: sizes must rise (x.yaml)"),
         ("out: a\n", ["--sampler.kind", "x"], "sampler.kind: expected one of ode, sde, got 'x' (command line)"),
+        ("out: a\n", ["--sampler.kind", "sdf"], "sampler.kind: expected one of ode, sde, got 'sdf' (command line). Did you mean sde?"),
         ("out: a\n", ["--quick", "maybe"], "quick: expected true or false, got 'maybe' (command line)"),
         ("out: a\n", ["--algorithm.type", "ppo"], "algorithm.type: expected one of ddpo, grpo, got 'ppo' (command line)"),
         ("out: a\n", ["--algorithm.beta", "1"], "algorithm.beta: not a key of the kind of section chosen here (command line). Choose the kind that has it, or leave it out"),

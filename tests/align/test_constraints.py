@@ -310,6 +310,8 @@ def test_an_unknown_cost_is_never_safe_it_masks_its_clip_and_is_counted() -> Non
     assert got.valid.tolist() == [False, False, True, False, False, False]
     assert got.advantage.tolist() == [0, 0, 0, 0, 0, 0]
     assert got.stats == {"constraint/unknown_share": 0.5, "constraint/masked_share": pytest.approx(5 / 6)}
+    trained = torch.ones(4, requires_grad=True)
+    assert not constrained_advantage(trained, {"flash": torch.zeros(4)}, [flash()], 4).advantage.requires_grad
     one_of_four = constrained_advantage(torch.ones(4), {"flash": torch.tensor([NAN, 0.0, 1.0, 0.5])}, [flash()], 4)
     assert one_of_four.stats == {"constraint/unknown_share": 0.25, "constraint/masked_share": 0.25}
     unknown_reward = constrained_advantage(torch.tensor([NAN, 1.0, 1.0]), {"flash": torch.zeros(3)}, [flash()], 3)

@@ -100,7 +100,9 @@ def test_the_value_loss_by_hand() -> None:
 
 def test_only_the_critic_gets_a_gradient() -> None:
     value, old, returns = (torch.tensor([0.5, 2.0], requires_grad=True) for _ in range(3))
-    value_loss(value, old, returns, 0.5).value.backward()
+    loss = value_loss(value, old, returns, 0.5)
+    loss.value.backward()
+    assert not any(stat.requires_grad for stat in loss.stats.values())
     assert value.grad is not None and old.grad is None and returns.grad is None
     rewards, values = torch.ones(2, 1, requires_grad=True), torch.ones(2, 1, requires_grad=True)
     assert not gae(rewards, values).advantage.requires_grad and not gae(rewards, values).returns.requires_grad

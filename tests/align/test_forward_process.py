@@ -86,8 +86,20 @@ def gradient(loss: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> 
 def test_only_the_policy_gets_a_gradient() -> None:
     inputs = [torch.randn(2, 3, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in range(3)]
     a, weight = torch.tensor([0.5, -0.5], requires_grad=True), torch.ones(2, requires_grad=True)
-    signed_flow_matching(*inputs, a, 1.0, weight=weight).value.backward()  # type: ignore[arg-type]
+    loss = signed_flow_matching(*inputs, a, 1.0, weight=weight)  # type: ignore[arg-type]
+    loss.value.backward()
+    assert not any(stat.requires_grad for stat in loss.stats.values())
     assert inputs[0].grad is not None and inputs[1].grad is None and a.grad is None and weight.grad is None
+
+
+def test_velocities_in_half_precision_are_compared_in_full() -> None:
+    """bf16 has 8 bits: the difference of two close velocities would lose all of them if it were squared and summed there."""
+    u, u_old, v = (each.bfloat16() for each in draws(3))
+    a = torch.linspace(-1, 1, 6)
+    half, full = signed_flow_matching(u, u_old, v, a, 0.5), signed_flow_matching(u.float(), u_old.float(), v.float(), a, 0.5)
+    assert torch.equal(half.value, full.value) and half.value.dtype == torch.float32
+    split = nft_split(u, u_old, v, a, 0.5, torch.full((6,), 0.3))
+    assert all(torch.equal(x, y) for x, y in zip(split, nft_split(u.float(), u_old.float(), v.float(), a, 0.5, torch.full((6,), 0.3)), strict=True))
 
 
 A = torch.tensor([-1.0, -0.4, 0.0, 0.3, 0.9, 1.0], dtype=torch.float64)
@@ -198,7 +210,7 @@ def papers_dgpo(error: torch.Tensor, reference: torch.Tensor, a: torch.Tensor, s
 @pytest.mark.parametrize("at_old", [True, False])
 def test_dgpo_is_flow_matching_with_a_group_weight_and_half_the_signed_gradient_at_theta_old(at_old: bool) -> None:
     u, u_old, v = draws(3)
-    u = u_old.clone() if at_old else u
+    u = (u_old.clone() if at_old else u).requires_grad_()
     beta = 3.0
 
     def ours(x: torch.Tensor) -> torch.Tensor:

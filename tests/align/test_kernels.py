@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -440,6 +441,19 @@ def test_kernels_compute_in_float32_whatever_the_state_is_stored_in() -> None:
     for kernel, _ in CASES:
         step = kernel(RectifiedFlow(), x, u, torch.tensor([0.9, 0.8]), torch.tensor([0.8, 0.7]))
         assert step.mean.dtype == step.std.dtype == torch.float32 and step.std.shape == (2, 1)
+        for state, time in product((torch.bfloat16, torch.float64), repeat=2):  # here one time for all clips
+            alone = kernel(RectifiedFlow(), x.to(state), u.to(state), torch.tensor(0.9, dtype=time), torch.tensor(0.8, dtype=time))
+            widest = torch.float64 if torch.float64 in (state, time) else torch.float32
+            assert alone.mean.dtype == alone.std.dtype == widest and alone.std.shape == (1, 1)
+
+
+def test_a_kernel_may_have_one_std_for_all_clips() -> None:
+    def constant(path: Path, x_t: Tensor, u: Tensor, t: Tensor, s: Tensor) -> Gaussian:
+        return Gaussian(x_t - (t - s)[:, None] * u, torch.full((1, 1), 0.2, dtype=x_t.dtype))
+
+    t = torch.tensor([0.9, 0.5], dtype=torch.float64)
+    assert step_weight("g", constant, RectifiedFlow(), t, t - 0.1).tolist() == pytest.approx([0.2 / 0.1**0.5] * 2)
+    assert kappa(constant, RectifiedFlow(), t, t - 0.1).tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_impossible_noise_is_refused() -> None:

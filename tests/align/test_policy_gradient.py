@@ -88,9 +88,14 @@ def test_only_the_policy_gets_a_gradient() -> None:
         return [vector(0.1, -0.2).requires_grad_() for _ in range(n)]
 
     score, clip, mask = leaves(3), leaves(4), leaves(5)
-    score_function(score[0], score[1], weight=score[2]).value.backward()
-    ppo_clip(clip[0], clip[1], clip[2], 0.5, weight=clip[3]).value.backward()
-    kl_mask(mask[0], mask[1], mask[2], mask[3], 1.0, weight=mask[4]).value.backward()
+    losses = [
+        score_function(score[0], score[1], weight=score[2]),
+        ppo_clip(clip[0], clip[1], clip[2], 0.5, weight=clip[3]),
+        kl_mask(mask[0], mask[1], mask[2], mask[3], 1.0, weight=mask[4]),
+    ]
+    for loss in losses:
+        assert not any(stat.requires_grad for stat in loss.stats.values())
+        loss.value.backward()
     for inputs in (score, clip, mask):
         assert inputs[0].grad is not None and all(each.grad is None for each in inputs[1:])
     kl, weight = leaves(2)
@@ -136,7 +141,8 @@ KL_CASES = [  # ratio, advantage, kl, whether the mask stops it
     (0.5, -1.0, 0.2, True),
     (0.5, 1.0, 0.2, False),
     (1.5, 1.0, 0.05, False),
-    (0.5, -1.0, 0.1, True),
+    (0.5, -1.0, 0.1, False),
+    (0.5, -1.0, 0.11, True),
     (1.0, 1.0, 0.2, False),
     (1.5, 0.0, 0.2, False),
     (1.5, 1.0, math.nan, True),
@@ -146,13 +152,13 @@ KL_CASES = [  # ratio, advantage, kl, whether the mask stops it
 def test_the_kl_mask_stops_only_what_is_outside_and_leads_further() -> None:
     ratio, advantage, kl, stopped = (torch.tensor(column, dtype=torch.float64) for column in zip(*KL_CASES, strict=True))
     log_prob = ratio.log().requires_grad_()
-    loss = kl_mask(log_prob, torch.zeros(9).double(), kl, advantage, 0.1, weight=torch.arange(1.0, 10.0).double())
+    loss = kl_mask(log_prob, torch.zeros(10).double(), kl, advantage, 0.1, weight=torch.arange(1.0, 11.0).double())
     loss.value.backward()
     assert log_prob.grad is not None
-    want = -advantage * ratio * (stopped == 0) * torch.arange(1, 10) / 9
+    want = -advantage * ratio * (stopped == 0) * torch.arange(1, 11) / 10
     assert_close(log_prob.grad, want, atol=1e-15, rtol=0)
     assert float(loss.value.detach()) == pytest.approx(float(want.sum()))
-    assert float(loss.stats["policy/masked_share"]) == pytest.approx(4 / 9) and float(loss.stats["policy/ratio"]) == pytest.approx(float(ratio.mean()))
+    assert float(loss.stats["policy/masked_share"]) == pytest.approx(4 / 10) and float(loss.stats["policy/ratio"]) == pytest.approx(float(ratio.mean()))
     assert not any(stat.requires_grad for stat in loss.stats.values())
 
 

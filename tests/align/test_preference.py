@@ -58,7 +58,9 @@ def test_the_gradient_is_the_finite_difference_pulls_the_winner_down_and_pushes_
 
 def test_only_the_policys_errors_get_a_gradient() -> None:
     inputs = [vector(0.5, 0.9).requires_grad_() for _ in range(6)]
-    flow_dpo(inputs[0], inputs[1], inputs[2], inputs[3], 2.0, time_weight=inputs[4], pair_weight=inputs[5]).value.backward()
+    loss = flow_dpo(inputs[0], inputs[1], inputs[2], inputs[3], 2.0, time_weight=inputs[4], pair_weight=inputs[5])
+    loss.value.backward()
+    assert not any(stat.requires_grad for stat in loss.stats.values())
     assert [each.grad is not None for each in inputs] == [True, True, False, False, False, False]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from align import selfcheck
 from align.kernels import Gaussian
-from align.selfcheck import first_ratio, kl_gradient, reward_spread
+from align.selfcheck import equal_ranks, first_ratio, first_residual, first_velocity, fresh_adapter, kl_gradient, known_rewards, reward_spread
 from base_model.errors import GuardStop
 
 NAN = float("nan")
@@ -61,3 +64,70 @@ def test_a_kl_without_gradient_stops_the_run() -> None:
         with pytest.raises(GuardStop) as stop:
             kl_gradient(policy, reference, parameters)
         assert one_line(stop)
+
+
+def noise(seed: int) -> Tensor:
+    return torch.randn(6, 2, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_what_was_sampled_is_a_draw_of_the_replayed_step() -> None:
+    """Against the standard errors of mean and variance; whoever samples with another mean or std is found out, whatever log-probability was remembered."""
+    mean, std = noise(0), torch.linspace(0.2, 0.7, 6, dtype=torch.float64).reshape(6, 1, 1, 1, 1)
+    step = Gaussian(mean, std)
+    z = noise(1)
+    off = first_residual(step, step.sample(z))
+    assert off == pytest.approx(max(abs(float(z.mean())) * z.numel() ** 0.5, abs(float(z.square().mean()) - 1) * (z.numel() / 2) ** 0.5)) and off < 3
+    for sampled in (step.sample(1.2 * z), step.sample(0.8 * z), mean + std * (z + 0.15), noise(2), step.sample(z * torch.nan)):
+        with pytest.raises(GuardStop, match="residuals") as stop:
+            first_residual(step, sampled)
+        assert one_line(stop)
+
+
+def test_the_first_velocity_is_the_remembered_one_and_a_fresh_adapter_changes_nothing() -> None:
+    u = noise(0)
+    assert first_velocity(u.clone().requires_grad_(), u) == 0 == fresh_adapter(u, u)
+    for check, says in ((first_velocity, "velocity is off"), (fresh_adapter, "apart")):
+        for other in (u + 1e-9, u * NAN):
+            with pytest.raises(GuardStop, match=says) as stop:
+                check(other, u)
+            assert one_line(stop)
+
+
+def test_nearly_all_rewards_are_known() -> None:
+    reward = torch.ones(40)
+    reward[:2] = NAN
+    assert known_rewards(reward) == 0.95 and known_rewards(torch.ones(3)) == 1
+    reward[2] = float("inf")
+    for bad in (reward, torch.full((4,), NAN)):
+        with pytest.raises(GuardStop, match="rewards are known") as stop:
+            known_rewards(bad)
+        assert one_line(stop)
+
+
+def test_ranks_are_as_far_apart_as_their_gradients() -> None:
+    gradients = torch.tensor([[3.0, 4.0], [3.0, 4.0], [3.0, 4.0 + 2e-5]], dtype=torch.float64)
+    assert equal_ranks(gradients) == pytest.approx(4e-6) and equal_ranks(gradients[:1]) == 0 and equal_ranks(torch.zeros(2, 3)) == 0
+    for bad in (torch.tensor([[3.0, 4.0], [3.0, 4.1]]), torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [NAN]])):
+        with pytest.raises(GuardStop, match="ranks are") as stop:
+            equal_ranks(bad)
+        assert one_line(stop)
+
+
+def test_in_a_rehearsal_nothing_stops_and_everything_is_told_also_in_threads() -> None:
+    with selfcheck.rehearsal() as found:
+        assert selfcheck.rehearsing()
+        thread = threading.Thread(target=lambda: reward_spread(torch.ones(4), 2))
+        thread.start()
+        thread.join()
+        known_rewards(torch.ones(4))
+        fresh_adapter(torch.ones(2), torch.zeros(2))
+        with pytest.raises(ValueError, match="inside"), selfcheck.rehearsal():
+            pass
+    assert [(one.name, one.passed) for one in found] == [(selfcheck.SPREAD, False), (selfcheck.KNOWN, True), (selfcheck.ADAPTER, False)]
+    assert "1 apart" in found[2].said and "add_lora" in found[2].remedy
+    assert not selfcheck.rehearsing()
+    with pytest.raises(GuardStop):
+        fresh_adapter(torch.ones(2), torch.zeros(2))
+    with pytest.raises(RuntimeError), selfcheck.rehearsal():
+        raise RuntimeError
+    assert not selfcheck.rehearsing()

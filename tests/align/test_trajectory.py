@@ -77,7 +77,7 @@ def test_the_first_ratio_is_exactly_one(kernel: Kernel, dtype: torch.dtype, path
     assert len(steps) == 4
     for step in steps:
         now = transition(model, kernel, step.x, step.t, step.s, trajectory.cond).log_prob(step.x_next)
-        assert now.requires_grad and step.x_next.dtype == dtype
+        assert now.requires_grad and step.x_next.dtype == dtype and step.x.dtype == dtype
         assert ((now - step.log_prob).exp() == 1).all()
 
 
@@ -96,6 +96,33 @@ def test_scoring_before_rounding_would_be_seen() -> None:
     _, wide = roll(Ancestral(0.3))
     _, narrow = roll(Ancestral(0.3), dtype=torch.bfloat16)
     assert float((wide.steps()[0].log_prob - narrow.steps()[0].log_prob).abs().max()) > 1e-5
+
+
+def test_states_that_are_not_kept_are_not_rounded_and_the_model_never_sees_a_narrow_one() -> None:
+    seen: list[torch.dtype] = []
+
+    class Watched(TinyModel):
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+            seen.append(x_t.dtype)
+            return super().__call__(x_t, t, cond)
+
+    model = Watched(RectifiedFlow())
+    narrow, wide = (rollout(model, ODE(), start(), grid(model.path), cond(6), noise=seeded(), dtype=dtype).x0 for dtype in (torch.bfloat16, torch.float32))
+    assert not torch.equal(narrow, wide), "asked for noise, though there is none, the steps are kept"
+    narrow, wide = (rollout(model, ODE(), start(), grid(model.path), cond(6), noise=seeded(), stochastic=[], dtype=dtype).x0 for dtype in (torch.bfloat16, torch.float32))
+    assert torch.equal(narrow, wide) and narrow.dtype == torch.float32
+    made = rollout(model, Ancestral(1.0), start(), grid(model.path), cond(6), noise=seeded(), dtype=torch.bfloat16)
+    assert made.x0.dtype == torch.float32 and set(seen) == {torch.float32}
+    step = made.steps()[0]
+    transition(model, Ancestral(1.0), step.x, step.t, step.s, made.cond)
+    assert step.x.dtype == torch.bfloat16 and set(seen) == {torch.float32}
+
+
+def test_one_time_for_all_clips_is_as_good_as_one_each() -> None:
+    model, (t, s) = TinyModel(RectifiedFlow()), torch.tensor([0.8, 0.6])
+    alone = transition(model, Ancestral(1.0), start(), t, s, cond(6))
+    each = transition(model, Ancestral(1.0), start(), t.expand(6), s.expand(6), cond(6))
+    assert torch.equal(alone.mean, each.mean) and torch.equal(alone.std, each.std) and alone.std.shape == (6, 1, 1, 1, 1)
 
 
 def test_only_states_beside_noisy_steps_are_kept() -> None:
@@ -202,8 +229,16 @@ def test_bad_grids_and_masks_are_refused() -> None:
         rollout(model, ODE(), start(), grid(model.path).flip(0), cond(6), noise=seeded())
     with pytest.raises(ValueError, match="decrease strictly"):
         rollout(model, ODE(), start(), grid(model.path)[:-1], cond(6), noise=seeded())
+    for odd in ([1.0, 0.3, 0.6, 0.0], [1.0, 0.5, 0.5, 0.0]):
+        with pytest.raises(ValueError, match="decrease strictly"):
+            rollout(model, ODE(), start(), torch.tensor(odd), cond(6), noise=seeded())
     with pytest.raises(ValueError, match="stochastic must be"):
         roll(ODE(), stochastic=torch.zeros(3, dtype=torch.bool))
+
+
+def test_noisy_steps_may_be_named_or_masked() -> None:
+    mask = torch.tensor([False, True, False, True, False])
+    assert torch.equal(roll(Ancestral(1.0), stochastic=mask)[1].x0, roll(Ancestral(1.0), stochastic=[1, 3])[1].x0)
 
 
 def branched(kernel: Kernel, stochastic: object, *, G: int = 3, noise: object = None, dtype: torch.dtype = torch.float32) -> tuple[TinyModel, Trajectory, Trajectory]:
@@ -221,11 +256,12 @@ def branched(kernel: Kernel, stochastic: object, *, G: int = 3, noise: object = 
 
 
 PER_PROMPT = torch.tensor([[False, False], [True, False], [False, False], [False, True], [False, False]])
+LATER_ROW_FIRST = torch.tensor([[False, False], [False, True], [True, False], [False, False], [False, False]])
 
 
 @pytest.mark.parametrize(
     ("stochastic", "rows"),
-    [([2], [2, 2, 2, 6, 6]), ([0], [2, 6, 6, 6, 6]), ([1, 3], [2, 2, 6, 6, 6]), (None, [2, 6, 6, 6, 6]), (PER_PROMPT, [2, 2, 4, 4, 6])],
+    [([2], [2, 2, 2, 6, 6]), ([0], [2, 6, 6, 6, 6]), ([1, 3], [2, 2, 6, 6, 6]), (None, [2, 6, 6, 6, 6]), (PER_PROMPT, [2, 2, 4, 4, 6]), (LATER_ROW_FIRST, [2, 2, 4, 6, 6])],
 )
 def test_clips_that_branch_off_are_the_clips_of_a_repeated_start_for_fewer_evaluations(stochastic: object, rows: list[int]) -> None:
     model, shared, plain = branched(Ancestral(0.8), stochastic)
@@ -233,6 +269,7 @@ def test_clips_that_branch_off_are_the_clips_of_a_repeated_start_for_fewer_evalu
     assert_close(shared.x0, plain.x0, atol=1e-6, rtol=0)
     assert shared.cond.prompts == plain.cond.prompts == ("0",) * 3 + ("1",) * 3
     assert torch.equal(shared.noisy, plain.noisy) and torch.equal(shared.t, plain.t)
+    assert torch.equal(shared.origin[-1], torch.arange(6)) and torch.equal(plain.origin, torch.arange(6).expand(6, -1))
     assert_close(shared.log_prob, plain.log_prob, atol=2e-6, rtol=0, equal_nan=True)
     for a, b in zip(shared.steps(), plain.steps(), strict=True):
         assert torch.equal(a.rows, b.rows)

@@ -134,7 +134,8 @@ def test_several_shadows_live_beside_each_other_and_files_hold_only_the_trained_
     assert all(torch.equal(old.state_dict()[name], first[name]) for name in first)
     assert all(torch.allclose(ema.state_dict()[name], (first[name] + tensor) / 2, atol=1e-6) for name, tensor in adapter_state(net).items())
     assert not any("old" in name or "ema" in name for name in adapter_state(net))
-    plain, out = merge(net), net(X)
+    out, plain = net(X), merge(net)
+    assert not hasattr(plain, "peft_config") and all(parameter.requires_grad for parameter in plain.parameters())
     assert torch.allclose(plain(X), out, atol=1e-6)
 
 

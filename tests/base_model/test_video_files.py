@@ -13,7 +13,22 @@ import torch
 from numpy.typing import NDArray
 
 from base_model.errors import UserError
-from base_model.video.files import center_crop, cover, from_uint8, read_lossless, read_video, resample_fps, resize, to_uint8, write_lossless, write_mp4
+from base_model.video.files import (
+    Bounds,
+    center_crop,
+    cover,
+    decode_video,
+    digest_of,
+    from_uint8,
+    mp4_bytes,
+    read_lossless,
+    read_video,
+    resample_fps,
+    resize,
+    to_uint8,
+    write_lossless,
+    write_mp4,
+)
 
 
 def noise(frames: int, height: int, width: int) -> NDArray[np.uint8]:
@@ -198,3 +213,24 @@ def test_real_clips_are_read(real_data: Path) -> None:
     for path in clips:
         video = read_video(path, max_frames=3)
         assert len(video.frames) == 3 and video.fps > 0
+
+
+def test_a_clip_in_memory_is_the_clip_in_its_file_and_no_larger_than_its_bounds(tmp_path: Path) -> None:
+    video = moving_disc()
+    write_mp4(tmp_path / "clip.mp4", video, 12)
+    write_lossless(tmp_path / "clip.mkv", video, 12)
+    assert mp4_bytes(video, 12) == (tmp_path / "clip.mp4").read_bytes()
+    for path in (tmp_path / "clip.mp4", tmp_path / "clip.mkv"):
+        whole = read_video(path)
+        count, height, width, _ = whole.frames.shape
+        exact = Bounds(count, count * height * width)
+        found = decode_video(path.read_bytes(), "sent", exact)
+        assert np.array_equal(found.frames, whole.frames) and found.fps == whole.fps
+        for bounds in (exact._replace(frames=count - 1), exact._replace(pixels=exact.pixels - 1)):
+            with pytest.raises(UserError, match=f"frame {count} of {width}x{height} is more than the limit of .*, sent"):
+                decode_video(path.read_bytes(), "sent", bounds)
+    changed = bytearray((tmp_path / "clip.mkv").read_bytes())
+    at = changed.index(digest_of(video).encode())
+    changed[at] ^= 1
+    with pytest.raises(UserError, match="are not the ones that were written, sent"):
+        decode_video(bytes(changed), "sent", Bounds(100, 10**7))

@@ -13,7 +13,7 @@ import torch
 from align.config import load
 from base_model.errors import UserError
 from recipes import cli
-from recipes.bench import selection
+from recipes.bench import _pool, selection
 from recipes.bench._people import panel_worth
 from recipes.shapes.labelers import REWARD_PANEL, utility
 from reward.model import INPUTS
@@ -28,7 +28,7 @@ def config(*more: str) -> selection.Config:
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> selection.Pool:
-    return selection.kept_pool(config(), tmp_path_factory.mktemp("pool"))
+    return selection.the_pool(config(), tmp_path_factory.mktemp("pool"))
 
 
 def test_the_quick_form_gives_flat_rows_of_every_method(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -47,10 +47,10 @@ def test_the_quick_form_gives_flat_rows_of_every_method(capsys: pytest.CaptureFi
 
 
 def test_the_pool_is_fixed_and_its_held_out_prompts_are_never_ranked(pool: selection.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    again = selection.kept_pool(config("--seeds", "[7]", "--methods", "[random]"), tmp_path)
+    again = selection.the_pool(config("--seeds", "[7]", "--methods", "[random]"), tmp_path)
     assert torch.equal(again.inputs, pool.inputs) and np.array_equal(*(panel_worth(REWARD_PANEL, each.perception) for each in (again, pool)))
-    monkeypatch.setattr(selection, "draw_pool", lambda *_: pytest.fail("it is kept"))
-    assert torch.equal(selection.kept_pool(config(), tmp_path).inputs, pool.inputs)
+    monkeypatch.setattr(_pool, "make_pool", lambda *_: pytest.fail("it is kept"))
+    assert torch.equal(selection.the_pool(config(), tmp_path).inputs, pool.inputs)
     assert pool.inputs.shape == (44, len(INPUTS)) and torch.isfinite(pool.inputs).all() and pool.inputs.abs().max() <= 3
     tasks, (pairs, truth) = pool.tasks(2), pool.held_out_pairs()
     assert len(tasks) == 6 * 6 and tasks.max() < 24 <= pairs.min() and (tasks[:, 0] // 4 == tasks[:, 1] // 4).all() and (pairs[:, 0] // 4 == pairs[:, 1] // 4).all()
@@ -60,10 +60,10 @@ def test_the_pool_is_fixed_and_its_held_out_prompts_are_never_ranked(pool: selec
 
 
 def test_clips_of_a_prompt_are_right_or_wrong_and_differ() -> None:
-    prompt = selection.make_prompts(1, seed=1, split="train")[0]
-    clips = [selection.draw_clip(prompt, np.random.default_rng(i)) for i in range(6)]
+    prompt = _pool.asked(1)[0]
+    clips = [_pool.draw_clip(prompt, np.random.default_rng(i)) for i in range(6)]
     assert all(clip.shape == (13, 3, 32, 32) for clip in clips) and not torch.equal(clips[0], clips[1])
-    assert torch.equal(clips[0], selection.draw_clip(prompt, np.random.default_rng(0)))
+    assert torch.equal(clips[0], _pool.draw_clip(prompt, np.random.default_rng(0)))
 
 
 # Curves

@@ -93,7 +93,7 @@ def test_tables_and_charts_tell_every_n(store: ClipStore) -> None:
 def test_clips_that_are_no_draws_of_one_generator_are_refused(store: ClipStore, tmp_path: Path) -> None:
     mixed = ClipStore(tmp_path / "mixed")
     mixed.add_many([NewClip(clip((0.1 * k, 0.5, 0.5), k), "a", "a", k, {"steps": 6}, f"rev {k}", 8.0) for k in range(2)], preview=False)
-    with pytest.raises(UserError, match="clips of 2 generators or samplers"):
+    with pytest.raises(UserError, match="clips of 2 generators, samplers or sizes"):
         takes_of(mixed)
     with pytest.raises(UserError, match="no prompt has two clips"):
         takes_of(ClipStore(tmp_path / "empty"))
@@ -110,7 +110,7 @@ def test_the_command_needs_no_rankings_and_a_guard_of_its_own(store: ClipStore, 
     report, page = (tmp_path / "out" / "report.json").read_text(), (tmp_path / "out" / "report.html").read_text()
     assert json.loads(report)["best_of_n"]["dimensions"]["overall"]["n"][-1] == CLIPS and json.loads(report)["dimensions"] == {}
     assert "How far can it be optimised?" in page and "No rankings were given" in page and page.count("<svg") == 1 and "nan" not in page and ">None<" not in page
-    for more, message in (([], "best of n needs both"), (["--guard", str(model)], "the guard has the weights of the model"), (["--guard", str(tmp_path)], "card")):
+    for more, message in (([], "best of n needs both"), (["--guard", str(model)], "the guard has the weights of the model"), (["--guard", str(tmp_path)], "no reward model")):
         assert cli.main([*words, *more]) == 2
         assert message in json.loads(capsys.readouterr().out)["error"]["message"]
     assert cli.main(["evaluate-reward", "--comparisons", "null", "--model", str(model), "--json"]) == 2

@@ -18,13 +18,16 @@ from align.config import load
 from base_model.errors import UserError
 from base_model.video.store import ClipStore, NewClip
 from recipes import cli
-from recipes.evaluate_reward import COLUMNS, MODEL, PROMPT_ONLY, SIGNALS_ONLY, Config, as_text, evaluate_model, main, render_page, table_rows
+from recipes.evaluate_reward import COLUMNS, MODEL, PROMPT_ONLY, SIGNALS_ONLY, Config, as_text, evaluate_model, judged_rate, main, render_page, table_rows
 from recipes.reward_model import usable_events
 from reward.accuracy import best_threshold
 from reward.agreement import pairs_of
 from reward.comparisons import Clip, Comparisons, Prompt, RankingEvent, load_comparisons, write_comparisons
+from reward.encoders import load_encoder
+from reward.pooled import PooledModel, save_pooled
 from reward.types import Scores
 from tests.recipes.small import save_small_reward_model
+from tests.reward import tiny_encoders
 
 PROMPTS, K = 60, 4
 
@@ -247,6 +250,28 @@ def test_the_command_writes_a_report_that_repeats(world: Path, tmp_path: Path, c
     assert result["metamorphic"]["drawn"]["overall"] == reports[0]["metamorphic"]["drawn"]["overall"]["all"]["passed"] and "drawn clips changed, overall" in said.err
     assert reports[0]["trained_on_the_split_train_of_these_answers"] is False and reports[0]["dimensions"]["overall"]["scorers"][PROMPT_ONLY]["kendall_tau"]["mean"] is None
     assert "whether it has seen these prompts is not known" in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_a_model_of_another_tier_is_judged_on_clips_of_the_rate_it_scores(world: Path, tmp_path: Path) -> None:
+    def saved(fps: float) -> Path:
+        folder = tmp_path / f"model at {fps:g}"
+        folder.mkdir()
+        torch.manual_seed(0)
+        encoder = load_encoder(tiny_encoders.save("clip", tmp_path / f"clip at {fps:g}"), fps=fps)
+        save_pooled(folder, PooledModel([encoder], ("overall",), members=2, width=8), {"fps": [fps]})
+        return folder
+
+    assert main(config(world, model=saved(8.0), out=tmp_path / "out"))["unscored_clips"] == 0
+    judged_on = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert judged_on["dimensions"]["overall"]["scorers"][MODEL]["unscored_answers"] == 0
+    with pytest.raises(UserError, match="is for clips of 12 frames a second, and these have 8"):
+        main(config(world, model=saved(12.0), out=tmp_path / "out"))
+    data = load_comparisons(world / "rankings")
+    clip_id = next(event.clip_ids[0] for event in data.events if data.split[event.prompt_id] == "test")
+    mixed = replace(data, clips={**data.clips, clip_id: replace(data.clips[clip_id], fps=24.0)})
+    assert judged_rate(config(world), data, "encoders") == 8.0 and judged_rate(config(world), mixed, "matcher") is None
+    with pytest.raises(UserError, match="have 8, 24 frames a second, and the reward model scores clips of one rate"):
+        judged_rate(config(world), mixed, "encoders")
 
 
 # What is refused

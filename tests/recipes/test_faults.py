@@ -126,6 +126,13 @@ def test_an_unknown_key_names_the_nearest_and_a_wrong_type_says_both(tmp_path: P
         ("grpo", "policy.evaluate-every", "0"),
         ("nft", "policy.lr", "0"),
         ("nft", "strobe", "1.5"),
+        ("nft", "policy.old-largest", "1"),
+        ("ppo", "policy.epochs", "0"),
+        ("ppo", "policy.gae-lambda", "1.1"),
+        ("dpo", "policy.beta", "0"),
+        ("dpo", "policy.beta", "-5"),
+        ("reward-gradient", "policy.last-steps", "0"),
+        ("reward-gradient", "policy.late-share", "2"),
         ("match", "batch", "0"),
         ("reward-model", "epochs", "-1"),
         ("evaluate", "prompts", "0"),
@@ -141,7 +148,21 @@ def test_a_number_out_of_its_bounds(command: str, key: str, value: str, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["sft", "ddpo", "grpo", "nft"])
+@pytest.mark.parametrize(
+    ("command", "key", "value", "nearest"),
+    [
+        ("reward-gradient", "policy.method", "drafft", "draft"),
+        ("dpo", "policy.method", "flow-dpo", "flow_dpo"),
+        ("nft", "policy.method", "adaptiv", "adaptive"),
+        ("ppo", "policy.kl-in", "rewards", "reward"),
+    ],
+)
+def test_a_word_that_is_no_choice_names_the_nearest(command: str, key: str, value: str, nearest: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fails(capfd, [command, "--out", str(tmp_path / "out"), f"--{key}", value], key.replace("-", "_"), f"Did you mean {nearest}?")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["sft", "ddpo", "grpo", "nft", "ppo", "dpo", "reward-gradient"])
 def test_a_start_that_failed_leaves_no_run_in_the_way_of_the_corrected_command(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     network, missing = save_small_network(tmp_path / "network.safetensors"), str(tmp_path / "none.safetensors")
     if command == "sft":
@@ -153,10 +174,19 @@ def test_a_start_that_failed_leaves_no_run_in_the_way_of_the_corrected_command(c
     words = [command, "--out", str(tmp_path / "out"), "--model", str(network), "--held-out-prompts", "2", "--prompt-pool", "2"]
     fails(capfd, [*words, "--reward", missing], "none.safetensors")
     reward = ["--reward", str(save_small_reward_model(tmp_path / "reward"))]
-    if command == "nft":
+    if command in ("nft", "reward-gradient"):
         fails(capfd, [*words, *reward, "--sampler.guidance", "3"], "sampler.guidance")
+    elif command == "dpo":
+        fails(capfd, words, "--comparisons FOLDER --clips STORE, or --reward FOLDER")
+        fails(capfd, [*words, "--comparisons", missing], "none.safetensors")
     else:
         fails(capfd, [*words, *reward, "--sampler.steps", "1"], "steps")
+    if command == "ppo":
+        fails(capfd, [*words, *reward, "--policy.minibatches", "9"], "policy.minibatches is 9", "4 micro-batches of 24 clips")
+        fails(capfd, [*words, *reward, "--policy.noise-level", "2"], "policy.kernel", "eta must be in [0, 1]")
+    if command == "reward-gradient":
+        fails(capfd, [*words, *reward, "--policy.last-steps", "7"], "policy.last_steps is 7", "6 steps")
+        fails(capfd, [*words, *reward, "--policy.method", "vader", "--policy.frames", "5"], "policy.frames is 5", "4 latent frames")
     if command == "grpo":
         fails(capfd, [*words, *reward, "--policy.window", "random", "--policy.width", "9"], "policy.window", "policy.width")
         fails(capfd, [*words, *reward, "--policy.kernel", "ancestral", "--policy.noise-level", "2"], "policy.kernel", "eta must be in [0, 1]")

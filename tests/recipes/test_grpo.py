@@ -11,20 +11,13 @@ from torch import Tensor
 from align.run import Run, read_metrics
 from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import ddpo, grpo
-from recipes.feedback import Assessor, HeldOut
+from recipes.feedback import Assessor
 from recipes.generate import Sampler, safety_runner
-from reward.mixture import Mixed, Mixture, Term
-from tests.recipes.small import Brightness, small_model
+from recipes.guards import Guards
+from reward.mixture import Mixed
+from tests.recipes.small import BRIGHT, NoLook, small_model
 
 SAMPLER = Sampler(steps=6, frames=5, height=16, width=16)
-BRIGHT = Mixture({"signal": Brightness()}, (Term("signal", "overall", scale=0.1),))
-
-
-class NoLook(HeldOut):
-    """Nothing held out, so that every pass counted is of rollout or replay."""
-
-    def watch(self, *_: Any) -> dict[str, float]:
-        return dict.fromkeys(("held_out_reward", "held_out_guard", "held_out_violation_rate"), 0.0)
 
 
 def lively() -> LatentVideoModel:
@@ -49,7 +42,8 @@ def run(
 ) -> list[dict[str, float]]:
     settings = {"iterations": 1, "prompts": 3, "group_size": 4, "micro_batch": 8, "lr": 1e-2, "evaluate_every": 20, "save_every": 1, **policy}
     sampler = SAMPLER.model_copy(update={"guidance": guidance})
-    cfg = recipe.Config(out=out, seed=seed, prompt_pool=pool, strobe=0.0, two_objects=0.0, constrained=False, sampler=sampler, policy=recipe.Policy(**settings))
+    told = {"prompt_pool": pool, "strobe": 0.0, "two_objects": 0.0, "constrained": False, "guards": Guards(watch=False)}
+    cfg = recipe.Config(out=out, seed=seed, sampler=sampler, policy=recipe.Policy(**settings), **told)
     model = model or lively()
     model.network.requires_grad_(False)
     assess = Assessor(reward, safety_runner(), 12.0, max_error_share=1.0)

@@ -23,6 +23,24 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict[s
     return status, json.loads(capsys.readouterr().out)
 
 
+def test_a_benchmark_goes_to_test_unless_asked_otherwise_and_what_was_trained_on_stays_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [f"prompt number {word}" for word in ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]]
+
+    def labels(name: str, said: list[str]) -> Path:
+        rows = [f"{name}{i}a.mp4,{name}{i}b.mp4,kling,gen2,{prompt},A,A,A,A,24,48,24,48" for i, prompt in enumerate(said)]
+        (tmp_path / f"{name}.csv").write_text("\n".join([HEADER, *rows]))
+        return tmp_path / f"{name}.csv"
+
+    _, got = run(capsys, "import-rankings", "videogen-rewardbench", labels("first", prompts[:4]), "--out", tmp_path / "out", "--split", "train")
+    assert got["prompts_by_split"] == {"train": 4}
+    _, got = run(capsys, "import-rankings", "videogen-rewardbench", labels("second", prompts[2:]), "--out", tmp_path / "out")
+    assert got["prompts_by_split"] == {"train": 2, "test": 8}
+    _, got = run(capsys, "import-rankings", "videogen-rewardbench", labels("third", prompts), "--out", tmp_path / "out", "--split", "val")
+    assert got["prompts_by_split"] == {"train": 4, "test": 8}, "a split once given stays"
+    status, got = run(capsys, "import-rankings", "videogen-rewardbench", labels("fourth", prompts), "--out", tmp_path / "out", "--split", "dev")
+    assert status == 2 and "split" in got["error"]["message"]
+
+
 def test_an_import_says_on_one_screen_what_was_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ("a.mp4,b.mp4,kling,gen2,a cat,A,same,B,A,24,48,24,48,5", "b.mp4,c.mp4,gen2,luma,a cat,B,,same,B,24,48,24,48,4", "a.mp4,b.mp4,kling,gen2,,A,A,A,A,24,48,24,48,3")
     (tmp_path / "labels.csv").write_text("\n".join([f"{HEADER},stars", *rows]))
@@ -44,6 +62,7 @@ def test_an_import_says_on_one_screen_what_was_in_the_file(tmp_path: Path, capsy
         "people": 1,
         "clips": 3,
         "clips_with_media": 0,
+        "prompts_by_split": {"test": 1},
         "answers_in_folder": 7,
     }
     assert main(["import-rankings", "videogen-rewardbench", str(tmp_path / "labels.csv"), "--out", str(tmp_path / "out")]) == 0

@@ -145,7 +145,7 @@ def test_clips_of_a_store_are_learned_from_but_for_held_out_prompts_and_other_si
 def test_what_cannot_be_distilled_is_refused(world: Path, tmp_path: Path) -> None:
     reward, network = world / "reward", world / "network.safetensors"
     main(config(tmp_path / "latent", reward, model=network))
-    with pytest.raises(UserError, match="already a latent reward"):
+    with pytest.raises(UserError, match="scores latents"):
         main(config(tmp_path / "again", tmp_path / "latent", model=network))
     with pytest.raises(UserError, match="reader: after"):
         main(config(tmp_path / "deep", reward, model=network, reader=Reader(after=(3,))))
@@ -249,7 +249,7 @@ def test_an_honest_spread_misses_by_one_spread_and_the_factor_makes_it_honest() 
 def policy(out: Path, latent: Path, **changes: Any) -> nft.Config:
     moves = nft.Policy(iterations=2, prompts=2, group_size=3, micro_batch=4, updates=2, lora_rank=2, evaluate_every=1, save_every=1)
     common = {"out": out, "model": latent.parent / "network.safetensors", "reward": latent, "held_out_prompts": 3, "prompt_pool": 4, "policy": moves, "sampler": SAMPLER}
-    return nft.Config.model_validate({**common, **changes})
+    return nft.Config.model_validate({**common, "guards": {"watch": False}, **changes})
 
 
 def test_without_a_limit_rollouts_are_not_decoded_and_the_run_says_so(latent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,7 +277,7 @@ def test_under_the_limit_every_clip_is_decoded_and_looked_at(latent: Path, tmp_p
 
 def test_the_reward_of_a_latent_reward_is_in_the_units_of_the_one_on_pixels(latent: Path, tmp_path: Path) -> None:
     model = latent_reward.load_tiny(latent.parent / "network.safetensors")
-    reward = load_reward(latent, model, 0.5)
+    reward = load_reward(latent, model, 0.5, 12.0)
     assert isinstance(reward, LatentMixture)
     x0, cond = torch.randn(4, 8, 2, 4, 4), model.encode_text(["a red circle"] * 4)
     scores = load_latent_reward(latent, model)(x0, torch.zeros(4), cond)
@@ -287,14 +287,14 @@ def test_the_reward_of_a_latent_reward_is_in_the_units_of_the_one_on_pixels(late
     assert seen.looked_at and seen.cost.isfinite().all()
     with pytest.raises(ValueError, match="cannot score pixels"):
         assess(torch.rand(4, 5, 3, 16, 16), cond.prompts)
-    pixels = load_reward(save_small_reward_model(tmp_path / "pixels"), model, 0.5)
+    pixels = load_reward(save_small_reward_model(tmp_path / "pixels"), model, 0.5, 12.0)
     free = Assessor(pixels, safety_runner(), 12.0, looks=False).finished(model, [x0], cond)
     assert free.looked_at and free.cost.isfinite().all(), "what a reward on pixels had decoded is looked at in any case"
 
 
 def test_what_nobody_looked_at_is_never_taken_for_safe(latent: Path) -> None:
     model = latent_reward.load_tiny(latent.parent / "network.safetensors")
-    assess = Assessor(load_reward(latent, model, 0.5), SafetyRunner([Dazzle(0.5)], load_policy()), 12.0, looks=False)
+    assess = Assessor(load_reward(latent, model, 0.5, 12.0), SafetyRunner([Dazzle(0.5)], load_policy()), 12.0, looks=False)
     x0, cond = torch.randn(6, 8, 2, 4, 4), model.encode_text(["a red circle"] * 6)
     seen = assess.finished(model, [x0], cond)
     assert not seen.allowed.any() and seen.cost.isnan().all() and seen.violates.isnan().all() and not seen.looked_at
@@ -318,5 +318,5 @@ def test_rl_from_another_network_than_the_reward_reads_is_refused(latent: Path, 
     other = save_small_network(tmp_path / "other.safetensors", seed=9)
     with pytest.raises(UserError, match="reads another network"):
         nft.main(policy(tmp_path / "other", latent, model=other))
-    with pytest.raises(UserError, match="tier 'latent'"):
+    with pytest.raises(UserError, match="scores latents"):
         nft.main(policy(tmp_path / "guarded", latent, guard=latent))

@@ -16,16 +16,13 @@ from base_model.networks.uvit import UViT
 from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import ddpo, feedback, grpo, nft, pretrain, sft
 from recipes.feedback import Assessor, HeldOut, SafetyLimit
-from recipes.generate import Sampler, safety_runner
+from recipes.generate import safety_runner
 from recipes.pairs import encode_pairs
 from recipes.shapes.dataset import draw_clips
-from reward.mixture import Mixed, Mixture, Term
-from reward.safety.contract import Ruling, SafetyRunner, Verdict
+from reward.mixture import Mixed
+from reward.safety.contract import Ruling, SafetyRunner
 from reward.safety.policy import load_policy
-from tests.recipes.small import Brightness, save_small_network, save_small_reward_model, small_model
-
-SAMPLER = Sampler(steps=4, frames=5, height=16, width=16)
-BRIGHT = Mixture({"signal": Brightness()}, (Term("signal", "overall", scale=0.1),))
+from tests.recipes.small import BRIGHT, SAMPLER, Dazzle, save_small_network, save_small_reward_model, small_model
 
 
 def held_out(folder: Path, texts: list[str]) -> HeldOut:
@@ -96,19 +93,6 @@ def test_sft_with_lora_and_either_optimizer_learns_and_comes_back_merged(tmp_pat
     still = fit.model_copy(update={"iterations": 1, "lr": 1e-9})
     again = sft.main(sft.Config(out=tmp_path / "again", base=Path(str(result["weights"])), clips=24, fit=still))
     assert again["held_out_loss"] == pytest.approx(result["held_out_loss"], rel=1e-3)
-
-
-class Dazzle:
-    """A filter with a known answer: the score is 0.5 at the brightness `limit`, and what is brighter is blocked."""
-
-    id, version, threshold, policies = "dazzle", "1", 0.5, ("P17",)
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-
-    def check_videos(self, video: torch.Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
-        scores = torch.sigmoid(40 * (video.flatten(1).mean(1) - self.limit)).tolist()
-        return [[Ruling(Verdict.BLOCK if score > 0.5 else Verdict.ALLOW, "P17", score, (), self.id, self.version, self.threshold)] for score in scores]
 
 
 def run_rl(recipe: str, out: Path, *, constrained: bool, runner: SafetyRunner | None = None) -> list[dict[str, float]]:
@@ -183,31 +167,6 @@ def test_the_limit_holds_violations_down_although_they_are_what_pays(tmp_path: P
     assert last["held"] < first["held"] - (0 if recipe == "nft" else 0.1), "the proximal term of nft slows what a large multiplier leaves of the advantage"
     assert all(row["multiplier"] > 0 for row in runs["held"])
     assert all(row["multiplier"] == 0 for row in runs["loose"])
-
-
-def test_the_guard_stops_a_run_it_sees_falling_and_remembers_the_best_safe_checkpoint() -> None:
-    watch = feedback.GuardWatch(drop=0.5, limit=0.02)
-    adapters = [{"a": torch.full((1,), float(k))} for k in range(4)]
-    assert not watch.fell(1.0, 0.01, adapters[0])
-    assert not watch.fell(1.4, 0.30, adapters[1]), "better, but it violates the limit: not remembered"
-    assert not watch.fell(1.2, 0.00, adapters[2])
-    assert watch.fell(0.8, 0.00, adapters[3])
-    assert watch.best["a"].item() == 2.0
-    restored = feedback.GuardWatch(drop=0.5, limit=0.02)
-    restored.load_state_dict(watch.state_dict())
-    assert (restored.best_guard, restored.best_safe_guard, restored.best["a"].item(), restored.fallen) == (1.4, 1.2, 2.0, True)
-    assert restored.fell(2.0, 0.0, adapters[0]), "a guard that fell once stays fallen"
-
-
-def test_the_guard_watches_a_run_that_never_kept_the_limit_and_an_unknown_score_is_a_fall() -> None:
-    watch = feedback.GuardWatch(drop=0.5, limit=0.02)
-    assert not watch.fell(1.0, 0.2, {}) and watch.fell(0.0, 0.2, {}) and not watch.best
-    for rate in (0.0, float("nan")):
-        unknown = feedback.GuardWatch(drop=0.5, limit=0.02)
-        assert not unknown.fell(1.0, rate, {"a": torch.ones(1)})
-        assert bool(unknown.best) == (rate == 0.0), "an unknown violation rate keeps no limit"
-        assert unknown.fell(float("nan"), 0.0, {}) and unknown.best_guard == 1.0
-    assert not feedback.GuardWatch(drop=0.5, limit=0.02).fell(None, 0.0, {}), "no guard, no fall"
 
 
 def test_a_run_its_guard_ended_saves_and_reports_the_best_safe_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

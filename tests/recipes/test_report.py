@@ -253,6 +253,18 @@ def test_models_are_called_what_the_page_is_told_and_both_policies_are_compared(
     assert "DDPO" not in render_page(data)
 
 
+def test_the_guards_of_each_run_have_a_row_of_lights_that_colour_alone_does_not_tell(data: ReportData) -> None:
+    evil = "red: <b>grid</b> +0.3"
+    said = ((0, "green", "green"), (10, "amber", "amber: motion -45%"), (20, "red", evil))
+    looks = [{"iteration": i, "light": light, "said": words} for i, light, words in said]
+    text = render_page(replace(data, shown=(), results=dict(data.results) | {"lights": {"rl": looks, "other": looks[:1]}}))
+    assert Page(text).open == [] and "<b>" not in text
+    row = text[text.index('class="lights"') :].partition("</table>")[0]
+    assert [row.count(mark) for mark in ("● 0", "▲ 10", "■ 20")] == [2, 1, 1] and 'title="amber: motion -45%"' in row
+    assert "red: &lt;b&gt;grid&lt;/b&gt; +0.3</td>" in row and '<th scope="row">RL</th>' in row and '<th scope="row">other</th>' in row
+    assert 'class="lights"' not in render_page(replace(data, shown=(), results=dict(data.results) | {"lights": {}}))
+
+
 def test_each_seed_has_its_row(data: ReportData) -> None:
     seeds = [{key: data.results[key] for key in ("judge", "judge_gain", "flash_rate")}] * 3
     text = render_page(replace(data, shown=(), results=dict(data.results) | {"seeds": seeds}))

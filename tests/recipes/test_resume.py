@@ -14,13 +14,22 @@ from align.run import read_metrics
 from recipes.weights import file_hash
 from tests.recipes.small import save_small_network, save_small_reward_model
 
+OWN: dict[str, dict[str, object]] = {
+    "ddpo": {"updates": 2},
+    "nft": {"updates": 2},
+    "ppo": {"epochs": 2, "minibatches": 2},
+    "dpo": {"updates": 2},
+    "reward-gradient": {"method": "vader"},
+}
+"""Keys of each recipe's policy beside those that all have."""
+
 
 def command(recipe: str, out: Path, weights: Path) -> list[str]:
     common = ["--out", str(out), "--seed", "3"]
     if recipe == "sft":
         fit = {"iterations": 24, "capacity": 512, "held_out": 4, "evaluate_every": 8, "save_every": 4, "lr": 0.003}
         return ["sft", *common, "--base", str(weights / "network.safetensors"), "--clips", "40", *[x for key, value in fit.items() for x in (f"--fit.{key}", str(value))]]
-    policy = {"iterations": 12, "prompts": 2, "group_size": 4, "micro_batch": 4, "updates": 2, "evaluate_every": 4, "save_every": 3, "lora_rank": 4}
+    policy = {"iterations": 12, "prompts": 2, "group_size": 4, "micro_batch": 4, "evaluate_every": 4, "save_every": 3, "lora_rank": 4, **OWN[recipe]}
     sampler = {"steps": 4, "frames": 5, "height": 16, "width": 16}
     words = [recipe, *common, "--model", str(weights / "network.safetensors"), "--reward", str(weights / "reward"), "--guard", str(weights / "guard")]
     words += ["--prompt-pool", "6", "--held-out-prompts", "4", "--guard-drop", "1000"]
@@ -51,7 +60,7 @@ def killed_when(process: subprocess.Popen[bytes], metrics: Path, lines: int, del
     process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize("recipe", ["sft", "ddpo", "nft"])
+@pytest.mark.parametrize("recipe", ["sft", *OWN])
 def test_a_killed_run_resumes_to_identical_weights_and_metrics(recipe: str, tmp_path: Path) -> None:
     save_small_network(tmp_path / "network.safetensors")
     save_small_reward_model(tmp_path / "reward", seed=1)

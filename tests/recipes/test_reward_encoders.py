@@ -84,7 +84,7 @@ def test_all_families_learn_together_and_a_second_run_encodes_and_decodes_nothin
     assert told == {"hits": 0, "misses": PROMPTS * (CLIPS * 6 + 3), "damaged": 0}, "five encoders and the signals of each clip, three encoders of each prompt"
     for kind, name in ((Encoder, "clips"), (Encoder, "texts"), (ClipStore, "load")):
         monkeypatch.setattr(kind, name, lambda *_: pytest.fail("it is kept"))
-    monkeypatch.setattr("reward.model.golden_scores", lambda scorer: {"mean": [], "spread": []})
+    monkeypatch.setattr("reward.pooled.golden_scores", lambda scorer: {"mean": [], "spread": []})
     second = main(config(world, tmp_path / "b", *tiny.FAMILIES, epochs=4))
     assert {**second, "out": "", "seconds": 0} == {**first, "out": "", "seconds": 0}
     assert (world / "first" / "reward_model.safetensors").read_bytes() == (tmp_path / "b" / "reward_model.safetensors").read_bytes()

@@ -59,10 +59,11 @@ def test_the_ceiling_counts_other_people_by_hand() -> None:
     assert three_way_agreement(pairs, {"p": "p"}).mean == pytest.approx(1 / 3)
 
 
-def test_a_constant_and_an_unknown_scorer_earn_one_half_and_the_truth_earns_what_people_grant_it() -> None:
+def test_a_constant_earns_one_half_an_unknown_score_nothing_and_the_truth_what_people_grant_it() -> None:
     pairs = pairs_of([event("ann", (1, 2, 3)), event("bob", (1, 2, 2)), event("cat", (3, 2, 1))])
-    for constant in (0.0, math.nan):
-        assert scorer_accuracy(pairs, {("overall", f"p{i}"): constant for i in range(3)}, {"p": "p"}).mean == 0.5
+    assert scorer_accuracy(pairs, {("overall", f"p{i}"): 0.0 for i in range(3)}, {"p": "p"}).mean == 0.5
+    assert math.isnan(scorer_accuracy(pairs, {("overall", f"p{i}"): math.nan for i in range(3)}, {"p": "p"}).mean)
+    assert scorer_accuracy(pairs, {("overall", "p0"): 2.0, ("overall", "p1"): 1.0, ("overall", "p2"): math.nan}, {"p": "p"}).mean == pytest.approx(2 / 3)
     assert scorer_accuracy(pairs, {("overall", f"p{i}"): 3.0 - i for i in range(3)}, {"p": "p"}).mean == pytest.approx((3 + 2 + 0) / 8)
 
 

@@ -17,9 +17,10 @@ from base_model.networks.packing import Segments, pack
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import LatentVideoModel, packed, packed_text
 from base_model.types import Conditioning, Known
+from recipes.scorers import card_of, tier_of
 from reward.latent import LatentMixture, LatentReward, LatentSize, between, load_latent_reward, rotary_axes, save_latent_reward
 from reward.mixture import Term
-from reward.model import load_reward_model, tier_of
+from reward.model import load_reward_model
 from tests.recipes.small import save_small_reward_model, small_model
 
 DIMS = ("alignment", "motion")
@@ -224,7 +225,7 @@ def test_a_folder_gives_the_same_scores_on_the_same_network(folder: Path) -> Non
     found = loaded(x_t, t, cond)
     assert torch.equal(found.mean, expected.mean) and torch.equal(found.spread, expected.spread)
     card = json.loads((folder / "reward_card.json").read_text())
-    assert card["tier"] == tier_of(folder) == "latent" and card["dims"] == list(DIMS) and card["size"]["after"] == [1, 2]
+    assert card["tier"] == tier_of(card_of(folder)) == "latent" and card["dims"] == list(DIMS) and card["size"]["after"] == [1, 2]
     assert np.shape(card["golden"]["mean"]) == (4, 2), "two golden clips, finished and half noised"
     assert not any(parameter.requires_grad for parameter in loaded.parameters()) and not any(name.startswith("_model") for name in loaded.state_dict())
 
@@ -267,5 +268,5 @@ def test_what_is_no_latent_reward_is_refused_in_one_line(folder: Path, tmp_path:
             load_latent_reward(other, model)
         assert "\n" not in str(refused.value)
     (folder / "reward_card.json").write_text("[")
-    with pytest.raises(UserError, match="not a reward model's card"):
-        tier_of(folder)
+    with pytest.raises(UserError, match="the card of the reward model"):
+        card_of(folder)
