@@ -121,7 +121,7 @@ def train_kept(folder: Path, what: Training, seed: int, base: Path | None, data:
     return Trained(weights, found["seconds"], found["tokens"])
 
 
-def check_same(out: Path, what: Training, seed: int) -> None:
+def check_same(out: Path, what: BaseConfig, seed: int) -> None:
     """Raises UserError where a killed training in `out` was begun with other settings, its length included: it cannot go on as if it had begun with these."""
     if not (out / "run.json").exists():
         return

@@ -30,12 +30,13 @@ from base_model.errors import UserError
 from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import demo, latent_reward, nft, sft
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, paired_ratio, spread, write
-from recipes.bench._trained import Pace, Seeds, kept
+from recipes.bench._trained import Pace, Seeds, check_same, kept
 from recipes.bench.selection import needed
 from recipes.bench.update import PHASES, Laps, NoLook, TimedAssessor, TimedModel, TimedRun
 from recipes.evaluate import clip_seeds, read_run
 from recipes.feedback import load_reward
 from recipes.generate import Sampler, network_lineage, safety_runner, sample_with_latents
+from recipes.guards import Guards
 from recipes.latent_reward import inside, spearman
 from recipes.shapes.measure import flash_counts, measure, shares
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
@@ -159,6 +160,7 @@ def prepare(cfg: Config, out: Path) -> Made:
     folder = out / "latent"
     common = {"model": model, "reward": reward, "clips": candidates, "strobe": cfg.strobe, "sampler": cfg.sampler}
     distil = latent_reward.Config(out=folder, **common, **{key: getattr(cfg.distil, key) for key in Distil.model_fields})
+    check_same(folder, distil, distil.seed)
     if not (folder / "reward_card.json").exists():
         latent_reward.main(distil, resume=(folder / "run.json").exists())
     return Made(model, {"pixel": reward, "latent": folder}, guard, read_json(folder / "reward_card.json", "the card of the latent reward"))
@@ -178,9 +180,11 @@ def climb(cfg: Config, out: Path, made: Made, arm: Arm, seed: int) -> Path:
         constrained=arm.constrained,
         strobe=cfg.strobe,
         held_out_prompts=cfg.held_out_prompts,
+        guards=Guards(watch=False),  # every run is as long as the others
         policy=cfg.policy,
         sampler=cfg.sampler,
     )
+    check_same(folder, settings, seed)
     if not (folder / "network.json").exists():
         nft.main(settings, resume=(folder / "run.json").exists())
     return folder
@@ -233,7 +237,8 @@ def timed_updates(cfg: Config, made: Made, arm: Arm, out: Path) -> list[dict[str
     reward = load_reward(made.rewards[arm.reward], model, 0.5, cfg.sampler.fps)
     assess = TimedAssessor(reward, safety_runner(), cfg.sampler.fps, looks=arm.constrained, laps=laps)
     once = {"iterations": 1 + cfg.updates, "save_every": 2 + cfg.updates, "evaluate_every": 2 + cfg.updates}
-    settings = nft.Config(out=out, constrained=arm.constrained, strobe=cfg.strobe, policy=cfg.policy.model_copy(update=once), sampler=cfg.sampler)
+    policy = cfg.policy.model_copy(update=once)
+    settings = nft.Config(out=out, constrained=arm.constrained, strobe=cfg.strobe, guards=Guards(watch=False), policy=policy, sampler=cfg.sampler)
     run = TimedRun(out, settings, laps, nft.METRICS)
     laps.begin()
     nft.train(settings, run, model, assess, NoLook((), model.encode_text(["nothing"]), cfg.sampler, None, 0, out))
