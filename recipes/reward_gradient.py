@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from align import selfcheck
 from align.advantage import Advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Several, Share
@@ -183,6 +184,10 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         made = in_threads(partial(clips_with_gradient, p, model, times, cond, noise, drawn), batches, run.device)  # [b,C,F,H,W] each
         seen = assess(feedback.decode(model, made), cond.prompts)
 
+        if i == 0:
+            selfcheck.known_rewards(seen.reward)
+            selfcheck.reward_spread(seen.reward, p.group_size)
+
         # 2. Which clips may be made better, and which cost more than others of their prompt: the limit's advantages, of clips whose reward is alike.
         learned = seen.allowed & ~seen.unknown if cfg.constrained else ~seen.unknown  # [B]
         if multiplier is not None:
@@ -195,6 +200,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         parts = [noised(p, model, rows, cond[rows], x0, generator, run.generator("frames", i)) for rows, x0 in zip(batches, made, strict=True)]
         with torch.no_grad(), reference(model.network):
             priors = in_threads(lambda each: model(each.x_t, each.t, each.cond), parts, run.device)  # [b,C,F,H,W] each
+        if i == 0:
+            feedback.check_velocity(model, parts[0].x_t, parts[0].t, parts[0].cond)
 
         # 4. Move the policy.
         price = 1.0 if multiplier is None else 1 + multiplier.value
