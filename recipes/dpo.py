@@ -231,7 +231,6 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         parts = [noised_anew(p, model, step, generator, run.device) for step in steps]
         with torch.no_grad(), reference(model.network):
             before = [in_threads(partial(errors_of, model), step, run.device) for step in parts]
-
         if i == 0 and parts[0]:
             part = parts[0][0]
             feedback.check_velocity(model, add_noise(model.path, part.win, part.eps, part.t), part.t, part.cond)

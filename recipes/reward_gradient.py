@@ -9,7 +9,7 @@ that cost more than others of their prompt repel the velocity field, at the pric
 where VADER scores a few.
 
 A clip takes K forward passes to sample (ReFL: up to its step), as many more as there are checkpointed steps with a gradient, and when noised one of the SFT network and one that is
-trained. What it leaves out: guidance, stochastic samplers.
+trained. What it leaves out: guidance, stochastic samplers, latent rewards.
 
 Letters: N prompts, G clips a prompt, B = N G clips, K denoising steps.
 """
@@ -183,7 +183,6 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         drawn = draw(p, cfg.sampler.steps, run.generator("steps", i))
         made = in_threads(partial(clips_with_gradient, p, model, times, cond, noise, drawn), batches, run.device)  # [b,C,F,H,W] each
         seen = assess(feedback.decode(model, made), cond.prompts)
-
         if i == 0:
             selfcheck.known_rewards(seen.reward)
             selfcheck.reward_spread(seen.reward, p.group_size)
@@ -223,10 +222,10 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 
 
 def differentiable(assess: Assessor) -> Score:
-    """The reward as `reward_of` takes it, on the CPU. Raises UserError where one of its scorers may not be differentiated."""
+    """The reward as `reward_of` takes it, on the CPU. Raises UserError where one of its scorers may not be differentiated, or reads latents and not pixels."""
     mixture = assess.reward
     if not isinstance(mixture, Mixture):
-        raise UserError("a latent reward is not differentiable, so no reward gradient passes through it, reward. Give a reward model on pixels, or use another recipe")
+        raise UserError("a latent reward reads the network that trains here, and no pixels: this recipe differentiates none, reward. Give a reward model on pixels, or use another recipe")
     for name in dict.fromkeys(term.scorer for term in mixture.terms):
         check_differentiable(mixture.scorers[name].differentiable, name)
     return lambda video, prompts: mixture(video.cpu(), prompts).reward

@@ -102,7 +102,7 @@ def test_scorers_that_are_not_differentiable_are_refused_in_one_line(tmp_path: P
     for reward, says in (
         (only(Scoring(differentiable=False)), "signal is not differentiable"),
         (only(Scoring(differentiable=True, detached=True)), "reward carries no gradient"),
-        (LatentMixture.__new__(LatentMixture), "a latent reward is not differentiable"),
+        (LatentMixture.__new__(LatentMixture), "a latent reward reads the network that trains here"),
     ):
         out = tmp_path / says.replace(" ", "-")
         with pytest.raises(UserError, match=says) as caught:
