@@ -225,7 +225,7 @@ def differentiable(assess: Assessor) -> Score:
     """The reward as `reward_of` takes it, on the CPU. Raises UserError where one of its scorers may not be differentiated, or reads latents and not pixels."""
     mixture = assess.reward
     if not isinstance(mixture, Mixture):
-        raise UserError("a latent reward reads the network that trains here, and no pixels: this recipe differentiates none, reward. Give a reward model on pixels, or use another recipe")
+        raise UserError("a latent reward reads the network that trains here, and is not differentiated, reward. Give a reward model on pixels, or use another recipe")
     for name in dict.fromkeys(term.scorer for term in mixture.terms):
         check_differentiable(mixture.scorers[name].differentiable, name)
     return lambda video, prompts: mixture(video.cpu(), prompts).reward
