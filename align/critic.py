@@ -108,8 +108,10 @@ def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_range: fl
 
 
 def explained_variance(value: Tensor, returns: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """1 - Var(returns - value) / Var(returns) over the valid entries, any shape -> []; nan where the returns do not vary."""
+    """1 - Var(returns - value) / Var(returns) over the valid entries, any shape -> []; nan where the returns do not vary, or none is valid."""
     valid = torch.ones_like(value, dtype=torch.bool) if valid is None else valid
+    if not bool(valid.any()):
+        return value.new_tensor(torch.nan)
     value, returns = value.detach()[valid], returns.detach()[valid]
     spread = returns.var(correction=0)  # []
     return torch.where(spread > 0, 1 - (returns - value).var(correction=0) / spread, torch.nan)

@@ -36,6 +36,7 @@ from align.run import Run, read_metrics
 from align.threads import in_threads
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
+from base_model.paths import add_noise
 from base_model.times import quantile_times, sampling_times, stratified_logit_normal
 from base_model.tiny import LatentVideoModel
 from base_model.types import Conditioning, VideoModel
@@ -159,7 +160,7 @@ class HeldOutPairs:
     def __init__(self, p: Policy, model: LatentVideoModel, takes: Sequence[Takes], run: Run) -> None:
         """What the SFT policy says of them is asked here, once."""
         self._model, self._device, generator = model, run.device, run.generator("held-out pairs", 0)
-        chosen = numbered(takes, range(min(count(takes), p.held_out_pairs)), p.micro_batch)
+        chosen = numbered(takes, torch.randperm(count(takes), generator=generator)[: p.held_out_pairs].tolist(), p.micro_batch)
         levels = quantile_times(model.path, QUANTILES).tolist()
         self._parts = [[noised(each, rows, torch.full((len(rows),), t), generator, run.device) for t in levels] for each, rows in chosen]
         with reference(model.network):
@@ -215,6 +216,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
             taken = in_threads(partial(feedback.roll_out_clean, policy, times, cond, noise), torch.arange(clips).split(p.micro_batch), run.device)
             seen = assess.finished(model, [each.x0 for each in taken], cond)
             if i == 0:
+                selfcheck.known_rewards(seen.reward)
                 selfcheck.reward_spread(seen.reward, p.group_size)
             if multiplier is not None:
                 multiplier.update(seen.violates)
@@ -229,6 +231,9 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         parts = [noised_anew(p, model, step, generator, run.device) for step in steps]
         with torch.no_grad(), reference(model.network):
             before = [in_threads(partial(errors_of, model), step, run.device) for step in parts]
+        if i == 0 and parts[0]:
+            part = parts[0][0]
+            feedback.check_velocity(model, add_noise(model.path, part.win, part.eps, part.t), part.t, part.cond)
 
         # 3. Move the policy.
         losses, norms = [], []

@@ -304,6 +304,15 @@ def check_first_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: 
     selfcheck.kl_gradient(Gaussian(u, one), Gaussian(prior, one), model.network.parameters())
 
 
+def check_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Conditioning) -> None:
+    """`check_first_velocity` where nothing of these clips is remembered yet: policy and reference are asked now."""
+    with torch.no_grad():
+        u_old = model(x_t, t, cond)
+        with reference(model.network):
+            prior = model(x_t, t, cond)
+    check_first_velocity(model, x_t, t, cond, u_old, prior)
+
+
 def limits_of(cfg: Setting) -> tuple[Multiplier | None, GuardWatch]:
     """The multiplier (none in an unconstrained run) and the watch over what must not change."""
     watch = GuardWatch(cfg.guards, drop=cfg.guard_drop, limit=cfg.safety.limit if cfg.constrained else 1.0)

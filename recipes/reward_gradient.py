@@ -9,7 +9,7 @@ that cost more than others of their prompt repel the velocity field, at the pric
 where VADER scores a few.
 
 A clip takes K forward passes to sample (ReFL: up to its step), as many more as there are checkpointed steps with a gradient, and when noised one of the SFT network and one that is
-trained. What it leaves out: guidance, stochastic samplers.
+trained. What it leaves out: guidance, stochastic samplers, latent rewards.
 
 Letters: N prompts, G clips a prompt, B = N G clips, K denoising steps.
 """
@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from align import selfcheck
 from align.advantage import Advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Several, Share
@@ -182,6 +183,9 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         drawn = draw(p, cfg.sampler.steps, run.generator("steps", i))
         made = in_threads(partial(clips_with_gradient, p, model, times, cond, noise, drawn), batches, run.device)  # [b,C,F,H,W] each
         seen = assess(feedback.decode(model, made), cond.prompts)
+        if i == 0:
+            selfcheck.known_rewards(seen.reward)
+            selfcheck.reward_spread(seen.reward, p.group_size)
 
         # 2. Which clips may be made better, and which cost more than others of their prompt: the limit's advantages, of clips whose reward is alike.
         learned = seen.allowed & ~seen.unknown if cfg.constrained else ~seen.unknown  # [B]
@@ -195,6 +199,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         parts = [noised(p, model, rows, cond[rows], x0, generator, run.generator("frames", i)) for rows, x0 in zip(batches, made, strict=True)]
         with torch.no_grad(), reference(model.network):
             priors = in_threads(lambda each: model(each.x_t, each.t, each.cond), parts, run.device)  # [b,C,F,H,W] each
+        if i == 0:
+            feedback.check_velocity(model, parts[0].x_t, parts[0].t, parts[0].cond)
 
         # 4. Move the policy.
         price = 1.0 if multiplier is None else 1 + multiplier.value
@@ -216,10 +222,10 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 
 
 def differentiable(assess: Assessor) -> Score:
-    """The reward as `reward_of` takes it, on the CPU. Raises UserError where one of its scorers may not be differentiated."""
+    """The reward as `reward_of` takes it, on the CPU. Raises UserError where one of its scorers may not be differentiated, or reads latents and not pixels."""
     mixture = assess.reward
     if not isinstance(mixture, Mixture):
-        raise UserError("a latent reward is not differentiable, so no reward gradient passes through it, reward. Give a reward model on pixels, or use another recipe")
+        raise UserError("a latent reward reads the network that trains here, and is not differentiated, reward. Give a reward model on pixels, or use another recipe")
     for name in dict.fromkeys(term.scorer for term in mixture.terms):
         check_differentiable(mixture.scorers[name].differentiable, name)
     return lambda video, prompts: mixture(video.cpu(), prompts).reward

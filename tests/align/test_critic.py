@@ -127,6 +127,7 @@ def test_explained_variance_of_a_perfect_an_ignorant_and_a_misleading_critic() -
     assert float(explained_variance(-returns, returns)) == pytest.approx(-3)
     assert float(explained_variance(returns / 2, returns)) == pytest.approx(0.75)
     assert math.isnan(float(explained_variance(returns, torch.ones(4))))
+    assert math.isnan(float(explained_variance(returns, returns, valid=torch.zeros(4, dtype=torch.bool)))), "and without a warning"
     assert float(explained_variance(torch.tensor([1.0, 9.0, 2.0]), torch.tensor([1.0, 0.0, 2.0]), valid=torch.tensor([True, False, True]))) == 1
 
 

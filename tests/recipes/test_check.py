@@ -28,7 +28,8 @@ from reward.mixture import Mixture, Term
 from reward.types import Scores
 from tests.recipes.small import save_small_network, save_small_reward_model
 
-RECIPES = ("ddpo", "grpo", "nft")
+RECIPES = ("ddpo", "grpo", "nft", "ppo", "dpo", "reward-gradient")
+WITHOUT_DENSITY = ("nft", "dpo", "reward-gradient")
 SAMPLER = ["--sampler", "{steps: 4, frames: 5, height: 16, width: 16}"]
 
 
@@ -68,7 +69,7 @@ def test_a_sound_configuration_passes_and_nothing_is_left_behind(
     assert status == 0 and told["recipe"] == recipe, err
     assert all(re.match(r"pass, .*\d|not asked, ", told[name]) for name in (*selfcheck.CHECKS, check.FITS)), told
     asked = {name for name in selfcheck.CHECKS if told[name].startswith("pass")}
-    assert set(selfcheck.CHECKS) - asked == {selfcheck.RANKS} | ({selfcheck.RATIO, selfcheck.OTHER_BATCHES} if recipe == "nft" else set())
+    assert set(selfcheck.CHECKS) - asked == {selfcheck.RANKS} | ({selfcheck.RATIO, selfcheck.OTHER_BATCHES} if recipe in WITHOUT_DENSITY else set())
     assert sorted(tmp_path.rglob("*")) == before and not selfcheck.rehearsing()
 
 
@@ -84,7 +85,7 @@ class Flat:
         return Scores(torch.full((len(video), 1), self.value), torch.zeros(len(video), 1))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "reward-gradient"])
 @pytest.mark.parametrize("value", [0.5, float("nan")])
 def test_a_reward_that_is_constant_or_unknown_fails(
     value: float, recipe: str, configs: dict[str, Path], weights: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -95,7 +96,7 @@ def test_a_reward_that_is_constant_or_unknown_fails(
     assert failing(told) == {selfcheck.SPREAD} | ({selfcheck.KNOWN} if value != value else set())
 
 
-@pytest.mark.parametrize("recipe", ["ddpo", "grpo"])
+@pytest.mark.parametrize("recipe", ["ddpo", "grpo", "ppo"])
 def test_a_replay_with_another_kernel_fails_by_its_ratio_and_by_what_was_sampled(
     recipe: str, configs: dict[str, Path], weights: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +116,7 @@ def test_an_adapter_that_is_not_zero_at_the_start_fails(
                 parameter.add_(1e-3 * ("lora_B" in name))
         return adapted
 
-    monkeypatch.setattr(f"recipes.{recipe}.add_lora", used)
+    monkeypatch.setattr(f"recipes.{recipe.replace('-', '_')}.add_lora", used)
     status, told, _ = checked(capfd, [configs[recipe], *weights])
     assert status == 1 and failing(told) == {selfcheck.ADAPTER}
 
@@ -130,7 +131,8 @@ def test_a_pass_that_differs_with_gradient_fails(configs: dict[str, Path], weigh
     """As dropout does, or another attention kernel."""
     velocity = LatentVideoModel._velocity
     monkeypatch.setattr(LatentVideoModel, "_velocity", lambda self, x, t, cond: velocity(self, x, t, cond) * (1 + 1e-3 * torch.is_grad_enabled()))
-    for recipe, expected in (("nft", {selfcheck.RESIDUAL}), ("ddpo", {selfcheck.RATIO, selfcheck.ADAPTER})):
+    for recipe in (*WITHOUT_DENSITY, "ddpo"):
+        expected = {selfcheck.RESIDUAL} if recipe in WITHOUT_DENSITY else {selfcheck.RATIO, selfcheck.ADAPTER}
         status, told, _ = checked(capfd, [configs[recipe], *weights])
         assert status == 1 and failing(told) == expected
 

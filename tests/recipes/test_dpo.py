@@ -202,12 +202,13 @@ def test_a_pair_costs_two_passes_of_the_reference_and_two_that_are_trained(world
     rows = run_small(dpo, tmp_path / "fresh", {**FRESH, "iterations": 3, "updates": 2}, model=model)
     totals, pairs = [row["forward_passes"] for row in rows], [row["pairs"] for row in rows]
     print(totals, pairs, model.counted)
-    assert pairs == [6, 6, 6] and totals == [k * (24 * 4 + 2 * 6 * (2 + 2)) for k in (1, 2, 3)]
-    assert model.counted == {"asked": 3 * (24 * 4 + 2 * 6 * 2), "trained": 3 * 2 * 6 * 2}
+    check = {"asked": 2 * 6, "trained": 6}  # the first micro-batch's better clips: what policy and reference say of them, and whether their distance has a gradient
+    assert pairs == [6, 6, 6] and totals == [sum(check.values()) + k * (24 * 4 + 2 * 6 * (2 + 2)) for k in (1, 2, 3)]
+    assert model.counted == {"asked": check["asked"] + 3 * (24 * 4 + 2 * 6 * 2), "trained": check["trained"] + 3 * 2 * 6 * 2}
     stored = counting_model()
     rows = run_small(dpo, tmp_path / "stored", {**STORED, "iterations": 3, "evaluate_every": 100}, model=stored, runner=ANY, **world.settings())
     totals = [row["forward_passes"] for row in rows]
-    assert totals[1] - totals[0] == totals[2] - totals[1] == 3 * 12 * (2 + 2) and stored.counted["trained"] == 3 * 3 * 12 * 2
+    assert totals[1] - totals[0] == totals[2] - totals[1] == 3 * 12 * (2 + 2) and stored.counted["trained"] == 12 + 3 * 3 * 12 * 2
 
 
 def test_fresh_pairs_hold_violations_down_although_they_are_what_pays(tmp_path: Path) -> None:

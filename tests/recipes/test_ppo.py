@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recipes import ppo
-from reward.mixture import Mixture, Term
+from reward.mixture import Mixed, Mixture, Term
 from reward.types import Scores
 from tests.recipes.small import SAMPLER, Brightness, counting_model, dazzled, mean_over, run_small
 
@@ -74,6 +74,22 @@ def test_a_clip_takes_k_passes_and_w_of_the_reference_and_w_an_epoch(guidance: f
     check = {"trained": 5, "asked": 5 + 3}  # of the first micro-batch: its KL has a gradient, its ratio is 1 as a whole and in part
     assert totals[0] == each + passes * sum(check.values())
     assert model.counted == {"trained": passes * (3 * 12 * 3 * 2 + check["trained"]), "asked": passes * (3 * 12 * (6 + 2) + check["asked"])}
+
+
+def test_a_rollout_of_which_nothing_is_known_has_no_gradient_and_says_so(tmp_path: Path) -> None:
+    class Once:
+        """Knows the first rollout's rewards and no other."""
+
+        calls = 0
+
+        def __call__(self, video: Tensor, prompts: tuple[str, ...]) -> Mixed:
+            self.calls += 1
+            seen = STANDARD(video, prompts)
+            return seen if self.calls == 1 else Mixed(torch.full((len(video),), torch.nan), {}, torch.zeros(len(video), dtype=torch.bool))
+
+    rows = run_small(ppo, tmp_path, {**SMALL, "iterations": 2}, reward=Once())
+    assert rows[0]["grad_norm"] > 0 and rows[0]["error_share"] == 0
+    assert rows[1]["grad_norm"] == 0 and rows[1]["value_loss"] == 0 and rows[1]["explained_variance"] is None and rows[1]["error_share"] == 1
 
 
 def test_the_limit_holds_violations_down_although_they_are_what_pays(tmp_path: Path) -> None:

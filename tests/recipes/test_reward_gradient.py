@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from base_model.errors import UserError
+from base_model.errors import GuardStop, UserError
 from recipes import reward_gradient
 from reward.latent import LatentMixture
 from reward.mixture import Mixture, Term
@@ -52,8 +52,9 @@ def test_a_hinge_asks_nothing_more_of_a_clip_that_is_good_enough(tmp_path: Path)
 def test_a_clip_takes_k_passes_and_those_with_a_gradient_once_more(policy: dict[str, Any], sampled: int, tmp_path: Path) -> None:
     model, sampler = counting_model(), SAMPLER.model_copy(update={"steps": 6})
     rows = run_small(reward_gradient, tmp_path, {**SMALL, "iterations": 2, **policy}, model=model, sampler=sampler)
-    assert [row["forward_passes"] for row in rows] == [12 * (sampled + 1 + 1), 2 * 12 * (sampled + 1 + 1)], "one of the SFT network and one to train, when noised"
-    assert model.counted.total() == 2 * 12 * (sampled + 2)
+    each, check = 12 * (sampled + 1 + 1), 12 * 3  # when noised one of the SFT network and one to train; before the first update policy and reference, and a gradient
+    assert [row["forward_passes"] for row in rows] == [check + each, check + 2 * each]
+    assert model.counted.total() == check + 2 * each
 
 
 def test_checkpointing_changes_no_bit_of_what_is_learned(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_scorers_that_are_not_differentiable_are_refused_in_one_line(tmp_path: P
     for reward, says in (
         (only(Scoring(differentiable=False)), "signal is not differentiable"),
         (only(Scoring(differentiable=True, detached=True)), "reward carries no gradient"),
-        (LatentMixture.__new__(LatentMixture), "a latent reward is not differentiable"),
+        (LatentMixture.__new__(LatentMixture), "a latent reward reads the network that trains here"),
     ):
         out = tmp_path / says.replace(" ", "-")
         with pytest.raises(UserError, match=says) as caught:
@@ -109,11 +110,25 @@ def test_scorers_that_are_not_differentiable_are_refused_in_one_line(tmp_path: P
         assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run would stop at before its first update is let pass, as later ones are."""
+    monkeypatch.setattr(reward_gradient.selfcheck, "known_rewards", lambda reward: 1.0)
+    monkeypatch.setattr(reward_gradient.selfcheck, "reward_spread", lambda reward, groups: 1.0)
+
+
+def test_a_first_rollout_without_rewards_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(GuardStop, match="0% of 12 rewards are known"):
+        run_small(reward_gradient, tmp_path, SMALL, reward=only(Scoring(differentiable=True, known=False)))
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_rewards_move_nothing(tmp_path: Path) -> None:
     rows = run_small(reward_gradient, tmp_path, {**SMALL, "iterations": 2}, reward=only(Scoring(differentiable=True, known=False)))
     assert all(row["learned_share"] == 0 and row["reward"] is None and row["grad_norm"] == 0 and row["error_share"] == 1 for row in rows)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_clip_whose_score_is_nan_by_arithmetic_leaves_the_others_their_gradient(tmp_path: Path) -> None:
     class Half(Scoring):
         def __call__(self, video: Tensor, prompts: Sequence[str]) -> Scores:
