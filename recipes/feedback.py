@@ -294,11 +294,14 @@ def check_first_step(policy: VideoModel, kernel: Kernel, taken: Trajectory, rewa
         selfcheck.first_ratio(now.log_prob(part.x_next), part.log_prob, same_batches=False)
 
 
-def check_first_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Conditioning, u_old: Tensor, prior: Tensor) -> None:
-    """The same where no step has a density: the velocity of noised clips x_t [b,C,F,H,W] at t [b] is the remembered one, equal to the reference's `prior`, and their distance has a
-    gradient."""
-    u = model(x_t, t, cond)
-    one = torch.ones((), device=u.device)
+def check_first_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Conditioning, u_old: Tensor | None = None, prior: Tensor | None = None) -> None:
+    """The same where no step has a density: the trained velocity of noised clips x_t [b,C,F,H,W] at t [b] is the one without gradient (`u_old`, where it is remembered) and the
+    reference's (`prior`, where it is known), and the distance from that has a gradient."""
+    u, one = model(x_t, t, cond), torch.ones((), device=x_t.device)
+    with torch.no_grad():
+        u_old = model(x_t, t, cond) if u_old is None else u_old
+        with reference(model.network):
+            prior = model(x_t, t, cond) if prior is None else prior
     selfcheck.first_velocity(u, u_old)
     selfcheck.fresh_adapter(u_old, prior)
     selfcheck.kl_gradient(Gaussian(u, one), Gaussian(prior, one), model.network.parameters())

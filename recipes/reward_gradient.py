@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from align import selfcheck
 from align.advantage import Advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Several, Share
@@ -195,6 +196,9 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         parts = [noised(p, model, rows, cond[rows], x0, generator, run.generator("frames", i)) for rows, x0 in zip(batches, made, strict=True)]
         with torch.no_grad(), reference(model.network):
             priors = in_threads(lambda each: model(each.x_t, each.t, each.cond), parts, run.device)  # [b,C,F,H,W] each
+        if i == 0:
+            selfcheck.known_rewards(seen.reward)
+            in_threads(lambda each: feedback.check_first_velocity(model, each.x_t, each.t, each.cond), parts[:1], run.device)
 
         # 4. Move the policy.
         price = 1.0 if multiplier is None else 1 + multiplier.value
