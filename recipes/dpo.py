@@ -216,7 +216,6 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
             taken = in_threads(partial(feedback.roll_out_clean, policy, times, cond, noise), torch.arange(clips).split(p.micro_batch), run.device)
             seen = assess.finished(model, [each.x0 for each in taken], cond)
             if i == 0:
-                selfcheck.known_rewards(seen.reward)
                 selfcheck.reward_spread(seen.reward, p.group_size)
             if multiplier is not None:
                 multiplier.update(seen.violates)
@@ -231,7 +230,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         parts = [noised_anew(p, model, step, generator, run.device) for step in steps]
         with torch.no_grad(), reference(model.network):
             before = [in_threads(partial(errors_of, model), step, run.device) for step in parts]
-        if i == 0:
+        if selfcheck.rehearsing():
             in_threads(lambda some: feedback.check_first_velocity(model, add_noise(model.path, some.win, some.eps, some.t), some.t, some.cond), parts[0][:1], run.device)
 
         # 3. Move the policy.

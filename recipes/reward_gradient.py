@@ -196,7 +196,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         parts = [noised(p, model, rows, cond[rows], x0, generator, run.generator("frames", i)) for rows, x0 in zip(batches, made, strict=True)]
         with torch.no_grad(), reference(model.network):
             priors = in_threads(lambda each: model(each.x_t, each.t, each.cond), parts, run.device)  # [b,C,F,H,W] each
-        if i == 0:
+        if selfcheck.rehearsing():
             selfcheck.known_rewards(seen.reward)
             in_threads(lambda each: feedback.check_first_velocity(model, each.x_t, each.t, each.cond), parts[:1], run.device)
 

@@ -32,6 +32,7 @@ RECIPES = ("ddpo", "grpo", "nft", "ppo", "dpo", "reward-gradient")
 NO_DENSITY = {selfcheck.RATIO, selfcheck.OTHER_BATCHES}
 NOT_ASKED = {recipe: {selfcheck.RANKS} | (NO_DENSITY if recipe in ("nft", "dpo", "reward-gradient") else set()) for recipe in RECIPES}
 NOT_ASKED["reward-gradient"] |= {selfcheck.SPREAD}
+NOT_ASKED["dpo"] |= {selfcheck.KNOWN}
 SAMPLER = ["--sampler", "{steps: 4, frames: 5, height: 16, width: 16}"]
 
 
