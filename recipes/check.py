@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +26,7 @@ from align import selfcheck
 from align.config import Config as BaseConfig
 from align.config import load
 from align.selfcheck import Finding
-from base_model.errors import GuardStop, RushesError, UserError
+from base_model.errors import RushesError, UserError
 from recipes.cli import COMMANDS, shipped_config
 from recipes.generate import check_memory
 from recipes.guards import Guards
@@ -85,33 +85,29 @@ def rehearsed(cfg: Any, out: Path) -> Any:
     return cfg.model_copy(update={"out": out, "policy": cfg.policy.model_copy(update=once), **fewer})
 
 
-def dry_run(module: ModuleType, cfg: Any) -> list[Finding]:
-    """What the recipe's checks found in one iteration without a step, and whether memory was enough for it."""
+def dry_run(module: ModuleType, cfg: Any) -> tuple[list[Finding], Exception | None]:
+    """What the recipe's checks found in one iteration without a step, and whether it came to its end and memory was enough; and what went wrong.
+
+    Raises UserError for the user's mistakes.
+    """
+    error: Exception | None = None
     with PeakMemory() as memory, tempfile.TemporaryDirectory(prefix="rushes-check-") as folder, selfcheck.rehearsal() as told:
-        error = _error_of(lambda: module.main(rehearsed(cfg, Path(folder) / "run")))
-    found = [*told]
-    if isinstance(error, GuardStop):
-        found.append(Finding(WHOLE, False, str(error), "see above"))
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory.peak_bytes
-    least = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
-    clip = cfg.sampler.clip
-    said = f"{peak / 2**30:.2f} of {least / 2**30:.1f} GiB for clips of {clip.frames}x{clip.height}x{clip.width}"
-    fits = not (error is not None and out_of_memory(error)) and peak <= least
-    found.append(Finding(FITS, fits, said, "lower policy.micro_batch, sampler.frames, sampler.height or sampler.width"))
-    return found
-
-
-def _error_of(work: Callable[[], object]) -> Exception | None:
-    """What went wrong with the model, the reward or the memory; everything else is raised."""
-    try:
-        work()
-    except GuardStop as error:
-        return error
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        try:
+            module.main(rehearsed(cfg, Path(folder) / "run"))
+        except UserError:
             raise
-        return error
-    return None
+        except Exception as problem:
+            error = problem
+    found = [*told]
+    short = error is not None and out_of_memory(error)
+    if error is not None and not short:
+        found.append(Finding(WHOLE, False, f"{type(error).__name__}: {' '.join(str(error).split())}", "see the checks before it, and --debug"))
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory.peak_bytes
+    most = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
+    clip = cfg.sampler.clip
+    said = f"{peak / 2**30:.2f} of {most / 2**30:.1f} GiB for clips of {clip.frames}x{clip.height}x{clip.width}"
+    found.append(Finding(FITS, not short and peak <= most, said, "lower policy.micro_batch, sampler.frames, sampler.height or sampler.width"))
+    return found, error
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -120,12 +116,12 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def lines(found: Sequence[Finding]) -> dict[str, str]:
-    """Name of a check -> pass, FAIL or not asked, and what was found; the worst where one was made several times."""
+    """Name of a check -> pass, FAIL or not asked, and what was found, on a line without colons; the worst where one was made several times."""
     told = {}
     for name in (*selfcheck.CHECKS, WHOLE, FITS):
         mine = sorted((finding for finding in found if finding.name == name), key=lambda finding: finding.passed)
         if mine:
-            told[name] = f"{'pass' if mine[0].passed else 'FAIL'}, {mine[0].said}"
+            told[name] = f"{'pass' if mine[0].passed else 'FAIL'}, {mine[0].said.replace(': ', ', ')}"
         elif name != WHOLE:
             told[name] = f"not asked, {NOT_ASKED.get(name, 'this recipe does not say')}"
     return told
@@ -138,11 +134,11 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     module = importlib.import_module(COMMANDS[name].module)
     recipe = load(module.Config, cfg.file or shipped_config(name), cfg.keys)
     check_memory(recipe.sampler, recipe.sampler.batch * torch.get_num_threads(), 0.0)
-    found = dry_run(module, recipe)
+    found, error = dry_run(module, recipe)
     failed = [finding for finding in found if not finding.passed]
     result: dict[str, object] = {"recipe": name, **lines(found), "seconds": round(time.monotonic() - started, 1)}
     told = result if int(os.environ.get("RANK", "0")) == 0 else {}
     if failed:
         count = len({finding.name for finding in failed})
-        raise CheckFailed(f"{count} {'check' if count == 1 else 'checks'} failed. {failed[0].name}: {failed[0].said}: {failed[0].remedy}", told)
+        raise CheckFailed(f"{count} {'check' if count == 1 else 'checks'} failed. {failed[0].name}: {failed[0].said}: {failed[0].remedy}", told) from error
     return told

@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from align.config import Count, Several, Whole, dump
+from align.config import Count, Positive, Several, Whole, dump
 from align.lights import Light, changes, in_words, overall
 from align.run import Run, derived_seed, read_metrics
 from base_model.checkpoint import load_weights
@@ -57,12 +57,15 @@ WITHOUT, WITH = "without guards", "with guards"
 DOT_PERIOD, DOT_PHASE = 8, 4  # pixels
 
 
+Flaw = Literal["blur", "dots", "brightness", "stillness"]
+
+
 class Config(Bench):
     out: Path = Path("runs/bench-hacking")
     """Folder of the runs: what is finished there is not repeated. `quick` keeps nothing."""
-    flaws: tuple[str, ...] = ("blur", "dots", "brightness", "stillness")
+    flaws: Annotated[tuple[Flaw, ...], Field(min_length=1)] = ("blur", "dots", "brightness", "stillness")
     """What the scorer likes beside what it should: blur, dots, brightness or stillness. `quick` takes the first."""
-    weight: float = 2.0
+    weight: Positive = 2.0
     """Standard deviations of the honest score that a standard deviation of the flaw is worth."""
     seeds: Seeds = (0,)
     """Seeds of prompts, noise and order. `quick` takes the first."""
@@ -78,7 +81,7 @@ class Config(Bench):
     """Rollouts of `rushes nft`'s default, to which the time of a look is compared. `quick` takes 1 small one."""
     sampler: Sampler = Sampler()
     """How clips are denoised."""
-    frames: Count = Field(default=5)
+    frames: Count = 5
     """Frames of each clip in the picture."""
 
 
@@ -109,7 +112,7 @@ def dots(video: Tensor) -> Tensor:
     return (here - torch.stack(beside).mean(0)).flatten(1).mean(1)
 
 
-FLAWS: Mapping[str, Callable[[Tensor], Tensor]] = {"blur": blur, "dots": dots, "brightness": brightness, "stillness": stillness}
+FLAWS: Mapping[Flaw, Callable[[Tensor], Tensor]] = {"blur": blur, "dots": dots, "brightness": brightness, "stillness": stillness}
 """Clips [B,T,3,H,W] -> how much of it they have [B]."""
 
 
@@ -151,7 +154,7 @@ class Start(NamedTuple):
     prompts: Sequence[ShapesPrompt]  # P
     honest: RewardModel
     guard: RewardModel
-    flaws: Mapping[str, tuple[float, float]]  # center and scale of each
+    flaws: Mapping[Flaw, tuple[float, float]]  # center and scale of each
 
 
 def starting(cfg: Config) -> Start:
@@ -164,7 +167,7 @@ def starting(cfg: Config) -> Start:
     return Start(prompts, honest, guard, {name: (float(x.mean()), float(x.std())) for name, x in found.items()})
 
 
-def climb(cfg: Config, out: Path, start: Start, flaw: str, seed: int, watched: bool) -> dict[str, Any]:
+def climb(cfg: Config, out: Path, start: Start, flaw: Flaw, seed: int, watched: bool) -> dict[str, Any]:
     """NFT on the flawed scorer in `out`; what became of the held-out clips at every look, and the light."""
     off = Guards(watch=False)
     settings = nft.Config(
@@ -191,7 +194,7 @@ def look_of(out: Path, prompts: Sequence[ShapesPrompt], iteration: int, line: Ma
     return {"iteration": iteration, "proxy": line["held_out_reward"], "guard": line["held_out_guard"], "right": right}
 
 
-def kept_climb(cfg: Config, out: Path, start: Start, flaw: str, seed: int, watched: bool) -> dict[str, Any]:
+def kept_climb(cfg: Config, out: Path, start: Start, flaw: Flaw, seed: int, watched: bool) -> dict[str, Any]:
     """The same, gone through once for its settings."""
     shared = {"version": VERSION, "base": network_lineage(None), **{key: dump(cfg)[key] for key in ("weight", "prompts", "policy", "sampler")}}
     settings = {**shared, "flaw": flaw, "seed": seed, "guards": dump(cfg)["guards"] if watched else None}
@@ -199,7 +202,7 @@ def kept_climb(cfg: Config, out: Path, start: Start, flaw: str, seed: int, watch
     return kept(folder / "looks.json", settings, partial(climb, cfg, folder / "run", start, flaw, seed, watched))
 
 
-def folder_of(out: Path, flaw: str, seed: int, watched: bool) -> Path:
+def folder_of(out: Path, flaw: Flaw, seed: int, watched: bool) -> Path:
     return out / f"{flaw}-{'guarded' if watched else 'free'}-{seed}"
 
 

@@ -17,6 +17,7 @@ from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import ddpo, feedback, grpo, nft, pretrain, sft
 from recipes.feedback import Assessor, HeldOut, SafetyLimit
 from recipes.generate import safety_runner
+from recipes.guards import read_history
 from recipes.pairs import encode_pairs
 from recipes.shapes.dataset import draw_clips
 from reward.mixture import Mixed
@@ -170,7 +171,7 @@ def test_the_limit_holds_violations_down_although_they_are_what_pays(tmp_path: P
 
 
 def test_a_run_its_guard_ended_saves_and_reports_the_best_safe_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([1.0, 0.2, 0.9, 1.0])  # two looks on the way, one at the end (better again), one at what is saved
+    scores = iter([1.0, 0.2, 0.9, 1.0, 0.9, 1.0])  # two looks on the way, one at the end (better again), one at what is saved; the last two once more after a resume
 
     class Scripted:
         def __call__(self, video: torch.Tensor, prompts: Sequence[str]) -> Mixed:
@@ -185,12 +186,18 @@ def test_a_run_its_guard_ended_saves_and_reports_the_best_safe_policy(tmp_path: 
     policy = ddpo.Policy(iterations=6, prompts=2, group_size=4, micro_batch=8, lr=1e-2, evaluate_every=1, save_every=10)
     safety = SafetyLimit(limit=1.0)
     cfg = ddpo.Config(out=tmp_path / "run", model=base, reward=guard, guard=guard, prompt_pool=4, held_out_prompts=2, sampler=SAMPLER, policy=policy, safety=safety)
-    with pytest.raises(feedback.StoppedByGuard) as stop:
+    with pytest.raises(feedback.StoppedByGuard, match=r"light was red: guard -0\.8 sd; the best checkpoint that kept the limit is saved") as stop:
         ddpo.main(cfg)
     assert stop.value.result["held_out_guard"] == 1.0 and stop.value.result["stopped_by_guard"] is True
     assert sorted(int(file.stem) for file in (tmp_path / "run" / "held_out").glob("*.safetensors")) == [0, 1, 2]
     start, saved = load_tiny(base).network.state_dict(), load_tiny(tmp_path / "run" / "network.safetensors").network.state_dict()
     assert all(torch.equal(start[name], saved[name]) for name in start), "the best look was the first, before any update"
+    rows, looks = read_metrics(tmp_path / "run", wall_clock=False), read_history(tmp_path / "run")
+    assert [row.get("light") for row in rows] == [0, 2, 0, None] and [look["said"] for look in looks] == ["green", "red: guard -0.8 sd", "green"]
+    with pytest.raises(feedback.StoppedByGuard) as again:
+        ddpo.main(cfg, resume=True)
+    assert again.value.result["sha256"] == stop.value.result["sha256"]
+    assert read_metrics(tmp_path / "run", wall_clock=False) == rows and read_history(tmp_path / "run") == looks, "a run that was stopped stays stopped"
 
 
 def test_an_unknown_reward_is_masked_and_an_unknown_cost_too() -> None:
