@@ -53,7 +53,7 @@ def test_every_run_has_a_row_and_a_second_call_trains_and_judges_nothing(given: 
     cfg = cfg.model_copy(update={"write": True, "results": tmp_path / "results"})
     rows = bench.main(cfg)["rows"]
     assert isinstance(rows, list) and len({tuple(row) for row in rows}) == 1
-    assert all(value is None or isinstance(value, str | int | float) for row in rows for value in row.values())
+    assert all(type(value) in (str, int, float, bool, type(None)) for row in rows for value in row.values())
     parts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         parts.setdefault(row["part"], []).append(row)
