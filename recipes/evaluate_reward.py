@@ -1,9 +1,9 @@
 """Judge a reward model on answers it has not seen (`rushes evaluate-reward`).
 
 Every clip that people judged in a split is scored once. Then, for each dimension: how often the model orders a pair as people did, without ties and with them; how its
-probabilities compare with what happened, before and after a temperature and a tie parameter are fitted on the split `validation`; whether a wider margin means more;
-Kendall's tau of whole rankings; and the same by pair of generators. Beside it stand what needs no model (a coin, the prompt alone, weight-free signals alone)
-and what another person reaches. Nothing is chosen on the judged split but what is called an oracle.
+probabilities compare with what happened, before and after a temperature, a tie parameter and a share of careless answers are fitted on the split `validation`;
+whether a wider margin means more; Kendall's tau of whole rankings; and the same by pair of generators. Beside it stand what needs no model (a coin, the prompt
+alone, weight-free signals alone) and what another person reaches. Nothing is chosen on the judged split but what is called an oracle.
 
 Writes `report.json` with everything and `report.html`, one page. A clip without a score is left out and counted, never taken for a tie.
 
@@ -84,7 +84,7 @@ class Config(BaseConfig):
     split: Literal["test", "val"] = "test"
     """Whose answers judge the model."""
     validation: Literal["val", "train"] = "val"
-    """Another split, on whose answers threshold, temperature and tie parameter are chosen."""
+    """Another split, on whose answers threshold, temperature, tie parameter and share of careless answers are chosen."""
     batch: Count = 64
     """Clips scored at once."""
     drawn: Whole = 24
@@ -342,7 +342,7 @@ def judge_dimension(dim: str, cfg: Config, model: CalibratedScorer, data: Compar
         "scorers": found,
         "without_a_model": without_a_model(test, pairs_of(events), data.component, cfg.seed),
         "as_stored": trust(test.told.answer[known], difference[known], stored, cfg.seed),
-        **curves(scorers[MODEL], test, Calibration(fitted["temperature"], fitted["log_tie"]) if fitted else stored, cfg.seed),
+        **curves(scorers[MODEL], test, Calibration(*(fitted[name] for name in Calibration._fields)) if fitted else stored, cfg.seed),
         "generators": by_generators(scorers[MODEL], test, data.clips, found[MODEL]["threshold"], cfg.seed),
     }
 
