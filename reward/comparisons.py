@@ -9,7 +9,7 @@
 Every file is plain parquet with checksums (`datasets.load_dataset("parquet", data_files=...)` reads it) and appears whole or not at all. They are written in
 the order of what refers to what, answers last, and read the other way round, so a writer killed between two files leaves a folder that loads and can be written
 again, and who reads while another writes sees the folder before or after. Writers wait for each other. Loading checks: a ranking must be one, a clip must belong to
-the prompt it was ranked under, no clip may be in two splits, no id may be there twice, unknown values and values of another type are refused.
+the prompt it was ranked under, no component of prompts may be in two splits, no id may be there twice, unknown values and values of another type are refused.
 """
 
 from __future__ import annotations
