@@ -59,6 +59,7 @@ from reward.calibration import (
 from reward.comparisons import Clip, Comparisons, RankingEvent, load_comparisons
 from reward.features import signal_features
 from reward.model import TIER, CalibratedScorer
+from reward.types import one_rate
 
 MODEL, SIGNALS_ONLY, PROMPT_ONLY = "reward model", "signals only", "prompt only"
 CARD = "reward_card.json"
@@ -160,11 +161,12 @@ def check_clips(clip_ids: Sequence[str], store: ClipStore) -> None:
 
 def judged_rate(cfg: Config, data: Comparisons, tier: str) -> float | None:
     """The frame rate of the judged clips; None where they have several, which only a matcher may score. Raises UserError where another tier would have to."""
-    rates = sorted({data.clips[clip_id].fps for event in usable_events(data) if data.split[event.prompt_id] in (cfg.split, cfg.validation) for clip_id in event.clip_ids})
-    if len(rates) > 1 and tier != TIER:
-        named = ", ".join(f"{rate:g}" for rate in rates)
+    rates = [data.clips[clip_id].fps for event in usable_events(data) if data.split[event.prompt_id] in (cfg.split, cfg.validation) for clip_id in event.clip_ids]
+    rate = one_rate(rates)
+    if rates and rate is None and tier != TIER:
+        named = ", ".join(f"{rate:g}" for rate in sorted(set(rates)))
         raise UserError(f"the ranked clips have {named} frames a second, and the reward model scores clips of one rate, {cfg.comparisons}. Judge it on clips of one")
-    return rates[0] if len(rates) == 1 else None
+    return rate
 
 
 def signal_scores(train: Sequence[RankingEvent], signals: Looked, dims: tuple[str, ...]) -> Tensor:
