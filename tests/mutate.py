@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = sorted(f"align/objectives/{path.name}" for path in (ROOT / "align" / "objectives").glob("*.py") if path.stem != "__init__")
-MODULES = ["align/kernels.py", "align/trajectory.py", "align/windows.py", "align/advantage.py", "align/constraints.py", *OBJECTIVES]
+MODULES = ["align/kernels.py", "align/trajectory.py", "align/windows.py", "align/advantage.py", "align/constraints.py", "align/critic.py", *OBJECTIVES, "base_model/lora.py"]
 MORE_TESTS = {"align/kernels.py": ["test_trajectory"], "align/trajectory.py": ["test_policy_gradient"], "align/constraints.py": ["test_advantage"]}
 
 PYTEST = ["-x", "--assert=plain", "--tb=no", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-m", "not slow"]  # nobody reads what they say: quick
@@ -198,7 +198,7 @@ class Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def related(module: str) -> list[str]:
     """The test files of a module, its own first."""
     names = [f"test_{Path(module).stem}", *MORE_TESTS.get(module, [])]
-    files = [ROOT / "tests" / "align" / f"{name}.py" for name in names]
+    files = [ROOT / "tests" / Path(module).parts[0] / f"{name}.py" for name in names]
     return [str(file.relative_to(ROOT)) for file in files if file.exists()]
 
 

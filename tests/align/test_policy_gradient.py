@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from align.advantage import group_advantage
 from align.critic import gae
 from align.kernels import CPS, Ancestral, FlowSDE, Gaussian, Kernel, kappa
 from align.objectives import Loss
@@ -35,7 +36,7 @@ def test_the_loss_by_hand_including_its_sign() -> None:
     assert float(whole.stats["policy/ratio"]) == pytest.approx(1.0)
     assert float(whole.stats["policy/clip_share"]) == 1.0
     assert float(whole.stats["policy/approx_kl"]) == pytest.approx(-(math.log(1.5) + math.log(0.5)) / 2, abs=1e-12)
-    assert not any(stat.requires_grad for stat in whole.stats.values())
+    assert not any(stat.requires_grad for stat in whole.stats.values()) and {stat.dtype for stat in whole.stats.values()} == {torch.float64}
 
 
 def test_going_down_the_loss_makes_good_samples_likelier() -> None:
@@ -108,6 +109,7 @@ def test_the_share_that_is_clipped_is_counted_by_the_distance_from_one() -> None
     stats = ppo_clip(ratio.log(), torch.zeros(5).double(), torch.ones(5).double(), 0.05).stats
     assert float(stats["policy/clip_share"]) == pytest.approx(0.6)
     assert float(ppo_clip(vector(1.0).log(), vector(0), vector(1), 1e-9).stats["policy/clip_share"]) == 0
+    assert float(ppo_clip(vector(2.0).log(), vector(0), vector(1), 1.0).stats["policy/clip_share"]) == 0, "at the edge nothing is clipped yet"
 
 
 def test_the_score_function_by_hand_and_its_gradient_is_that_of_the_ratio_before_any_update() -> None:
@@ -163,15 +165,20 @@ def test_the_kl_mask_stops_only_what_is_outside_and_leads_further() -> None:
 
 
 def test_the_kl_mask_by_hand_on_two_numbers_and_against_finite_differences() -> None:
-    log_prob, old, kl, advantage = vector(0.2, -0.1).requires_grad_(), vector(0, 0), vector(0.05, 0.3), vector(1, 2)
+    log_prob, old, kl, advantage = vector(0.5, -0.3).requires_grad_(), vector(0.3, -0.2), vector(0.05, 0.3), vector(1, 2)
     loss = kl_mask(log_prob, old, kl, advantage, 0.1)
     assert float(loss.value.detach()) == pytest.approx(-(math.exp(0.2) + 2 * math.exp(-0.1)) / 2)
     assert float(loss.stats["policy/kl"]) == pytest.approx(0.175) and float(loss.stats["policy/loss"]) == float(loss.value.detach())
     assert torch.autograd.gradcheck(lambda x: kl_mask(x, old, kl, advantage, 0.1).value, log_prob)
     valid = torch.tensor([True, False])
-    masked = kl_mask(vector(0.2, float("nan")), old, vector(0.05, float("nan")), vector(1, float("nan")), 0.1, valid=valid)
-    assert float(masked.value) == pytest.approx(-math.exp(0.2)) and float(masked.stats["policy/kl"]) == pytest.approx(0.05)
-    assert float(masked.stats["policy/masked_share"]) == 0
+    half = vector(0.5, float("nan")).requires_grad_()
+    masked = kl_mask(half, old, vector(0.05, float("nan")), vector(1, float("nan")), 0.1, valid=valid)
+    masked.value.backward()
+    assert float(masked.value.detach()) == pytest.approx(-math.exp(0.2)) and half.grad is not None and half.grad.tolist() == pytest.approx([-math.exp(0.2), 0])
+    assert {name: float(stat) for name, stat in masked.stats.items()} == pytest.approx(
+        {"policy/loss": -math.exp(0.2), "policy/ratio": math.exp(0.2), "policy/masked_share": 0, "policy/kl": 0.05}
+    )
+    assert {stat.dtype for stat in masked.stats.values()} == {torch.float64}
 
 
 def test_a_policy_inside_the_region_has_the_same_gradient_under_clip_and_mask() -> None:
@@ -180,6 +187,23 @@ def test_a_policy_inside_the_region_has_the_same_gradient_under_clip_and_mask() 
     ppo_clip(one, old, advantage, 0.5).value.backward()
     kl_mask(two, old, vector(0, 0, 0), advantage, 1e-5).value.backward()
     assert_close(one.grad, two.grad)
+
+
+def test_how_hard_a_prompt_is_cancels_and_the_order_of_its_clips_changes_nothing() -> None:
+    """Two prompts of three clips, from rewards to the loss of each objective."""
+    reward, log_prob, old = vector(0.3, 0.9, 0.1, 5.0, 2.0, 4.0), vector(0.01, -0.02, 0.03, 0, 0.02, -0.01), vector(0, 0.01, 0, 0.02, 0, 0)
+    kl, order = vector(0, 1, 0, 1, 1, 0), torch.tensor([2, 0, 1, 4, 3, 5])
+
+    def losses(reward: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        advantage, valid, _ = group_advantage(reward[order], 3, divide_by="max_group_std")
+        given = log_prob[order], old[order]
+        found = score_function(given[0], advantage, valid=valid), ppo_clip(*given, advantage, 0.02, valid=valid), kl_mask(*given, kl[order], advantage, 0.5, valid=valid)
+        return torch.stack([loss.value for loss in found])
+
+    base = losses(reward, torch.arange(6))
+    assert_close(losses(reward + vector(7, 7, 7, -3, -3, -3), torch.arange(6)), base, atol=1e-12, rtol=0)
+    assert_close(losses(reward, order), base, atol=1e-12, rtol=0)
+    assert float(base.abs().min()) > 1e-3 and not torch.allclose(losses(reward + vector(7, 0, 0, 0, 0, 0), torch.arange(6)), base)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
