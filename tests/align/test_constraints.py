@@ -288,6 +288,13 @@ def test_the_constrained_advantage_by_hand() -> None:
     assert got.valid.all()
 
 
+def test_what_all_clips_of_a_prompt_cost_cancels() -> None:
+    advantage, cost = torch.tensor([1.0, -1, 0.5, 2, -2, 0]), torch.tensor([0.9, 0.1, 0.2, 0.8, 0.9, 0.7])
+    dear = cost + torch.tensor([0.1, 0.1, 0.1, -0.6, -0.6, -0.6])
+    got, want = (constrained_advantage(advantage, {"flash": each}, [flash(initial=3.0)], 3).advantage for each in (dear, cost))
+    assert_close(got, want, atol=1e-6, rtol=0)
+
+
 def test_costs_are_not_divided_by_their_spread_and_the_limit_does_not_enter() -> None:
     advantage, cost = torch.zeros(4), torch.tensor([1.0, 0, 0, 0])
     one = constrained_advantage(advantage, {"flash": cost}, [flash()], 4).advantage
