@@ -109,7 +109,7 @@ def group_advantage(
     """GRPO's advantage: (reward - mean of its group) / a standard deviation (Shao et al. 2024, arXiv 2402.03300, 4.1.2). reward [B].
 
     divide_by: group_std (GRPO); global_std, of all known rewards of the batch, prompts' differences included (Flow-GRPO on images);
-    max_group_std, the largest group's (LongCat-Video); none (Dr. GRPO, arXiv 2503.20783). Standard deviations divide by n.
+    max_group_std, the largest group's (LongCat-Video, arXiv 2510.22200); none (Dr. GRPO, arXiv 2503.20783). Standard deviations divide by n.
     A group whose std is below `min_std` (unit of the reward) says nothing: its advantages are 0 and it is counted. With `drop_flat` its clips are not valid
     either: objectives are means over valid clips, so that the others weigh more (DAPO's filter, arXiv 2503.14476, eq. 11). Leave it False where a cost joins
     the reward, or a KL term should see every clip. `clamp` bounds |advantage|. Unknown rewards (nan) are masked; a group with fewer than two known rewards is

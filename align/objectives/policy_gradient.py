@@ -105,7 +105,7 @@ def kl_mask(
 
 
 def kl_penalty(kl: Tensor, coef: float, *, valid: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-    """coef * mean of kl [B] -> []: the KL term of Flow-GRPO (arXiv 2505.05470, eq. 5).
+    """coef * mean of kl [B] -> []: the KL term of Flow-GRPO (arXiv 2505.05470, eq. 5) and of DPOK (arXiv 2305.16381).
 
     kl in x: `policy.kl(reference)`, nats per latent element; or `kl_total`, nats of the clip. kl in v: `clip_error(u, u_reference)`, velocity^2 per latent element, as NFT and
     DGPO charge it; it is 2/kappa^2 of the first, so a coef means another thing in each and at each step: log it with its unit.
