@@ -82,6 +82,12 @@ def test_one_update_by_hand_and_never_more_than_its_rate() -> None:
         assert fresh.value == pytest.approx(factor, rel=1e-6)
 
 
+def test_violations_may_be_truth_values_and_a_confidence_barely_above_a_half_is_one() -> None:
+    multiplier = flash(limit=0.4, confidence=0.6)
+    multiplier.update(torch.tensor([True, False, False]))
+    assert multiplier.cost == pytest.approx(1 / 3, rel=1e-15) and multiplier.bound == pytest.approx(upper_bound(1 / 3, 3, 0.6))
+
+
 def test_a_multiplier_stays_between_its_floor_and_its_cap() -> None:
     multiplier = flash(cap=2.0, floor=0.5)
     for _ in range(100):
@@ -95,7 +101,7 @@ def test_a_multiplier_stays_between_its_floor_and_its_cap() -> None:
 def test_unknown_costs_move_nothing_and_the_state_resumes_exactly() -> None:
     multiplier = flash()
     multiplier.update(torch.full((4,), NAN))
-    assert multiplier.value == 1.0 and multiplier.cost is None and math.isnan(multiplier.stats()["constraint/flash/cost"])
+    assert multiplier.value == 1.0 and multiplier.cost is None and math.isnan(multiplier.stats()["constraint/flash/cost"]) and math.isnan(multiplier.bound)
     multiplier.update(torch.tensor([1 / 3]))
     other = flash()
     other.load_state_dict(json.loads(json.dumps(multiplier.state_dict())))
