@@ -98,6 +98,13 @@ def test_the_value_loss_by_hand() -> None:
             value_loss(value, old, returns, odd)
 
 
+def test_how_hard_a_prompt_is_cancels_in_the_value_loss_and_the_order_of_clips_changes_nothing() -> None:
+    value, old, returns = (draws(4, seed=k) for k in range(3))
+    base, hard, order = value_loss(value, old, returns, 0.5), torch.tensor([7.0, 7.0, -3.0, -3.0]), torch.tensor([2, 0, 3, 1])
+    assert_close(value_loss(value + hard, old + hard, returns + hard, 0.5).value, base.value, atol=1e-12, rtol=0)
+    assert_close(value_loss(value[order], old[order], returns[order], 0.5).value, base.value, atol=1e-12, rtol=0)
+
+
 def test_only_the_critic_gets_a_gradient() -> None:
     value, old, returns = (torch.tensor([0.5, 2.0], requires_grad=True) for _ in range(3))
     loss = value_loss(value, old, returns, 0.5)

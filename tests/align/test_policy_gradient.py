@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pathlib
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from align.trajectory import finish, replay, rollout
 from base_model.paths import Path
 from base_model.times import sampling_times
 from tests.worlds import PATHS, GaussianModel, GaussianWorld, Rule, affine, ancestral_rule, conditions, cps_rule, flow_noise, reward_gradient, sde_rule
+
+
+README = " ".join((pathlib.Path(__file__).parents[2] / "align" / "README.md").read_text().replace(" %", "%").split())
 
 
 def vector(*values: float) -> torch.Tensor:
@@ -285,13 +289,15 @@ def one_step_default(times: list[float], first: int) -> tuple[float, float]:
 
 def test_the_bias_of_the_one_step_default_is_what_the_readme_says() -> None:
     """It leaves out how the parameters move the deterministic steps. On the recipes' grid (6 steps, shift 3) most of the gradient is in the last one."""
-    for shift, share, cosine in ((3.0, 0.62, 0.43), (1.0, 1.08, 0.87)):
-        found = one_step_default(sampling_times(GaussianWorld().path, 6, shift=shift).double().tolist(), 5)
-        print(shift, found)
-        assert found == pytest.approx((share, cosine), abs=0.006)
+    (steep, askew), (even, straight) = (one_step_default(sampling_times(GaussianWorld().path, 6, shift=shift).double().tolist(), 5) for shift in (3.0, 1.0))
+    print(steep, askew, even, straight)
+    assert (steep, askew, even, straight) == pytest.approx((0.62, 0.43, 1.08, 0.87), abs=0.006)
+    assert f"5 times its mean is {steep:.0%} of the exact gradient at shift 3 and {even:.0%} at shift 1, and" in README
+    assert f"the cosine between the two is {askew:.2f} and {straight:.2f}." in README
     times = sampling_times(GaussianWorld().path, 6, shift=3.0).double().tolist()
     by_step = reward_gradient(GaussianWorld(), ancestral_rule(1.0), times, list(range(5)))
-    assert sum(by_step[:-1]) / sum(by_step) == pytest.approx(0.43, abs=0.005), "with noise in all steps but the last"
+    found = sum(by_step[:-1]) / sum(by_step)
+    assert found == pytest.approx(0.43, abs=0.005) and f"the score finds {found:.0%} of it" in README, "with noise in all steps but the last"
 
 
 def test_one_noisy_step_estimates_its_own_part_and_the_pathwise_term_the_steps_behind_it() -> None:
