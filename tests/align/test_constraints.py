@@ -292,6 +292,7 @@ def test_the_constrained_advantage_by_hand() -> None:
     want = torch.tensor([1 - (0.9 - 0.15) - 3 * (0 - 0.3), -1 - (0 - 0.6) - 3 * (0 - 0.3), 0.5 - (0.3 - 0.45) - 3 * (0.6 - 0)]) / 5
     assert_close(got.advantage, want, atol=1e-6, rtol=0)
     assert got.valid.all()
+    assert constrained_advantage(advantage, {"c": c.double()}, [Multiplier("c", limit=1)], 3).advantage.dtype == torch.float32
 
 
 def test_what_all_clips_of_a_prompt_cost_cancels() -> None:

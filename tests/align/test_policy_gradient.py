@@ -21,7 +21,6 @@ from base_model.paths import Path
 from base_model.times import sampling_times
 from tests.worlds import PATHS, GaussianModel, GaussianWorld, Rule, affine, ancestral_rule, conditions, cps_rule, flow_noise, reward_gradient, sde_rule
 
-
 README = " ".join((pathlib.Path(__file__).parents[2] / "align" / "README.md").read_text().replace(" %", "%").split())
 
 
