@@ -254,6 +254,7 @@ def test_a_batch_is_normalised_over_what_is_valid() -> None:
     assert_close(got, torch.tensor([[want[0], want[1]], [0, want[2]]], dtype=torch.float32), atol=1e-6, rtol=0)
     assert_close(batch_normalise(torch.tensor([0.001, 0.003]), torch.tensor([True, True])), torch.tensor([-1.0, 1.0]), atol=1e-3, rtol=0)
     assert batch_normalise(torch.ones(3), torch.ones(3, dtype=torch.bool)).tolist() == [0, 0, 0]
+    assert batch_normalise(torch.tensor([3.0, NAN]), torch.tensor([True, False])).tolist() == [0, 0], "alone, a clip is the mean"
     assert batch_normalise(torch.tensor([1.0, 3.0]), torch.tensor([True, True]), min_std=1.0).tolist() == [-1, 1]
     assert batch_normalise(torch.tensor([1.0, 3.0]), torch.tensor([True, True]), min_std=1.1).tolist() == [0, 0]
     assert batch_normalise(torch.tensor([1.0, 3.0]), torch.zeros(2, dtype=torch.bool)).tolist() == [0, 0]
