@@ -39,8 +39,8 @@ def test_each_divisor_is_what_its_name_says() -> None:
 
 
 def test_the_largest_std_is_that_of_a_group_with_something_to_compare_whichever_of_its_clips_are_known() -> None:
-    reward = torch.tensor([1.0, NAN, 9.0, 1.0, 2.0, 3.0], dtype=torch.float64)  # stds 4 and 0.82
-    assert_close(group_advantage(reward, 3, divide_by="max_group_std").advantage, torch.tensor([-4, 0, 4, -1, 0, 1], dtype=torch.float64) / 4)
+    reward = torch.tensor([NAN, 1.0, 9.0, 1.0, 2.0, 3.0], dtype=torch.float64)  # stds 4 and 0.82
+    assert_close(group_advantage(reward, 3, divide_by="max_group_std").advantage, torch.tensor([0, -4, 4, -1, 0, 1], dtype=torch.float64) / 4)
     narrow = torch.tensor([NAN, 3.0, 0.1, 0.3], dtype=torch.float64)
     assert_close(group_advantage(narrow, 2, divide_by="max_group_std").advantage, torch.tensor([0, 0, -1, 1], dtype=torch.float64))
 
