@@ -15,7 +15,6 @@ import ast
 import gc
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import json
 import os
 import resource

@@ -82,8 +82,9 @@ def defined(path: Path) -> set[str]:
     """Functions, classes, `Class.method`, constants and attributes that a source file defines at its top."""
     found = set()
     for node in ast.parse(path.read_text()).body:
-        inside = node.body if isinstance(node, ast.ClassDef) else []
-        found |= _names(node) | {f"{node.name}.{name}" for each in inside for name in _names(each) if isinstance(node, ast.ClassDef)}
+        found |= _names(node)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{name}" for each in node.body for name in _names(each)}
     return found
 
 

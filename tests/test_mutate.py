@@ -42,7 +42,10 @@ def test_every_module_of_the_maths_is_there_has_mutants_and_tests_and_is_found_u
     for module in MODULES:
         ast.parse((ROOT / module).read_text())
         assert len(list(mutants(ROOT / module, module))) > 8 and related(module)
-    assert Instead("a.b", compile("", "a", "exec")).find_spec("a.b") is not None and Instead("a.b", compile("", "a", "exec")).find_spec("a") is None
+    code = compile("", "a", "exec")
+    assert Instead("a.b", code).find_spec("a.b") is not None and Instead("a.b", code).find_spec("a") is None
+    package = Instead("a", code, ROOT).find_spec("a")
+    assert package is not None and package.submodule_search_locations == [str(ROOT)], "the modules of a package are still found"
 
 
 def test_a_report_counts_what_was_noticed(tmp_path: Path) -> None:
