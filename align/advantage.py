@@ -109,7 +109,7 @@ def group_advantage(
     """GRPO's advantage: (reward - mean of its group) / a standard deviation (Shao et al. 2024, arXiv 2402.03300, 4.1.2). reward [B].
 
     divide_by: group_std (GRPO); global_std, of all known rewards of the batch, prompts' differences included (Flow-GRPO on images);
-    max_group_std, the largest group's (LongCat-Video); none (Dr. GRPO, arXiv 2503.20783). Standard deviations divide by n.
+    max_group_std, the largest group's (LongCat-Video, arXiv 2510.22200); none (Dr. GRPO, arXiv 2503.20783). Standard deviations divide by n.
     A group whose std is below `min_std` (unit of the reward) says nothing: its advantages are 0 and it is counted. With `drop_flat` its clips are not valid
     either: objectives are means over valid clips, so that the others weigh more (DAPO's filter, arXiv 2503.14476, eq. 11). Leave it False where a cost joins
     the reward, or a KL term should see every clip. `clamp` bounds |advantage|. Unknown rewards (nan) are masked; a group with fewer than two known rewards is
@@ -167,7 +167,7 @@ def batch_normalise(advantage: Tensor, valid: Tensor, *, min_std: float = 1e-6) 
     """
     flat, known = advantage.reshape(-1), valid.reshape(-1)
     std = _masked_std(flat, known)  # [1]
-    centred = (flat - _masked_mean(flat, known)) / std.clamp_min(min_std)
+    centred = (flat - _masked_mean(flat, known)) / std
     return torch.where(known & (std >= min_std), centred, 0).reshape(advantage.shape)
 
 
@@ -200,7 +200,7 @@ def best_and_worst(advantage: Tensor, groups: Groups, keep: int, *, valid: Tenso
     Raises ValueError where keep is not in 2 .. the clips of the largest group.
     """
     cells = grouping(advantage, groups)
-    table = cells.fill(advantage.detach() if valid is None else advantage.detach().where(valid, torch.nan))  # [N,G]
+    table = cells.fill(advantage if valid is None else advantage.where(valid, torch.nan))  # [N,G]
     if not 2 <= keep <= cells.columns:
         raise ValueError(f"cannot keep {keep} of {cells.columns} clips: keep at least 2, a good one and a bad one, and at most the group")
     known = table.isfinite()  # [N,G]
@@ -216,7 +216,7 @@ def leave_one_out(value: Tensor, groups: Groups) -> Tensor:
     known = table.isfinite()
     kept = torch.where(known, table, 0)
     others = known.sum(1, keepdim=True) - known.long()  # [N,G] how many others are known
-    mean = (kept.sum(1, keepdim=True) - kept) / others.clamp_min(1)  # [N,G]
+    mean = (kept.sum(1, keepdim=True) - kept) / others  # [N,G]
     return cells.read(torch.where(others > 0, mean, torch.nan))  # [B]
 
 
@@ -245,7 +245,7 @@ class PromptStatistics:
         batch = _moments(reward[valid].cpu())
         moments = torch.stack([self._moments(prompt_id, batch) for prompt_id in prompt_ids]).to(reward)  # [B,2]
         flat = moments[:, 1] < self.min_std
-        advantage = torch.where(valid & ~flat, (reward - moments[:, 0]) / moments[:, 1].clamp_min(self.min_std), 0)
+        advantage = torch.where(valid & ~flat, (reward - moments[:, 0]) / moments[:, 1], 0)
         if self.clamp is not None:
             advantage = advantage.clamp(-self.clamp, self.clamp)
         fallback = [len(self._buffers.get(prompt_id, ())) < self.min_count for prompt_id in prompt_ids]
@@ -269,6 +269,5 @@ class PromptStatistics:
 
 
 def _moments(values: Tensor) -> Tensor:
-    """-> (mean, std) float64 [2]; zeros where there is nothing."""
-    values = values.double()
+    """-> (mean, std) [2]; zeros where there is nothing."""
     return torch.stack([values.mean(), values.std(correction=0)]) if len(values) else values.new_zeros(2)

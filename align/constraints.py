@@ -202,7 +202,7 @@ def constrained_advantage(
     """
     by_policy = {multiplier.policy: multiplier.value for multiplier in multipliers}
     _check_policies(costs, by_policy)
-    total = advantage.detach().clone()  # [B]
+    total = advantage.detach()  # [B]
     known = torch.ones_like(total, dtype=torch.bool)  # [B]
     for policy, price in by_policy.items():
         cost = costs[policy].to(total)

@@ -51,8 +51,8 @@ class Critic(nn.Module):
         pooled = adaptive_avg_pool3d(x, GRID).flatten(1)  # [B,32C]
         spread = x.flatten(2).std(2, correction=0)  # [B,C]
         words = (cond.text.float() * cond.mask[..., None]).sum(1) / cond.mask.sum(1, keepdim=True).clamp_min(1)  # [B,D]
-        hidden = self.latents_in(torch.cat([pooled, spread], 1)) + self.text_in(words) + self.time_in(time_features(t.expand(len(x)), TIME_WIDTH))  # [B,w]
-        return self.value(self.hidden(silu(hidden)))[:, 0]  # [B]
+        hidden = self.latents_in(torch.cat([pooled, spread], 1)) + self.text_in(words) + self.time_in(time_features(t, TIME_WIDTH))  # [B,w]
+        return self.value(self.hidden(silu(hidden))).squeeze(1)  # [B]
 
 
 class Advantages(NamedTuple):
@@ -95,7 +95,7 @@ def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_range: fl
     if clip_range <= 0:
         raise ValueError(f"clip_range must be positive, got {clip_range}")
     valid = torch.ones_like(value, dtype=torch.bool) if valid is None else valid
-    value, old_value, returns = value.where(valid, 0), old_value.detach().where(valid, 0), returns.detach().where(valid, 0)
+    value, old_value, returns = value.where(valid, 0), old_value.detach(), returns.detach()
     moved = value - old_value
     near = old_value + moved.clamp(-clip_range, clip_range)
     loss = masked_mean(torch.maximum((value - returns).square(), (near - returns).square()) / 2, valid)

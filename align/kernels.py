@@ -109,8 +109,8 @@ class Ancestral:
     """DDIM with noise share eta (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16), for any Gaussian path.
 
     std = eta sigma_s/sigma_t sqrt(sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2). Keeps the marginals for every eta in [0, 1] as the grid
-    gets finer; no singularity at t_max; std is 0 at s = 0. eta 0 is the ODE, eta 1 is DDPM's posterior. With eta = a/sqrt(2) it is
-    FlowSDE(a) to first order.
+    gets finer; no singularity at t_max; std is 0 at s = 0. eta 0 is the ODE, eta 1 is DDPM's posterior (Ho et al. 2020,
+    arXiv 2006.11239, eq. 7). With eta = a/sqrt(2) it is FlowSDE(a) to first order.
     """
 
     eta: float = 1.0
@@ -235,8 +235,9 @@ def kappa(kernel: Kernel, path: Path, t: Tensor, s: Tensor) -> Tensor:
 def step_weight(name: StepWeight, kernel: Kernel, path: Path, t: Tensor, s: Tensor) -> Tensor:
     """Weight of a step in the policy gradient, t, s [B] -> [B].
 
-    none: 1 (DDPO, Flow-GRPO). inv_kappa: 1/kappa, every step pulls on u equally; up to a constant this is the Flow-GRPO Wan script,
-    LongCat, GRPO-Guard and Flash-GRPO. g: std / sqrt(t - s), TempFlow-GRPO's weight up to a constant.
+    none: 1 (DDPO, Flow-GRPO). inv_kappa: 1/kappa, every step pulls on u equally; up to a constant this is the Flow-GRPO Wan script, LongCat-Video
+    (arXiv 2510.22200), GRPO-Guard (arXiv 2510.22319) and Flash-GRPO (arXiv 2605.15980). g: std / sqrt(t - s), TempFlow-GRPO's weight up to a constant
+    (arXiv 2508.04324).
     """
     if name == "none":
         return torch.ones_like(t)
@@ -251,9 +252,9 @@ def step_weight(name: StepWeight, kernel: Kernel, path: Path, t: Tensor, s: Tens
 def kl_in(space: KLSpace, policy: Gaussian, reference: Gaussian, kernel: Kernel, path: Path, t: Tensor, s: Tensor) -> Tensor:
     """How far a step of the policy is from the reference's, both by `kernel` from the same x_t; t, s [B] -> [B], unit `KL_UNITS[space]`.
 
-    x: KL(policy || reference) of the step, what Flow-GRPO charges. v: <(u - u_ref)^2>, the squared distance of the two velocities, what NFT charges. One is
-    the other times kappa^2 / 2, which grows 900 times from the first to the last step of Flow-GRPO's kernel: a coefficient does not carry over.
-    Raises ValueError for another space.
+    x: KL(policy || reference) of the step, what Flow-GRPO (arXiv 2505.05470) charges. v: <(u - u_ref)^2>, the squared distance of the two velocities, what
+    DiffusionNFT (arXiv 2509.16117) charges. One is the other times kappa^2 / 2, which grows 900 times from the first to the last step of Flow-GRPO's kernel:
+    a coefficient does not carry over. Raises ValueError for another space.
     """
     if space == "x":
         return policy.kl(reference)

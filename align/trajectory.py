@@ -144,7 +144,8 @@ def rollout(
     noise: a generator, or a function of the step k that gives standard normal [B,C,F,H,W]; asked for noisy steps only.
     stochastic: which steps take noise: bool [K], bool [K,N] (one choice per row) or step numbers; default all but the last. The last step never may.
     branches: G, clips that branch off each row at its first noisy step, and are equal up to there: with its noise at step k alone a clip costs
-    (k + 1) / G + K - k - 1 model evaluations. The clips are those that N G rows with every first noise G times would give.
+    (k + 1) / G + K - k - 1 model evaluations (TempFlow-GRPO's trajectory branching, arXiv 2508.04324; one depth of BranchGRPO's tree,
+    arXiv 2509.06040). The clips are those that N G rows with every first noise G times would give.
     dtype: what kept states are rounded to, BEFORE their log-probability is taken.
     Raises ValueError where the grid is not decreasing to 0, the last step is asked to be noisy or branches is not positive.
     """

@@ -33,7 +33,7 @@ def fixed_window(num_steps: int, start: int, width: int) -> list[int]:
 
 
 def random_window(num_steps: int, width: int, generator: torch.Generator, *, first: int | None = None) -> list[int]:
-    """`width` consecutive steps of the first `first` (default all but the last), anywhere (Flow-GRPO-Fast, MixGRPO's random strategy)."""
+    """`width` consecutive steps of the first `first` (default all but the last), anywhere (Flow-GRPO-Fast, arXiv 2505.05470; MixGRPO's random strategy, arXiv 2507.21802)."""
     last = _noisy_at_most(num_steps, width, first)
     start = int(torch.randint(last - width + 1, (1,), generator=generator))
     return list(range(start, start + width))

@@ -95,11 +95,8 @@ class ShadowAdapter:
             raise ValueError(f"there is an adapter {name!r} already")
         if not name or "." in name or any(name in place.split(".") for place in network.state_dict()):
             raise ValueError(f"an adapter cannot be called {name!r}: parts of the network are, or it is no single word")
-        trainable = {parameter: parameter.requires_grad for parameter in network.parameters()}
         with torch.random.fork_rng(devices=[]):
             network.add_adapter(name, network.peft_config[TRAINED])
-        for parameter in network.parameters():
-            parameter.requires_grad_(trainable.get(parameter, False))
         self.network, self.name = network, name
         self.follow(1.0)
 

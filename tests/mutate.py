@@ -15,7 +15,6 @@ import ast
 import gc
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import json
 import os
 import resource
@@ -28,9 +27,13 @@ from types import CodeType, ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-OBJECTIVES = sorted(f"align/objectives/{path.name}" for path in (ROOT / "align" / "objectives").glob("*.py") if path.stem != "__init__")
-MODULES = ["align/kernels.py", "align/trajectory.py", "align/windows.py", "align/advantage.py", "align/constraints.py", *OBJECTIVES]
-MORE_TESTS = {"align/kernels.py": ["test_trajectory"], "align/trajectory.py": ["test_policy_gradient"], "align/constraints.py": ["test_advantage"]}
+OBJECTIVES = sorted(f"align/objectives/{path.name}" for path in (ROOT / "align" / "objectives").glob("*.py"))
+MODULES = [*(f"align/{name}.py" for name in ("kernels", "trajectory", "windows", "advantage", "constraints", "critic")), *OBJECTIVES, "base_model/lora.py"]
+MORE_TESTS = {
+    "align/kernels.py": ["test_trajectory"],
+    "align/trajectory.py": ["test_policy_gradient"],
+    "align/objectives/__init__.py": ["test_regression", "test_policy_gradient"],
+}
 
 PYTEST = ["-x", "--assert=plain", "--tb=no", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-m", "not slow"]  # nobody reads what they say: quick
 SWAPPED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
@@ -183,13 +186,18 @@ def _difference(before: str, after: str) -> tuple[str, str]:
 
 
 class Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives one module other code."""
+    """Gives one module other code. `folder` is where a package has its modules."""
 
-    def __init__(self, name: str, code: CodeType) -> None:
-        self.name, self.code = name, code
+    def __init__(self, name: str, code: CodeType, folder: Path | None = None) -> None:
+        self.name, self.code, self.folder = name, code, folder
 
     def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.util.spec_from_loader(name, self, origin=name) if name == self.name else None
+        if name != self.name:
+            return None
+        spec = importlib.machinery.ModuleSpec(name, self, origin=name, is_package=self.folder is not None)
+        if self.folder is not None:
+            spec.submodule_search_locations = [str(self.folder)]
+        return spec
 
     def exec_module(self, module: ModuleType) -> None:
         exec(self.code, module.__dict__)
@@ -198,7 +206,7 @@ class Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def related(module: str) -> list[str]:
     """The test files of a module, its own first."""
     names = [f"test_{Path(module).stem}", *MORE_TESTS.get(module, [])]
-    files = [ROOT / "tests" / "align" / f"{name}.py" for name in names]
+    files = [ROOT / "tests" / Path(module).parts[0] / f"{name}.py" for name in names]
     return [str(file.relative_to(ROOT)) for file in files if file.exists()]
 
 
@@ -207,7 +215,8 @@ def outcome(module: str, code: CodeType | None, seconds: int) -> str:
 
     `code` None is the module as it is.
     """
-    name = module.removesuffix(".py").replace("/", ".")
+    package = module.endswith("/__init__.py")
+    name = module.removesuffix("/__init__.py" if package else ".py").replace("/", ".")
     child = os.fork()
     if child == 0:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
@@ -216,7 +225,7 @@ def outcome(module: str, code: CodeType | None, seconds: int) -> str:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         if code is not None:
-            sys.meta_path.insert(0, Instead(name, code))
+            sys.meta_path.insert(0, Instead(name, code, (ROOT / module).parent if package else None))
         import pytest
 
         os._exit(int(pytest.main([*PYTEST, *related(module)])))
@@ -228,7 +237,7 @@ def outcome(module: str, code: CodeType | None, seconds: int) -> str:
 
 def run(module: str, shard: tuple[int, int], out: Path) -> None:
     """Appends one line a mutant of this shard to `out`, leaving out those that are there. Raises SystemExit where the tests fail without any change."""
-    _warm_up()
+    _warm_up(module)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     if outcome(module, None, 600) != "survived":
         raise SystemExit(f"the tests of {module} fail as it is: {', '.join(related(module)) or 'it has none'}. Mend them first")
@@ -243,13 +252,15 @@ def run(module: str, shard: tuple[int, int], out: Path) -> None:
             file.write(json.dumps({key: value for key, value in line.items() if key != "code"}) + "\n")
 
 
-def _warm_up() -> None:
+def _warm_up(module: str) -> None:
     """What every test process would import and set up for itself."""
     import pytest  # noqa: F401
     import torch
     import torch.distributions
     import torch.testing
 
+    if module == "base_model/lora.py":
+        import peft  # noqa: F401
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(False)

@@ -2,11 +2,12 @@
 
 Python blocks of one file share one namespace. Bash blocks run line by line (a backslash joins lines) with the commands of this environment first on the path.
 Blocks that call `make` are what CI itself runs. A block after `<!-- not run: reason -->` is left out: only for real checkpoints and GPUs.
-What a document names must be there: files it links or names in `code`, and commands with their options.
+What a document names must be there: files it links or names in `code`, what it names in them (`file.py:name`), and commands with their options.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -66,11 +67,32 @@ def named_files(text: str) -> set[str]:
     return links | {word for word in words if word.endswith(SOURCES) or word.startswith(OURS)}
 
 
-def exists(name: str, document: Path) -> bool:
-    """Beside the document, from the root, or (a bare name) anywhere in the four packages and the tests."""
-    if (document.parent / name).exists() or (ROOT / name).exists():
-        return True
-    return "/" not in name and any(True for folder in OURS for _ in (ROOT / folder).rglob(name))
+def places(name: str, document: Path) -> list[Path]:
+    """What a name may mean: beside the document, from the root, or (a bare name) anywhere in the four packages and the tests."""
+    found = [place for place in (document.parent / name, ROOT / name) if place.exists()]
+    return found or ([] if "/" in name else [file for folder in OURS for file in (ROOT / folder).rglob(name)])
+
+
+def named_code(text: str) -> set[tuple[str, str]]:
+    """(file, name) of every `file.py:name` and `file.py:Class.name`."""
+    return {(match[1], match[2]) for match in re.finditer(r"`([\w./-]+\.py):([A-Za-z_][\w.]*)", FENCE.sub("", text))}
+
+
+def defined(path: Path) -> set[str]:
+    """Functions, classes, `Class.method`, constants and attributes that a source file defines at its top."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        found |= _names(node)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{name}" for each in node.body for name in _names(each)}
+    return found
+
+
+def _names(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def named_commands(text: str) -> set[str]:
@@ -106,7 +128,10 @@ def test_files_and_commands_are_read_from_markdown() -> None:
     text = "[a](b.md) ![c](d/e.png) [f](https://g.h/i.md) `j.py` and `python -m k/l.py <m>`, `align/n`, `o.json`, `[P.yaml]`\n```text\n`q.py`\n```\n"
     assert named_files(text) == {"b.md", "d/e.png", "j.py", "k/l.py", "align/n"}
     document = ROOT / "align" / "README.md"
-    assert exists("kernels.py", document) and exists("recipes/cli.py", document) and exists("sft.py", document) and not exists("no_such.py", document)
+    assert places("kernels.py", document) == [ROOT / "align" / "kernels.py"] and places("recipes/cli.py", document) == [ROOT / "recipes" / "cli.py"]
+    assert places("sft.py", document) == [ROOT / "recipes" / "sft.py"] and not places("no_such.py", document) and not places("no/kernels.py", document)
+    assert named_code("`a.py:f` and `b/c.py:D.g(x)`, `d.py`, `e.py:3`\n```text\n`h.py:i`\n```\n") == {("a.py", "f"), ("b/c.py", "D.g")}
+    assert {"Gaussian", "Gaussian.kl", "Gaussian.mean", "kappa", "SINGULAR", "KL_UNITS"} < defined(ROOT / "align" / "kernels.py")
     text = "`rushes sft --seed 1`, `rushes bench NAME [--quick]`, `.venv/bin/rushes demo`, `rushes`\n```bash\nrushes generate --prompts '[\"a\"]'\n```\n"
     assert named_commands(text) == {"sft --seed 1", "bench NAME", "demo", "generate --prompts '[\"a\"]'"}
     check_command("sft --seed 1")
@@ -116,9 +141,10 @@ def test_files_and_commands_are_read_from_markdown() -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_file_and_command_a_document_names_exists(path: Path) -> None:
+def test_every_file_function_and_command_a_document_names_exists(path: Path) -> None:
     text = path.read_text()
-    missing = sorted(name for name in named_files(text) if not exists(name, path))
+    missing = sorted(name for name in named_files(text) if not places(name, path))
+    missing += [f"{file}:{name}" for file, name in sorted(named_code(text)) if not any(name in defined(place) for place in places(file, path))]
     assert not missing, f"{path.relative_to(ROOT)} names {missing}"
     for line in sorted(named_commands(text)):
         check_command(line)

@@ -30,7 +30,7 @@ def score_function(log_prob: Tensor, advantage: Tensor, *, valid: Tensor | None 
     need not be known. Known failure: at the second update the clips come from another policy than the one that learns, and nothing notices.
     """
     valid = torch.ones_like(log_prob, dtype=torch.bool) if valid is None else valid
-    loss = -advantage.detach().where(valid, 0) * log_prob.where(valid, 0)  # [B]
+    loss = -advantage.detach() * log_prob.where(valid, 0)  # [B]
     value = masked_mean(loss if weight is None else loss * weight.detach(), valid)
     return Loss(value, {"policy/loss": value.detach()})
 
@@ -55,7 +55,7 @@ def ppo_clip(
     if clip_range <= 0:
         raise ValueError(f"clip_range must be positive, got {clip_range}")
     valid = torch.ones_like(log_prob, dtype=torch.bool) if valid is None else valid
-    advantage = advantage.detach().where(valid, 0)  # [B]
+    advantage = advantage.detach()  # [B]
     log_ratio = (log_prob - old_log_prob.detach()).where(valid, 0)  # [B]
     ratio = log_ratio.exp()  # [B]
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))  # [B]
@@ -90,10 +90,9 @@ def kl_mask(
     if threshold <= 0:
         raise ValueError(f"threshold must be positive, got {threshold}")
     valid = torch.ones_like(log_prob, dtype=torch.bool) if valid is None else valid
-    advantage = advantage.detach().where(valid, 0)  # [B]
+    advantage = advantage.detach()  # [B]
     log_ratio = (log_prob - old_log_prob.detach()).where(valid, 0)  # [B]
-    kl = kl.detach()
-    away = ~(kl <= threshold) & (advantage * log_ratio.detach() > 0)  # [B]
+    away = ~(kl <= threshold) & (advantage * log_ratio > 0)  # [B]
     loss = -advantage * log_ratio.exp() * (~away)  # [B]
     value = masked_mean(loss if weight is None else loss * weight.detach(), valid)
     stats = {
@@ -106,7 +105,7 @@ def kl_mask(
 
 
 def kl_penalty(kl: Tensor, coef: float, *, valid: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-    """coef * mean of kl [B] -> []: the KL term of Flow-GRPO (arXiv 2505.05470, eq. 5).
+    """coef * mean of kl [B] -> []: the KL term of Flow-GRPO (arXiv 2505.05470, eq. 5) and of DPOK (arXiv 2305.16381).
 
     kl in x: `policy.kl(reference)`, nats per latent element; or `kl_total`, nats of the clip. kl in v: `clip_error(u, u_reference)`, velocity^2 per latent element, as NFT and
     DGPO charge it; it is 2/kappa^2 of the first, so a coef means another thing in each and at each step: log it with its unit.

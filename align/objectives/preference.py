@@ -51,7 +51,7 @@ def preference_pairs(score: Tensor, groups: Groups, *, which: Literal["extremes"
         raise ValueError(f"margin must not be negative, got {margin}")
     cells = grouping(score, groups)
     table = cells.fill(score)  # [N,G]
-    clips = cells.fill(torch.arange(len(score), device=score.device).double())  # [N,G] row of each clip
+    clips = cells.fill(torch.arange(len(score), device=score.device))  # [N,G] row of each clip
     ahead = table[:, :, None] - table[:, None, :] > margin  # [N,G,G] nan is never ahead
     if which == "extremes":
         best, worst = table.nan_to_num(-torch.inf).argmax(1), table.nan_to_num(torch.inf).argmin(1)  # [N] each
@@ -60,7 +60,7 @@ def preference_pairs(score: Tensor, groups: Groups, *, which: Literal["extremes"
         chosen[rows, best, worst] = True
         ahead = ahead & chosen
     row, i, j = ahead.nonzero(as_tuple=True)  # [P] each
-    return Pairs(clips[row, i].long(), clips[row, j].long(), 1 / ahead.sum((1, 2))[row].to(table))
+    return Pairs(clips[row, i].long(), clips[row, j].long(), 1 / ahead.sum((1, 2))[row])
 
 
 def pair_errors(model: VideoModel, win: Tensor, lose: Tensor, eps: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ def single_step(model: VideoModel, x: Tensor, times: Tensor, cond: Conditioning,
 
 
 def _falling(times: Tensor, x: Tensor) -> Tensor:
-    if not bool((times[1:] < times[:-1]).all()) or bool(times[-1].any()):
+    if not bool((times[1:] < times[:-1]).all()) or bool(times[-1]):
         raise ValueError("times must decrease strictly and end at 0")
     return times.to(x.device)
 
@@ -94,7 +94,7 @@ def draw_last(num_steps: int, generator: torch.Generator, *, least: int = 1) -> 
 
 
 def draw_late(num_steps: int, generator: torch.Generator, *, share: float = 0.25) -> int:
-    """ReFL's late step, uniform in the last `share` of the steps (30 to 39 of 40 there), at least the last one."""
+    """ReFL's late step (arXiv 2304.05977), uniform in the last `share` of the steps (30 to 39 of 40 there), at least the last one."""
     late = max(1, round(share * num_steps))
     return num_steps - 1 - int(torch.randint(late, (), generator=generator))
 

@@ -38,6 +38,13 @@ def test_each_divisor_is_what_its_name_says() -> None:
         group_advantage(reward, 4, divide_by="std")  # type: ignore[arg-type]
 
 
+def test_the_largest_std_is_that_of_a_group_with_something_to_compare_whichever_of_its_clips_are_known() -> None:
+    reward = torch.tensor([NAN, 1.0, 9.0, 1.0, 2.0, 3.0], dtype=torch.float64)  # stds 4 and 0.82
+    assert_close(group_advantage(reward, 3, divide_by="max_group_std").advantage, torch.tensor([0, -4, 4, -1, 0, 1], dtype=torch.float64) / 4)
+    narrow = torch.tensor([NAN, 3.0, 0.1, 0.3], dtype=torch.float64)
+    assert_close(group_advantage(narrow, 2, divide_by="max_group_std").advantage, torch.tensor([0, 0, -1, 1], dtype=torch.float64))
+
+
 def test_advantages_do_not_see_a_shift_or_a_scale_of_a_groups_rewards_and_follow_permutations() -> None:
     reward = rewards()
     base = group_advantage(reward, 4).advantage
@@ -254,6 +261,7 @@ def test_a_batch_is_normalised_over_what_is_valid() -> None:
     assert_close(got, torch.tensor([[want[0], want[1]], [0, want[2]]], dtype=torch.float32), atol=1e-6, rtol=0)
     assert_close(batch_normalise(torch.tensor([0.001, 0.003]), torch.tensor([True, True])), torch.tensor([-1.0, 1.0]), atol=1e-3, rtol=0)
     assert batch_normalise(torch.ones(3), torch.ones(3, dtype=torch.bool)).tolist() == [0, 0, 0]
+    assert batch_normalise(torch.tensor([3.0, NAN]), torch.tensor([True, False])).tolist() == [0, 0], "alone, a clip is the mean"
     assert batch_normalise(torch.tensor([1.0, 3.0]), torch.tensor([True, True]), min_std=1.0).tolist() == [-1, 1]
     assert batch_normalise(torch.tensor([1.0, 3.0]), torch.tensor([True, True]), min_std=1.1).tolist() == [0, 0]
     assert batch_normalise(torch.tensor([1.0, 3.0]), torch.zeros(2, dtype=torch.bool)).tolist() == [0, 0]
@@ -270,6 +278,9 @@ def test_advantages_carry_no_gradient_and_are_float32_or_wider() -> None:
 def test_a_spread_at_the_smallest_std_still_counts() -> None:
     assert group_advantage(torch.tensor([1.0, 3.0]), 2, min_std=1.0).advantage.tolist() == [-1, 1]
     assert group_advantage(torch.tensor([1.0, 3.0]), 2, min_std=1.01).advantage.tolist() == [0, 0]
+    for least, want in ((1.0, [-1, 1]), (1.01, [0, 0])):
+        got = PromptStatistics(min_count=1, min_std=least).advantage(["a", "a"], torch.tensor([1.0, 3.0]))
+        assert got.advantage.tolist() == want and got.stats["advantage/zero_std_share"] == (least > 1)
 
 
 class _HandStatistics:
@@ -310,13 +321,32 @@ def test_prompt_statistics_resume_exactly_through_json_and_keep_the_type_of_ids(
     assert first.state_dict() == second.state_dict()
 
 
+def test_prompt_statistics_bound_an_outlier_too() -> None:
+    reward = torch.zeros(100)
+    reward[0] = 1
+    assert PromptStatistics(buffer_size=100).advantage(["a"] * 100, reward).advantage[0] == 5
+    free = PromptStatistics(buffer_size=100, clamp=None).advantage(["a"] * 100, reward).advantage[0]
+    assert free == pytest.approx(0.99 / (0.01 * 0.99) ** 0.5)
+
+
+def test_the_share_that_falls_back_on_the_batch_is_of_clips_whose_prompt_was_seen_too_rarely() -> None:
+    """min_count 2: after this batch a was seen twice, b and c once, and c's reward is unknown."""
+    tracker = PromptStatistics(buffer_size=2, min_count=2)
+    got = tracker.advantage(["a", "a", "b", "c"], torch.tensor([1.0, 3.0, 5.0, NAN]))
+    assert got.stats["advantage/batch_fallback_share"] == 0.5
+    assert got.advantage.tolist() == pytest.approx([-1, 1, 2 / np.std([1, 3, 5]), 0])
+    nothing = tracker.advantage(["a", "b"], torch.tensor([NAN, NAN]))
+    assert nothing.advantage.tolist() == [0, 0] and not nothing.valid.any() and nothing.stats["advantage/batch_fallback_share"] == 0.5
+
+
 def test_unknown_rewards_enter_no_buffer() -> None:
     tracker = PromptStatistics(buffer_size=4, min_count=1)
     got = tracker.advantage(["a", "a", "b"], torch.tensor([1.0, 3.0, NAN]))
     assert got.valid.tolist() == [True, True, False] and got.advantage.tolist() == [-1, 1, 0]
     assert tracker.state_dict() == {"buffers": [["a", [1.0, 3.0]]]}
     assert got.stats["advantage/unknown_share"] == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="min_count"):
-        PromptStatistics(buffer_size=4, min_count=5)
+    for odd in (0, 5):
+        with pytest.raises(ValueError, match="min_count"):
+            PromptStatistics(buffer_size=4, min_count=odd)
     with pytest.raises(ValueError, match="prompt ids"):
         tracker.advantage(["a"], torch.zeros(2))

@@ -82,6 +82,12 @@ def test_one_update_by_hand_and_never_more_than_its_rate() -> None:
         assert fresh.value == pytest.approx(factor, rel=1e-6)
 
 
+def test_violations_may_be_truth_values_and_a_confidence_barely_above_a_half_is_one() -> None:
+    multiplier = flash(limit=0.4, confidence=0.6)
+    multiplier.update(torch.tensor([True, False, False]))
+    assert multiplier.cost == pytest.approx(1 / 3, rel=1e-15) and multiplier.bound == pytest.approx(upper_bound(1 / 3, 3, 0.6))
+
+
 def test_a_multiplier_stays_between_its_floor_and_its_cap() -> None:
     multiplier = flash(cap=2.0, floor=0.5)
     for _ in range(100):
@@ -95,7 +101,7 @@ def test_a_multiplier_stays_between_its_floor_and_its_cap() -> None:
 def test_unknown_costs_move_nothing_and_the_state_resumes_exactly() -> None:
     multiplier = flash()
     multiplier.update(torch.full((4,), NAN))
-    assert multiplier.value == 1.0 and multiplier.cost is None and math.isnan(multiplier.stats()["constraint/flash/cost"])
+    assert multiplier.value == 1.0 and multiplier.cost is None and math.isnan(multiplier.stats()["constraint/flash/cost"]) and math.isnan(multiplier.bound)
     multiplier.update(torch.tensor([1 / 3]))
     other = flash()
     other.load_state_dict(json.loads(json.dumps(multiplier.state_dict())))
@@ -286,6 +292,14 @@ def test_the_constrained_advantage_by_hand() -> None:
     want = torch.tensor([1 - (0.9 - 0.15) - 3 * (0 - 0.3), -1 - (0 - 0.6) - 3 * (0 - 0.3), 0.5 - (0.3 - 0.45) - 3 * (0.6 - 0)]) / 5
     assert_close(got.advantage, want, atol=1e-6, rtol=0)
     assert got.valid.all()
+    assert constrained_advantage(advantage, {"c": c.double()}, [Multiplier("c", limit=1)], 3).advantage.dtype == torch.float32
+
+
+def test_what_all_clips_of_a_prompt_cost_cancels() -> None:
+    advantage, cost = torch.tensor([1.0, -1, 0.5, 2, -2, 0]), torch.tensor([0.9, 0.1, 0.2, 0.8, 0.9, 0.7])
+    dear = cost + torch.tensor([0.1, 0.1, 0.1, -0.6, -0.6, -0.6])
+    got, want = (constrained_advantage(advantage, {"flash": each}, [flash(initial=3.0)], 3).advantage for each in (dear, cost))
+    assert_close(got, want, atol=1e-6, rtol=0)
 
 
 def test_costs_are_not_divided_by_their_spread_and_the_limit_does_not_enter() -> None:

@@ -88,7 +88,7 @@ def test_the_value_loss_by_hand() -> None:
     loss.value.backward()
     assert value.grad is not None and value.grad.tolist() == pytest.approx([0.8 / 3, 0, 2 / 3])
     assert float(loss.stats["value/clip_share"]) == pytest.approx(2 / 3) and float(loss.stats["value/loss"]) == float(loss.value.detach())
-    assert not any(stat.requires_grad for stat in loss.stats.values())
+    assert not any(stat.requires_grad for stat in loss.stats.values()) and {stat.dtype for stat in loss.stats.values()} == {torch.float64}
     plain = value_loss(value, old, returns, math.inf)
     assert float(plain.value.detach()) == pytest.approx((0.64 + 0.04 + 4) / 6) and float(plain.stats["value/clip_share"]) == 0
     assert torch.autograd.gradcheck(lambda v: value_loss(v, old, returns, 0.5).value, value)
@@ -96,6 +96,13 @@ def test_the_value_loss_by_hand() -> None:
     for odd in (0.0, -1.0):
         with pytest.raises(ValueError, match="clip_range"):
             value_loss(value, old, returns, odd)
+
+
+def test_how_hard_a_prompt_is_cancels_in_the_value_loss_and_the_order_of_clips_changes_nothing() -> None:
+    value, old, returns = (draws(4, seed=k) for k in range(3))
+    base, hard, order = value_loss(value, old, returns, 0.5), torch.tensor([7.0, 7.0, -3.0, -3.0]), torch.tensor([2, 0, 3, 1])
+    assert_close(value_loss(value + hard, old + hard, returns + hard, 0.5).value, base.value, atol=1e-12, rtol=0)
+    assert_close(value_loss(value[order], old[order], returns[order], 0.5).value, base.value, atol=1e-12, rtol=0)
 
 
 def test_only_the_critic_gets_a_gradient() -> None:
@@ -159,6 +166,7 @@ def test_a_fresh_critic_says_nothing_and_takes_nothing_from_the_global_random_nu
 def test_the_value_is_what_its_docstring_says_on_latents_that_fill_the_grid() -> None:
     """On 2 x 4 x 4 latents pooling changes nothing, so the network can be written out."""
     critic, cond = awake(), told(2)
+    cond = Conditioning(cond.prompts, cond.text / 100, cond.mask)  # so small that the layer norm, which makes up for a factor, does not hide one
     x, t = torch.randn(2, 2, 2, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0.2, 0.7])
     seen = torch.cat([x.flatten(1), x.flatten(2).std(2, correction=0)], 1)
     words = torch.stack([cond.text[0, 0], cond.text[1].mean(0)])
@@ -167,6 +175,13 @@ def test_the_value_is_what_its_docstring_says_on_latents_that_fill_the_grid() ->
     first, second = critic.hidden[0], critic.hidden[2]
     want = critic.value(torch.nn.functional.silu(second(torch.nn.functional.silu(first(torch.nn.functional.silu(hidden))))))[:, 0]
     assert_close(critic(x, t, cond), want, atol=1e-5, rtol=1e-5)
+
+
+def test_states_and_words_in_half_precision_are_valued_in_full() -> None:
+    critic, cond = awake(), told(2)
+    x, t = torch.randn(2, 2, 2, 4, 4, generator=torch.Generator().manual_seed(1)).bfloat16(), torch.tensor([0.2, 0.7])
+    half = Conditioning(cond.prompts, cond.text.bfloat16(), cond.mask)
+    assert torch.equal(critic(x, t, half), critic(x.float(), t, Conditioning(cond.prompts, half.text.float(), cond.mask)))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 4), (2, 4, 4), (5, 3, 9), (4, 8, 12)])

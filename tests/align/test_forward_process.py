@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from align.advantage import group_advantage
 from align.objectives import masked_mean
 from align.objectives.forward_process import dgpo_weight, implicit_split, matching_log_prob, nft_split, old_policy_decay, rwr_weight, signed_flow_matching
 from align.objectives.policy_gradient import ppo_clip
@@ -86,7 +87,7 @@ def gradient(loss: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> 
 def test_only_the_policy_gets_a_gradient() -> None:
     inputs = [torch.randn(2, 3, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in range(3)]
     a, weight = torch.tensor([0.5, -0.5], requires_grad=True), torch.ones(2, requires_grad=True)
-    loss = signed_flow_matching(*inputs, a, 1.0, weight=weight)  # type: ignore[arg-type]
+    loss = signed_flow_matching(*inputs, a, 1.0, weight=weight, valid=torch.tensor([True, True]))  # type: ignore[arg-type]
     loss.value.backward()
     assert not any(stat.requires_grad for stat in loss.stats.values())
     assert inputs[0].grad is not None and inputs[1].grad is None and a.grad is None and weight.grad is None
@@ -98,8 +99,13 @@ def test_velocities_in_half_precision_are_compared_in_full() -> None:
     a = torch.linspace(-1, 1, 6)
     half, full = signed_flow_matching(u, u_old, v, a, 0.5), signed_flow_matching(u.float(), u_old.float(), v.float(), a, 0.5)
     assert torch.equal(half.value, full.value) and half.value.dtype == torch.float32
-    split = nft_split(u, u_old, v, a, 0.5, torch.full((6,), 0.3))
-    assert all(torch.equal(x, y) for x, y in zip(split, nft_split(u.float(), u_old.float(), v.float(), a, 0.5, torch.full((6,), 0.3)), strict=True))
+    sigma = torch.full((6,), 0.3)
+    split = nft_split(u, u_old, v, a, 0.5, sigma)
+    assert all(torch.equal(x, y) for x, y in zip(split, nft_split(u.float(), u_old.float(), v.float(), a, 0.5, sigma), strict=True))
+    for k in range(3):  # and one that is wider than the others does not widen the rest
+        mixed = [each.double() if i == k else each.float() for i, each in enumerate((u, u_old, v))]
+        assert signed_flow_matching(*mixed, a, 0.5).value.dtype == torch.float32  # type: ignore[arg-type]
+        assert {each.dtype for each in nft_split(*mixed, a, 0.5, sigma)} == {torch.float32}  # type: ignore[arg-type]
 
 
 A = torch.tensor([-1.0, -0.4, 0.0, 0.3, 0.9, 1.0], dtype=torch.float64)
@@ -125,6 +131,31 @@ def papers_nft(path: Path, u: torch.Tensor, u_old: torch.Tensor, x_t: torch.Tens
     return total.mean()
 
 
+def test_how_hard_a_prompt_is_cancels_and_the_order_of_its_clips_changes_nothing() -> None:
+    """Two prompts of three clips, from rewards to the loss of each objective."""
+    u, u_old, v = draws(3)
+    reward, order = torch.tensor([0.3, 0.9, 0.1, 5.0, 2.0, 4.0], dtype=torch.float64), torch.tensor([2, 0, 1, 4, 3, 5])
+
+    def losses(reward: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        given, sigma = [each[order] for each in (u, u_old, v)], torch.linspace(0.2, 0.7, 6)[order]
+        error, old_error = clip_error(given[0], given[2]), clip_error(given[1], given[2])
+        a = implicit_split(group_advantage(reward[order], 3).advantage, 2.0)
+        split = nft_split(*given, a, 0.5, sigma)  # type: ignore[arg-type]
+        return torch.stack(
+            [
+                signed_flow_matching(*given, a, 0.5).value,  # type: ignore[arg-type]
+                signed_flow_matching(*given, split.advantage, 0.5, weight=split.weight).value,  # type: ignore[arg-type]
+                ppo_clip(matching_log_prob(error), matching_log_prob(old_error), a, 0.5).value,
+                flow_matching(error, weight=dgpo_weight(error, old_error, a, 3, 2.0) * a).value,
+            ]
+        )
+
+    base = losses(reward, torch.arange(6))
+    assert_close(losses(reward + torch.tensor([7, 7, 7, -3, -3, -3]), torch.arange(6)), base, atol=1e-6, rtol=1e-5)
+    assert_close(losses(reward, order), base, atol=1e-6, rtol=1e-5)
+    assert not torch.isclose(losses(reward + torch.tensor([7, 0, 0, 0, 0, 0]), torch.arange(6)), base, rtol=1e-3).any()
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_adaptive_nft_is_the_signed_objective_with_another_split_at_every_theta(path: Path, beta: float) -> None:
@@ -148,7 +179,8 @@ def test_a_clip_that_fits_already_weighs_at_most_by_the_floor() -> None:
     assert_close(split.weight, torch.full((6,), 2.5), check_dtype=False)
     assert_close(split.advantage, A)
     assert float(nft_split(u_old, u_old, u_old, A, 1.0, torch.ones(6)).weight[0]) == pytest.approx(1e5)
-    assert not nft_split(u_old.clone().requires_grad_(), u_old, u_old, A, 1.0, torch.ones(6)).weight.requires_grad
+    u, old = (u_old.clone().requires_grad_() for _ in range(2))
+    assert not any(each.requires_grad for each in nft_split(u, old, u_old, A, 1.0, torch.ones(6)))
 
 
 def test_rwr_is_the_signed_objective_with_good_clips_only_in_value() -> None:
@@ -242,6 +274,7 @@ def test_the_old_policy_follows_at_once_at_first_and_later_more_and_more_slowly(
 
 def test_advantages_are_cut_and_scaled() -> None:
     assert implicit_split(torch.tensor([-9.0, -1.0, 0.0, 1.0, 2.0, 5.0]), 2.0).tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0, 1.0]
+    assert implicit_split(torch.tensor([-0.1, 0.3]), 0.5).tolist() == pytest.approx([-0.2, 0.6])
     with pytest.raises(ValueError, match="largest advantage must be positive"):
         implicit_split(torch.zeros(1), 0.0)
     for odd in (0.0, -1.0):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import pathlib
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from align.advantage import group_advantage
 from align.critic import gae
 from align.kernels import CPS, Ancestral, FlowSDE, Gaussian, Kernel, kappa
 from align.objectives import Loss
@@ -18,6 +20,8 @@ from align.trajectory import finish, replay, rollout
 from base_model.paths import Path
 from base_model.times import sampling_times
 from tests.worlds import PATHS, GaussianModel, GaussianWorld, Rule, affine, ancestral_rule, conditions, cps_rule, flow_noise, reward_gradient, sde_rule
+
+README = " ".join((pathlib.Path(__file__).parents[2] / "align" / "README.md").read_text().replace(" %", "%").split())
 
 
 def vector(*values: float) -> torch.Tensor:
@@ -35,7 +39,7 @@ def test_the_loss_by_hand_including_its_sign() -> None:
     assert float(whole.stats["policy/ratio"]) == pytest.approx(1.0)
     assert float(whole.stats["policy/clip_share"]) == 1.0
     assert float(whole.stats["policy/approx_kl"]) == pytest.approx(-(math.log(1.5) + math.log(0.5)) / 2, abs=1e-12)
-    assert not any(stat.requires_grad for stat in whole.stats.values())
+    assert not any(stat.requires_grad for stat in whole.stats.values()) and {stat.dtype for stat in whole.stats.values()} == {torch.float64}
 
 
 def test_going_down_the_loss_makes_good_samples_likelier() -> None:
@@ -108,6 +112,7 @@ def test_the_share_that_is_clipped_is_counted_by_the_distance_from_one() -> None
     stats = ppo_clip(ratio.log(), torch.zeros(5).double(), torch.ones(5).double(), 0.05).stats
     assert float(stats["policy/clip_share"]) == pytest.approx(0.6)
     assert float(ppo_clip(vector(1.0).log(), vector(0), vector(1), 1e-9).stats["policy/clip_share"]) == 0
+    assert float(ppo_clip(vector(2.0).log(), vector(0), vector(1), 1.0).stats["policy/clip_share"]) == 0, "at the edge nothing is clipped yet"
 
 
 def test_the_score_function_by_hand_and_its_gradient_is_that_of_the_ratio_before_any_update() -> None:
@@ -163,15 +168,20 @@ def test_the_kl_mask_stops_only_what_is_outside_and_leads_further() -> None:
 
 
 def test_the_kl_mask_by_hand_on_two_numbers_and_against_finite_differences() -> None:
-    log_prob, old, kl, advantage = vector(0.2, -0.1).requires_grad_(), vector(0, 0), vector(0.05, 0.3), vector(1, 2)
+    log_prob, old, kl, advantage = vector(0.5, -0.3).requires_grad_(), vector(0.3, -0.2), vector(0.05, 0.3), vector(1, 2)
     loss = kl_mask(log_prob, old, kl, advantage, 0.1)
     assert float(loss.value.detach()) == pytest.approx(-(math.exp(0.2) + 2 * math.exp(-0.1)) / 2)
     assert float(loss.stats["policy/kl"]) == pytest.approx(0.175) and float(loss.stats["policy/loss"]) == float(loss.value.detach())
     assert torch.autograd.gradcheck(lambda x: kl_mask(x, old, kl, advantage, 0.1).value, log_prob)
     valid = torch.tensor([True, False])
-    masked = kl_mask(vector(0.2, float("nan")), old, vector(0.05, float("nan")), vector(1, float("nan")), 0.1, valid=valid)
-    assert float(masked.value) == pytest.approx(-math.exp(0.2)) and float(masked.stats["policy/kl"]) == pytest.approx(0.05)
-    assert float(masked.stats["policy/masked_share"]) == 0
+    half = vector(0.5, float("nan")).requires_grad_()
+    masked = kl_mask(half, old, vector(0.05, float("nan")), vector(1, float("nan")), 0.1, valid=valid)
+    masked.value.backward()
+    assert float(masked.value.detach()) == pytest.approx(-math.exp(0.2)) and half.grad is not None and half.grad.tolist() == pytest.approx([-math.exp(0.2), 0])
+    assert {name: float(stat) for name, stat in masked.stats.items()} == pytest.approx(
+        {"policy/loss": -math.exp(0.2), "policy/ratio": math.exp(0.2), "policy/masked_share": 0, "policy/kl": 0.05}
+    )
+    assert {stat.dtype for stat in masked.stats.values()} == {torch.float64}
 
 
 def test_a_policy_inside_the_region_has_the_same_gradient_under_clip_and_mask() -> None:
@@ -180,6 +190,23 @@ def test_a_policy_inside_the_region_has_the_same_gradient_under_clip_and_mask() 
     ppo_clip(one, old, advantage, 0.5).value.backward()
     kl_mask(two, old, vector(0, 0, 0), advantage, 1e-5).value.backward()
     assert_close(one.grad, two.grad)
+
+
+def test_how_hard_a_prompt_is_cancels_and_the_order_of_its_clips_changes_nothing() -> None:
+    """Two prompts of three clips, from rewards to the loss of each objective."""
+    reward, log_prob, old = vector(0.3, 0.9, 0.1, 5.0, 2.0, 4.0), vector(0.01, -0.02, 0.03, 0, 0.02, -0.01), vector(0, 0.01, 0, 0.02, 0, 0)
+    kl, order = vector(0, 1, 0, 1, 1, 0), torch.tensor([2, 0, 1, 4, 3, 5])
+
+    def losses(reward: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        advantage, valid, _ = group_advantage(reward[order], 3, divide_by="max_group_std")
+        given = log_prob[order], old[order]
+        found = score_function(given[0], advantage, valid=valid), ppo_clip(*given, advantage, 0.02, valid=valid), kl_mask(*given, kl[order], advantage, 0.5, valid=valid)
+        return torch.stack([loss.value for loss in found])
+
+    base = losses(reward, torch.arange(6))
+    assert_close(losses(reward + vector(7, 7, 7, -3, -3, -3), torch.arange(6)), base, atol=1e-12, rtol=0)
+    assert_close(losses(reward, order), base, atol=1e-12, rtol=0)
+    assert float(base.abs().min()) > 1e-3 and not torch.allclose(losses(reward + vector(7, 0, 0, 0, 0, 0), torch.arange(6)), base)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
@@ -261,13 +288,15 @@ def one_step_default(times: list[float], first: int) -> tuple[float, float]:
 
 def test_the_bias_of_the_one_step_default_is_what_the_readme_says() -> None:
     """It leaves out how the parameters move the deterministic steps. On the recipes' grid (6 steps, shift 3) most of the gradient is in the last one."""
-    for shift, share, cosine in ((3.0, 0.62, 0.43), (1.0, 1.08, 0.87)):
-        found = one_step_default(sampling_times(GaussianWorld().path, 6, shift=shift).double().tolist(), 5)
-        print(shift, found)
-        assert found == pytest.approx((share, cosine), abs=0.006)
+    (steep, askew), (even, straight) = (one_step_default(sampling_times(GaussianWorld().path, 6, shift=shift).double().tolist(), 5) for shift in (3.0, 1.0))
+    print(steep, askew, even, straight)
+    assert (steep, askew, even, straight) == pytest.approx((0.62, 0.43, 1.08, 0.87), abs=0.006)
+    assert f"5 times its mean is {steep:.0%} of the exact gradient at shift 3 and {even:.0%} at shift 1, and" in README
+    assert f"the cosine between the two is {askew:.2f} and {straight:.2f}." in README
     times = sampling_times(GaussianWorld().path, 6, shift=3.0).double().tolist()
     by_step = reward_gradient(GaussianWorld(), ancestral_rule(1.0), times, list(range(5)))
-    assert sum(by_step[:-1]) / sum(by_step) == pytest.approx(0.43, abs=0.005), "with noise in all steps but the last"
+    found = sum(by_step[:-1]) / sum(by_step)
+    assert found == pytest.approx(0.43, abs=0.005) and f"the score finds {found:.0%} of it" in README, "with noise in all steps but the last"
 
 
 def test_one_noisy_step_estimates_its_own_part_and_the_pathwise_term_the_steps_behind_it() -> None:

@@ -34,6 +34,15 @@ def test_the_loss_by_hand_on_two_pairs() -> None:
     )
 
 
+def test_the_accuracy_counts_pairs_however_large_their_margin() -> None:
+    loss = flow_dpo(vector(0, 1, 0.9), vector(5, 1.1, 1), vector(1, 1, 1), vector(1, 1.2, 1), 2.0)  # margins 5, -0.1, 0.1
+    assert float(loss.stats["preference/accuracy"]) == pytest.approx(2 / 3) and float(loss.stats["preference/margin"]) == pytest.approx(5 / 3)
+
+
+def test_a_beta_below_one_is_no_error() -> None:
+    assert float(flow_dpo(vector(0), vector(2), vector(1), vector(1), 0.5).value) == pytest.approx(math.log1p(math.exp(-0.5)))
+
+
 def test_at_the_reference_the_loss_is_log_two_and_the_accuracy_a_half() -> None:
     error = vector(0.3, 0.7)
     loss = flow_dpo(error, error + 1, error, error + 1, 500.0)

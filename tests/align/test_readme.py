@@ -1,4 +1,4 @@
-"""The README's code blocks run as they stand; its tables and the code name each other."""
+"""The README's code blocks run as they stand; its tables and the code name each other, papers included (that what it names exists: `tests/test_docs.py`)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ALIGN = Path(__file__).parents[2] / "align"
 README = ALIGN / "README.md"
 TEXT = README.read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.S)
-NAMED = re.findall(r"`([\w/]+\.py):(\w+)`", TEXT)
-MODULES = [*sorted(path for path in (ALIGN / "objectives").glob("*.py") if path.stem != "__init__"), *(ALIGN / f"{stem}.py" for stem in ("advantage", "critic", "constraints"))]
+NAMED = re.findall(r"`([\w/]+\.py):(\w+)", TEXT)
+MODULES = [*sorted((ALIGN / "objectives").glob("*.py")), *(ALIGN / f"{stem}.py" for stem in ("advantage", "constraints", "critic", "kernels", "trajectory", "windows"))]
 
 
 def test_the_readme_has_code_blocks_tables_and_modules_to_look_at() -> None:
-    assert len(BLOCKS) >= 4 and len(set(NAMED)) > 45 and len(MODULES) == 8
+    assert len(BLOCKS) >= 4 and len(set(NAMED)) > 70 and len(MODULES) == 12
 
 
 def test_the_code_blocks_of_the_readme_run_one_after_the_other() -> None:
@@ -37,48 +37,71 @@ def source(name: str) -> Path:
     return places[0]
 
 
-def public(path: Path) -> dict[str, str]:
-    """{name: docstring with those of its public methods} of a module's public functions and classes, read from the source."""
-    found = {}
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            found[node.name] = ast.get_docstring(node) or ""
-    return found
-
-
-@pytest.mark.parametrize(("file", "name"), sorted(set(NAMED)))
-def test_what_the_readme_names_is_there(file: str, name: str) -> None:
-    assert name in public(source(file))
+def public(path: Path) -> dict[str, ast.FunctionDef | ast.ClassDef]:
+    """A module's public functions and classes, read from the source."""
+    body = ast.parse(path.read_text()).body
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_every_public_function_of_the_maths_is_in_a_table_of_the_readme(path: Path) -> None:
-    missing = {name for name in public(path) if (path.name, name) not in NAMED}
+def test_every_public_function_of_the_maths_is_in_the_readme(path: Path) -> None:
+    missing = public(path).keys() - {name for file, name in NAMED if source(file) == path}
     assert not missing and public(path)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_every_public_function_of_the_maths_has_a_docstring(path: Path) -> None:
-    assert all(public(path).values())
+    assert all(ast.get_docstring(node) for node in public(path).values())
 
 
-PAPERS = [line for line in TEXT.split("## From a paper")[1].split("\n## ")[0].splitlines() if "arXiv" in line]
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
 
 
-@pytest.mark.parametrize("row", PAPERS, ids=lambda row: row.split("arXiv ")[1][:10])
-def test_the_code_a_paper_leads_to_leads_back_to_the_paper(row: str) -> None:
-    (identifier,) = re.findall(r"arXiv (\d{4}\.\d{5})", row)
-    code = re.findall(r"`([\w/]+\.py):(\w+)`", row)
-    assert code
-    for file, name in code:
-        module = ast.get_docstring(ast.parse(source(file).read_text())) or ""
-        assert identifier in public(source(file))[name] + module, f"{file}:{name} does not cite arXiv {identifier}"
+PAPERS = [cells(row) for row in TEXT.split("## From a paper")[1].split("\n## ")[0].splitlines() if row.startswith("|")][2:]
+CITATION = re.compile(r"\d{4}\.\d{5}|[A-Z]\w+(?: et al\.| & \w+)? \d{4}$")  # of a first cell: an arXiv number, or authors and year
+
+
+@pytest.mark.parametrize("row", PAPERS, ids=lambda row: row[0])
+def test_the_code_a_paper_leads_to_leads_back_to_the_paper(row: list[str]) -> None:
+    paper, equation, code = row
+    (citation,) = CITATION.findall(paper)
+    named = re.findall(r"`([\w/]+\.py):(\w+)`", code)
+    assert equation and named
+    for file, name in named:
+        module = ast.parse(source(file).read_text())
+        said = f"{ast.get_docstring(module)} {ast.get_docstring(public(source(file))[name])}"
+        assert citation in said, f"{file}:{name} does not cite {citation}"
 
 
 def test_every_paper_that_the_maths_cites_is_in_the_table() -> None:
-    listed = {identifier for row in PAPERS for identifier in re.findall(r"arXiv (\d{4}\.\d{5})", row)}
+    listed = {citation for paper, _, _ in PAPERS for citation in CITATION.findall(paper)}
     cited = {identifier for path in MODULES for identifier in re.findall(r"(\d{4}\.\d{5})", path.read_text())}
-    assert len(listed) > 25 and cited <= listed, sorted(cited - listed)
+    assert len(listed) > 35 and cited <= listed, sorted(cited - listed)
+
+
+ROWS = {name: cells(row) for row in TEXT.splitlines() for file, name in re.findall(r"^\| `([\w/]+\.py):(\w+)", row)}
+
+
+def returning(*kinds: str) -> list[ast.FunctionDef]:
+    """The public functions of the maths that return one of these."""
+    nodes = [node for path in MODULES for node in public(path).values() if isinstance(node, ast.FunctionDef)]
+    return [node for node in nodes if node.returns is not None and ast.unparse(node.returns) in kinds]
+
+
+@pytest.mark.parametrize("node", returning("Loss", "Advantage", "Advantages"), ids=lambda node: node.name)
+def test_every_objective_and_advantage_has_its_equation_symbols_source_unit_and_known_failure(node: ast.FunctionDef) -> None:
+    assert len(ROWS[node.name]) == 6 and all(ROWS[node.name]), ROWS[node.name]
+
+
+@pytest.mark.parametrize("node", returning("Loss"), ids=lambda node: node.name)
+def test_every_objective_says_its_paper_and_its_known_failure_where_it_is_defined(node: ast.FunctionDef) -> None:
+    said = ast.get_docstring(node) or ""
+    assert "nown failure" in said and re.search(r"arXiv \d{4}\.\d{5}", said)
+
+
+def test_there_are_objectives_to_look_at() -> None:
+    assert len(returning("Loss")) == 8 and len(returning("Loss", "Advantage", "Advantages")) == 12
 
 
 def test_every_table_has_as_many_cells_in_each_row_as_in_its_head() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -31,7 +30,10 @@ def test_the_error_is_numpys_mean_over_everything_but_clips() -> None:
     u, target = draws(3, 2, 2, 3, 3)
     want = ((u.double().numpy() - target.double().numpy()) ** 2).mean((1, 2, 3, 4))
     assert_close(clip_error(u, target).double(), torch.tensor(want), atol=1e-6, rtol=0)
-    assert clip_error(u.bfloat16(), target.bfloat16()).dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float64):
+        kinds = [clip_error(u.to(dtype), target).dtype, clip_error(u, target.to(dtype)).dtype]
+        packed = [packed_clip_error(a.flatten(1), b.flatten(1), torch.arange(3), 3).dtype for a, b in ((u.to(dtype), target), (u, target.to(dtype)))]
+        assert {*kinds, *packed} == {torch.float32}
 
 
 def test_given_elements_take_no_part_in_the_mean_or_the_gradient() -> None:
@@ -56,11 +58,12 @@ def test_every_clip_counts_the_same_however_many_tokens_it_has() -> None:
 
 
 def test_weights_and_masks_by_hand() -> None:
-    error = torch.tensor([1.0, 2.0, float("nan")], requires_grad=True)
-    loss = flow_matching(error, weight=torch.tensor([3.0, 1.0, 1.0]), valid=torch.tensor([True, True, False]))
+    error, weight = torch.tensor([1.0, 2.0, float("nan")], requires_grad=True), torch.tensor([3.0, 1.0, 1.0], requires_grad=True)
+    loss = flow_matching(error, weight=weight, valid=torch.tensor([True, True, False]))
     assert float(loss.value.detach()) == pytest.approx(2.5) and float(loss.stats["flow_matching/error"]) == pytest.approx(1.5)
+    assert float(loss.stats["flow_matching/loss"]) == float(loss.value.detach()) and not any(stat.requires_grad for stat in loss.stats.values())
     loss.value.backward()
-    assert error.grad is not None and error.grad.tolist() == [1.5, 0.5, 0.0]
+    assert error.grad is not None and error.grad.tolist() == [1.5, 0.5, 0.0] and weight.grad is None
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
@@ -80,8 +83,21 @@ def test_the_exact_velocity_has_zero_gradient_and_the_residual_of_the_closed_for
     assert float(loss.value.detach()) == pytest.approx(want, rel=0.01) and abs(gradient) < 0.01
 
 
-def test_the_gradient_is_the_finite_difference() -> None:
-    u, target = (x.requires_grad_(i == 0) for i, x in enumerate(draws(2, 3)))
-    flow_matching(clip_error(u, target)).value.backward()
-    assert u.grad is not None
-    np.testing.assert_allclose(u.grad.numpy(), (2 * (u.detach() - target) / 6).numpy(), atol=1e-6)
+def test_the_gradient_is_the_finite_difference_of_dense_and_of_packed_clips() -> None:
+    """The loss is quadratic, so that a central difference is exact at any width, 1 here."""
+    u, target = draws(2, 3)
+    segment, weight = torch.tensor([0, 1]), torch.tensor([1.0, 3.0])
+    for error in (clip_error, lambda u, target: packed_clip_error(u, target, segment, 2)):
+        at = u.clone().requires_grad_()
+        flow_matching(error(at, target), weight=weight).value.backward()  # type: ignore[operator]
+        for place in ((0, 0), (1, 2)):
+            step = torch.zeros_like(u)
+            step[place] = 1.0
+            ends = [float(flow_matching(error(u + sign * step, target), weight=weight).value) for sign in (1, -1)]  # type: ignore[operator]
+            assert at.grad is not None and float(at.grad[place]) == pytest.approx((ends[0] - ends[1]) / 2, abs=1e-6)
+
+
+def test_the_order_of_clips_does_not_matter() -> None:
+    u, target = draws(3, 2, 2, 3, 3)
+    order, weight = torch.tensor([2, 0, 1]), torch.tensor([1.0, 3.0, 2.0])
+    assert_close(flow_matching(clip_error(u[order], target[order]), weight=weight[order]).value, flow_matching(clip_error(u, target), weight=weight).value)

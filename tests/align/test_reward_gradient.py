@@ -203,6 +203,15 @@ def test_the_ascent_by_hand_with_and_without_a_hinge() -> None:
     assert torch.autograd.gradcheck(lambda r: reward_ascent(r, hinge=2.0).value, reward.detach().double().requires_grad_())
 
 
+def test_how_hard_a_prompt_is_moves_no_gradient_and_the_order_of_clips_changes_nothing() -> None:
+    clip, order = torch.tensor([0.3, 0.9, 0.1, 5.0], requires_grad=True), torch.tensor([2, 0, 3, 1])
+    plain = reward_ascent(clip.square())
+    easier = reward_ascent(clip.square() + torch.tensor([7.0, 7.0, -3.0, -3.0]))  # of two prompts
+    gradients = [torch.autograd.grad(loss.value, clip)[0] for loss in (plain, easier)]
+    assert torch.equal(gradients[0], gradients[1]) and float((easier.value - plain.value).detach()) == pytest.approx(-2)
+    assert_close(reward_ascent(clip[order].square()).value, plain.value)
+
+
 def test_an_unknown_reward_is_masked_and_counted_also_under_a_hinge() -> None:
     for hinge in (None, 5.0):
         reward = torch.tensor([1.0, math.nan, 3.0, 4.0], requires_grad=True)

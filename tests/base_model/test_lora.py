@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,14 @@ def test_a_shadow_starts_as_a_copy_and_trains_nothing() -> None:
     with using(net, "old"):
         assert torch.equal(net(X), out)
     assert shadow.state_dict().keys() == adapter_state(net).keys()
+
+
+def test_what_trains_beside_the_adapter_goes_on_training_beside_a_shadow() -> None:
+    net = network()
+    net.base_model.model[0].base_layer.bias.requires_grad_(True)
+    wanted = trained(net)
+    ShadowAdapter(net, "old")
+    assert trained(net) == wanted and "base_model.model.0.base_layer.bias" in wanted
 
 
 def test_a_shadow_keeps_what_it_was_while_the_other_trains_until_it_follows() -> None:
@@ -149,6 +159,20 @@ def test_names_that_peft_would_mix_up_are_refused() -> None:
     for name in ("2", "weight", "lora_A", "a.b", ""):
         with pytest.raises(ValueError, match="cannot be called"):
             ShadowAdapter(net, name)
+    shadow = ShadowAdapter(net, "layer")  # inside the name of a part, base_layer, but no part
+    assert shadow.state_dict().keys() == adapter_state(net).keys()
+
+
+def test_wrapping_a_network_warns_of_nothing_that_peft_does_for_itself() -> None:
+    class OfTransformers(nn.Sequential):
+        @property
+        def is_gradient_checkpointing(self) -> bool:
+            warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=2)
+            return False
+
+    logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
+    add_lora(OfTransformers(nn.Linear(3, 4)), rank=2, alpha=4, targets="0")
+    assert logging.getLogger("bitsandbytes").level == logging.ERROR
 
 
 def test_a_shadow_is_saved_and_comes_back_through_a_file(tmp_path: Path) -> None:
