@@ -152,7 +152,8 @@ class Arm:
     def compare(self, file: str) -> Answer:
         """What ours makes of an epoch that `_trl_worker.capture` wrote: largest differences of log-probabilities, of gradients and of the step.
 
-        The gradient's is the largest over the parameters' tensors of |ours - trl's| / |trl's|; the step's is that of all parameters together.
+        The gradient's is the largest over the parameters' tensors of |ours - trl's| / |trl's|, where a norm below a thousandth of the largest counts as that: a bias before a
+        norm of its channel has a gradient of nothing but rounding. The step's is that of all parameters together.
         """
         tensors = load_file(file)
         parameters = {name.removeprefix(PEFT): p for name, p in self.model.network.named_parameters() if p.requires_grad}
@@ -198,7 +199,9 @@ NAMES = ("latents", "timesteps", "next_latents", "log_probs", "advantages", "emb
 
 def differences(theirs: Mapping[str, Tensor], gradients: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Answer:
     """Of gradients, of the step and of parameters, between ours and the tensors of `_trl_worker.capture`."""
-    gradient = max(float((gradients[name] - theirs[f"gradient.{name}"]).norm() / theirs[f"gradient.{name}"].norm()) for name in gradients)
+    norms = {name: float(theirs[f"gradient.{name}"].norm()) for name in gradients}
+    least = max(norms.values()) / 1000
+    gradient = max(float((gradients[name] - theirs[f"gradient.{name}"]).norm()) / max(norm, least) for name, norm in norms.items())
     apart = torch.cat([(after[name].detach() - theirs[f"after.{name}"]).flatten() for name in gradients])
     moved = torch.cat([(theirs[f"after.{name}"] - theirs[f"before.{name}"]).flatten() for name in gradients])
     return {"gradient_difference": gradient, "update_difference": float(apart.norm() / moved.norm()), "parameter_difference": float(apart.abs().max())}

@@ -156,7 +156,8 @@ def capture(trainer: Any, file: str) -> Answer:
     keep("before", lambda p: p)
     trainer.step(0, 0)
     keep("after", lambda p: p)
-    save_file({f"{n:04d}.{name}": tensor.contiguous() for n, call in enumerate(calls) for name, tensor in call.items()} | weights, file)
+    tensors = {f"{n:04d}.{name}": tensor for n, call in enumerate(calls) for name, tensor in call.items()} | weights
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     return {"losses": len(calls)}
 
 
