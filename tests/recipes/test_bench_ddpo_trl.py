@@ -1,4 +1,4 @@
-"""DDPO beside trl: our log-probabilities, gradients and step against trl's published formulas, written here once more in float64; passes, rows, verdicts and errors of the bench."""
+"""DDPO beside trl: our log-probabilities, gradients and step against trl's published formulas, written here once more in float64; passes, rows, verdicts, errors."""
 
 from __future__ import annotations
 
