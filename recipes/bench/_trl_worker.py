@@ -90,11 +90,14 @@ def build(spec: dict[str, Any]) -> Handlers:
         train_cfg=spec["guidance"] > 1,
         train_timestep_fraction=(spec["steps"] - 0.5) / spec["steps"],  # all but one
     )
+    pipeline = DefaultDDPOStableDiffusionPipeline(spec["model"], use_lora=spec["train"] == "lora")
+    if spec["guidance"] <= 1:  # diffusers' old method puts the empty prompt in front even so, and trl's sampling fails on twice as many texts as images
+        pipeline.sd_pipeline._encode_prompt = lambda *given, prompt_embeds, **named: prompt_embeds
     trainer = DDPOTrainer(
         config,
         lambda images, texts, metadata: (images.mean((1, 2, 3)), [{}] * len(images)),
         lambda: (next(prompts), {}),
-        DefaultDDPOStableDiffusionPipeline(spec["model"], use_lora=spec["train"] == "lora"),
+        pipeline,
     )
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
     clock: dict[str, float] = {}
