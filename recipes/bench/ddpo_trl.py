@@ -1,7 +1,7 @@
 """Our DDPO beside trl's DDPOTrainer, on one tiny model of Stable Diffusion's classes: log-probabilities, gradients, seconds, memory.
 
 Both make the same epochs: the same fresh weights, prompts, samples, denoising steps, precision, threads, guidance and reward (mean brightness), as many forward and backward
-passes (counted by a hook), one optimizer step. trl's trainer runs unchanged, in an environment of its own, since DDPO left trl with 0.24; ours is the functions of `rushes ddpo`.
+passes (counted by a hook), one optimizer step. trl's trainer runs in an environment of its own, since DDPO left trl with 0.24; ours is the functions of `rushes ddpo`.
 Each is a process that works only when it is told to. They take turns, round after round, and nobody is always first; the first epoch of each is not counted.
 After the last round both learn from one epoch of trl's own samples, tensor for tensor.
 """
