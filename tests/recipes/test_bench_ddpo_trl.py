@@ -144,7 +144,7 @@ def test_an_epoch_of_ours_learns_what_trls_formulas_say(folder: Path, tmp_path: 
     found = ours.compare(str(tmp_path / "epoch.safetensors"))
     print(found)
     assert found["kernel_difference"] < 2e-6 and found["log_prob_difference"] < 2e-6
-    assert found["gradient_difference"] < 2e-3 and found["update_difference"] < (2e-3 if train == "lora" else 3e-2), "AdamW's first step is a sign, also of rounding"
+    assert found["gradient_difference"] < 1e-3 and found["update_difference"] < 3e-2, "AdamW's first step is a sign, also of rounding"
     assert found["parameter_difference"] <= 2.01 * 3e-4
 
 
