@@ -22,9 +22,9 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], device: torch.device)
     The results are in order and, to the bit, the same on any number of cores, if `work` neither draws from a shared generator nor changes what another call
     reads (adapters switched off, gradients added up). The first exception is raised when all that was begun has ended.
     """
-    if device.type != "cpu":
-        return [work(item) for item in items]
     cores, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    if device.type != "cpu" or cores == 1:  # what a further thread frees, the C library keeps for threads to come
+        return [work(item) for item in items]
 
     def alone(item: T) -> R:
         torch.set_num_threads(1)

@@ -12,7 +12,7 @@ channels/frames/height/width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,6 +46,19 @@ class Step(NamedTuple):
         """Some of the clips, as a smaller step."""
         kept, origin = self.origin[index].unique(return_inverse=True)  # [n'] and [b']
         return Step(self.x[kept], self.x_next[index], self.t[index], self.s[index], self.log_prob[index], self.rows[index], origin)
+
+
+def join_steps(steps: Sequence[Step]) -> Step:
+    """Steps of one trajectory as a single one, clips one behind the other: `replay` answers it in one forward pass, in the memory of as many clips.
+
+    Raises ValueError where there is none.
+    """
+    if not steps:
+        raise ValueError("no step to join: give at least one")
+    states = torch.tensor([0, *(len(step.x) for step in steps)]).cumsum(0).tolist()
+    origin = torch.cat([step.origin + before for step, before in zip(steps, states, strict=False)])  # [sum of b]
+    x, x_next, t, s, log_prob, rows, _ = (torch.cat(part) for part in zip(*steps, strict=True))
+    return Step(x, x_next, t, s, log_prob, rows, origin)
 
 
 @dataclass(frozen=True)

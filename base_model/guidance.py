@@ -19,11 +19,13 @@ class Guided:
 
     Two passes of the network a step; one where scale is 1, which is `model` itself. The model must have been trained with some captions dropped.
     train_empty: whether a gradient goes through the pass without prompt too. The velocity is the same, so what was sampled is replayed either way.
+    joined: whether both passes are one of 2 B rows, which suits small batches. Where only one of them has a gradient, they stay two.
     """
 
     model: VideoModel
     scale: float
     train_empty: bool = True
+    joined: bool = False
 
     @cached_property
     def unprompted(self) -> Conditioning:
@@ -44,10 +46,13 @@ class Guided:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """x_t [B,C,F,H,W], t [B] -> u [B,C,F,H,W]."""
-        u = self.model(x_t, t, cond)  # [B,C,F,H,W]
         if self.scale == 1:
-            return u
+            return self.model(x_t, t, cond)
         unprompted = replace(self.unprompted.repeat(len(cond)), known=cond.known)  # B: a visual prompt holds in both passes
+        if self.joined and self.train_empty:
+            u, empty = self.model(torch.cat([x_t, x_t]), t.expand(len(x_t)).repeat(2), cond.followed_by(unprompted)).chunk(2)  # [B,C,F,H,W] each
+            return empty + self.scale * (u - empty)
+        u = self.model(x_t, t, cond)  # [B,C,F,H,W]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_empty):
             empty = self.model(x_t, t, unprompted)  # [B,C,F,H,W]
         return empty + self.scale * (u - empty)

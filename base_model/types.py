@@ -11,6 +11,7 @@ from typing import Protocol, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from base_model.paths import Path
 
@@ -77,6 +78,16 @@ class Conditioning:
     def repeat(self, n: int) -> Conditioning:
         """Each prompt n times in a row, B -> B n."""
         return self[torch.arange(len(self)).repeat_interleave(n)]
+
+    def followed_by(self, other: Conditioning) -> Conditioning:
+        """The conditions of both, clips of `other` last. Shorter texts are padded. Raises ValueError where only one of them holds `pooled` or `known`."""
+        if (self.pooled is None) != (other.pooled is None) or (self.known is None) != (other.known is None):
+            raise ValueError("conditions that hold different things cannot be one batch")
+        longest = max(self.text.shape[1], other.text.shape[1])
+        text, mask = ([pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1])) for part in parts] for parts in ((self.text, other.text), (self.mask, other.mask)))
+        pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
+        known = None if self.known is None or other.known is None else Known(torch.cat([self.known.values, other.known.values]), torch.cat([self.known.mask, other.known.mask]))
+        return Conditioning((*self.prompts, *other.prompts), torch.cat(text), torch.cat(mask), pooled, known)
 
     def to(self, device: torch.device) -> Conditioning:
         """The same conditions with their tensors on `device`."""

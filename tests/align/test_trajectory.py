@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from align.kernels import CPS, ODE, Ancestral, DanceSDE, FlowSDE, Kernel
-from align.trajectory import Trajectory, finish, path_kl, replay, rollout, transition
+from align.trajectory import Trajectory, finish, join_steps, path_kl, replay, rollout, transition
 from base_model.guidance import Guided
 from base_model.paths import Path, RectifiedFlow, VariancePreserving
 from base_model.types import Conditioning, LatentSpec
@@ -322,6 +322,28 @@ def test_some_clips_of_a_shared_step_are_a_smaller_shared_step() -> None:
     assert len(last.x) == 1 and last.rows.tolist() == [4, 5] and torch.equal(last.t, step.t[4:]) and torch.equal(last.s, step.s[4:])
     assert torch.equal(last.x[0], step.x[1])
     assert_close(replay(model, Ancestral(0.8), last, shared.cond).log_prob(last.x_next), step.log_prob[4:], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_joined_steps_are_replayed_in_one_pass_with_the_log_probabilities_and_gradients_of_each(branches: int) -> None:
+    model, kernel = TinyModel(RectifiedFlow()), Ancestral(0.8)
+    taken = rollout(model, kernel, start(), torch.linspace(1, 0, 6), cond(6), noise=seeded(), stochastic=[1, 2, 3], branches=branches)
+    apart = [step.select(torch.tensor([4, 1, 5])) for step in taken.steps()[:2]] + taken.steps()[2:]
+    joined = join_steps(apart)
+    model.calls.clear()
+    together = replay(model, kernel, joined, taken.cond).log_prob(joined.x_next)
+    each = torch.cat([replay(model, kernel, step, taken.cond).log_prob(step.x_next) for step in apart])
+    assert model.calls == [len(joined.x), *(len(step.x) for step in apart)] and len(together) == 3 + 3 + 6 * branches
+    assert_close(together, each, atol=1e-6, rtol=0)
+    assert_close(joined.log_prob, each.detach(), atol=1e-6, rtol=0)
+    weight = torch.arange(1.0, 1 + len(each))
+    gradients = [torch.autograd.grad((found * weight).sum(), list(model.network.parameters())) for found in (together, each)]
+    for ours, wanted in zip(*gradients, strict=True):
+        assert_close(ours, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-4)
+    (alone,) = taken.steps()[:1]
+    assert torch.equal(join_steps([alone]).origin, alone.origin)
+    with pytest.raises(ValueError, match="no step to join"):
+        join_steps([])
 
 
 def test_branches_take_the_noise_of_their_own_clip() -> None:

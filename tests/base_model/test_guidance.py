@@ -11,7 +11,7 @@ from base_model.guidance import Guided
 from base_model.networks.dit import DiTConfig
 from base_model.paths import Path
 from base_model.tiny import LatentVideoModel, build_tiny
-from base_model.types import Conditioning
+from base_model.types import Conditioning, Known
 from tests.worlds import PATHS, GaussianModel, GaussianWorld, conditions
 
 
@@ -82,6 +82,40 @@ def test_the_pass_without_prompt_is_trained_or_not_and_its_prompt_encoded_once()
     want = torch.autograd.grad((empty + 3.0 * (prompted - empty)).square().mean(), list(model.network.parameters()), allow_unused=True)
     torch.testing.assert_close(gradients[1], torch.cat([g.flatten() for g in want if g is not None]), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(gradients[0], gradients[1], rtol=0.1)
+
+
+@pytest.mark.parametrize(("train_empty", "passes"), [(True, 1), (False, 2)])
+def test_joined_passes_are_one_of_the_same_velocity_and_gradient(train_empty: bool, passes: int) -> None:
+    model, calls = small_model(), []
+    x, t, cond = inputs(model)
+    parameters, found = list(model.network.parameters()), []
+    for joined in (False, True):
+        guided = Guided(model, 3.0, train_empty=train_empty, joined=joined)
+        handle = model.network.register_forward_pre_hook(lambda *_: calls.append(1))
+        u = guided(x, t, cond)
+        handle.remove()
+        found.append((u.detach(), torch.autograd.grad(u.square().mean(), parameters, allow_unused=True)))
+    assert len(calls) == 2 + passes
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    for one, two in zip(found[0][1], found[1][1], strict=True):
+        assert (one is None) == (two is None)
+        if one is not None and two is not None:
+            torch.testing.assert_close(one, two, atol=1e-5 * (1 + float(two.abs().max())), rtol=1e-4)
+
+
+def test_conditions_behind_each_other_keep_their_own_tokens() -> None:
+    model = small_model()
+    one, other = model.encode_text(["a bar"]), model.encode_text(["a red circle moves left", ""])
+    both = one.followed_by(other)
+    assert both.prompts == ("a bar", "a red circle moves left", "") and len(both) == 3
+    for part, rows in ((one, slice(0, 1)), (other, slice(1, 3))):
+        assert torch.equal(both.text[rows][both.mask[rows]], part.text[part.mask]) and torch.equal(both.mask[rows].sum(1), part.mask.sum(1))
+    known = Known(torch.randn(1, 8, 1, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="hold different things"):
+        replace(one, known=known).followed_by(other)
+    again = replace(one, known=known, pooled=torch.ones(1, 3)).followed_by(replace(one, known=known, pooled=torch.zeros(1, 3)))
+    assert again.known is not None and again.pooled is not None
+    assert torch.equal(again.known.values, known.values.repeat(2, 1, 1, 1, 1)) and again.known.mask.shape == (2, 1, 2, 2) and again.pooled[:, 0].tolist() == [1, 0]
 
 
 def test_a_guided_model_is_a_video_model_with_the_same_parts() -> None:
