@@ -87,6 +87,17 @@ class Bank(BaseConfig):
     """Clips of each."""
 
 
+class Alone(BaseConfig):
+    """Training on the prompts at 100 % alone."""
+
+    policy: nft.Policy = nft.Policy(iterations=12, prompts=6, lr=4e-3)
+    """How NFT climbs there."""
+    safety: SafetyLimit = SafetyLimit(initial=1000.0, cap=1000.0)
+    """The limit. The costs of such a prompt's clips lie close together: at the recipes' cap the reward would outweigh them."""
+    clips: Count = 8
+    """Clips of each held-out prompt at 100 % that a finished run is measured on."""
+
+
 class Config(Bench):
     out: Path = Path("runs/bench-limits")
     """Folder of everything that is trained and measured; what is finished there is not repeated. `quick` keeps nothing."""
@@ -98,14 +109,12 @@ class Config(Bench):
     """The prompts."""
     policy: nft.Policy = nft.Policy(iterations=30)
     """How NFT climbs on the bank."""
-    alone: Count = 10
-    """Rollouts on the prompts at 100 % alone."""
+    alone: Alone = Alone()
+    """How it trains on the prompts at 100 % alone."""
     safety: SafetyLimit = SafetyLimit()
     """The limit, and how it is kept."""
-    clips: Count = 2
+    clips: Count = 4
     """Clips of each held-out prompt that a finished run is measured on."""
-    clips_alone: Count = 8
-    """Clips of each held-out prompt at 100 % that a run on these alone is measured on."""
     sampler: Sampler = Sampler()
     """How clips are denoised."""
 
@@ -197,11 +206,12 @@ class Blunt(Assessor):
 
 
 class Task(NamedTuple):
-    """What a run trains on, how long, and what it is measured on."""
+    """What a run trains on, how long and under which limit, and what it is measured on."""
 
     name: str
     training: Sequence[ShapesPrompt]
-    iterations: int
+    policy: nft.Policy
+    safety: SafetyLimit
     held_out: Sequence[ShapesPrompt]
     clips: int  # of each held-out prompt
 
@@ -222,8 +232,8 @@ def reward_of(cfg: Config, prompts: Sequence[ShapesPrompt]) -> Mixture:
 def climb(cfg: Config, out: Path, reward: Mixture, task: Task, arm: Arm, seed: int) -> dict[str, Any]:
     """NFT from the start in `out`: what its rollouts were like, and what the held-out clips of the finished policy are."""
     texts = tuple(prompt.text for prompt in task.training)
-    policy = cfg.policy.model_copy(update={"iterations": task.iterations, "evaluate_every": task.iterations + 1})
-    limit = {"constrained": arm != "unconstrained", "safety": cfg.safety}
+    policy = task.policy.model_copy(update={"evaluate_every": task.policy.iterations + 1})
+    limit = {"constrained": arm != "unconstrained", "safety": task.safety}
     settings = nft.Config(out=out, seed=seed, model=cfg.model, captions=texts, pessimism=0, guards=Guards(watch=False), policy=policy, sampler=cfg.sampler, **limit)
     run = Run(out, settings, seed=seed, resume=(out / "run.json").exists(), metrics=nft.METRICS)
     model = load_tiny(cfg.model).to(run.device)
@@ -238,8 +248,8 @@ def kept_climb(cfg: Config, out: Path, reward: Mixture, task: Task, arm: Arm, se
     """The same, gone through once for its settings."""
     folder = out / f"{task.name}-{arm.replace('/', '-')}-{seed}"
     prompts = {name: [prompt.text for prompt in asked] for name, asked in (("training", task.training), ("held_out", task.held_out))}
-    settings = {"version": VERSION, "network": network_lineage(cfg.model), "arm": arm, "seed": seed, "iterations": task.iterations, "clips": task.clips, **prompts}
-    settings |= {"policy": {**dump(cfg.policy), "iterations": task.iterations}, "safety": dump(cfg.safety), "sampler": dump(cfg.sampler)}
+    settings = {"version": VERSION, "network": network_lineage(cfg.model), "arm": arm, "seed": seed, "clips": task.clips, **prompts}
+    settings |= {"policy": dump(task.policy), "safety": dump(task.safety), "sampler": dump(cfg.sampler)}
     return kept(folder / "found.json", settings, partial(climb, cfg, folder / "run", reward, task, arm, seed))
 
 
@@ -375,10 +385,11 @@ def points(way: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def shrunk(cfg: Config) -> Config:
     """The quick form: shows that all of it runs, and nothing else."""
-    policy = cfg.policy.model_copy(update={key: min(most, getattr(cfg.policy, key)) for key, most in (("iterations", 2), ("prompts", 2), ("group_size", 4), ("updates", 1))})
-    bank = Bank(training=10, held_out=10, candidates=min(12, cfg.bank.candidates), takes=min(12, cfg.bank.takes))
-    less = {"seeds": cfg.seeds[:1], "alone": min(2, cfg.alone), "clips": 1, "clips_alone": min(2, cfg.clips_alone)}
-    return cfg.model_copy(update={**less, "bank": bank, "policy": policy})
+    small = {"iterations": 2, "prompts": 2, "group_size": 4, "updates": 1}
+    policy, alone_policy = (policy.model_copy(update={key: min(most, getattr(policy, key)) for key, most in small.items()}) for policy in (cfg.policy, cfg.alone.policy))
+    bank = Bank(training=10, held_out=10, candidates=min(4, cfg.bank.candidates), takes=min(4, cfg.bank.takes))
+    alone = cfg.alone.model_copy(update={"policy": alone_policy, "clips": min(2, cfg.alone.clips)})
+    return cfg.model_copy(update={"seeds": cfg.seeds[:1], "clips": 1, "bank": bank, "policy": policy, "alone": alone})
 
 
 def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], str]:
@@ -386,11 +397,11 @@ def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], str]:
     training, held_out = (make_bank(cfg, out / "bank", split) for split in ("train", "eval"))
     reward = reward_of(cfg, training.all)
     tasks = [
-        Task("bank", training.all, cfg.policy.iterations, held_out.all, cfg.clips),
-        Task("alone", training.always, cfg.alone, held_out.always, cfg.clips_alone),
+        Task("bank", training.all, cfg.policy, cfg.safety, held_out.all, cfg.clips),
+        Task("alone", training.always, cfg.alone.policy, cfg.alone.safety, held_out.always, cfg.alone.clips),
     ]
     arms: Mapping[str, tuple[Arm, ...]] = {"bank": ARMS, "alone": COSTS}
-    pace = Pace("limits, rollouts", sum(len(arms[task.name]) * task.iterations for task in tasks) * len(cfg.seeds))
+    pace = Pace("limits, rollouts", sum(len(arms[task.name]) * task.policy.iterations for task in tasks) * len(cfg.seeds))
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task in tasks:
         runs[task.name] = {START: [kept_start(cfg, out / "rl", task)]}
@@ -398,7 +409,7 @@ def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], str]:
             for arm in arms[task.name]:
                 fresh = not (out / "rl" / f"{task.name}-{arm.replace('/', '-')}-{seed}" / "found.json").exists()
                 runs[task.name].setdefault(arm, []).append(kept_climb(cfg, out / "rl", reward, task, arm, seed))
-                pace.advance(f"{task.name}, {arm}, seed {seed}", task.iterations, fresh=fresh)
+                pace.advance(f"{task.name}, {arm}, seed {seed}", task.policy.iterations, fresh=fresh)
     parts = {"bank": bank_rows(runs["bank"], held_out.places()), "alone": alone_rows(runs["alone"]), "way": way_rows(runs)}
     return {"claims": claims(cfg.safety.limit, parts), **parts}, page(panels(cfg, runs), STYLE)
 

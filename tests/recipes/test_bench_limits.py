@@ -26,7 +26,7 @@ from tests.recipes.small import BRIGHT, dazzled, save_small_network
 
 POLICY = "{iterations: 2, prompts: 2, group_size: 4, micro_batch: 8, updates: 1, lora_rank: 2}"
 SMALL = ["--sampler", "{steps: 2, frames: 5, height: 16, width: 16}", "--bank", "{training: 10, held_out: 10, candidates: 3, takes: 4}", "--policy", POLICY]
-SMALL += ["--seeds", "[0]", "--alone", "2", "--clips", "1", "--clips_alone", "2"]
+SMALL += ["--seeds", "[0]", "--alone.policy", POLICY, "--clips", "1", "--alone.clips", "2"]
 
 
 def strobing(number: int) -> list[ShapesPrompt]:
@@ -75,19 +75,20 @@ def test_a_blunt_cost_says_whether_a_clip_violates_and_nothing_else_is_changed()
     assert torch.equal(blunt.reward, graded.reward) and torch.equal(blunt.allowed, graded.allowed)
 
 
-def test_where_all_clips_violate_a_blunt_cost_leaves_the_order_to_the_reward_and_a_graded_one_does_not() -> None:
-    """Four clips of one prompt, all blocked; by the reward the worst flashes are the best."""
-    reward, violates = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.ones(4)
-    advantage = group_advantage(reward, 4)
+def test_where_all_clips_violate_a_blunt_cost_teaches_what_the_reward_teaches_and_a_graded_one_repels_the_worst() -> None:
+    """Four clips of one prompt, all blocked, so that nothing is learned from as good; A = min(0, (A_r - 3 (c - mean of the others)) / 4)."""
+    violates, nothing = torch.ones(4), torch.zeros(4, dtype=torch.bool)
 
-    def order(cost: torch.Tensor) -> list[int]:
-        seen = Assessment(reward, cost, violates, torch.zeros(4, dtype=torch.bool))
-        found: torch.Tensor = apply_limits(advantage, seen, Multiplier("P17", limit=0.02, initial=3.0), SafetyLimit(), 4).advantage
-        return found.argsort(descending=True, stable=True).tolist()
+    def taught(reward: torch.Tensor, cost: torch.Tensor) -> list[float]:
+        seen = Assessment(reward, cost, violates, nothing)
+        found: torch.Tensor = apply_limits(group_advantage(reward, 4), seen, Multiplier("P17", limit=0.02, initial=3.0), SafetyLimit(), 4).advantage
+        return found.tolist()
 
-    blunt, free = order(violates), order(torch.full((4,), 0.7))
-    assert blunt == free and blunt[-1] == 0, "a cost that is the same for all is none"
-    assert order(torch.tensor([0.55, 0.95, 0.97, 0.99]))[0] == 0, "the clip with the mildest flashes"
+    alike, graded = torch.zeros(4), torch.tensor([0.5, 0.6, 0.8, 0.9])
+    assert taught(alike, violates) == [0.0] * 4
+    assert taught(alike, graded) == pytest.approx([0.0, 0.0, -0.1, -0.2])
+    differing = torch.tensor([-1.0, 1.0, -1.0, 1.0])
+    assert taught(differing, violates) == [-0.25, 0.0, -0.25, 0.0], "the worse by the reward, whatever they cost"
 
 
 # Rows
@@ -164,7 +165,7 @@ def test_each_claim_fails_where_what_it_asks_is_not_so() -> None:
     for k, (where, wrong) in enumerate(spoiled):
         found = holds({**good, where: {**good[where], **wrong}}, alone(1.0, 0.25))
         assert [place for place, one in enumerate(found) if not one] == [k]
-    assert holds(good, alone(0.9, 0.25))[-2:] == [False, True] and holds(good, alone(1.0, 0.95))[-2:] == [True, False]
+    assert holds(good, alone(0.9, 0.25))[-2:] == [False, True] and holds(good, alone(1.0, 1.0))[-2:] == [True, False]
 
 
 def test_the_way_is_told_in_blocks_of_rollouts() -> None:
@@ -203,5 +204,5 @@ def test_all_of_it_runs_and_what_is_finished_is_not_repeated(cfg: bench.Config, 
 
 
 def test_quick_shrinks_and_leaves_smaller_requests_alone() -> None:
-    quick = bench.shrunk(load(bench.Config, None, ["--clips_alone", "1", "--policy.iterations", "1"]))
-    assert (quick.seeds, quick.alone, quick.clips_alone, quick.policy.iterations, quick.bank.training) == ((0,), 2, 1, 1, 10)
+    quick = bench.shrunk(load(bench.Config, None, ["--alone.clips", "1", "--policy.iterations", "1"]))
+    assert (quick.seeds, quick.alone.policy.iterations, quick.alone.clips, quick.policy.iterations, quick.bank.training) == ((0,), 2, 1, 1, 10)
