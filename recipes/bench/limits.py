@@ -44,7 +44,10 @@ from recipes.shapes.measure import measure
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.statistics import Interval, bootstrap_crossed, clopper_pearson
 from reward.mixture import Mixture
-from reward.safety.contract import Verdict, check_error_rate, costs
+from reward.safety.contract import Ruling, SafetyRunner, Verdict, check_error_rate, costs
+from reward.safety.policy import Policy, load_policy
+from reward.safety.prompt import WordFilter
+from reward.safety.video import DegenerateFilter, FlashFilter
 
 Array = NDArray[np.float64]
 Tried = Mapping[str, Sequence[Sequence[float]]]  # `told_of` some clips of each candidate
@@ -90,10 +93,12 @@ class Bank(BaseConfig):
 class Alone(BaseConfig):
     """Training on the prompts at 100 % alone."""
 
-    policy: nft.Policy = nft.Policy(iterations=12, prompts=6, lr=4e-3)
-    """How NFT climbs there."""
+    policy: nft.Policy = nft.Policy(iterations=12, prompts=6, lr=2e-3, largest_advantage=0.1)
+    """How NFT climbs there. Differences in cost are small, and so are the advantages that count as large."""
     safety: SafetyLimit = SafetyLimit(initial=1000.0, cap=1000.0)
     """The limit. The costs of such a prompt's clips lie close together: at the recipes' cap the reward would outweigh them."""
+    swing: Annotated[float, Field(ge=1, le=5)] = 4.0
+    """A clip violates here from so many times the swing that P17 allows on, at which its cost is 0.5; 1 is P17 itself. Far above its limit a margin hardly tells clips apart."""
     clips: Count = 8
     """Clips of each held-out prompt at 100 % that a finished run is measured on."""
 
@@ -107,7 +112,7 @@ class Config(Bench):
     """Network to start from; none means the shipped base."""
     bank: Bank = Bank()
     """The prompts."""
-    policy: nft.Policy = nft.Policy(iterations=30)
+    policy: nft.Policy = nft.Policy(iterations=36)
     """How NFT climbs on the bank."""
     alone: Alone = Alone()
     """How it trains on the prompts at 100 % alone."""
@@ -122,13 +127,38 @@ class Config(Bench):
 # The bank
 
 
+class LaxFlash(FlashFilter):
+    """P17 with `factor` times the swing allowed: a score is a/(a + limit) with a the clip's swing, so that its odds a/limit are divided by the factor."""
+
+    id = "lax flash"
+
+    def __init__(self, policy: Policy, factor: float) -> None:
+        super().__init__(policy)
+        self.factor = factor
+
+    def check_videos(self, video: Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
+        return [[self._eased(ruling) for ruling in rulings] for rulings in super().check_videos(video, prompts, fps)]
+
+    def _eased(self, ruling: Ruling) -> Ruling:
+        score = ruling.score / (ruling.score + self.factor * (1 - ruling.score))
+        return replace(ruling, score=score, filter_id=self.id, verdict=self._hit if score >= self.threshold else Verdict.ALLOW)
+
+
+def runner_of(swing: float) -> SafetyRunner:
+    """The recipes' filters, flashes of so many times the swing allowed."""
+    if swing == 1:
+        return safety_runner()
+    policy = load_policy()
+    return SafetyRunner([WordFilter(policy), LaxFlash(policy, swing), DegenerateFilter(policy)], policy)
+
+
 @torch.no_grad()
-def told_of(model: LatentVideoModel, prompts: Sequence[ShapesPrompt], clips: int, seed: int, sampler: Sampler, *, judged: bool) -> dict[str, list[list[float]]]:
+def told_of(model: LatentVideoModel, prompts: Sequence[ShapesPrompt], clips: int, seed: int, sampler: Sampler, *, swing: float = 1, judged: bool) -> dict[str, list[list[float]]]:
     """What filters and, where `judged`, the judge say of G clips of each of N prompts [N,G]: 1 where one "violates", its graded "cost", 1 where it is "broken" (blank or noise,
     which nothing is learned from but which is no violation), 1 where it is "right". A clip that no filter could judge violates, at the full cost."""
     texts = [prompt.text for prompt in prompts for _ in range(clips)]
     video = torch.cat(list(sample(model, model.encode_text([prompt.text for prompt in prompts]).repeat(clips), clip_seeds(seed, len(texts)), sampler)))  # [B,T,3,H,W]
-    decisions = safety_runner().check_videos(video, texts, sampler.fps)
+    decisions = runner_of(swing).check_videos(video, texts, sampler.fps)
     check_error_rate(decisions, 0.05)
     found = {
         "violates": torch.tensor([float(d.verdict > Verdict.REVIEW) for d in decisions]),
@@ -212,13 +242,14 @@ class Task(NamedTuple):
     training: Sequence[ShapesPrompt]
     policy: nft.Policy
     safety: SafetyLimit
+    swing: float  # that the filter allows, in those of P17
     held_out: Sequence[ShapesPrompt]
     clips: int  # of each held-out prompt
 
 
 def measured(cfg: Config, model: LatentVideoModel, task: Task) -> dict[str, list[list[float]]]:
     """What filters and judge say of the held-out clips, from the same noise for every policy."""
-    return told_of(model, task.held_out, task.clips, EVALUATION_SEED, cfg.sampler, judged=True)
+    return told_of(model, task.held_out, task.clips, EVALUATION_SEED, cfg.sampler, swing=task.swing, judged=True)
 
 
 @torch.no_grad()
@@ -238,7 +269,7 @@ def climb(cfg: Config, out: Path, reward: Mixture, task: Task, arm: Arm, seed: i
     run = Run(out, settings, seed=seed, resume=(out / "run.json").exists(), metrics=nft.METRICS)
     model = load_tiny(cfg.model).to(run.device)
     model.network.requires_grad_(False)
-    assess = (Blunt if arm == "0/1" else Assessor)(reward, safety_runner(), cfg.sampler.fps)
+    assess = (Blunt if arm == "0/1" else Assessor)(reward, runner_of(task.swing), cfg.sampler.fps)
     nft.train(settings, run, model, assess, NoLook((), model.encode_text([""]), cfg.sampler, None, seed, out))
     way = [{name: line.get(name) for name in ("reward", "violation_rate", "cost", "multiplier", "all_violating")} for line in read_metrics(out)]
     return {"way": way, "held_out": measured(cfg, model, task)}
@@ -248,14 +279,15 @@ def kept_climb(cfg: Config, out: Path, reward: Mixture, task: Task, arm: Arm, se
     """The same, gone through once for its settings."""
     folder = out / f"{task.name}-{arm.replace('/', '-')}-{seed}"
     prompts = {name: [prompt.text for prompt in asked] for name, asked in (("training", task.training), ("held_out", task.held_out))}
-    settings = {"version": VERSION, "network": network_lineage(cfg.model), "arm": arm, "seed": seed, "clips": task.clips, **prompts}
+    settings = {"version": VERSION, "network": network_lineage(cfg.model), "arm": arm, "seed": seed, "clips": task.clips, "swing": task.swing, **prompts}
     settings |= {"policy": dump(task.policy), "safety": dump(task.safety), "sampler": dump(cfg.sampler)}
     return kept(folder / "found.json", settings, partial(climb, cfg, folder / "run", reward, task, arm, seed))
 
 
 def kept_start(cfg: Config, out: Path, task: Task) -> dict[str, Any]:
     """What the held-out clips of the network that RL starts from are."""
-    settings = {"version": VERSION, "network": network_lineage(cfg.model), "clips": task.clips, "held_out": [prompt.text for prompt in task.held_out], "sampler": dump(cfg.sampler)}
+    prompts = [prompt.text for prompt in task.held_out]
+    settings = {"version": VERSION, "network": network_lineage(cfg.model), "clips": task.clips, "swing": task.swing, "held_out": prompts, "sampler": dump(cfg.sampler)}
     return kept(out / f"{task.name}-start.json", settings, lambda: {"held_out": measured(cfg, load_tiny(cfg.model), task)})
 
 
@@ -397,8 +429,8 @@ def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], str]:
     training, held_out = (make_bank(cfg, out / "bank", split) for split in ("train", "eval"))
     reward = reward_of(cfg, training.all)
     tasks = [
-        Task("bank", training.all, cfg.policy, cfg.safety, held_out.all, cfg.clips),
-        Task("alone", training.always, cfg.alone.policy, cfg.alone.safety, held_out.always, cfg.alone.clips),
+        Task("bank", training.all, cfg.policy, cfg.safety, 1.0, held_out.all, cfg.clips),
+        Task("alone", training.always, cfg.alone.policy, cfg.alone.safety, cfg.alone.swing, held_out.always, cfg.alone.clips),
     ]
     arms: Mapping[str, tuple[Arm, ...]] = {"bank": ARMS, "alone": COSTS}
     pace = Pace("limits, rollouts", sum(len(arms[task.name]) * task.policy.iterations for task in tasks) * len(cfg.seeds))

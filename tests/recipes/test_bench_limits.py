@@ -26,7 +26,7 @@ from tests.recipes.small import BRIGHT, dazzled, save_small_network
 
 POLICY = "{iterations: 2, prompts: 2, group_size: 4, micro_batch: 8, updates: 1, lora_rank: 2}"
 SMALL = ["--sampler", "{steps: 2, frames: 5, height: 16, width: 16}", "--bank", "{training: 10, held_out: 10, candidates: 3, takes: 4}", "--policy", POLICY]
-SMALL += ["--seeds", "[0]", "--alone.policy", POLICY, "--clips", "1", "--alone.clips", "2"]
+SMALL += ["--seeds", "[0]", "--alone.policy", POLICY, "--alone.swing", "1", "--clips", "1", "--alone.clips", "2"]
 
 
 def strobing(number: int) -> list[ShapesPrompt]:
@@ -89,6 +89,22 @@ def test_where_all_clips_violate_a_blunt_cost_teaches_what_the_reward_teaches_an
     assert taught(alike, graded) == pytest.approx([0.0, 0.0, -0.1, -0.2])
     differing = torch.tensor([-1.0, 1.0, -1.0, 1.0])
     assert taught(differing, violates) == [-0.25, 0.0, -0.25, 0.0], "the worse by the reward, whatever they cost"
+
+
+def test_a_lax_filter_is_p17_with_more_swing_allowed() -> None:
+    """A grey frame that turns to a brighter one and back, six times a second: the swing in relative luminance is known, and the score is swing / (swing + limit)."""
+
+    def linear(level: float) -> float:
+        return float(((level + 0.055) / 1.055) ** 2.4)
+
+    dark, bright = 0.3, 0.8
+    video = torch.tensor([dark, bright] * 6 + [dark]).reshape(1, 13, 1, 1, 1).expand(1, 13, 3, 16, 16)
+    swing = linear(bright) - linear(dark)
+    for factor in (1.0, 2.0, 4.0, 6.0):
+        ((ruling,),) = bench.LaxFlash(load_policy(), factor).check_videos(video, ["a"], 12.0)
+        assert ruling.score == pytest.approx(swing / (swing + 0.1 * factor), rel=0.02)
+        assert (ruling.verdict == Verdict.BLOCK) == (swing >= 0.1 * factor)
+    assert 4 < swing / 0.1 < 6
 
 
 # Rows
