@@ -93,7 +93,7 @@ class Bank(BaseConfig):
 class Alone(BaseConfig):
     """Training on the prompts at 100 % alone."""
 
-    policy: nft.Policy = nft.Policy(iterations=12, prompts=6, lr=2e-3, largest_advantage=0.1)
+    policy: nft.Policy = nft.Policy(iterations=24, prompts=6, lr=2e-3, largest_advantage=0.1)
     """How NFT climbs there. Differences in cost are small, and so are the advantages that count as large."""
     safety: SafetyLimit = SafetyLimit(initial=1000.0, cap=1000.0)
     """The limit. The costs of such a prompt's clips lie close together: at the recipes' cap the reward would outweigh them."""
@@ -112,7 +112,7 @@ class Config(Bench):
     """Network to start from; none means the shipped base."""
     bank: Bank = Bank()
     """The prompts."""
-    policy: nft.Policy = nft.Policy(iterations=36)
+    policy: nft.Policy = nft.Policy(iterations=32)
     """How NFT climbs on the bank."""
     alone: Alone = Alone()
     """How it trains on the prompts at 100 % alone."""
@@ -279,8 +279,8 @@ def kept_climb(cfg: Config, out: Path, reward: Mixture, task: Task, arm: Arm, se
     """The same, gone through once for its settings."""
     folder = out / f"{task.name}-{arm.replace('/', '-')}-{seed}"
     prompts = {name: [prompt.text for prompt in asked] for name, asked in (("training", task.training), ("held_out", task.held_out))}
-    settings = {"version": VERSION, "network": network_lineage(cfg.model), "arm": arm, "seed": seed, "clips": task.clips, "swing": task.swing, **prompts}
-    settings |= {"policy": dump(task.policy), "safety": dump(task.safety), "sampler": dump(cfg.sampler)}
+    told = {"policy": dump(task.policy), "safety": dump(task.safety), "sampler": dump(cfg.sampler)}
+    settings: Row = {"version": VERSION, "network": network_lineage(cfg.model), "arm": arm, "seed": seed, "clips": task.clips, "swing": task.swing, **prompts, **told}
     return kept(folder / "found.json", settings, partial(climb, cfg, folder / "run", reward, task, arm, seed))
 
 

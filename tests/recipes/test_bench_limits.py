@@ -16,6 +16,7 @@ from align.advantage import group_advantage
 from align.config import load
 from align.constraints import Multiplier
 from base_model.errors import UserError
+from recipes import nft
 from recipes.bench import limits as bench
 from recipes.feedback import Assessment, Assessor, SafetyLimit, apply_limits
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
@@ -212,7 +213,7 @@ def test_all_of_it_runs_and_what_is_finished_is_not_repeated(cfg: bench.Config, 
     text = file.read_text()
     assert "oes not hold: " in text and "## The held-out bank" in text and "limits.svg" in text
     assert (tmp_path / "results" / "limits.svg").read_text().startswith("<svg ")
-    monkeypatch.setattr(bench.nft, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(nft, "train", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(bench, "told_of", lambda *_, **__: pytest.fail("measured again"))
     assert bench.main(cfg)["rows"] == rows
     with pytest.raises(UserError, match="another safety"):
