@@ -93,11 +93,11 @@ class Bank(BaseConfig):
 class Alone(BaseConfig):
     """Training on the prompts at 100 % alone."""
 
-    policy: nft.Policy = nft.Policy(iterations=24, prompts=6, lr=2e-3, largest_advantage=0.1)
+    policy: nft.Policy = nft.Policy(iterations=30, prompts=6, lr=2e-3, largest_advantage=0.1)
     """How NFT climbs there. Differences in cost are small, and so are the advantages that count as large."""
     safety: SafetyLimit = SafetyLimit(initial=1000.0, cap=1000.0)
     """The limit. The costs of such a prompt's clips lie close together: at the recipes' cap the reward would outweigh them."""
-    swing: Annotated[float, Field(ge=1, le=5)] = 4.0
+    swing: Annotated[float, Field(ge=1, le=5)] = 2.0
     """A clip violates here from so many times the swing that P17 allows on, at which its cost is 0.5; 1 is P17 itself. Far above its limit a margin hardly tells clips apart."""
     clips: Count = 8
     """Clips of each held-out prompt at 100 % that a finished run is measured on."""
@@ -112,7 +112,7 @@ class Config(Bench):
     """Network to start from; none means the shipped base."""
     bank: Bank = Bank()
     """The prompts."""
-    policy: nft.Policy = nft.Policy(iterations=32)
+    policy: nft.Policy = nft.Policy(iterations=30)
     """How NFT climbs on the bank."""
     alone: Alone = Alone()
     """How it trains on the prompts at 100 % alone."""
