@@ -31,10 +31,10 @@ from base_model.errors import UserError
 from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.video.files import write_atomic
 from recipes import nft
+from recipes.bench._clock import NoLook
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.bench.hacking import unranked
-from recipes.bench._clock import NoLook
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
 from recipes.feedback import FLASHING, Assessment, Assessor, SafetyLimit, standardised
