@@ -461,9 +461,10 @@ HEADINGS = {"claims": "Asked", "bank": "The held-out bank", "alone": "After trai
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
+    small = shrunk(cfg) if cfg.quick else cfg
     if cfg.quick:
         with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, drawn = run_all(shrunk(cfg), Path(folder))
+            parts, drawn = run_all(small, Path(folder))
     else:
         parts, drawn = run_all(cfg, cfg.out)
     if cfg.write:
@@ -471,7 +472,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         remarks = [
             f"Does not hold: {'; '.join(failed)}." if failed else "Everything that is asked holds.",
             "![Violations on the way](limits.svg)",
-            f"{len(cfg.seeds)} seeds of RL from one network. Brackets are 95 % intervals; what each number is: [how to read](../README.md#how-to-read-limits).",
+            f"{len(small.seeds)} seeds of RL from one network. Brackets are 95 % intervals; what each number is: [how to read](../README.md#how-to-read-limits).",
         ]
         sections = {HEADINGS[part]: in_brackets(rows) for part, rows in parts.items()}
         write(cfg, "limits", here("limits", cfg), "A limit on flashing, held by RL", sections, remarks=remarks)
