@@ -16,6 +16,9 @@ Rules that make a killed and resumed run bit-identical to an uninterrupted one:
 - everything that changes in the loop is registered; it is restored when the loop begins, so code before the loop always sees the start of the run;
 - `metrics.jsonl` is cut back to the checkpoint; lines differ between such runs in `WALL_CLOCK_FIELDS` only.
 
+Under torchrun every process has the whole batch in mind, makes its `share` of the parts, and tells the others with `gather`; `backward_each` adds up what all of them found. So
+state is the same in all, the first one writes it, and a run may go on with another number of processes.
+
 On disk, from the first iteration on: `.lock`, `run.json` (config, seed, commit, versions), `metrics.jsonl`, `metrics.json` (one sentence a metric), `tensorboard/`,
 `checkpoints/<iteration>/` (safetensors, `state.json`, `run.json`; the last two are kept).
 """
@@ -33,16 +36,19 @@ import random
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from align import selfcheck
@@ -56,6 +62,7 @@ from base_model.errors import GuardStop, Interrupted, UserError
 from base_model.networks.packing import Segments
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 BUILT_IN_METRICS = {
     "iteration": "Index of the iteration that wrote the line, from 0; the number of iterations for lines written after the loop.",
@@ -66,6 +73,7 @@ WALL_CLOCK_FIELDS = frozenset({"seconds", "iteration_seconds", "clips_per_second
 """Metrics that depend on the machine: the only ones that differ between a resumed run and an uninterrupted one."""
 
 CHECKPOINTS_KEPT = 2
+LONGEST_WAIT = timedelta(hours=12)  # of processes for one another: the first one alone looks at held-out clips
 
 
 class Stateful(Protocol):
@@ -101,14 +109,15 @@ class Run:
         clash = sorted(set(metrics) & set(BUILT_IN_METRICS))
         if clash:
             raise ValueError(f"metrics {clash} are written by Run itself")
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        if self.accelerator.num_processes > 1:
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+        self.processes = self.accelerator.num_processes
+        if self.processes > 1:
             atexit.register(self.accelerator.end_training)  # torch aborts where its process group is still open at the end
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.out, self.cfg, self.seed, self.quiet = Path(out), cfg, seed, quiet or not self.is_main
         self.metrics = {**BUILT_IN_METRICS, **metrics}
         self.iteration = 0  # iterations finished; inside the loop also the index of the present one
-        self.forward_passes = 0
+        self._passes = self._own_passes = 0  # of all processes when they last told one another; of this one since
         self._counting = threading.Lock()
         self._registered: dict[str, tuple[Stateful, bool]] = {}
         self._looping = self._stopping = self._compared = False
@@ -123,6 +132,38 @@ class Run:
         self._claimed = False
         self._checkpoint = self._look(resume)
         self._resumed = self._description_file.exists()
+
+    # Several processes
+
+    def share(self, items: Sequence[T], key: str = "") -> list[T]:
+        """Which of the items, the same in all processes, are this one's: consecutive ones, in the order of the processes; all where there is one process.
+
+        key: what in the configuration makes the items. With it, raises UserError where a process would have none.
+        """
+        if key and len(items) < self.processes:
+            raise UserError(f"{self.processes} processes cannot share {len(items)} micro-batches, {key}. Lower it, or start fewer processes")
+        begin, end = (len(items) * rank // self.processes for rank in (self.accelerator.process_index, self.accelerator.process_index + 1))
+        return list(items[begin:end])
+
+    def gather(self, items: Iterable[T]) -> list[T]:
+        """The items of all processes, in the order of the processes: numbers, text, tensors on the CPU, and what holds them."""
+        return list(items) if self.processes == 1 else list(gather_object(list(items)))
+
+    def on_main(self, work: Callable[[], R]) -> R:
+        """What the first process finds, in all of them; the others wait. Its UserError or GuardStop is raised in all of them, too."""
+        if self.processes == 1:
+            return work()
+        told: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                told[0] = work()
+            except (UserError, GuardStop) as error:
+                told[1] = error
+        broadcast_object_list(told)
+        if told[1] is not None:
+            raise told[1]
+        found: R = told[0]
+        return found
 
     # Verbs of a recipe
 
@@ -195,14 +236,14 @@ class Run:
         """Adds the gradient of all losses of all parts of a batch; the parts go side by side on the CPU's cores (`in_threads`), the losses of one part one by one.
 
         losses: a generator that yields losses ready to be added, already divided by what the batch holds. The sum is taken in the order of the parts, so it does
-        not depend on the number of cores. Returns the losses without graph, in order. Raises GuardStop, before any optimizer sees it, where one is not finite.
+        not depend on the number of cores. parts: this process's `share` of them; gradients of all processes are added up. Returns the losses of all without graph,
+        in order. Without any loss gradients stay as they were. Raises GuardStop, before any optimizer sees it, where one is not finite.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
         def gradient(part: T) -> tuple[list[Tensor], list[Loss]]:
             total, seen = [torch.zeros_like(parameter) for parameter in parameters], []
             for loss in losses(part):
-                self._check_finite("loss", loss.value.detach())
                 for kept, new in zip(total, torch.autograd.grad(loss.value, parameters, allow_unused=True), strict=True):
                     if new is not None:
                         kept.add_(new)
@@ -210,10 +251,21 @@ class Run:
             return total, seen
 
         found = in_threads(gradient, parts, self.device)
-        for total, _ in found:
-            for parameter, new in zip(parameters, total, strict=True):
-                parameter.grad = new if parameter.grad is None else parameter.grad.add_(new)
-        return [loss for _, seen in found for loss in seen]
+        told = self._of_all_processes([loss for _, seen in found for loss in seen])
+        for loss in told:
+            if not bool(loss.value.isfinite()):
+                self._stop_not_finite("loss", loss.value)
+        if not told:
+            return []
+        gradients = found[0][0] if found else [torch.zeros_like(parameter) for parameter in parameters]
+        for total, _ in found[1:]:
+            for kept, new in zip(gradients, total, strict=True):
+                kept.add_(new)
+        if self.processes > 1:
+            gradients = self.accelerator.reduce(gradients, reduction="sum")
+        for parameter, new in zip(parameters, gradients, strict=True):
+            parameter.grad = new if parameter.grad is None else parameter.grad.add_(new)
+        return told
 
     def step(self, optimizer: Any, max_grad_norm: float, scheduler: Any = None) -> float:
         """Clips the gradient to `max_grad_norm`, steps the optimizer (and the scheduler) and clears the gradient; returns its norm before clipping.
@@ -240,6 +292,7 @@ class Run:
         if unknown:
             raise ValueError(f"undocumented metrics {unknown}: give each one a sentence in the `metrics` of Run")
         values = {name: self._mean_over_ranks(value) for name, value in scalars.items()}
+        self._add_up_passes()
         if self._checkpoint is not None and not self._looping:
             return
         self._claim()
@@ -258,10 +311,16 @@ class Run:
     def save(self) -> None:
         """Writes `checkpoints/<iteration>` (whole or not at all) and drops all but the last two. Raises UserError where the disk is full."""
         self._claim()
+        self._add_up_passes()
         states = {name: flatten(self._state_of(*entry)) for name, entry in self._registered.items()}
         if self.is_main:
             self._write(states)
         self.accelerator.wait_for_everyone()
+
+    @property
+    def forward_passes(self) -> int:
+        """Clips through the counted networks since the run began; of other processes up to the last line of metrics or checkpoint."""
+        return self._passes + self._own_passes
 
     @property
     def seconds(self) -> float:
@@ -286,7 +345,9 @@ class Run:
         """Raises UserError where `out` cannot be used; returns the checkpoint to go on from, if any. Writes nothing into a new folder."""
         self._resolved = resolved(self.cfg)
         check_can_write(self.out)
-        if not self._description_file.exists():
+        begun = self._description_file.exists()
+        self.accelerator.wait_for_everyone()  # or one would find the run that another has just begun
+        if not begun:
             return None
         if not resume:
             raise UserError(f"{self.out} already holds a run. Use --resume to go on with it, or another --out")
@@ -359,6 +420,7 @@ class Run:
             "stopped": self._stopping,
             "seconds": self.seconds,
             "forward_passes": self.forward_passes,
+            "processes": self.processes,
             "metrics_bytes": self._metrics_file.stat().st_size,
         }
 
@@ -377,8 +439,15 @@ class Run:
             else:
                 thing.load_state_dict(value)
         self.iteration, self._stopping = state["iteration"], state["stopped"]
-        self.forward_passes = state["forward_passes"]
+        self._passes, self._own_passes = state["forward_passes"], 0
+        self._say_processes(state.get("processes", 1))
         self._seconds_before, self._begun = state["seconds"], time.monotonic()
+
+    def _say_processes(self, before: int) -> None:
+        if before != self.processes and not self.quiet:
+            saved, now = (f"{number} process{'es' * (number > 1)}" for number in (before, self.processes))
+            same = "batches and random streams are the same, shared among them otherwise; sums over them round otherwise, so numbers agree to rounding, not to the bit"
+            print(f"{self._label}: saved by {saved}, goes on with {now}: {same}", file=sys.stderr, flush=True)
 
     def _state_of(self, thing: Stateful, trainable_only: bool) -> Any:
         state = thing.state_dict()
@@ -418,7 +487,7 @@ class Run:
         tensor = torch.as_tensor(value, dtype=torch.float64).detach()
         if tensor.numel() != 1:
             raise ValueError(f"log takes scalars, got a tensor of shape {tuple(tensor.shape)}")
-        if self.accelerator.num_processes == 1:
+        if self.processes == 1:
             return float(tensor)
         return float(self.accelerator.reduce(tensor.reshape(1).to(self.device), reduction="mean"))
 
@@ -426,15 +495,17 @@ class Run:
 
     def _compare_ranks(self, parameters: Sequence[nn.Parameter]) -> None:
         """Once, and only where there are several ranks: all are about to make the same step."""
-        if self._compared or self.accelerator.num_processes == 1:
+        if self._compared or self.processes == 1:
             return
         self._compared = True
         norms = torch.stack([torch.zeros((), device=self.device) if one.grad is None else one.grad.detach().norm() for one in parameters]).double()  # [n]
         selfcheck.equal_ranks(self.accelerator.gather(norms[None]))
 
     def _check_finite(self, what: str, value: Tensor) -> None:
-        if not self._any_rank(not bool(torch.isfinite(value).all())):
-            return
+        if self._any_rank(not bool(torch.isfinite(value).all())):
+            self._stop_not_finite(what, value)
+
+    def _stop_not_finite(self, what: str, value: Tensor) -> NoReturn:
         saved = latest_checkpoint(self.out)
         kept = f"the last checkpoint is {saved}" if saved else "nothing was saved yet"
         raise GuardStop(
@@ -443,7 +514,7 @@ class Run:
         )
 
     def _any_rank(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
+        if self.processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor([float(flag)], device=self.device), reduction="sum") > 0)
 
@@ -453,9 +524,17 @@ class Run:
             first = next((value for value in given if isinstance(value, kind)), None)
             if first is not None:
                 with self._counting:
-                    self.forward_passes += len(first) * self.accelerator.num_processes
+                    self._own_passes += len(first)
                 return
         raise ValueError("a counted network was called without a tensor")
+
+    def _add_up_passes(self) -> None:
+        self._passes, self._own_passes = self._passes + sum(self.gather([self._own_passes])), 0
+
+    def _of_all_processes(self, losses: list[Loss]) -> list[Loss]:
+        if self.processes == 1:
+            return losses
+        return self.gather(Loss(loss.value.cpu(), {name: stat.cpu() for name, stat in loss.stats.items()}) for loss in losses)
 
     def _seed_globals(self, stream: str, index: int) -> None:
         seed = derived_seed(self.seed, f"{stream}/rank {self.accelerator.process_index}", index)

@@ -171,6 +171,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     clips = p.prompts * p.group_size
     alike = p.group_size if p.method == "dgpo" else 1  # clips side by side that are noised alike
     batches = torch.arange(clips).split(max(1, p.micro_batch // alike) * alike)
+    mine = run.share(batches, "policy.micro_batch")
 
     for i in run.iterations(p.iterations, save_every=p.save_every, label="nft"):
         looked = feedback.look(run, held_out, model, assess, watch, i, every=p.evaluate_every)
@@ -179,8 +180,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         cond = pool[torch.tensor(sampler[i]).repeat_interleave(p.group_size)]  # B
         noise = run.noise(model.latents.shape(cfg.sampler.clip), clips, "rollout", i * clips)  # [B,C,F,H,W]
         with using(model.network, "old") if old is not None else nullcontext():
-            taken = in_threads(partial(feedback.roll_out_clean, model, times, cond, noise), batches, run.device)
-        seen = assess.finished(model, [made.x0 for made in taken], cond)
+            taken = in_threads(partial(feedback.roll_out_clean, model, times, cond, noise), mine, run.device)
+        seen = assess.finished(model, [made.x0 for made in taken], cond[torch.cat(mine)], gather=run.gather)
         advantage = group_advantage(seen.reward, p.group_size)
         if i == 0:
             selfcheck.known_rewards(seen.reward)
@@ -197,10 +198,10 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         noised = []
         for _ in range(p.updates):
             t = stratified_logit_normal(model.path, clips, shift=p.time_shift, generator=generator)  # [B]
-            for rows, made in zip(batches, taken, strict=True):
-                first = torch.arange(len(rows)) // alike * alike  # [b]
-                eps = torch.randn(made.x0.shape, generator=generator)[first].to(run.device)  # [b,C,F,H,W]
-                at = t[rows][first].to(run.device)  # [b]
+            drawn = torch.randn(clips, *noise.shape[1:], generator=generator)  # [B,C,F,H,W]
+            for rows, made in zip(mine, taken, strict=True):
+                first = rows // alike * alike  # [b]
+                eps, at = drawn[first].to(run.device), t[first].to(run.device)  # [b,C,F,H,W] and [b]
                 noised.append(Noised(rows, made.cond, add_noise(model.path, made.x0, eps, at), at, model.path.velocity(made.x0, eps, at)))
         asked = p.kl_coef > 0 or p.method == "dgpo"  # whether the SFT policy takes part
         with torch.no_grad():
@@ -210,14 +211,14 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
                 sft = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised if asked else noised[:1], run.device)
         if i == 0:
             in_threads(lambda part: feedback.check_first_velocity(model, part[0].x_t, part[0].t, part[0].cond, *part[1:]), [(noised[0], made_by[0], sft[0])], run.device)
-        distance = clip_error(made_by[0], sft[0]).mean()
+        distance = run.gather([clip_error(made_by[0], sft[0]).mean().cpu()])[0]
         prior = sft if asked else [None] * len(noised)
 
         # 3. Move the policy.
         losses, norms = [], []
         known = float(limited.valid.sum().clamp_min(1))
         for u in range(p.updates):
-            part = slice(u * len(batches), (u + 1) * len(batches))
+            part = slice(u * len(mine), (u + 1) * len(mine))
             share = list(zip(noised[part], made_by[part], prior[part], strict=True))
             losses += run.backward_each(optimizer, partial(batch_loss, p, model, lessons, known), share)
             norms.append(run.step(optimizer, p.max_grad_norm))

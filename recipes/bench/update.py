@@ -32,7 +32,7 @@ from base_model.types import Conditioning
 from recipes import ddpo, grpo
 from recipes.bench._results import Bench, Row, here, spread, write
 from recipes.ddpo import Policy as DDPOPolicy
-from recipes.feedback import Assessment, Assessor, Feedback, HeldOut, Look, standardised
+from recipes.feedback import Assessment, Assessor, Feedback, Gather, HeldOut, Look, standardised
 from recipes.generate import Sampler, safety_runner
 from recipes.grpo import Policy as GRPOPolicy
 from recipes.guards import Guards
@@ -116,9 +116,9 @@ class TimedModel(LatentVideoModel):
 class TimedAssessor(Assessor):
     laps: Laps = field(default_factory=Laps)
 
-    def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None) -> Assessment:
+    def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None, *, gather: Gather = list) -> Assessment:
         self.laps.lap("rollout")
-        seen = super().finished(model, x0, cond, video)
+        seen = super().finished(model, x0, cond, video, gather=gather)
         self.laps.lap("reward")
         return seen
 
