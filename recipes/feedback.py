@@ -481,7 +481,7 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
     scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps) if reward else None
     assess = Assessor(scorer, safety_runner(), cfg.sampler.fps, looks=cfg.constrained)
-    if isinstance(scorer, LatentMixture) and not cfg.constrained:
+    if isinstance(scorer, LatentMixture) and not cfg.constrained and run.is_main:
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)
     encode_all(model, training_prompts(cfg)[1], texts)
     watch = train(cfg, run, model, assess, held_out)

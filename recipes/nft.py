@@ -208,10 +208,11 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
             with using(model.network, "old") if old is not None else nullcontext():
                 made_by = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised, run.device)  # [b,C,F,H,W] each
             with reference(model.network):
-                sft = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised if asked else noised[:1], run.device)
+                told = noised if asked else noised[:1] if run.is_main or i == 0 else []
+                sft = in_threads(lambda each: model(each.x_t, each.t, each.cond), told, run.device)
         if i == 0:
             in_threads(lambda part: feedback.check_first_velocity(model, part[0].x_t, part[0].t, part[0].cond, *part[1:]), [(noised[0], made_by[0], sft[0])], run.device)
-        distance = run.gather([clip_error(made_by[0], sft[0]).mean().cpu()])[0]
+        distance = run.gather([clip_error(made_by[0], sft[0]).mean().cpu()] if sft else [])[0]
         prior = sft if asked else [None] * len(noised)
 
         # 3. Move the policy.
