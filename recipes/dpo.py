@@ -158,13 +158,13 @@ class HeldOutPairs:
     """Pairs of rankings that are not learned from, at fixed noise: does the policy order them as people do?"""
 
     def __init__(self, p: Policy, model: LatentVideoModel, takes: Sequence[Takes], run: Run) -> None:
-        """What the SFT policy says of them is asked here, once."""
+        """What the SFT policy says of them is asked here, once, in the process that looks at them."""
         self._model, self._device, generator = model, run.device, run.generator("held-out pairs", 0)
         chosen = numbered(takes, torch.randperm(count(takes), generator=generator)[: p.held_out_pairs].tolist(), p.micro_batch)
         levels = quantile_times(model.path, QUANTILES).tolist()
         self._parts = [[noised(each, rows, torch.full((len(rows),), t), generator, run.device) for t in levels] for each, rows in chosen]
         with reference(model.network):
-            self._before = run.on_main(lambda: [self._errors(part) for part in self._parts])
+            self._before = [self._errors(part) for part in self._parts] if run.is_main else []
 
     def accuracy(self) -> dict[str, float]:
         """The metric, under its name; nothing where no pairs are held out."""

@@ -39,9 +39,7 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(300)
+        self.process.communicate(timeout=300)
 
     def run(self, words: Sequence[str], *, processes: int = 1, kill: tuple[str, int] | None = None, victim: int = 0) -> Ended:
         """`rushes words` in so many processes. kill: SIGKILL for the victim when it comes to a moment for the n-th time, and then for the others."""
