@@ -16,6 +16,9 @@ Rules that make a killed and resumed run bit-identical to an uninterrupted one:
 - everything that changes in the loop is registered; it is restored when the loop begins, so code before the loop always sees the start of the run;
 - `metrics.jsonl` is cut back to the checkpoint; lines differ between such runs in `WALL_CLOCK_FIELDS` only.
 
+Under torchrun every process has the whole batch in mind, makes its `share` of the parts, and tells the others with `gather`; `backward_each` adds up what all of them found. So
+state is the same in all, the first one writes it, and a run may go on with another number of processes.
+
 On disk, from the first iteration on: `.lock`, `run.json` (config, seed, commit, versions), `metrics.jsonl`, `metrics.json` (one sentence a metric), `tensorboard/`,
 `checkpoints/<iteration>/` (safetensors, `state.json`, `run.json`; the last two are kept).
 """
@@ -33,16 +36,19 @@ import random
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from align import selfcheck
@@ -56,6 +62,7 @@ from base_model.errors import GuardStop, Interrupted, UserError
 from base_model.networks.packing import Segments
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 BUILT_IN_METRICS = {
     "iteration": "Index of the iteration that wrote the line, from 0; the number of iterations for lines written after the loop.",
@@ -67,6 +74,7 @@ WALL_CLOCK_FIELDS = frozenset({"seconds", "iteration_seconds", "clips_per_second
 """Metrics that depend on the machine: the only ones that differ between a resumed run and an uninterrupted one."""
 
 CHECKPOINTS_KEPT = 2
+LONGEST_WAIT = timedelta(hours=12)  # of processes for one another: the first one alone looks at held-out clips
 
 
 class Stateful(Protocol):
@@ -102,14 +110,15 @@ class Run:
         clash = sorted(set(metrics) & set(BUILT_IN_METRICS))
         if clash:
             raise ValueError(f"metrics {clash} are written by Run itself")
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        if self.accelerator.num_processes > 1:
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+        self.processes = self.accelerator.num_processes
+        if self.processes > 1:
             atexit.register(self.accelerator.end_training)  # torch aborts where its process group is still open at the end
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.out, self.cfg, self.seed, self.quiet = Path(out), cfg, seed, quiet or not self.is_main
         self.metrics = {**BUILT_IN_METRICS, **metrics}
         self.iteration = 0  # iterations finished; inside the loop also the index of the present one
-        self.forward_passes = self.forward_equivalents = 0
+        self._spent, self._own = [0, 0], [0, 0]  # forward passes and -equivalents: of all processes when they last told one another; of this one since
         self._counting = threading.Lock()
         self._looks = False
         self._registered: dict[str, tuple[Stateful, bool]] = {}
@@ -125,6 +134,38 @@ class Run:
         self._claimed = False
         self._checkpoint = self._look(resume)
         self._resumed = self._description_file.exists()
+
+    # Several processes
+
+    def share(self, items: Sequence[T], key: str = "") -> list[T]:
+        """Which of the items, the same in all processes, are this one's: consecutive ones, in the order of the processes; all where there is one process.
+
+        key: what in the configuration makes the items. With it, raises UserError where a process would have none.
+        """
+        if key and len(items) < self.processes:
+            raise UserError(f"{self.processes} processes cannot share {len(items)} micro-batches, {key}. Lower it, or start fewer processes")
+        begin, end = (len(items) * rank // self.processes for rank in (self.accelerator.process_index, self.accelerator.process_index + 1))
+        return list(items[begin:end])
+
+    def gather(self, items: Iterable[T]) -> list[T]:
+        """The items of all processes, in the order of the processes: numbers, text, tensors on the CPU, and what holds them."""
+        return list(items) if self.processes == 1 else list(gather_object(list(items)))
+
+    def on_main(self, work: Callable[[], R]) -> R:
+        """What the first process finds, in all of them; the others wait. Its UserError or GuardStop is raised in all of them, too."""
+        if self.processes == 1:
+            return work()
+        told: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                told[0] = work()
+            except (UserError, GuardStop) as error:
+                told[1] = error
+        broadcast_object_list(told)
+        if told[1] is not None:
+            raise told[1]
+        found: R = told[0]
+        return found
 
     # Verbs of a recipe
 
@@ -207,14 +248,14 @@ class Run:
         """Adds the gradient of all losses of all parts of a batch; the parts go side by side on the CPU's cores (`in_threads`), the losses of one part one by one.
 
         losses: a generator that yields losses ready to be added, already divided by what the batch holds. The sum is taken in the order of the parts, so it does
-        not depend on the number of cores. Returns the losses without graph, in order. Raises GuardStop, before any optimizer sees it, where one is not finite.
+        not depend on the number of cores. parts: this process's `share` of them; gradients of all processes are added up. Returns the losses of all without graph,
+        in order. Without any loss gradients stay as they were. Raises GuardStop, before any optimizer sees it, where one is not finite.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
         def gradient(part: T) -> tuple[list[Tensor], list[Loss]]:
             total, seen = [torch.zeros_like(parameter) for parameter in parameters], []
             for loss in losses(part):
-                self._check_finite("loss", loss.value.detach())
                 for kept, new in zip(total, torch.autograd.grad(loss.value, parameters, allow_unused=True), strict=True):
                     if new is not None:
                         kept.add_(new)
@@ -222,15 +263,26 @@ class Run:
             return total, seen
 
         found = in_threads(gradient, parts, self.device)
-        for total, _ in found:
-            for parameter, new in zip(parameters, total, strict=True):
-                parameter.grad = new if parameter.grad is None else parameter.grad.add_(new)
-        return [loss for _, seen in found for loss in seen]
+        told = self._of_all_processes([loss for _, seen in found for loss in seen])
+        for loss in told:
+            if not bool(loss.value.isfinite()):
+                self._stop_not_finite("loss", loss.value)
+        if not told:
+            return []
+        gradients = found[0][0] if found else [torch.zeros_like(parameter) for parameter in parameters]
+        for total, _ in found[1:]:
+            for kept, new in zip(gradients, total, strict=True):
+                kept.add_(new)
+        if self.processes > 1:
+            gradients = self.accelerator.reduce(gradients, reduction="sum")
+        for parameter, new in zip(parameters, gradients, strict=True):
+            parameter.grad = new if parameter.grad is None else parameter.grad.add_(new)
+        return told
 
     def step(self, optimizer: Any, max_grad_norm: float, scheduler: Any = None) -> float:
         """Clips the gradient to `max_grad_norm`, steps the optimizer (and the scheduler) and clears the gradient; returns its norm before clipping.
 
-        Raises GuardStop, leaving the weights as they were, where the norm is not finite, and before the first step where ranks have different gradients.
+        Raises GuardStop, leaving the weights as they were, where the norm is not finite, and before the first step where ranks hold other gradients or weights, or draw other numbers.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._compare_ranks(parameters)
@@ -252,6 +304,7 @@ class Run:
         if unknown:
             raise ValueError(f"undocumented metrics {unknown}: give each one a sentence in the `metrics` of Run")
         values = {name: self._mean_over_ranks(value) for name, value in scalars.items()}
+        self._add_up_passes()
         if self._checkpoint is not None and not self._looping:
             return
         self._claim()
@@ -271,10 +324,21 @@ class Run:
     def save(self) -> None:
         """Writes `checkpoints/<iteration>` (whole or not at all) and drops all but the last two. Raises UserError where the disk is full."""
         self._claim()
+        self._add_up_passes()
         states = {name: flatten(self._state_of(*entry)) for name, entry in self._registered.items()}
         if self.is_main:
             self._write(states)
         self.accelerator.wait_for_everyone()
+
+    @property
+    def forward_passes(self) -> int:
+        """Clips through the counted networks since the run began; of other processes up to the last line of metrics or checkpoint."""
+        return self._spent[0] + self._own[0]
+
+    @property
+    def forward_equivalents(self) -> int:
+        """What training alone cost, in forward passes of a clip; of other processes the same."""
+        return self._spent[1] + self._own[1]
 
     @property
     def seconds(self) -> float:
@@ -299,7 +363,9 @@ class Run:
         """Raises UserError where `out` cannot be used; returns the checkpoint to go on from, if any. Writes nothing into a new folder."""
         self._resolved = resolved(self.cfg)
         check_can_write(self.out)
-        if not self._description_file.exists():
+        begun = self._description_file.exists()
+        self.accelerator.wait_for_everyone()  # or one would find the run that another has just begun
+        if not begun:
             return None
         if not resume:
             raise UserError(f"{self.out} already holds a run. Use --resume to go on with it, or another --out")
@@ -373,6 +439,7 @@ class Run:
             "seconds": self.seconds,
             "forward_passes": self.forward_passes,
             "forward_equivalents": self.forward_equivalents,
+            "processes": self.processes,
             "metrics_bytes": self._metrics_file.stat().st_size,
         }
 
@@ -391,8 +458,15 @@ class Run:
             else:
                 thing.load_state_dict(value)
         self.iteration, self._stopping = state["iteration"], state["stopped"]
-        self.forward_passes, self.forward_equivalents = state["forward_passes"], state["forward_equivalents"]
+        self._spent, self._own = [state["forward_passes"], state["forward_equivalents"]], [0, 0]
+        self._say_processes(state.get("processes", 1))
         self._seconds_before, self._begun = state["seconds"], time.monotonic()
+
+    def _say_processes(self, before: int) -> None:
+        if before != self.processes and not self.quiet:
+            saved, now = (f"{number} process{'es' * (number > 1)}" for number in (before, self.processes))
+            same = "batches and random streams are the same, shared among them otherwise; sums over them round otherwise, so numbers agree to rounding, not to the bit"
+            print(f"{self._label}: saved by {saved}, goes on with {now}: {same}", file=sys.stderr, flush=True)
 
     def _state_of(self, thing: Stateful, trainable_only: bool) -> Any:
         state = thing.state_dict()
@@ -432,23 +506,27 @@ class Run:
         tensor = torch.as_tensor(value, dtype=torch.float64).detach()
         if tensor.numel() != 1:
             raise ValueError(f"log takes scalars, got a tensor of shape {tuple(tensor.shape)}")
-        if self.accelerator.num_processes == 1:
+        if self.processes == 1:
             return float(tensor)
         return float(self.accelerator.reduce(tensor.reshape(1).to(self.device), reduction="mean"))
 
     # Guards
 
     def _compare_ranks(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Once, and only where there are several ranks: all are about to make the same step."""
-        if self._compared or self.accelerator.num_processes == 1:
+        """Once, and only where there are several ranks: all hold the same weights, draw the same numbers, and are about to make the same step."""
+        if self._compared or self.processes == 1:
             return
         self._compared = True
-        norms = torch.stack([torch.zeros((), device=self.device) if one.grad is None else one.grad.detach().norm() for one in parameters]).double()  # [n]
-        selfcheck.equal_ranks(self.accelerator.gather(norms[None]))
+        gradients = [torch.zeros((), device=self.device) if one.grad is None else one.grad.detach().norm() for one in parameters]
+        drawn = torch.randn((), generator=self.generator("ranks", 0)).to(self.device)
+        held = torch.stack([*gradients, *(one.detach().norm() for one in parameters), drawn]).double()  # [2n+1]
+        selfcheck.equal_ranks(self.accelerator.gather(held[None]))
 
     def _check_finite(self, what: str, value: Tensor) -> None:
-        if not self._any_rank(not bool(torch.isfinite(value).all())):
-            return
+        if self._any_rank(not bool(torch.isfinite(value).all())):
+            self._stop_not_finite(what, value)
+
+    def _stop_not_finite(self, what: str, value: Tensor) -> NoReturn:
         saved = latest_checkpoint(self.out)
         kept = f"the last checkpoint is {saved}" if saved else "nothing was saved yet"
         raise GuardStop(
@@ -457,7 +535,7 @@ class Run:
         )
 
     def _any_rank(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
+        if self.processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor([float(flag)], device=self.device), reduction="sum") > 0)
 
@@ -466,22 +544,29 @@ class Run:
         first = next((value for kind in (Segments, Tensor) for value in given if isinstance(value, kind)), None)
         if first is None:
             raise ValueError("a counted network was called without a tensor")
-        return len(first) * self.accelerator.num_processes
+        return len(first)
 
     def _count_forward(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         clips = self._clips(arguments, named)
-        with self._counting:
-            self.forward_passes += clips
-        self._spend(clips)
+        self._spend(clips, clips)
 
     def _count_backward(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
             clips = self._clips(arguments, named)
-            output.register_hook(lambda gradient: self._spend(2 * clips))
+            output.register_hook(lambda gradient: self._spend(0, 2 * clips))
 
-    def _spend(self, forward_equivalents: int) -> None:
+    def _spend(self, passes: int, equivalents: int) -> None:
         with self._counting:
-            self.forward_equivalents += 0 if self._looks else forward_equivalents
+            self._own[0] += passes
+            self._own[1] += 0 if self._looks else equivalents
+
+    def _add_up_passes(self) -> None:
+        self._spent, self._own = [before + sum(new) for before, new in zip(self._spent, zip(*self.gather([self._own]), strict=True), strict=True)], [0, 0]
+
+    def _of_all_processes(self, losses: list[Loss]) -> list[Loss]:
+        if self.processes == 1:
+            return losses
+        return self.gather(Loss(loss.value.cpu(), {name: stat.cpu() for name, stat in loss.stats.items()}) for loss in losses)
 
     def _seed_globals(self, stream: str, index: int) -> None:
         seed = derived_seed(self.seed, f"{stream}/rank {self.accelerator.process_index}", index)

@@ -145,11 +145,11 @@ def kl_gradient(policy: Gaussian, reference: Gaussian, parameters: Iterable[nn.P
     return norm
 
 
-def equal_ranks(gradients: Tensor) -> float:
-    """How far gradients of R ranks are apart before the first update, as a share of their norm. gradients: norms of n parameters on each rank, [R,n]."""
-    norm = float(gradients[0].norm())
-    apart = float((gradients - gradients[0]).norm(dim=1).max())
+def equal_ranks(held: Tensor) -> float:
+    """How far R ranks are apart before the first update, as a share of a norm. held: norms of gradients and weights, and a number each has drawn, on each rank, [R,n]."""
+    norm = float(held[0].norm())
+    apart = float((held - held[0]).norm(dim=1).max())
     share = apart / norm if norm > 0 else apart
-    remedy = "average them over ranks, or give every rank the same clips"
-    _tell(RANKS, share <= RANKS_APART, f"gradients of {len(gradients)} ranks are {share:.2g} of their norm apart, allowed {RANKS_APART:g}", remedy)
+    remedy = "start all ranks with the same files, configuration and seed"
+    _tell(RANKS, share <= RANKS_APART, f"gradients, weights and draws of {len(held)} ranks are {share:.2g} of their norm apart, allowed {RANKS_APART:g}", remedy)
     return share

@@ -117,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, as_json=as_json, debug="--debug" in flags)
     finally:
         signal.signal(signal.SIGTERM, before)
+    if int(os.environ.get("RANK", "0")):  # under torchrun the first process speaks for all
+        return 0
     if as_json:
         return _say(json.dumps({"help": result} if isinstance(result, str) else plain(result)))
     return _say(result if isinstance(result, str) else _lines(plain(result)))

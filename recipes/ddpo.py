@@ -136,7 +136,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     feedback.check_steps(cfg.sampler)
     clips, branches = p.prompts * p.group_size, p.group_size if p.same_noise else 1
     together = max(1, p.micro_batch // branches) * branches
-    batches = [torch.arange(clips)[k : k + together] for k in range(0, clips, together)]
+    batches = torch.arange(clips).split(together)
     if p.updates > len(batches):
         raise UserError(f"policy.updates is {p.updates}, but {clips} clips in micro-batches of {together} cannot be shared among so many. Lower policy.micro_batch")
     prompt_ids, texts = feedback.training_prompts(cfg)
@@ -156,6 +156,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     if not p.same_noise:
         run.register("statistics", statistics)
     sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
+    own = run.share(range(len(batches)), "policy.micro_batch")
+    mine = [batches[k] for k in own]
 
     for i in run.iterations(p.iterations, save_every=p.save_every, label="ddpo"):
         # 1. Look at the held-out prompts now and then.
@@ -171,10 +173,10 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
             noise = noise[:: p.group_size].repeat_interleave(p.group_size, dim=0)
         injected = torch.randn(cfg.sampler.steps, len(cond), *latent_shape, generator=generator).to(run.device)  # [K,B,C,F,H,W]
         roll_out = partial(roll_out_some, policy, kernel, times, cond, noise, injected, noisy, branches)
-        rollouts = in_threads(roll_out, batches, run.device)
+        rollouts = in_threads(roll_out, mine, run.device)
 
         # 3. Ask for reward and cost; compare each clip with what its prompt usually gets.
-        seen = assess.finished(model, [taken.x0 for taken in rollouts], cond)
+        seen = assess.finished(model, [taken.x0 for taken in rollouts], cond[torch.cat(mine)], gather=run.gather)
         if p.same_noise:
             advantage = group_advantage(seen.reward, p.group_size, divide_by="max_group_std")
         else:
@@ -187,11 +189,11 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 
         # 4. Move the policy: replay the noisy steps, weigh their log-probabilities.
         losses, norms = [], []
-        priors = [prior_of(policy, kernel, rollouts[0]), *[None] * (len(batches) - 1)]
-        parts = [Replayed(*part) for part in zip(batches, rollouts, priors, strict=True)]
+        priors = [prior_of(policy, kernel, taken) if k == 0 else None for k, taken in zip(own, rollouts, strict=True)]
+        parts = {k: Replayed(*part) for k, *part in zip(own, mine, rollouts, priors, strict=True)}
         for u in range(p.updates):
-            share = parts[u :: p.updates]
-            known = limited.valid[torch.cat([part.rows for part in share])].sum().clamp_min(1)  # clips this update learns from
+            share = [parts[k] for k in range(u, len(batches), p.updates) if k in parts]
+            known = limited.valid[torch.cat(batches[u :: p.updates])].sum().clamp_min(1)  # clips this update learns from
             losses += run.backward_each(optimizer, partial(losses_of, p, policy, kernel, limited, float(known)), share)
             norms.append(run.step(optimizer, p.max_grad_norm, schedule))
         kl = float(losses[0].stats["kl"])

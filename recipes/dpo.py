@@ -158,13 +158,13 @@ class HeldOutPairs:
     """Pairs of rankings that are not learned from, at fixed noise: does the policy order them as people do?"""
 
     def __init__(self, p: Policy, model: LatentVideoModel, takes: Sequence[Takes], run: Run) -> None:
-        """What the SFT policy says of them is asked here, once."""
+        """What the SFT policy says of them is asked here, once, in the process that looks at them."""
         self._model, self._device, generator = model, run.device, run.generator("held-out pairs", 0)
         chosen = numbered(takes, torch.randperm(count(takes), generator=generator)[: p.held_out_pairs].tolist(), p.micro_batch)
         levels = quantile_times(model.path, QUANTILES).tolist()
         self._parts = [[noised(each, rows, torch.full((len(rows),), t), generator, run.device) for t in levels] for each, rows in chosen]
         with reference(model.network):
-            self._before = [self._errors(part) for part in self._parts]
+            self._before = [self._errors(part) for part in self._parts] if run.is_main else []
 
     def accuracy(self) -> dict[str, float]:
         """The metric, under its name; nothing where no pairs are held out."""
@@ -199,13 +199,14 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     feedback.register(run, model, optimizer, multiplier, watch)
     tested = HeldOutPairs(p, model, ranked.val, run)
     prompts = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
+    mine = run.share(torch.arange(clips).split(p.micro_batch), "" if ranked.train else "policy.micro_batch")
     numbers = PromptSampler(max(1, count(ranked.train)), p.pairs, seed=cfg.seed)
     say_beta(p, run, {takes.latents[0].numel() for takes in ranked.train} or {math.prod(shape)})
 
     for i in run.iterations(p.iterations, save_every=p.save_every, label="dpo"):
         looked = feedback.look(run, held_out, model, assess, watch, i, every=p.evaluate_every)
         if looked:
-            looked |= tested.accuracy()
+            looked |= run.on_main(tested.accuracy)
 
         # 1. Pairs: what people preferred, or the extremes of clips made and scored now.
         if ranked.train:
@@ -213,22 +214,22 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         else:
             cond = pool[torch.tensor(prompts[i]).repeat_interleave(p.group_size)]  # B
             noise = run.noise(shape, clips, "rollout", i * clips)  # [B,C,F,H,W]
-            taken = in_threads(partial(feedback.roll_out_clean, policy, times, cond, noise), torch.arange(clips).split(p.micro_batch), run.device)
-            seen = assess.finished(model, [each.x0 for each in taken], cond)
+            taken = in_threads(partial(feedback.roll_out_clean, policy, times, cond, noise), mine, run.device)
+            seen = assess.finished(model, [each.x0 for each in taken], cond[torch.cat(mine)], gather=run.gather)
             if i == 0:
                 selfcheck.known_rewards(seen.reward)
                 selfcheck.reward_spread(seen.reward, p.group_size)
             if multiplier is not None:
                 multiplier.update(seen.violates)
             pairs = fresh_pairs(seen, None if multiplier is None else multiplier.value, p.group_size, p.which, margin=p.margin)
-            made = Takes(torch.cat([each.x0.cpu() for each in taken]), cond, pairs)
+            made = Takes(torch.cat(run.gather(each.x0.cpu() for each in taken)), cond, pairs)
             steps = [numbered([made], range(len(pairs.win)), p.micro_batch)] * p.updates
             stats = feedback.rollout_stats(seen, p.group_size, multiplier)
             looked |= {name: stats[name] for name in OF_FRESH_CLIPS}
 
         # 2. Noise both clips of a pair alike, once a step, and ask the SFT policy.
         generator = run.generator("noise", i)
-        parts = [noised_anew(p, model, step, generator, run.device) for step in steps]
+        parts = [run.share(noised_anew(p, model, step, generator, run.device)) for step in steps]
         with torch.no_grad(), reference(model.network):
             before = [in_threads(partial(errors_of, model), step, run.device) for step in parts]
         if i == 0 and parts[0]:
@@ -237,16 +238,16 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
 
         # 3. Move the policy.
         losses, norms = [], []
-        for step, said in zip(parts, before, strict=True):
-            number = sum(len(part.t) for part in step)
-            losses += run.backward_each(optimizer, partial(batch_loss, p, model, number), list(zip(step, said, strict=True)))
+        for step, own, said in zip(steps, parts, before, strict=True):
+            number = sum(len(rows) for _, rows in step)
+            losses += run.backward_each(optimizer, partial(batch_loss, p, model, number), list(zip(own, said, strict=True)))
             norms.append(run.step(optimizer, p.max_grad_norm))
 
         # 4. Tell.
         told = {name.removeprefix("preference/"): sum(float(loss.stats[name]) for loss in losses) / p.updates if losses else math.nan for name in PREFERENCE}
         run.log(**told, **looked, pairs=sum(len(rows) for step in steps for _, rows in step) / p.updates, grad_norm=sum(norms) / len(norms))
     if ranked.val:
-        run.log(**tested.accuracy())
+        run.log(**run.on_main(tested.accuracy))
     return watch
 
 

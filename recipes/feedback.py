@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,8 @@ from reward.mirror import swap_sides
 from reward.mixture import Mixture, Term
 from reward.model import Calibrated, CalibratedScorer
 from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate, costs
+
+Gather = Callable[[Iterable[Any]], list[Any]]  # `Run.gather`
 
 FLASHING = "P17"
 
@@ -156,6 +158,7 @@ class Assessor:
     """Scores and rules on clips. Raises GuardStop where the filters fail on more than `max_error_share` of a batch, or, where they are not asked, that many have no score.
 
     looks: whether the filters are asked about finished latents too, whose reward needs no pixels. What is decoded is shown to them in any case.
+    Several processes each ask about their own clips and, with `gather`, are told about all of them.
     """
 
     reward: Mixture | LatentMixture | None  # None where nobody scores: every reward is then unknown
@@ -165,29 +168,31 @@ class Assessor:
     looks: bool = True
 
     @torch.no_grad()
-    def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None) -> Assessment:
+    def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None, *, gather: Gather = list) -> Assessment:
         """Finished latents of B clips in batches [b,C,F,H,W], decoded where somebody looks at pixels; video: [B,T,3,H,W] where they are decoded already."""
         if not isinstance(self.reward, LatentMixture):
-            return self(decode(model, x0) if video is None else video, cond.prompts)
+            return self(decode(model, x0) if video is None else video, cond.prompts, gather=gather)
         rows = torch.arange(len(cond)).split([len(part) for part in x0])
         reward = torch.cat([self.reward(part, cond[row]).reward for part, row in zip(x0, rows, strict=True)])  # [B]
         if video is None and not self.looks:
+            reward = torch.cat(gather([reward]))
             unknown = torch.full_like(reward, torch.nan)
             check_known(reward, self.max_error_share)
             return Assessment(reward, unknown, unknown, torch.zeros(len(reward), dtype=torch.bool), looked_at=False)
-        return self.ruled(reward, decode(model, x0) if video is None else video, cond.prompts)
+        return self.ruled(reward, decode(model, x0) if video is None else video, cond.prompts, gather=gather)
 
     @torch.no_grad()
-    def __call__(self, video: Tensor, prompts: Sequence[str]) -> Assessment:
+    def __call__(self, video: Tensor, prompts: Sequence[str], *, gather: Gather = list) -> Assessment:
         """video [B,T,3,H,W] in [0,1] of B prompts. Raises ValueError where the reward is a latent one, which cannot score pixels."""
         if isinstance(self.reward, LatentMixture):
             raise ValueError("a latent reward cannot score pixels: give the latents to `finished`")
         reward = torch.full((len(video),), torch.nan) if self.reward is None else self.reward(video, prompts).reward
-        return self.ruled(reward, video, prompts)
+        return self.ruled(reward, video, prompts, gather=gather)
 
-    def ruled(self, reward: Tensor, video: Tensor, prompts: Sequence[str]) -> Assessment:
+    def ruled(self, reward: Tensor, video: Tensor, prompts: Sequence[str], *, gather: Gather = list) -> Assessment:
         """Rewards [B] of clips [B,T,3,H,W] with what the filters say of them."""
-        decisions = self.runner.check_videos(video, prompts, self.fps)
+        decisions = gather(self.runner.check_videos(video, prompts, self.fps))
+        reward = torch.cat(gather([reward]))
         check_error_rate(decisions, self.max_error_share)
         known = torch.tensor([d.verdict != Verdict.ERROR for d in decisions])
         blocks = torch.tensor([float(d.verdict == Verdict.BLOCK) for d in decisions])
@@ -350,22 +355,29 @@ def register(run: Run, model: LatentVideoModel, optimizer: Any, multiplier: Mult
 def look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, watch: GuardWatch, iteration: int, *, every: int) -> dict[str, float]:
     """Every `every` rollouts: the held-out metrics, the guards' light, and the end of the run where it is red. Else nothing."""
     with run.looking():
-        told = {} if iteration % every else watch_over(run, watch, held_out, held_out.watch(model, assess, iteration), model, iteration)
+        told = {} if iteration % every else watch_over(run, watch, held_out, model, assess, iteration)
     if watch.fallen:
         run.stop()
     run.remark(watch.said)
     return told
 
 
-def watch_over(run: Run, watch: GuardWatch, held_out: HeldOut, seen: Look, model: LatentVideoModel, iteration: int) -> dict[str, float]:
+def watch_over(run: Run, watch: GuardWatch, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
     """The metrics of a look, those of the guards among them, if they watch; `watch.fallen` then says whether the run is to end."""
+
+    def looked() -> tuple[dict[str, float], dict[str, Tensor]]:
+        seen = held_out.watch(model, assess, iteration)
+        if not watch.guards.watch:
+            return seen.told, {}
+        return seen.told, guards.measure(watch.guards, seen.video, seen.guard, model, held_out.cond, held_out.sampler, held_out.seed)
+
+    told, values = run.on_main(looked)
     if not watch.guards.watch:
-        return seen.told
-    values = guards.measure(watch.guards, seen.video, seen.guard, model, held_out.cond, held_out.sampler, held_out.seed)
-    reading = watch.take(values, seen.told["held_out_violation_rate"], iteration, adapter_state(model.network))
+        return told
+    reading = watch.take(values, told["held_out_violation_rate"], iteration, adapter_state(model.network))
     if run.is_main:
         guards.write_history(run.out, watch)
-    return seen.told | reading.metrics
+    return told | reading.metrics
 
 
 def roll_out_clean(model: VideoModel, times: Tensor, cond: Conditioning, noise: Tensor, rows: Tensor) -> Trajectory:
@@ -376,11 +388,11 @@ def roll_out_clean(model: VideoModel, times: Tensor, cond: Conditioning, noise: 
 def last_look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, watch: GuardWatch) -> dict[str, float]:
     """A look after the loop and, where the run fell, the way back to the best adapter and a look at that: the metrics of what is kept, logged."""
     with run.looking():
-        looked = watch_over(run, watch, held_out, held_out.watch(model, assess, run.iteration), model, run.iteration)
+        looked = watch_over(run, watch, held_out, model, assess, run.iteration)
         run.log(**looked)
         if watch.fallen and watch.best:
             load_adapter_state(model.network, watch.best)
-            looked = held_out.watch(model, assess, run.iteration).told
+            looked = run.on_main(lambda: held_out.watch(model, assess, run.iteration).told)
             run.log(**looked)
     return looked
 
@@ -477,7 +489,7 @@ def load_reward(folder: Path, model: LatentVideoModel, pessimism: float, fps: fl
 def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None) -> dict[str, object]:
     """Loads the model, the scorers and the filters, trains, looks once more, and saves the adapter and the merged network. reward: folder of a reward model.
 
-    Raises StoppedByGuard, after saving, where the guard ended the run.
+    Several processes share the clips of a rollout; the first one looks at the held-out prompts and saves. Raises StoppedByGuard, after saving, where the guard ended the run.
     """
     model = load_tiny(cfg.model).to(run.device)
     model.network.requires_grad_(False)
@@ -487,18 +499,22 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
     scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps) if reward else None
     assess = Assessor(scorer, safety_runner(), cfg.sampler.fps, looks=cfg.constrained)
-    if isinstance(scorer, LatentMixture) and not cfg.constrained:
+    if isinstance(scorer, LatentMixture) and not cfg.constrained and run.is_main:
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)
     encode_all(model, training_prompts(cfg)[1], texts)
     watch = train(cfg, run, model, assess, held_out)
 
     looked = last_look(run, held_out, model, assess, watch)
-    save_weights(run.out / "adapter.safetensors", adapter_state(model.network), {})
+    weights, adapter = run.out / "network.safetensors", adapter_state(model.network)
     model.network = merge(model.network)
-    weights = run.out / "network.safetensors"
     data = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    write_card(weights, lambda path: save_network(path, model), recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked)
-    result = {"weights": str(weights), "sha256": file_hash(weights), "stopped_by_guard": bool(watch.fallen), "forward_passes": run.forward_passes, **looked}
+
+    def saved() -> str:
+        save_weights(run.out / "adapter.safetensors", adapter, {})
+        write_card(weights, lambda path: save_network(path, model), recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked)
+        return file_hash(weights)
+
+    result = {"weights": str(weights), "sha256": run.on_main(saved), "stopped_by_guard": bool(watch.fallen), "forward_passes": run.forward_passes, **looked}
     if watch.said:
         result["guards"] = watch.said
     if watch.fallen:

@@ -10,9 +10,12 @@ Letters: N prompts, G clips a prompt, B = N G clips, K denoising steps.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,16 +24,18 @@ from align.advantage import DivideBy, best_and_worst, group_advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Several, Whole
 from align.data import PromptSampler
-from align.kernels import KL_UNITS, KernelName, KLSpace, StepWeight, build_kernel, kl_in, step_weight
+from align.kernels import KL_UNITS, Gaussian, Kernel, KernelName, KLSpace, StepWeight, build_kernel, kl_in, step_weight
+from align.objectives import Loss
 from align.objectives.policy_gradient import kl_penalty, ppo_clip
 from align.optimizers import build_optimizer
 from align.run import Run
-from align.trajectory import replay, rollout
+from align.trajectory import Step, Trajectory, replay, rollout
 from align.windows import all_steps, fixed_window, one_step_a_prompt, random_window, sliding_window
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
 from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel
+from base_model.types import Conditioning, VideoModel
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, HeldOut
 from recipes.generate import Sampler
@@ -134,6 +139,45 @@ def check_policy(p: Policy, sampler: Sampler) -> None:
         raise UserError(f"policy.keep is {p.keep}: give 0, or from 2 to the policy.group_size of {p.group_size}")
 
 
+class Lesson(NamedTuple):
+    """A noisy step of the b clips of a micro-batch that are trained on."""
+
+    step: Step
+    cond: Conditioning  # of the trajectory
+    better: Tensor  # [b] advantage
+    asked: Tensor  # [a] which of the clips the SFT policy is asked about
+    prior: Gaussian  # a, what it says of the step
+
+
+@torch.no_grad()
+def lessons_of(p: Policy, policy: VideoModel, kernel: Kernel, taken: Trajectory, advantage: Tensor, kept: Tensor) -> list[Lesson]:
+    """Those of a micro-batch's noisy steps; advantage, kept (bool): of its clips, [b] each. Where the KL is in no loss, the SFT policy is asked about an eighth of them."""
+    found = []
+    for whole in taken.steps():
+        clip = whole.rows.cpu()
+        step, better = whole.select(kept[clip].nonzero()[:, 0].to(whole.rows.device)), advantage[clip[kept[clip]]].to(whole.x.device)
+        if len(better):
+            asked = (torch.arange(len(better)) if p.kl_coef else feedback.eighth(len(better))).to(whole.x.device)
+            with reference(policy.network):
+                found.append(Lesson(step, taken.cond, better, asked, replay(policy, kernel, step.select(asked), taken.cond)))
+    return found
+
+
+def losses_of(p: Policy, policy: VideoModel, kernel: Kernel, total: float, lessons: Sequence[Lesson]) -> Iterator[Loss]:
+    """The losses of a micro-batch's noisy steps, as shares of an update of so many clips and steps in all."""
+    for step, cond, better, asked, prior in lessons:
+        share = len(better) / total
+        now = replay(policy, kernel, step, cond)
+        weight = step_weight(p.step_weight, kernel, policy.path, step.t, step.s)  # [b]
+        loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, weight=weight)
+        now, t, s = now[asked], step.t[asked], step.s[asked]  # a
+        kl = kl_in(p.kl_space, now, prior, kernel, policy.path, t, s)  # [a]
+        if p.kl_coef:
+            loss = loss.plus("kl_penalty", kl_penalty(kl, p.kl_coef))
+        shares = {"charged": kl, "kl": now.kl(prior), "velocity_distance": kl_in("v", now, prior, kernel, policy.path, t, s)}  # [a] each
+        yield Loss(loss.value * share, {**loss.stats, **{name: value.detach().mean() * share for name, value in shares.items()}})
+
+
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> feedback.GuardWatch:
     p = cfg.policy
     check_policy(p, cfg.sampler)
@@ -149,7 +193,9 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     G, clips = p.group_size, p.prompts * p.group_size
     starts = 1 if p.same_noise else G  # rows of first noise a prompt; G / starts clips branch off each
     together = max(1, p.micro_batch // G)  # prompts
-    parts = [slice(n, n + together) for n in range(0, p.prompts, together)]
+    parts = torch.arange(p.prompts).split(together)
+    own = run.share(range(len(parts)), "policy.micro_batch")
+    mine = [parts[k] for k in own]
 
     for i in run.iterations(p.iterations, save_every=p.save_every, label="grpo"):
         looked = feedback.look(run, held_out, model, assess, watch, i, every=p.evaluate_every)
@@ -159,22 +205,23 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         cond = states[torch.tensor(batch[i])]  # N
         x = torch.randn(p.prompts, starts, *model.latents.shape(cfg.sampler.clip), generator=generator).to(run.device)  # [N,G or 1,C,F,H,W]
         noisy = noisy_steps(p, cfg.sampler.steps, i, generator)  # [K,N]
+        injected = [{k: torch.randn(len(part) * G, *x.shape[2:], generator=generator) for k in noisy[:, part].any(1).nonzero()[:, 0].tolist()} for part in parts]
         taken = [
             rollout(
                 policy,
                 kernel,
-                x[part].flatten(0, 1),
+                x[parts[n]].flatten(0, 1),
                 times,
-                cond[part].repeat(starts),
-                noise=generator,
-                stochastic=noisy[:, part].repeat_interleave(starts, 1),
+                cond[parts[n]].repeat(starts),
+                noise=injected[n].__getitem__,
+                stochastic=noisy[:, parts[n]].repeat_interleave(starts, 1),
                 branches=G // starts,
             )
-            for part in parts
+            for n in own
         ]
 
         # Compare every clip with its own group.
-        seen = assess.finished(model, [made.x0 for made in taken], cond.repeat(G))
+        seen = assess.finished(model, [made.x0 for made in taken], cond[torch.cat(mine)].repeat(G), gather=run.gather)
         relative = group_advantage(seen.reward, G, divide_by=p.divide_by)
         if multiplier is not None:
             multiplier.update(seen.violates)
@@ -184,39 +231,22 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
             feedback.check_first_step(policy, kernel, taken[0], seen.reward, G)
 
         # One update; the ratio is 1, so its gradient is REINFORCE's.
-        terms, kls, distances, charged = [], [], [], []
-        for part, trajectory in zip(parts, taken, strict=True):
-            for whole in trajectory.steps():
-                clip = whole.rows.cpu() + part.start * G  # [b] of the B clips
-                step, better = whole.select(kept[clip].nonzero()[:, 0].to(run.device)), limited.advantage[clip[kept[clip]]].to(run.device)  # b'
-                if not len(better):
-                    continue
-                now = replay(policy, kernel, step, trajectory.cond)
-                weight = step_weight(p.step_weight, kernel, model.path, step.t, step.s)
-                loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, weight=weight)
-                asked = (torch.arange(len(better)) if p.kl_coef else feedback.eighth(len(better))).to(run.device)
-                few, now = step.select(asked), now[asked]  # b''
-                with reference(model.network), torch.no_grad():
-                    prior = replay(policy, kernel, few, trajectory.cond)
-                kl = kl_in(p.kl_space, now, prior, kernel, model.path, few.t, few.s)  # [b'']
-                if p.kl_coef:
-                    loss = loss.plus("kl_penalty", kl_penalty(kl, p.kl_coef))
-                run.backward(loss.value * (len(better) / (kept.sum() * noisy[:, 0].sum())))
-                terms.append(loss.stats)
-                charged.append(kl.detach())
-                kls.append(now.kl(prior).detach())
-                distances.append(kl_in("v", now, prior, kernel, model.path, few.t, few.s).detach())
+        rows = [slice(int(part[0]) * G, (int(part[-1]) + 1) * G) for part in mine]  # of the B clips
+        lessons = [lessons_of(p, policy, kernel, made, limited.advantage[row], kept[row]) for made, row in zip(taken, rows, strict=True)]
+        total = float(kept.sum() * noisy[:, 0].sum())
+        losses = run.backward_each(optimizer, partial(losses_of, p, policy, kernel, total), lessons)
         norm = run.step(optimizer, p.max_grad_norm)
 
         # Tell.
+        means = {name: sum(float(loss.stats[name]) for loss in losses) if losses else math.nan for name in ("charged", "kl", "velocity_distance")}
         run.log(
             **feedback.rollout_stats(seen, G, multiplier),
             **looked,
-            **feedback.policy_stats(terms, feedback.mean_of(kls), x[0, 0].numel(), norm),
+            **feedback.policy_stats([loss.stats for loss in losses], means["kl"], x[0, 0].numel(), norm),
             zero_std_share=relative.stats["advantage/zero_std_share"],
-            kl_penalty=p.kl_coef * feedback.mean_of(charged),
-            velocity_distance=feedback.mean_of(distances),
-            rollout_evaluations=sum(trajectory.forward_passes for trajectory in taken) / clips,
+            kl_penalty=p.kl_coef * means["charged"],
+            velocity_distance=means["velocity_distance"],
+            rollout_evaluations=sum(run.gather(made.forward_passes for made in taken)) / clips,
             kept_share=float(kept.float().mean()),
         )
     return watch

@@ -388,7 +388,7 @@ def train_head(cfg: Config, run: Run, learning: Learning, teacher: Teacher, trai
         losses, norms = [], []
         for k in torch.cat([torch.randperm(len(steps), generator=generator) for _ in range(fit.passes)]).tolist():
             clips = sum(len(part.rows) for part in steps[k])
-            losses += run.backward_each(optimizer, partial(part_loss, fit, learning, train, teacher.weight, scale, clips), steps[k])
+            losses += run.backward_each(optimizer, partial(part_loss, fit, learning, train, teacher.weight, scale, clips), run.share(steps[k]))
             norms.append(run.step(optimizer, fit.max_grad_norm, schedule))
         if (i + 1) % fit.evaluate_every == 0 or i + 1 == fit.iterations:
             found, _ = predictions(learning.scorer, val, 0.0, run.generator("looks", 0))

@@ -178,6 +178,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     clips = p.prompts * p.group_size
     alike = p.group_size if p.method == "dgpo" else 1  # clips side by side that are noised alike
     batches = torch.arange(clips).split(max(1, p.micro_batch // alike) * alike)
+    mine = run.share(batches, "policy.micro_batch")
 
     for i in run.iterations(p.iterations, save_every=p.save_every, label="nft"):
         looked = feedback.look(run, held_out, model, assess, watch, i, every=p.evaluate_every)
@@ -186,8 +187,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         cond = pool[torch.tensor(sampler[i]).repeat_interleave(p.group_size)]  # B
         noise = run.noise(model.latents.shape(cfg.sampler.clip), clips, "rollout", i * clips)  # [B,C,F,H,W]
         with sampled_by():
-            taken = in_threads(partial(feedback.roll_out_clean, model, times, cond, noise), batches, run.device)
-        seen = assess.finished(model, [made.x0 for made in taken], cond)
+            taken = in_threads(partial(feedback.roll_out_clean, model, times, cond, noise), mine, run.device)
+        seen = assess.finished(model, [made.x0 for made in taken], cond[torch.cat(mine)], gather=run.gather)
         advantage = group_advantage(seen.reward, p.group_size)
         if i == 0:
             selfcheck.known_rewards(seen.reward)
@@ -204,28 +205,28 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         noised = []
         for _ in range(p.updates):
             t = stratified_logit_normal(model.path, clips, shift=p.time_shift, generator=generator)  # [B]
-            for rows, made in zip(batches, taken, strict=True):
-                first = torch.arange(len(rows)) // alike * alike  # [b]
-                eps = torch.randn(made.x0.shape, generator=generator)[first].to(run.device)  # [b,C,F,H,W]
-                at = t[rows][first].to(run.device)  # [b]
+            drawn = torch.randn(clips, *noise.shape[1:], generator=generator)  # [B,C,F,H,W]
+            for rows, made in zip(mine, taken, strict=True):
+                first = rows // alike * alike  # [b]
+                eps, at = drawn[first].to(run.device), t[first].to(run.device)  # [b,C,F,H,W] and [b]
                 noised.append(Noised(rows, made.cond, add_noise(model.path, made.x0, eps, at), at, model.path.velocity(made.x0, eps, at)))
-        made_now = 0 if old is not None else len(batches)  # of the first update the trained policy made the clips, so its own pass says it
+        made_now = 0 if old is not None else len(mine)  # of the first update the trained policy made the clips, so its own pass says it
         with torch.no_grad():
             with sampled_by():
                 made_by = [*[None] * made_now, *in_threads(lambda each: model(each.x_t, each.t, each.cond), noised[made_now:], run.device)]  # [b,C,F,H,W] each
             with reference(model.network):
                 asked = p.kl_coef > 0 or p.method == "dgpo"  # whether the SFT policy takes part
                 prior = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised, run.device) if asked else [None] * len(noised)
-        few = noised[0].of(feedback.eighth(len(batches[0])))
+        few = noised[0].of(feedback.eighth(len(mine[0])))
         if i == 0:
             in_threads(lambda part: feedback.check_velocity(model, part.x_t, part.t, part.cond), [few], run.device)
-        distance = feedback.reference_distance(model, few.x_t, few.t, few.cond, sampled_by)
+        distance = run.on_main(partial(feedback.reference_distance, model, few.x_t, few.t, few.cond, sampled_by))
 
         # 3. Move the policy.
         losses, norms = [], []
         known = float(limited.valid.sum().clamp_min(1))
         for u in range(p.updates):
-            part = slice(u * len(batches), (u + 1) * len(batches))
+            part = slice(u * len(mine), (u + 1) * len(mine))
             share = list(zip(noised[part], made_by[part], prior[part], strict=True))
             losses += run.backward_each(optimizer, partial(batch_loss, p, model, lessons, known), share)
             norms.append(run.step(optimizer, p.max_grad_norm))

@@ -132,6 +132,14 @@ def roll_out_some(
     return rollout(policy, kernel, noise[rows], times, cond[rows], noise=lambda k: injected[k - noisy[0], rows], stochastic=noisy)
 
 
+@torch.no_grad()
+def told_by(critic: Critic, part: Part) -> tuple[Tensor, Tensor]:
+    """Of a micro-batch what the critic says, and the log-ratio of policy and SFT policy, of every noisy step: [w,b] each, on the CPU."""
+    values = torch.stack([critic(step.x, step.t, part.cond) for step in part.steps])
+    log_ratio = torch.stack([step.log_prob - prior.log_prob(step.x_next) for step, prior in zip(part.steps, part.priors, strict=True)])
+    return values.cpu(), log_ratio.cpu()
+
+
 def policy_losses(p: Policy, policy: VideoModel, kernel: Kernel, limited: Sequence[Advantage], known: float, part: Part) -> Iterator[Loss]:
     """The losses of a micro-batch's noisy steps, as shares of an update that learns from `known` clips. limited: one a step, of B clips."""
     for step, prior, (advantage, valid, _) in zip(part.steps, part.priors, limited, strict=True):
@@ -169,6 +177,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     run.register("critic_optimizer", critic_optimizer)
     sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
     batches = micro_batches(p)
+    own = run.share(range(len(batches)), "policy.micro_batch")
+    mine = [batches[k] for k in own]
 
     for i in run.iterations(p.iterations, save_every=p.save_every, label="ppo"):
         looked = feedback.look(run, held_out, model, assess, watch, i, every=p.evaluate_every)
@@ -180,18 +190,16 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         shape = (len(cond), *model.latents.shape(cfg.sampler.clip))  # B C F H W
         noise = torch.randn(shape, generator=generator).to(run.device)  # [B,C,F,H,W]
         injected = torch.randn(len(noisy), *shape, generator=generator).to(run.device)  # [w,B,C,F,H,W]
-        taken = in_threads(partial(roll_out_some, policy, kernel, times, cond, noise, injected, noisy), batches, run.device)
-        seen = assess.finished(model, [each.x0 for each in taken], cond)
+        taken = in_threads(partial(roll_out_some, policy, kernel, times, cond, noise, injected, noisy), mine, run.device)
+        seen = assess.finished(model, [each.x0 for each in taken], cond[torch.cat(mine)], gather=run.gather)
         if i == 0:
             in_threads(partial(feedback.check_first_step, policy, kernel, reward=seen.reward, group_size=p.group_size), taken[:1], run.device)
 
         # 2. Say of every noisy state what was to be expected there, and of every step how much better it got.
         with torch.no_grad(), reference(model.network):
             priors = in_threads(lambda each: [replay(policy, kernel, step, each.cond) for step in each.steps()], taken, run.device)
-        parts = [Part(rows, each.cond, each.steps(), prior) for rows, each, prior in zip(batches, taken, priors, strict=True)]
-        with torch.no_grad():
-            values = torch.cat([torch.stack([critic(step.x, step.t, part.cond) for step in part.steps]) for part in parts], dim=1).cpu()  # [w,B]
-        log_ratio = torch.cat([torch.stack([s.log_prob - prior.log_prob(s.x_next) for s, prior in zip(part.steps, part.priors, strict=True)]) for part in parts], dim=1).cpu()
+        parts = {k: Part(rows, each.cond, each.steps(), prior) for k, rows, each, prior in zip(own, mine, taken, priors, strict=True)}
+        values, log_ratio = (torch.cat(run.gather(each), dim=1) for each in zip(*(told_by(critic, part) for part in parts.values()), strict=True))  # [w,B] each
         # The log-ratio of the step that was taken, not the KL of its state: that does not depend on the step, so a policy gradient would not see the step's own KL.
         rewards = step_rewards(seen.reward, log_ratio, p.kl_coef if p.kl_in == "reward" else 0.0)  # [w,B]
         estimate = gae(rewards, values, gamma=p.gamma, lam=p.gae_lambda)
@@ -204,10 +212,11 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         # 3. Move the policy and the critic: epochs of minibatches, in another order each time.
         losses, value_losses, norms = [], [], []
         for epoch in range(p.epochs):
-            order = torch.randperm(len(parts), generator=run.generator("order", i * p.epochs + epoch)).tolist()
+            order = torch.randperm(len(batches), generator=run.generator("order", i * p.epochs + epoch)).tolist()
             for u in range(p.minibatches):
-                share = [parts[k] for k in order[u :: p.minibatches]]
-                clips = torch.cat([part.rows for part in share])
+                chosen = order[u :: p.minibatches]
+                share = [parts[k] for k in chosen if k in parts]
+                clips = torch.cat([batches[k] for k in chosen])
                 taught, told = (float(valid[clips].sum().clamp_min(1)) for valid in (limited[0].valid, estimate.valid))
                 losses += run.backward_each(optimizer, partial(policy_losses, p, policy, kernel, limited, taught), share)
                 norms.append(run.step(optimizer, p.max_grad_norm))

@@ -173,6 +173,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
     clips = p.prompts * p.group_size
     batches = torch.arange(clips).split(p.micro_batch)
+    own = run.share(range(len(batches)), "policy.micro_batch")
+    mine = [batches[k] for k in own]
 
     for i in run.iterations(p.iterations, save_every=p.save_every, label="reward gradient"):
         looked = feedback.look(run, held_out, model, assess, watch, i, every=p.evaluate_every)
@@ -181,8 +183,8 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         cond = pool[torch.tensor(sampler[i]).repeat_interleave(p.group_size)]  # B
         noise = run.noise(model.latents.shape(cfg.sampler.clip), clips, "rollout", i * clips)  # [B,C,F,H,W]
         drawn = draw(p, cfg.sampler.steps, run.generator("steps", i))
-        made = in_threads(partial(clips_with_gradient, p, model, times, cond, noise, drawn), batches, run.device)  # [b,C,F,H,W] each
-        seen = assess(feedback.decode(model, made), cond.prompts)
+        made = in_threads(partial(clips_with_gradient, p, model, times, cond, noise, drawn), mine, run.device)  # [b,C,F,H,W] each
+        seen = assess(feedback.decode(model, made), cond[torch.cat(mine)].prompts, gather=run.gather)
         if i == 0:
             selfcheck.known_rewards(seen.reward)
             selfcheck.reward_spread(seen.reward, p.group_size)
@@ -195,8 +197,10 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         limited = feedback.apply_limits(alike, seen, multiplier, cfg.safety, p.group_size)
 
         # 3. Noise every clip once, and ask the SFT policy.
-        generator = run.generator("times", i)
-        parts = [noised(p, model, rows, cond[rows], x0, generator, run.generator("frames", i)) for rows, x0 in zip(batches, made, strict=True)]
+        parts = [
+            noised(p, model, rows, cond[rows], x0, run.generator("times", i * len(batches) + k), run.generator("frames", i))
+            for k, rows, x0 in zip(own, mine, made, strict=True)
+        ]
         with torch.no_grad(), reference(model.network):
             priors = in_threads(lambda each: model(each.x_t, each.t, each.cond), parts, run.device)  # [b,C,F,H,W] each
         if i == 0:

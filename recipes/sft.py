@@ -195,7 +195,7 @@ def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: P
         chosen = [sampler[i * fit.packs + k] for k in range(fit.packs)]  # packs times S clips
         clips = sum(map(len, chosen))
         packs = [(rows, run.generator("noise", i * fit.packs + k)) for k, rows in enumerate(chosen)]
-        losses = run.backward_each(optimizer, partial(pack_loss, fit, model, pairs, clips), packs)
+        losses = run.backward_each(optimizer, partial(pack_loss, fit, model, pairs, clips), run.share(packs))
         rate = optimizer.param_groups[0]["lr"]
         norm = run.step(optimizer, fit.max_grad_norm, schedule)
         average.update()

@@ -157,7 +157,7 @@ def train(cfg: Config, run: Run, model: FrameModel, pairs: Pairs, held_out: Pair
     sampler = PromptSampler(len(pairs), cfg.batch, seed=cfg.seed)
     for i in run.iterations(cfg.iterations, save_every=cfg.save_every, label="temporal"):
         parts = [(sampler[i * cfg.batches + k], run.generator("noise", i * cfg.batches + k)) for k in range(cfg.batches)]
-        losses = run.backward_each(optimizer, partial(frames_loss, cfg, model, pairs), parts)
+        losses = run.backward_each(optimizer, partial(frames_loss, cfg, model, pairs), run.share(parts))
         run.log(loss=torch.stack([loss.value for loss in losses]).sum(), grad_norm=run.step(optimizer, cfg.max_grad_norm, schedule))
         average.update()
         if (i + 1) % cfg.evaluate_every == 0 or i + 1 == cfg.iterations:

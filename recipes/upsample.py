@@ -185,7 +185,7 @@ def train(cfg: Config, run: Run, stage: UpsampleStage, clips: ClipSet, held_out:
     sampler = PromptSampler(len(clips), cfg.batch, seed=cfg.seed)
     for i in run.iterations(cfg.iterations, save_every=cfg.save_every, label="upsample"):
         packs = [(sampler[i * cfg.packs + k], run.generator("noise", i * cfg.packs + k)) for k in range(cfg.packs)]
-        losses = run.backward_each(optimizer, partial(crop_loss, cfg, stage, clips), packs)
+        losses = run.backward_each(optimizer, partial(crop_loss, cfg, stage, clips), run.share(packs))
         norm = run.step(optimizer, cfg.max_grad_norm, schedule)
         average.update()
         run.log(loss=torch.stack([loss.value for loss in losses]).sum(), grad_norm=norm)

@@ -15,7 +15,7 @@ from torch import Tensor
 from align.run import Run
 from base_model.tiny import LatentVideoModel
 from base_model.types import Conditioning
-from recipes.feedback import Assessment, Assessor, Feedback, HeldOut, Look
+from recipes.feedback import Assessment, Assessor, Feedback, Gather, HeldOut, Look
 
 PHASES = ("rollout", "decode", "reward", "update")
 
@@ -68,9 +68,9 @@ class TimedModel(LatentVideoModel):
 class TimedAssessor(Assessor):
     laps: Laps = field(default_factory=Laps)
 
-    def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None) -> Assessment:
+    def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None, *, gather: Gather = list) -> Assessment:
         self.laps.lap("rollout")
-        seen = super().finished(model, x0, cond, video)
+        seen = super().finished(model, x0, cond, video, gather=gather)
         self.laps.lap("reward")
         return seen
 

@@ -37,7 +37,7 @@ from recipes.bench._trained import Pace, Seeds, kept
 from recipes.bench.hacking import unranked
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
-from recipes.feedback import FLASHING, Assessment, Assessor, SafetyLimit, standardised
+from recipes.feedback import FLASHING, Assessment, Assessor, Gather, SafetyLimit, standardised
 from recipes.generate import Sampler, network_lineage, safety_runner, sample
 from recipes.guards import Guards
 from recipes.shapes.measure import measure
@@ -230,8 +230,8 @@ def make_bank(cfg: Config, out: Path, split: str) -> Prompts:
 class Blunt(Assessor):
     """The same, but that a clip costs 0 or 1: whether it violates, not by how much."""
 
-    def ruled(self, reward: Tensor, video: Tensor, prompts: Sequence[str]) -> Assessment:
-        seen = super().ruled(reward, video, prompts)
+    def ruled(self, reward: Tensor, video: Tensor, prompts: Sequence[str], *, gather: Gather = list) -> Assessment:
+        seen = super().ruled(reward, video, prompts, gather=gather)
         return replace(seen, cost=seen.violates)
 
 

@@ -482,6 +482,28 @@ def test_nested_state_survives_flattening_exactly(tmp_path: Path) -> None:
         flatten({"a": [set()]})
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_processes_share_items_in_order_almost_evenly_and_none_goes_without(tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fresh(tmp_path)
+    run.processes = processes
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(run.accelerator.state, "process_index", rank)
+        shares.append(run.share(range(8), "policy.micro_batch"))
+        assert len(run.share([1, 2])) <= max(1, 2 // processes)
+        if processes > 2:
+            with pytest.raises(UserError, match=r"processes cannot share 2 micro-batches, policy\.micro_batch"):
+                run.share([1, 2], "policy.micro_batch")
+    assert [item for share in shares for item in share] == list(range(8))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_gradients_without_any_loss_stay_as_they_were_and_none_is_invented(tmp_path: Path) -> None:
+    run, weight = fresh(tmp_path), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
+    assert run.backward_each(optimizer, lambda part: iter(()), [0, 1]) == [] and weight.grad is None
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_same_weights_on_every_rank(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tests.align.loop", "--out", str(tmp_path), "--iterations", "4"]

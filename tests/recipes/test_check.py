@@ -220,7 +220,7 @@ print(statuses)
 """
 
 
-def test_gradients_of_two_processes_must_be_equal_and_are_not_where_one_has_other_data(configs: dict[str, Path], weights: list[str], tmp_path: Path) -> None:
+def test_two_processes_must_hold_the_same_and_do_not_where_one_draws_other_numbers(configs: dict[str, Path], weights: list[str], tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO)
     with socket.socket() as free:
@@ -233,5 +233,5 @@ def test_gradients_of_two_processes_must_be_equal_and_are_not_where_one_has_othe
     *lines, statuses = out.splitlines()
     assert statuses == "[0, 1]" and other_out == "[0, 1]\n", f"one process tells\n{err}"
     same, other = (dict(line.split(": ", 1) for line in part) for part in (lines[: len(lines) // 2], lines[len(lines) // 2 :]))
-    assert failing(same) == set() and same[selfcheck.RANKS].startswith("pass, gradients of 2 ranks are ")
+    assert failing(same) == set() and same[selfcheck.RANKS].startswith("pass, gradients, weights and draws of 2 ranks are ")
     assert failing(other) == {selfcheck.RANKS}

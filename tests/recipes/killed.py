@@ -1,0 +1,137 @@
+"""Runs of recipes in processes that spare themselves the imports, one or several together, some of which are killed at a chosen moment. test_resume.py sends what to run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MOMENTS = ("rollout", "update", "checkpoint")
+
+
+class Ended(NamedTuple):
+    """How a run ended."""
+
+    statuses: list[int]  # of each process; -9 where it was killed
+    said: str  # by the first process, on both streams
+    moments: dict[str, int]  # how often the first process came to each moment, where it was not killed
+
+
+class Server:
+    """Sends runs to a process that has imported all recipes, and forks for each. Use it as a context."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.sent = folder, 0
+
+    def __enter__(self) -> Server:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+        command = [sys.executable, "-m", "tests.recipes.killed"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate(timeout=300)
+
+    def run(self, words: Sequence[str], *, processes: int = 1, kill: tuple[str, int] | None = None, victim: int = 0) -> Ended:
+        """`rushes words` in so many processes. kill: SIGKILL for the victim when it comes to a moment for the n-th time, and then for the others."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.sent += 1
+        log = self.folder / f"log-{self.sent}"
+        print(json.dumps({"words": list(words), "processes": processes, "kill": kill, "victim": victim, "log": str(log)}), file=self.process.stdin, flush=True)
+        statuses = json.loads(self.process.stdout.readline())
+        moments = log.with_suffix(".json")
+        return Ended(statuses, log.read_text(), json.loads(moments.read_text()) if moments.exists() else {})
+
+
+def _serve() -> None:
+    """One line of JSON a run in, the exit statuses of its processes out."""
+    import peft  # noqa: F401
+    import scipy.special  # noqa: F401
+    import torch._dynamo
+    import torch.utils.tensorboard  # noqa: F401
+
+    from base_model.prompts.text import TextEncoder
+    from recipes import ddpo, dpo, grpo, nft, ppo, reward_gradient, sft  # noqa: F401
+
+    TextEncoder()(["what it needs is imported here, once"])
+    for line in sys.stdin:
+        asked = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        pids = {_begin(asked, rank, port): rank for rank in range(asked["processes"])}
+        statuses = [0] * len(pids)
+        while pids:
+            pid, status = os.wait()
+            statuses[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
+            for other in pids if os.WIFSIGNALED(status) else ():  # as torchrun and schedulers do
+                with suppress(ProcessLookupError):
+                    os.kill(other, signal.SIGKILL)
+        print(json.dumps(statuses), flush=True)
+
+
+def _begin(asked: dict[str, Any], rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        log = os.open(asked["log"] if rank == 0 else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        if asked["processes"] > 1:  # what torchrun sets
+            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": asked["processes"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in told.items()})
+        status = _run(asked, rank)
+    finally:
+        os._exit(status)
+
+
+def _run(asked: dict[str, Any], rank: int) -> int:
+    import traceback
+
+    import align.run
+    from recipes import feedback
+    from recipes.cli import main
+
+    seen: Counter[str] = Counter()
+
+    def noted(moment: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            seen[moment] += 1
+            if asked["kill"] == [moment, seen[moment]] and rank == asked["victim"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)
+            return function(*given, **named)
+
+        return call
+
+    feedback.Assessor.ruled = noted("rollout", feedback.Assessor.ruled)  # type: ignore[method-assign]  # clips are made, and not yet judged
+    align.run.Run.step = noted("update", align.run.Run.step)  # type: ignore[method-assign]
+    for name in ("write_synced", "fsync_folder"):  # of the files of a checkpoint, and around its move into place
+        setattr(align.run, name, noted("checkpoint", getattr(align.run, name)))
+    try:
+        status = main(asked["words"])
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    if rank == 0:
+        Path(asked["log"]).with_suffix(".json").write_text(json.dumps(seen))
+    if asked["processes"] > 1:
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()
+    return status
+
+
+if __name__ == "__main__":
+    _serve()
