@@ -81,6 +81,7 @@ COMMANDS = {
     "rounds": Command("recipes.rounds", "Go in rounds: rank the new policy's clips, learn the reward anew, go on with RL."),
     "check": Command("recipes.check", "Check an RL configuration before its first expensive second: rushes check CONFIG.yaml [--recipe NAME].", ("file",)),
     "evaluate": Command("recipes.evaluate", "Compare models on the same prompts and seeds; write the report."),
+    "compare": Command("recipes.compare", "Say which of two runs makes the better clips, blind: rushes compare RUN_A RUN_B [--by judge|guard|people].", ("run_a", "run_b")),
     "bench": Command("recipes.bench", "Measure something: rushes bench NAME [--quick]."),
 }
 

@@ -310,7 +310,7 @@ def stages_of(cfg: Config) -> Stages:
     setting = setting_of(cfg, 1)
     free = {"out", "rounds", "answered", *path_keys(Config)}
     own = {key: value for key, value in leaves(dump(cfg)).items() if key not in free and not key.startswith("rl")}
-    moved = {f"{cfg.recipe}.{key}": value for key, value in leaves(dump(setting)).items() if key not in path_keys(type(setting))}
+    moved = {f"{cfg.recipe}.{key}": value for key, value in leaves(dump(setting)).items() if key not in {*OWN, *path_keys(type(setting))}}
     given = {"network": network_lineage(start_of(cfg, 1)), "guard_card": file_hash(cfg.guard / "reward_card.json") if cfg.guard else None}
     return Stages(cfg.out, "rounds", own | moved | given)
 
