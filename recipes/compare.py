@@ -29,10 +29,10 @@ from torch import Tensor
 
 from align.config import Config as BaseConfig
 from align.config import Count, Seed, Share, Whole, dump
-from base_model.checkpoint import check_can_write, read_json
+from base_model.checkpoint import atomic_write, check_can_write, read_json
 from base_model.errors import UserError
 from base_model.tiny import WEIGHTS, load_tiny
-from base_model.video.files import digest_of, to_uint8, write_atomic
+from base_model.video.files import digest_of, to_uint8
 from base_model.video.store import ClipStore, NewClip
 from recipes.bench.strip import Shown, draw
 from recipes.evaluate import EVALUATION_SEED, clip_seeds, kind_of, network_file, shown_prompts
@@ -183,9 +183,9 @@ def ask_people(cfg: Config, clips: Sequence[Tensor], asked: Sequence[ShapesPromp
 
 
 def votes_of_people(cfg: Config, key: dict[str, Any], pairs: int) -> Votes:
-    """What people answered so far; equal clips tie."""
+    """What people answered so far. Equal clips tie, once there is any answer, or nothing to ask."""
     people = cfg.out / "people"
-    votes: Votes = [[0.5] if i in set(key["alike"]) else [] for i in range(pairs)]
+    votes: Votes = [[] for _ in range(pairs)]
     data = load_comparisons(people / "rankings")
     usable = {event.event_id for event in usable_events(data)}
     for task_id, events in answers_to(data, read_tasks(people)).items():
@@ -193,7 +193,8 @@ def votes_of_people(cfg: Config, key: dict[str, Any], pairs: int) -> Votes:
         for pair in pairs_of(event for event in events if event.event_id in usable and event.dimension == cfg.dimension):
             turn = 1 if pair.first == mine["a"] else -1
             votes[mine["pair"]] += [(turn * answer + 1) / 2 for answer in pair.votes.values()]
-    return votes
+    alike = set(key["alike"]) if any(votes) or not key["tasks"] else set()
+    return [[0.5] if i in alike else said for i, said in enumerate(votes)]
 
 
 # Rows
@@ -277,7 +278,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     if cfg.by == "people":
         if key is None:
             key = {"settings": told, "run_a": str(cfg.run_a), "run_b": str(cfg.run_b), **ask_people(cfg, clips, asked, ruled, fps)}
-            write_atomic(key_file, (json.dumps(key, indent=1) + "\n").encode())
+            atomic_write(key_file, (json.dumps(key, indent=1) + "\n").encode())
         votes = votes_of_people(cfg, key, len(asked))
     else:
         votes = votes_by_scores(cfg, clips, asked, fps)
@@ -287,9 +288,9 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     if key is not None:
         result |= asked_of_people(cfg, key, votes)
     if any(votes) and cfg.shown:
-        write_atomic(cfg.out / "sheet.png", picture(cfg, clips, votes, prompts))
+        atomic_write(cfg.out / "sheet.png", picture(cfg, clips, votes, prompts))
         result["picture"] = str(cfg.out / "sheet.png")
-    write_atomic(cfg.out / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
+    atomic_write(cfg.out / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
     return {**result, "wall_seconds": round(time.monotonic() - started, 1)}
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from base_model.checkpoint import atomic_write
 from base_model.errors import UserError
-from base_model.video.files import write_atomic
 from base_model.video.store import ClipRow
 from recipes.shapes import labelers
 from recipes.shapes.labelers import Labeler
@@ -73,7 +73,7 @@ def ask(folder: Path, out: Path, tasks: Sequence[Task], shown: Sequence[ClipRow]
     """Makes the clips and prompts of the tasks known to the store of rankings in `folder`, which keeps all its answers, and writes the tasks into `out`."""
     asked = {clip_id for task in tasks for clip_id in task.clip_ids}
     write_comparisons(folder, [], clips=[Clip.of(row) for row in shown if row.clip_id in asked], prompts=prompts, shares=shares)
-    write_atomic(out / TASKS, "".join(json.dumps(task._asdict(), ensure_ascii=False) + "\n" for task in tasks).encode())
+    atomic_write(out / TASKS, "".join(json.dumps(task._asdict(), ensure_ascii=False) + "\n" for task in tasks).encode())
 
 
 def read_tasks(out: Path) -> list[Task]:

@@ -197,11 +197,13 @@ def answer(out: Path, number: int, tasks: slice) -> None:
     write_comparisons(out / "rankings", events, clips=(), prompts=(), annotators=[Annotator("ann")])
 
 
-def test_people_are_waited_for_and_earlier_rankings_are_learned_from(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_people_are_waited_for_and_earlier_rankings_are_learned_from(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(nft, "main", moved_by(0.01))
     monkeypatch.setattr(reward_model, "main", learned_nothing)
-    out, given = tmp_path / "out", [str(finished.out / "rankings"), str(finished.out / "clips")]
-    words = ["rounds", "--labelers", "people", "--model", str(finished.network), "--rounds", "1", "--seed", "7", "--out", str(out), *TOY, "--rankings", given[0], "--clips", given[1]]
+    out, given = tmp_path / "out", ["--rankings", str(finished.out / "rankings"), "--clips", str(finished.out / "clips")]
+    words = ["rounds", "--labelers", "people", "--model", str(finished.network), "--rounds", "1", "--seed", "7", "--out", str(out), *TOY, *given]
     before, earlier = hashes(finished.out), load_comparisons(finished.out / "rankings")
     assert cli.main(words) == 3
     said = capsys.readouterr().err.splitlines()[-1]
@@ -250,12 +252,13 @@ def test_the_kl_is_that_of_normal_distributions_step_by_step() -> None:
             parameter.mul_(1.1)
     cond = policy.encode_text(["a red circle grows", "a blue bar rises"])
     assert rounds.kl_between(policy, policy, cond, sampler, 3) == 0
+    noise, times = seeded_noise(policy, sampler.clip, clip_seeds(3, 2)), sampling_times(policy.path, 4, shift=3.0)
     with torch.no_grad():
-        taken = rollout(policy, Ancestral(), seeded_noise(policy, sampler.clip, clip_seeds(3, 2)), sampling_times(policy.path, 4, shift=3.0), cond, noise=torch.Generator().manual_seed(3))
+        taken = rollout(policy, Ancestral(), noise, times, cond, noise=torch.Generator().manual_seed(3))
         total = 0.0
         for step in taken.steps():
-            one, other = (replay(model, Ancestral(), step, cond) for model in (policy, first))
-            total += float(kl_divergence(Normal(one.mean.double(), one.std.double().expand_as(one.mean)), Normal(other.mean.double(), other.std.double().expand_as(other.mean))).mean())
+            both = [replay(model, Ancestral(), step, cond) for model in (policy, first)]
+            total += float(kl_divergence(*(Normal(one.mean.double(), one.std.double().expand_as(one.mean)) for one in both)).mean())
     assert rounds.kl_between(policy, first, cond, sampler, 3) == pytest.approx(total, rel=1e-4) and total > 0
     one_step = sampler.model_copy(update={"steps": 1})
     assert rounds.kl_between(policy, first, cond, one_step, 3) != rounds.kl_between(policy, first, cond, one_step, 3), "nothing is noisy: unknown"
