@@ -91,6 +91,6 @@ def answers_to(data: Comparisons, tasks: Sequence[Task]) -> dict[str, list[Ranki
     of = {frozenset(task.clip_ids): task.task_id for task in tasks}
     found: dict[str, list[RankingEvent]] = {task.task_id: [] for task in tasks}
     for event in data.events:
-        if (task_id := of.get(frozenset(event.clip_ids))) is not None:
+        if event.kind in ("pair", "rank", "best") and (task_id := of.get(frozenset(event.clip_ids))) is not None:
             found[task_id].append(event)
     return found

@@ -309,10 +309,10 @@ def stages_of(cfg: Config) -> Stages:
     """What all rounds depend on: networks and reward models by what is in them, wherever they lie."""
     setting = setting_of(cfg, 1)
     free = {"out", "rounds", "answered", *path_keys(Config)}
-    own = {key: value for key, value in leaves(dump(cfg)).items() if key not in free and not key.startswith("rl")}
-    moved = {f"{cfg.recipe}.{key}": value for key, value in leaves(dump(setting)).items() if key not in {*OWN, *path_keys(type(setting))}}
+    own = {key: value for key, value in leaves(dump(cfg)).items() if key not in free and key.partition(".")[0] != "rl"}
+    rl = {f"{cfg.recipe}.{key}": value for key, value in leaves(dump(setting)).items() if key not in {*OWN, *path_keys(type(setting))}}
     given = {"network": network_lineage(start_of(cfg, 1)), "guard_card": file_hash(cfg.guard / "reward_card.json") if cfg.guard else None}
-    return Stages(cfg.out, "rounds", own | moved | given)
+    return Stages(cfg.out, "rounds", own | rl | given)
 
 
 def check(cfg: Config) -> None:
