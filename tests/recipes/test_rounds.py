@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -109,11 +109,11 @@ def test_accuracy_is_of_the_newest_clips_on_prompts_that_were_not_learned_from(f
             rank = dict(zip(event.clip_ids, event.ranks, strict=True))
             for a in event.clip_ids:
                 for b in event.clip_ids:
-                    if rank[a] < rank[b]:  # type: ignore[operator]
+                    if rank[a] < rank[b]:
                         key = (event.annotator_id, *sorted((a, b)))
                         if key not in seen:
                             decided, right = decided + 1, right + (score[a] > score[b])
-                        seen.add(key)  # type: ignore[arg-type]
+                        seen.add(key)
         assert decided > 0 and finished.rows[1][name] == pytest.approx(right / decided)
 
 
@@ -165,13 +165,23 @@ def test_what_cannot_be_is_said_before_any_work(words: list[str], says: str, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("recipe", get_args(rounds.Recipe))
+def test_every_recipe_is_told_where_it_starts_and_what_it_climbs(recipe: str, finished: Finished, tmp_path: Path) -> None:
+    cfg = load(rounds.Config, None, ["--recipe", recipe, "--model", str(finished.network), "--guard", str(finished.guard), "--out", str(tmp_path), "--rl.policy.iterations", "3"])
+    first, second = (rounds.setting_of(cfg, number) for number in (1, 2))
+    assert (first.model, second.model) == (finished.network, tmp_path / "round-1" / "rl" / "network.safetensors")
+    assert [setting.reward for setting in (first, second)] == [tmp_path / f"round-{number}" / "reward" for number in (1, 2)]
+    assert first.guard == second.guard == finished.guard and first.seed != second.seed and first.policy.iterations == 3
+    assert getattr(first, "comparisons", None) is None, "dpo makes fresh pairs"
+
+
 def moved_by(amount: float, guard_stops: bool = False) -> Any:
     """RL without the work: the network it starts from, its last layer moved."""
 
     def main(cfg: nft.Config, *, resume: bool = False) -> dict[str, object]:
         model = load_tiny(cfg.model)
         with torch.no_grad():
-            for parameter in model.network.tokens_out.parameters():  # type: ignore[union-attr, operator]
+            for parameter in model.network.tokens_out.parameters():
                 parameter.add_(amount)
         save_network(cfg.out / "network.safetensors", model)
         result: dict[str, object] = {"weights": str(cfg.out / "network.safetensors"), "stopped_by_guard": guard_stops, "forward_passes": 7}
@@ -248,7 +258,7 @@ def test_a_run_that_its_guards_ended_is_gone_on_from(finished: Finished, tmp_pat
 def test_the_kl_is_that_of_normal_distributions_step_by_step() -> None:
     policy, first, sampler = small_model(), small_model(), Sampler(steps=4, frames=5, height=16, width=16)
     with torch.no_grad():
-        for parameter in policy.network.tokens_out.parameters():  # type: ignore[union-attr, operator]
+        for parameter in policy.network.tokens_out.parameters():
             parameter.mul_(1.1)
     cond = policy.encode_text(["a red circle grows", "a blue bar rises"])
     assert rounds.kl_between(policy, policy, cond, sampler, 3) == 0
