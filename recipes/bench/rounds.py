@@ -59,7 +59,7 @@ class Config(Bench):
     """How the demo's SFT is done."""
     rankings: Even = 256
     """R, tasks of four takes, of one prompt each and ranked by one person each."""
-    policy: nft.Policy = nft.Policy(iterations=16, evaluate_every=1000)
+    policy: nft.Policy = nft.Policy(iterations=14, evaluate_every=1000)
     """How NFT climbs; its iterations are F, an even number."""
     seeds: Seeds = (0, 1, 2)
     """Seeds of all that comes after SFT."""
