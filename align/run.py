@@ -61,6 +61,7 @@ BUILT_IN_METRICS = {
     "iteration": "Index of the iteration that wrote the line, from 0; the number of iterations for lines written after the loop.",
     "seconds": "Wall-clock seconds of work since the run began, without the time between an interruption and its resumption.",
     "forward_passes": "Clips sent through the counted networks since the run began, training and sampling together.",
+    "forward_equivalents": "What training alone cost, in forward passes of a clip: a backward pass counts two, looks at held-out clips nothing.",
 }
 WALL_CLOCK_FIELDS = frozenset({"seconds", "iteration_seconds", "clips_per_second", "peak_memory_bytes"})
 """Metrics that depend on the machine: the only ones that differ between a resumed run and an uninterrupted one."""
@@ -108,8 +109,9 @@ class Run:
         self.out, self.cfg, self.seed, self.quiet = Path(out), cfg, seed, quiet or not self.is_main
         self.metrics = {**BUILT_IN_METRICS, **metrics}
         self.iteration = 0  # iterations finished; inside the loop also the index of the present one
-        self.forward_passes = 0
+        self.forward_passes = self.forward_equivalents = 0
         self._counting = threading.Lock()
+        self._looks = False
         self._registered: dict[str, tuple[Stateful, bool]] = {}
         self._looping = self._stopping = self._compared = False
         self._writer: Any = None
@@ -139,8 +141,18 @@ class Run:
         self._registered[name] = (self.accelerator.unwrap_model(thing) if isinstance(thing, nn.Module) else thing), trainable_only
 
     def count_forwards(self, network: nn.Module) -> None:
-        """Counts clips through `network` into `forward_passes`: one a segment where the call is packed, else the first axis of its first tensor."""
-        network.register_forward_pre_hook(self._count, with_kwargs=True)
+        """Counts clips through `network` into `forward_passes` and `forward_equivalents`: one a segment where the call is packed, else the first axis of its first tensor."""
+        network.register_forward_pre_hook(self._count_forward, with_kwargs=True)
+        network.register_forward_hook(self._count_backward, with_kwargs=True)
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Forward passes inside are no part of what training costs."""
+        self._looks = True
+        try:
+            yield
+        finally:
+            self._looks = False
 
     def iterations(self, n: int, *, save_every: int, label: str) -> Iterator[int]:
         """0 .. n-1, or from where the last checkpoint stopped. Saves every `save_every` and at the end; shows progress and the time left.
@@ -248,6 +260,7 @@ class Run:
         self._note = "  ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:3])
         line: dict[str, float | None] = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line |= {"iteration": self.iteration, "seconds": round(self.seconds, 3), "forward_passes": self.forward_passes}
+        line["forward_equivalents"] = self.forward_equivalents
         self._append(json.dumps(line, sort_keys=True) + "\n")
         self._to_tensorboard(values)
 
@@ -359,6 +372,7 @@ class Run:
             "stopped": self._stopping,
             "seconds": self.seconds,
             "forward_passes": self.forward_passes,
+            "forward_equivalents": self.forward_equivalents,
             "metrics_bytes": self._metrics_file.stat().st_size,
         }
 
@@ -377,7 +391,7 @@ class Run:
             else:
                 thing.load_state_dict(value)
         self.iteration, self._stopping = state["iteration"], state["stopped"]
-        self.forward_passes = state["forward_passes"]
+        self.forward_passes, self.forward_equivalents = state["forward_passes"], state["forward_equivalents"]
         self._seconds_before, self._begun = state["seconds"], time.monotonic()
 
     def _state_of(self, thing: Stateful, trainable_only: bool) -> Any:
@@ -447,15 +461,27 @@ class Run:
             return flag
         return bool(self.accelerator.reduce(torch.tensor([float(flag)], device=self.device), reduction="sum") > 0)
 
-    def _count(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _clips(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> int:
         given = [*arguments, *named.values()]
-        for kind in (Segments, Tensor):
-            first = next((value for value in given if isinstance(value, kind)), None)
-            if first is not None:
-                with self._counting:
-                    self.forward_passes += len(first) * self.accelerator.num_processes
-                return
-        raise ValueError("a counted network was called without a tensor")
+        first = next((value for kind in (Segments, Tensor) for value in given if isinstance(value, kind)), None)
+        if first is None:
+            raise ValueError("a counted network was called without a tensor")
+        return len(first) * self.accelerator.num_processes
+
+    def _count_forward(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        clips = self._clips(arguments, named)
+        with self._counting:
+            self.forward_passes += clips
+        self._spend(clips)
+
+    def _count_backward(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            clips = self._clips(arguments, named)
+            output.register_hook(lambda gradient: self._spend(2 * clips))
+
+    def _spend(self, forward_equivalents: int) -> None:
+        with self._counting:
+            self.forward_equivalents += 0 if self._looks else forward_equivalents
 
     def _seed_globals(self, stream: str, index: int) -> None:
         seed = derived_seed(self.seed, f"{stream}/rank {self.accelerator.process_index}", index)
@@ -537,7 +563,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
         state = read_json(checkpoint / "state.json", "the state of the run")
     except UserError as error:
         raise UserError(f"damaged checkpoint, {checkpoint}: {error}, or delete that folder to go on from the one before it") from error
-    missing = {"iteration", "stopped", "seconds", "forward_passes", "metrics_bytes", "states"} - set(state)
+    missing = {"iteration", "stopped", "seconds", "forward_passes", "forward_equivalents", "metrics_bytes", "states"} - set(state)
     if missing:
         raise UserError(f"damaged checkpoint, {checkpoint}: no {sorted(missing)[0]} in state.json. Delete that folder to go on from the one before it")
     return state

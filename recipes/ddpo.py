@@ -107,7 +107,7 @@ class Replayed(NamedTuple):
 
     rows: Tensor  # [b] which of the B clips
     taken: Trajectory  # b
-    prior: Gaussian | None  # what the SFT policy says of the first noisy step, where the KL is wanted
+    prior: Gaussian | None  # what the SFT policy says of the first noisy step of every eighth, where the KL is wanted
 
 
 def losses_of(p: Policy, policy: VideoModel, kernel: Kernel, limited: Advantage, known: float, part: Replayed) -> Iterator[Loss]:
@@ -119,15 +119,16 @@ def losses_of(p: Policy, policy: VideoModel, kernel: Kernel, limited: Advantage,
         now = replay(policy, kernel, step, part.taken.cond)
         weight = step_weight(p.step_weight, kernel, policy.path, step.t, step.s)  # [b]
         loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, valid=valid, weight=weight)
-        kl = {"kl": now.kl(part.prior).detach().mean()} if part.prior is not None and number == 0 else {}
+        kl = {"kl": now[feedback.eighth(len(step.rows))].kl(part.prior).detach().mean()} if part.prior is not None and number == 0 else {}
         yield Loss(loss.value * (float(valid.sum()) / known / len(steps)), {**loss.stats, **kl})
 
 
 @torch.no_grad()
 def prior_of(policy: VideoModel, kernel: Kernel, taken: Trajectory) -> Gaussian:
-    """What the SFT policy says of the first noisy step."""
+    """What the SFT policy says of the first noisy step of every eighth clip."""
+    step = taken.steps()[0]
     with reference(policy.network):
-        return replay(policy, kernel, taken.steps()[0], taken.cond)
+        return replay(policy, kernel, step.select(feedback.eighth(len(step.rows))), taken.cond)
 
 
 def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:

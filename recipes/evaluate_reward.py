@@ -1,9 +1,9 @@
 """Judge a reward model on answers it has not seen (`rushes evaluate-reward`).
 
 Every clip that people judged in a split is scored once. Then, for each dimension: how often the model orders a pair as people did, without ties and with them; how its
-probabilities compare with what happened, before and after a temperature and a tie parameter are fitted on the split `validation`; whether a wider margin means more;
-Kendall's tau of whole rankings; and the same by pair of generators. Beside it stand what needs no model (a coin, the prompt alone, weight-free signals alone)
-and what another person reaches. Nothing is chosen on the judged split but what is called an oracle.
+probabilities compare with what happened, before and after a temperature, a tie parameter and a share of careless answers are fitted on the split `validation`;
+whether a wider margin means more; Kendall's tau of whole rankings; and the same by pair of generators. Beside it stand what needs no model (a coin, the prompt
+alone, weight-free signals alone) and what another person reaches. Nothing is chosen on the judged split but what is called an oracle.
 
 Writes `report.json` with everything and `report.html`, one page. A clip without a score is left out and counted, never taken for a tie.
 
@@ -59,6 +59,7 @@ from reward.calibration import (
 from reward.comparisons import Clip, Comparisons, RankingEvent, load_comparisons
 from reward.features import signal_features
 from reward.model import TIER, CalibratedScorer
+from reward.types import one_rate
 
 MODEL, SIGNALS_ONLY, PROMPT_ONLY = "reward model", "signals only", "prompt only"
 CARD = "reward_card.json"
@@ -84,7 +85,7 @@ class Config(BaseConfig):
     split: Literal["test", "val"] = "test"
     """Whose answers judge the model."""
     validation: Literal["val", "train"] = "val"
-    """Another split, on whose answers threshold, temperature and tie parameter are chosen."""
+    """Another split, on whose answers threshold, temperature, tie parameter and share of careless answers are chosen."""
     batch: Count = 64
     """Clips scored at once."""
     drawn: Whole = 24
@@ -160,11 +161,12 @@ def check_clips(clip_ids: Sequence[str], store: ClipStore) -> None:
 
 def judged_rate(cfg: Config, data: Comparisons, tier: str) -> float | None:
     """The frame rate of the judged clips; None where they have several, which only a matcher may score. Raises UserError where another tier would have to."""
-    rates = sorted({data.clips[clip_id].fps for event in usable_events(data) if data.split[event.prompt_id] in (cfg.split, cfg.validation) for clip_id in event.clip_ids})
-    if len(rates) > 1 and tier != TIER:
-        named = ", ".join(f"{rate:g}" for rate in rates)
+    rates = [data.clips[clip_id].fps for event in usable_events(data) if data.split[event.prompt_id] in (cfg.split, cfg.validation) for clip_id in event.clip_ids]
+    rate = one_rate(rates)
+    if rates and rate is None and tier != TIER:
+        named = ", ".join(f"{rate:g}" for rate in sorted(set(rates)))
         raise UserError(f"the ranked clips have {named} frames a second, and the reward model scores clips of one rate, {cfg.comparisons}. Judge it on clips of one")
-    return rates[0] if len(rates) == 1 else None
+    return rate
 
 
 def signal_scores(train: Sequence[RankingEvent], signals: Looked, dims: tuple[str, ...]) -> Tensor:
@@ -342,7 +344,7 @@ def judge_dimension(dim: str, cfg: Config, model: CalibratedScorer, data: Compar
         "scorers": found,
         "without_a_model": without_a_model(test, pairs_of(events), data.component, cfg.seed),
         "as_stored": trust(test.told.answer[known], difference[known], stored, cfg.seed),
-        **curves(scorers[MODEL], test, Calibration(fitted["temperature"], fitted["log_tie"]) if fitted else stored, cfg.seed),
+        **curves(scorers[MODEL], test, Calibration(*(fitted[name] for name in Calibration._fields)) if fitted else stored, cfg.seed),
         "generators": by_generators(scorers[MODEL], test, data.clips, found[MODEL]["threshold"], cfg.seed),
     }
 

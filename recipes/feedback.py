@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -57,7 +58,7 @@ METRICS = {
     "held_out_reward": "The same score of held-out prompts' clips, from the deterministic sampler and fixed noise.",
     "held_out_guard": "Guard's score (other labelers, other seed) of the same held-out clips; never optimised.",
     "held_out_violation_rate": "Share of the held-out clips that the safety filters block.",
-    "kl_per_element": "KL from the SFT policy before the update, nats per latent element; in ddpo of the first noisy step of the first micro-batch.",
+    "kl_per_element": "KL from the SFT policy before the update, nats per latent element; where it is in no loss, of every eighth clip (in ddpo of one step).",
     "kl_total": "The same, nats per clip: per element times the number of latent elements.",
     "grad_norm": "Norm of the gradient before clipping, mean over the updates.",
     "ratio": "Importance ratio (per latent element), mean over clips and steps.",
@@ -304,6 +305,21 @@ def check_first_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: 
     selfcheck.kl_gradient(Gaussian(u, one), Gaussian(prior, one), model.network.parameters())
 
 
+def eighth(clips: int) -> Tensor:
+    """Which of so many clips the distance from the SFT policy is measured on where no loss asks for it: every eighth, [ceil(clips / 8)]."""
+    return torch.arange(0, clips, 8)
+
+
+@torch.no_grad()
+def reference_distance(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Conditioning, sampled_by: Callable[[], AbstractContextManager[object]]) -> float:
+    """Mean squared distance of the velocity from the SFT policy's, per latent element, of noised clips x_t [b,C,F,H,W] at t [b]; sampled_by: switches to the policy that is asked
+    about."""
+    with sampled_by():
+        u = model(x_t, t, cond)
+    with reference(model.network):
+        return float((u - model(x_t, t, cond)).square().mean())
+
+
 def check_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Conditioning) -> None:
     """`check_first_velocity` where nothing of these clips is remembered yet: policy and reference are asked now."""
     with torch.no_grad():
@@ -333,7 +349,8 @@ def register(run: Run, model: LatentVideoModel, optimizer: Any, multiplier: Mult
 
 def look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, watch: GuardWatch, iteration: int, *, every: int) -> dict[str, float]:
     """Every `every` rollouts: the held-out metrics, the guards' light, and the end of the run where it is red. Else nothing."""
-    told = {} if iteration % every else watch_over(run, watch, held_out, held_out.watch(model, assess, iteration), model, iteration)
+    with run.looking():
+        told = {} if iteration % every else watch_over(run, watch, held_out, held_out.watch(model, assess, iteration), model, iteration)
     if watch.fallen:
         run.stop()
     run.remark(watch.said)
@@ -358,12 +375,13 @@ def roll_out_clean(model: VideoModel, times: Tensor, cond: Conditioning, noise: 
 
 def last_look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, watch: GuardWatch) -> dict[str, float]:
     """A look after the loop and, where the run fell, the way back to the best adapter and a look at that: the metrics of what is kept, logged."""
-    looked = watch_over(run, watch, held_out, held_out.watch(model, assess, run.iteration), model, run.iteration)
-    run.log(**looked)
-    if watch.fallen and watch.best:
-        load_adapter_state(model.network, watch.best)
-        looked = held_out.watch(model, assess, run.iteration).told
+    with run.looking():
+        looked = watch_over(run, watch, held_out, held_out.watch(model, assess, run.iteration), model, run.iteration)
         run.log(**looked)
+        if watch.fallen and watch.best:
+            load_adapter_state(model.network, watch.best)
+            looked = held_out.watch(model, assess, run.iteration).told
+            run.log(**looked)
     return looked
 
 

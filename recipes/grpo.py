@@ -192,17 +192,20 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
                 if not len(better):
                     continue
                 now = replay(policy, kernel, step, trajectory.cond)
-                with reference(model.network), torch.no_grad():
-                    prior = replay(policy, kernel, step, trajectory.cond)
                 weight = step_weight(p.step_weight, kernel, model.path, step.t, step.s)
                 loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, weight=weight)
-                kl = kl_in(p.kl_space, now, prior, kernel, model.path, step.t, step.s)  # [b']
-                loss = loss.plus("kl_penalty", kl_penalty(kl, p.kl_coef))
+                asked = (torch.arange(len(better)) if p.kl_coef else feedback.eighth(len(better))).to(run.device)
+                few, now = step.select(asked), now[asked]  # b''
+                with reference(model.network), torch.no_grad():
+                    prior = replay(policy, kernel, few, trajectory.cond)
+                kl = kl_in(p.kl_space, now, prior, kernel, model.path, few.t, few.s)  # [b'']
+                if p.kl_coef:
+                    loss = loss.plus("kl_penalty", kl_penalty(kl, p.kl_coef))
                 run.backward(loss.value * (len(better) / (kept.sum() * noisy[:, 0].sum())))
                 terms.append(loss.stats)
                 charged.append(kl.detach())
                 kls.append(now.kl(prior).detach())
-                distances.append(kl_in("v", now, prior, kernel, model.path, step.t, step.s).detach())
+                distances.append(kl_in("v", now, prior, kernel, model.path, few.t, few.s).detach())
         norm = run.step(optimizer, p.max_grad_norm)
 
         # Tell.

@@ -113,6 +113,10 @@ class Noised(NamedTuple):
     t: Tensor  # [b]
     target: Tensor  # [b,C,F,H,W] velocity of the clip that was made
 
+    def of(self, index: Tensor) -> Noised:
+        """Some of them."""
+        return Noised(self.rows[index], self.cond[index], self.x_t[index], self.t[index], self.target[index])
+
 
 class Lessons(NamedTuple):
     """What clips teach."""
@@ -126,10 +130,12 @@ class Lessons(NamedTuple):
         return Lessons(*(each[rows].to(device) for each in self))
 
 
-def batch_loss(p: Policy, model: LatentVideoModel, lessons: Lessons, known: float, part: tuple[Noised, Tensor, Tensor | None]) -> Iterator[Loss]:
-    """The loss of a micro-batch, as its share of an update that learns from `known` clips. part: the clips, and what the old and the SFT policy say of them."""
+def batch_loss(p: Policy, model: LatentVideoModel, lessons: Lessons, known: float, part: tuple[Noised, Tensor | None, Tensor | None]) -> Iterator[Loss]:
+    """The loss of a micro-batch, as its share of an update that learns from `known` clips. part: the clips, and what the old policy (none: the one that is trained) and the SFT
+    policy say of them."""
     noised, u_old, prior = part
     u = model(noised.x_t, noised.t, noised.cond)  # [b,C,F,H,W]
+    u_old = u.detach() if u_old is None else u_old
     mine = lessons.of(noised.rows, u.device)  # b
     loss = signed_flow_matching(u, u_old, noised.target, mine.advantage, p.proximal, valid=mine.valid)
     if p.method != "nft":
@@ -167,6 +173,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     old = ShadowAdapter(model.network, "old") if p.old_rate else None
     if old is not None:
         run.register("old", old)
+    sampled_by = partial(using, model.network, "old") if old is not None else nullcontext
     sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
     clips = p.prompts * p.group_size
     alike = p.group_size if p.method == "dgpo" else 1  # clips side by side that are noised alike
@@ -178,7 +185,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
         # 1. Roll out by the deterministic sampler, score, compare within each prompt.
         cond = pool[torch.tensor(sampler[i]).repeat_interleave(p.group_size)]  # B
         noise = run.noise(model.latents.shape(cfg.sampler.clip), clips, "rollout", i * clips)  # [B,C,F,H,W]
-        with using(model.network, "old") if old is not None else nullcontext():
+        with sampled_by():
             taken = in_threads(partial(feedback.roll_out_clean, model, times, cond, noise), batches, run.device)
         seen = assess.finished(model, [made.x0 for made in taken], cond)
         advantage = group_advantage(seen.reward, p.group_size)
@@ -202,16 +209,17 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
                 eps = torch.randn(made.x0.shape, generator=generator)[first].to(run.device)  # [b,C,F,H,W]
                 at = t[rows][first].to(run.device)  # [b]
                 noised.append(Noised(rows, made.cond, add_noise(model.path, made.x0, eps, at), at, model.path.velocity(made.x0, eps, at)))
-        asked = p.kl_coef > 0 or p.method == "dgpo"  # whether the SFT policy takes part
+        made_now = 0 if old is not None else len(batches)  # of the first update the trained policy made the clips, so its own pass says it
         with torch.no_grad():
-            with using(model.network, "old") if old is not None else nullcontext():
-                made_by = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised, run.device)  # [b,C,F,H,W] each
+            with sampled_by():
+                made_by = [*[None] * made_now, *in_threads(lambda each: model(each.x_t, each.t, each.cond), noised[made_now:], run.device)]  # [b,C,F,H,W] each
             with reference(model.network):
-                sft = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised if asked else noised[:1], run.device)
+                asked = p.kl_coef > 0 or p.method == "dgpo"  # whether the SFT policy takes part
+                prior = in_threads(lambda each: model(each.x_t, each.t, each.cond), noised, run.device) if asked else [None] * len(noised)
+        few = noised[0].of(feedback.eighth(len(batches[0])))
         if i == 0:
-            in_threads(lambda part: feedback.check_first_velocity(model, part[0].x_t, part[0].t, part[0].cond, *part[1:]), [(noised[0], made_by[0], sft[0])], run.device)
-        distance = clip_error(made_by[0], sft[0]).mean()
-        prior = sft if asked else [None] * len(noised)
+            in_threads(lambda part: feedback.check_velocity(model, part.x_t, part.t, part.cond), [few], run.device)
+        distance = feedback.reference_distance(model, few.x_t, few.t, few.cond, sampled_by)
 
         # 3. Move the policy.
         losses, norms = [], []

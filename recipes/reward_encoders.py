@@ -28,6 +28,7 @@ from reward.cache import FeatureCache, clip_tokens, feature_key, text_features
 from reward.comparisons import Comparisons, RankingEvent
 from reward.encoders import Encoder, load_encoder
 from reward.pooled import Features, PooledModel, features_of, save_pooled
+from reward.types import one_rate
 
 PATIENCE = 5
 """Passes without a better loss on val before the end."""
@@ -135,10 +136,11 @@ def fit(cfg: Config, run: Run, model: PooledModel, train: Part, val: Part, bags:
 
 def frame_rate_of(data: Comparisons, events: Sequence[RankingEvent]) -> float:
     """The frame rate of the ranked clips. Raises UserError where they have several: a head cannot tell a slow clip from one with more frames a second."""
-    rates = sorted({data.clips[clip_id].fps for event in events for clip_id in event.clip_ids})
-    if len(rates) != 1:
-        raise UserError(f"the ranked clips have {', '.join(f'{rate:g}' for rate in rates)} frames a second. Learn from clips of one frame rate")
-    return rates[0]
+    rates = [data.clips[clip_id].fps for event in events for clip_id in event.clip_ids]
+    rate = one_rate(rates)
+    if rate is None:
+        raise UserError(f"the ranked clips have {', '.join(f'{rate:g}' for rate in sorted(set(rates)))} frames a second. Learn from clips of one frame rate")
+    return rate
 
 
 def learn(cfg: Config, answers: Answers, store: ClipStore, *, resume: bool) -> dict[str, Any]:

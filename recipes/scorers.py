@@ -22,7 +22,7 @@ from base_model.prompts.text import TextEncoder
 from reward import latent, pooled
 from reward import model as matcher
 from reward.model import CalibratedScorer, EncodeText, card_errors, check_golden, golden_scores
-from reward.serving.wire import same_rate
+from reward.types import one_rate, same_rate
 from reward.vlm import files as vlm
 from reward.vlm.model import VlmReward
 
@@ -87,10 +87,11 @@ def check_scorer(folder: Path, card: Mapping[str, Any], scorer: CalibratedScorer
 def card_rate(folder: Path, card: Mapping[str, Any]) -> float:
     """The frame rate of the clips the model was trained on. Raises UserError where the card names none, or several."""
     rates = trained_rates(card)
-    if len(rates) != 1:
+    rate = one_rate(rates)
+    if rate is None:
         named = ", ".join(f"{rate:g}" for rate in rates) or "none"
         raise UserError(f"the card says nothing of one frame rate ({named}), {folder}. Say the rate of the clips that are to be scored, --fps")
-    return rates[0]
+    return rate
 
 
 def check_trained_rate(folder: Path, card: Mapping[str, Any], fps: float | None) -> None:

@@ -202,7 +202,7 @@ def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: P
         tokens = sum(lengths[j] for rows in chosen for j in rows)
         run.log(loss=torch.stack([loss.value for loss in losses]).sum(), grad_norm=norm, learning_rate=rate, clips=clips, tokens=tokens)
         if (i + 1) % fit.evaluate_every == 0 or i + 1 == fit.iterations:
-            with average.swap():
+            with average.swap(), run.looking():
                 errors = held_out_losses(model, held_out, run.generator("held out", 0))
             run.log(held_out_loss=errors.mean(), held_out_loss_low_noise=errors[:2].mean(), held_out_loss_high_noise=errors[-2:].mean())
     average.apply()

@@ -1,7 +1,8 @@
-"""How far a scorer's probabilities can be believed: temperature and tie parameter, likelihood, Brier score, calibration error, accuracy by margin.
+"""How far a scorer's probabilities can be believed: temperature, tie parameter and careless answers, likelihood, Brier score, calibration error, accuracy by margin.
 
-A difference d of two scores becomes a distribution over {first better, tie, second better} by Davidson's model (`ranking.davidson`) of d / temperature. Both parameters
-are fitted on validation answers and then held fixed. Arrays as in `accuracy.py`: answer [N] in {+1, 0, -1}, difference [N], cluster [N]; here every difference is known.
+A difference d of two scores becomes a distribution over {first better, tie, second better} by Davidson's model (`ranking.davidson`) of d / temperature, but for a share of answers
+that are given without looking and prefer either clip. Left out, a few of them ask for a temperature that makes all other answers too timid. The three numbers are fitted on
+validation answers and then held fixed. Arrays as in `accuracy.py`: answer [N] in {+1, 0, -1}, difference [N], cluster [N]; here every difference is known.
 
 Which of two clips is called the first is nobody's answer. So calibration is looked at from the scorer's *favourite*, the clip with the higher score: is it better as
 often as was said, do they tie as often, is the other one better as often? Exchanging the clips of a pair changes no number here.
@@ -9,7 +10,7 @@ often as was said, do they tie as often, is the other one better as often? Excha
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +21,20 @@ from reward.ranking import davidson
 
 OUTCOMES = ("favourite better", "tie", "other better")
 BINS = 15
+DIGITS = 12  # to which probabilities are equal: which clip is called the first changes the last bit
 ADDED = np.array([0.5, 0.5, 0.5])  # answers of each kind, see `fit_calibration`
+CAREFUL = 1.0  # answers that were surely looked at, see `fit_calibration`
+MOST_CARELESS = 0.5
+STARTS = ((1.0, 0.02), (2.0, 0.1), (4.0, 0.3))  # a steeper slope and a careless share, from where both are climbed
+COIN = np.array([0.5, 0.0, 0.5])  # who does not look ties with nothing (`ranking.careless`)
 
 
 class Calibration(NamedTuple):
-    """Davidson's model of a difference of scores: they are divided by the temperature; log_tie is ln v."""
+    """Davidson's model of a difference of scores: they are divided by the temperature; log_tie is ln v. A share of answers is a coin's."""
 
     temperature: float  # inf: the scores say nothing
     log_tie: float
+    careless: float = 0.0
 
 
 class Bin(NamedTuple):
@@ -55,15 +62,16 @@ class Margin(NamedTuple):
 def probabilities(difference: Array, calibration: Calibration) -> Array:
     """Of first better, tie, second better: [N] -> [N,3]."""
     scaled, log_tie = torch.from_numpy(difference / calibration.temperature), torch.tensor(calibration.log_tie, dtype=torch.float64)
-    return davidson(scaled, log_tie).exp().numpy()
+    return (1 - calibration.careless) * davidson(scaled, log_tie).exp().numpy() + calibration.careless * COIN
 
 
-def fit_calibration(answer: Signs, difference: Array) -> Calibration:
-    """Temperature and tie parameter of maximum likelihood, where half an answer of each kind is added at the typical (root mean square) difference.
+def fit_calibration(answer: Signs, difference: Array, *, careless: bool = True) -> Calibration:
+    """Temperature, tie parameter and careless share of maximum likelihood, where half an answer of each kind is added at the typical (root mean square) difference, and `CAREFUL`
+    answers that were surely looked at.
 
-    With thousands of answers these do not matter; with few, all alike (no tie among them; every pair ordered right), they keep the parameters finite. A scorer that is
-    wrong more often than right gets an infinite temperature, never a negative one. The likelihood is concave in 1 / temperature and ln v, so the optimum is the only one.
-    Raises ValueError without answers.
+    With thousands of answers these do not matter; with few, all alike (no tie among them; every pair ordered right), they keep the parameters finite and the careless share at 0. A
+    scorer that is wrong more often than right gets an infinite temperature, never a negative one. Without careless answers the likelihood is concave in 1 / temperature and ln v;
+    from there and from steeper slopes the share, at most `MOST_CARELESS`, is climbed along with both. careless=False: it is 0. Raises ValueError without answers.
     """
     from scipy.optimize import minimize
 
@@ -73,18 +81,30 @@ def fit_calibration(answer: Signs, difference: Array) -> Calibration:
     typical = largest * float(np.sqrt(np.mean((difference / largest) ** 2))) or 1.0
     x = np.append(difference / typical, 1.0)  # in units of the typical difference
     told = np.concatenate([_one_hot(answer), ADDED[None]])  # [N+1,3]
-    total, gain = told.sum(1), told[:, 0] - told[:, 2]  # [N+1]
 
     def loss(parameters: Array) -> tuple[float, Array]:
-        slope, log_tie = parameters
+        slope, log_tie, share = parameters
         log_p = davidson(torch.from_numpy(slope * x), torch.tensor(log_tie, dtype=torch.float64)).numpy()  # [N+1,3]
-        p = np.exp(log_p) * total[:, None]
-        gradient = np.array([((p[:, 0] - p[:, 2] - gain) * x).sum() / 2, (p[:, 1] - told[:, 1]).sum()])
-        return -(told * log_p).sum() / len(x), gradient / len(x)
+        p = np.exp(log_p)
+        mixed = np.maximum((1 - share) * p + share * COIN, np.finfo(np.float64).tiny)  # [N+1,3]
+        looked = told * (1 - share) * p / mixed  # [N+1,3] answers that were looked at
+        number, gain = looked.sum(1), looked[:, 0] - looked[:, 2]
+        value = -(told * np.log(mixed)).sum() - CAREFUL * np.log1p(-share)
+        of_slope = ((number * (p[:, 0] - p[:, 2]) - gain) * x).sum() / 2
+        of_tie = (number * p[:, 1] - looked[:, 1]).sum()
+        of_share = (told * (p - COIN) / mixed).sum() + CAREFUL / (1 - share)
+        return float(value) / len(x), np.array([of_slope, of_tie, of_share]) / len(x)
 
-    found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(0, None), (None, None)], options={"ftol": 1e-14, "gtol": 1e-9})
-    slope, log_tie = found.x.tolist()
-    return Calibration(typical / slope if slope > 0 else float("inf"), log_tie)
+    def climbed(*start: float, most: float = MOST_CARELESS) -> Any:
+        bounds = [(0, None), (None, None), (0, most)]
+        return minimize(loss, np.array(start), jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-14, "gtol": 1e-9})
+
+    best = climbed(1.0, 0.0, 0.0, most=0.0)
+    slope, log_tie, _ = best.x.tolist()
+    if careless and slope > 0:
+        best = min((best, *(climbed(steeper * slope, log_tie, share) for steeper, share in STARTS)), key=lambda found: float(found.fun))
+    slope, log_tie, share = best.x.tolist()
+    return Calibration(typical / slope if slope > 0 else float("inf"), log_tie, share)
 
 
 def from_favourite(probability: Array, answer: Signs) -> tuple[Array, Array]:
@@ -126,7 +146,7 @@ def expected_calibration_error(probability: Array, outcome: Array, *, bins: int 
     """
     if not len(probability):
         return float("nan")
-    gaps = [np.bincount(_bins(p, bins), weights=y - p, minlength=bins) for p, y in zip(probability.T, outcome.T, strict=True)]
+    gaps = [np.bincount(_bins(p.round(DIGITS), bins), weights=y - p, minlength=bins) for p, y in zip(probability.T, outcome.T, strict=True)]
     return float(np.abs(gaps).sum() / probability.size)
 
 
@@ -140,7 +160,7 @@ def calibrated_error(probability: Array, *, bins: int = BINS, draws: int = 100, 
     rng = np.random.default_rng(seed)
     upper = np.cumsum(probability, axis=1)[:, :-1].T  # [C-1,N]
     none = probability[:, 0] == probability[:, -1]
-    columns = [(p, _bins(p, bins)) for p in probability.T]
+    columns = [(p, _bins(p.round(DIGITS), bins)) for p in probability.T]
     found = []
     for _ in range(draws):
         drawn = (rng.random(len(probability)) >= upper).sum(0)  # [N] which outcome
@@ -158,7 +178,7 @@ def reliability(probability: Array, outcome: Array, *, bins: int = BINS) -> list
     """For every outcome the bins of its predictions, smallest first; empty bins are left out."""
     table = []
     for p, y in zip(probability.T, outcome.T, strict=True):
-        index = _bins(p, bins)
+        index = _bins(p.round(DIGITS), bins)
         number, predicted, observed = (np.bincount(index, weights=part, minlength=bins) for part in (np.ones_like(p), p, y))
         table.append([Bin(float(predicted[b] / number[b]), float(observed[b] / number[b]), int(number[b])) for b in np.flatnonzero(number)])
     return table
@@ -173,7 +193,8 @@ def by_margin(answer: Signs, difference: Array, cluster: Indices, calibration: C
     answer, difference, cluster = answer[asked], difference[asked], cluster[asked]
     size = np.abs(difference)
     index = _bins(size, buckets)
-    promised = 1 / (1 + np.exp(-size / calibration.temperature))
+    better, _, worse = probabilities(size, calibration).T
+    promised = better / (better + worse)
     rows = []
     for bucket in np.unique(index).tolist():
         here = index == bucket

@@ -6,26 +6,32 @@
     folder/comparisons-00000.parquet    answers, one row for each person x task x dimension; more files are added, none is ever rewritten
     folder/splits.parquet               which component of prompts is in which split (`splits.py`)
 
-Every file is plain parquet (`datasets.load_dataset("parquet", data_files=...)` reads it) and appears whole or not at all. They are written in the
-order of what refers to what, answers last, so a writer killed between two files leaves a folder that loads and can be written again. Loading checks:
-a ranking must be one, a clip must belong to the prompt it was ranked under, no clip may be in two splits, unknown values are refused.
+Every file is plain parquet with checksums (`datasets.load_dataset("parquet", data_files=...)` reads it) and appears whole or not at all. They are written in
+the order of what refers to what, answers last, and read the other way round, so a writer killed between two files leaves a folder that loads and can be written
+again, and who reads while another writes sees the folder before or after. Writers wait for each other. Loading checks: a ranking must be one, a clip must belong to
+the prompt it was ranked under, no component of prompts may be in two splits, no id may be there twice, unknown values and values of another type are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+import contextlib
+import fcntl
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from base_model.checkpoint import atomic_write
+from base_model.checkpoint import atomic_write, disk_errors
 from base_model.errors import UserError
 from base_model.video.store import ClipRow
 from reward.splits import SPLITS, assign_splits, components_of
 
 KINDS = ("pair", "rank", "best", "likert", "tag")
 CHOICES = ("A", "B", "tie", "both_bad", "both_good", "invalid")
+MOST_CLIPS = 127  # of an answer: ranks are int8
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,17 @@ class Comparisons:
         return tuple(event for event in self.events if self.split[event.prompt_id] == name)
 
 
-Row = TypeVar("Row", RankingEvent, Clip, Prompt, Annotator)
+@dataclass(frozen=True)
+class _Place:
+    """A row of the table `splits`: where a prompt is."""
+
+    prompt_id: str
+    component_id: str
+    split: str
+    salt: str
+
+
+Row = TypeVar("Row", RankingEvent, Clip, Prompt, Annotator, _Place)
 
 
 def write_comparisons(
@@ -175,31 +191,50 @@ def write_comparisons(
     Answers that are already there, word for word, are skipped; the rest goes into a new file. Clips, prompts and people are merged by id.
     Raises UserError, writing nothing, where an id is there with other content, or where the whole would not pass the checks of loading.
     """
-    begun = (folder / "clips.parquet").exists() or bool(_parts(folder))
-    old = load_comparisons(folder) if begun else Comparisons((), {}, {}, {}, {}, {})
-    before = {event.event_id: event for event in old.events}
-    new: dict[str, RankingEvent] = {}
-    for event in events:
-        other = before.get(event.event_id) or new.get(event.event_id)
-        if other is None:
-            new[event.event_id] = event
-        elif other != event:
-            raise UserError(f"answer {event.event_id} is already there with other content, {folder}. Answers are never overwritten: use a new id")
-    all_clips = _merge(old.clips, {clip.clip_id: clip for clip in clips}, folder)
-    all_prompts = _merge(old.prompts, {prompt.prompt_id: prompt for prompt in prompts}, folder)
-    people = {**old.annotators, **{person.annotator_id: person for person in annotators}}
-    all_events = (*old.events, *new.values())
-    components = components_of(all_prompts.values(), all_events, all_clips.values(), before=old.component, seed_families=seed_families)
-    splits = assign_splits(components, {**_wanted(split, components, old.split), **old.split}, salt=salt, shares=shares)
-    whole = _checked(Comparisons(all_events, all_clips, all_prompts, people, splits, components), folder)
+    with _alone_in(folder):
+        begun = (folder / "clips.parquet").exists() or bool(_parts(folder))
+        old = load_comparisons(folder) if begun else Comparisons((), {}, {}, {}, {}, {})
+        before = {event.event_id: event for event in old.events}
+        new: dict[str, RankingEvent] = {}
+        for event in events:
+            other = before.get(event.event_id) or new.get(event.event_id)
+            if other is None:
+                new[event.event_id] = event
+            elif other != event:
+                raise UserError(f"answer {event.event_id} is already there with other content, {folder}. Answers are never overwritten: use a new id")
+        all_clips, all_prompts = _merge(old.clips, clips, folder), _merge(old.prompts, prompts, folder)
+        people = {**old.annotators, **{person.annotator_id: person for person in annotators}}
+        all_events = (*old.events, *new.values())
+        components = components_of(all_prompts.values(), all_events, all_clips.values(), before=old.component, seed_families=seed_families)
+        known = {prompt_id: name for prompt_id, name in old.split.items() if name}
+        splits = assign_splits(components, _wanted(split, components, known) | known, salt=salt, shares=shares)
+        whole = _checked(Comparisons(all_events, all_clips, all_prompts, people, splits, components), folder)
 
-    _write_rows(folder / "annotators.parquet", list(people.values()), Annotator)
-    _write_rows(folder / "prompts.parquet", list(all_prompts.values()), Prompt)
-    _write_rows(folder / "clips.parquet", list(all_clips.values()), Clip)
-    _write_table(folder / "splits.parquet", _split_table(components, splits, salt))
-    if new:
-        _write_rows(folder / f"comparisons-{len(_parts(folder)):05d}.parquet", list(new.values()), RankingEvent)
-    return whole
+        contents = {
+            "annotators.parquet": _parquet(list(people.values()), Annotator),
+            "prompts.parquet": _parquet(list(all_prompts.values()), Prompt),
+            "clips.parquet": _parquet(list(all_clips.values()), Clip),
+            "splits.parquet": _parquet([_Place(key, components[key], splits[key], salt) for key in components], _Place),
+        }
+        if new:
+            contents[_next_part(folder)] = _parquet(list(new.values()), RankingEvent)
+        for name, content in contents.items():
+            atomic_write(folder / name, content)
+        return whole
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Makes the folder and waits until no other process writes into it; where the file system has no locks, nobody waits."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _wanted(split: str | None, components: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
@@ -214,14 +249,15 @@ def _wanted(split: str | None, components: Mapping[str, str], known: Mapping[str
 
 def load_comparisons(folder: Path) -> Comparisons:
     """Reads and checks a folder. Raises UserError, one line with the file and the id, for anything missing, damaged or contradictory."""
-    clips = {clip.clip_id: clip for clip in _read_rows(folder / "clips.parquet", Clip)}
-    prompts = {prompt.prompt_id: prompt for prompt in _read_rows(folder / "prompts.parquet", Prompt)}
-    people = {person.annotator_id: person for person in _read_rows(folder / "annotators.parquet", Annotator)}
     events = tuple(event for part in _parts(folder) for event in _read_rows(part, RankingEvent))
-    split, component = _read_splits(folder / "splits.parquet")
-    every_split = {key: split.get(key, "") for key in prompts}
-    every_component = {key: component.get(key, key) for key in prompts}
-    return _checked(Comparisons(events, clips, prompts, people, every_split, every_component), folder)
+    places = _by_id(folder / "splits.parquet", _Place) if (folder / "splits.parquet").exists() else {}
+    clips, prompts, people = _by_id(folder / "clips.parquet", Clip), _by_id(folder / "prompts.parquet", Prompt), _by_id(folder / "annotators.parquet", Annotator)
+    for place in places.values():
+        if place.split not in SPLITS:
+            raise UserError(f"unknown split {place.split!r} of prompt {place.prompt_id}, {folder / 'splits.parquet'}. It is one of {', '.join(SPLITS)}")
+    split = {key: places[key].split if key in places else "" for key in prompts}
+    component = {key: places[key].component_id if key in places else key for key in prompts}
+    return _checked(Comparisons(events, clips, prompts, people, split, component), folder)
 
 
 # Checks
@@ -237,12 +273,14 @@ def _checked(data: Comparisons, folder: Path) -> Comparisons:
     for clip in data.clips.values():
         if clip.prompt_id not in data.prompts:
             raise UserError(f"clip {clip.clip_id}: its prompt {clip.prompt_id} is not in prompts.parquet, {folder}. Add the prompt or remove the clip")
+        if not 0 <= clip.fps < math.inf:
+            raise UserError(f"clip {clip.clip_id}: its frame rate is {clip.fps}, {folder}. Write its rate, or 0 where it is not known")
     where: dict[str, str] = {}
-    used = [(clip.clip_id, clip.prompt_id) for clip in data.clips.values()] + [(c, e.prompt_id) for e in data.events for c in e.clip_ids]
-    for clip_id, prompt_id in used:
-        split = data.split[prompt_id]
-        if where.setdefault(clip_id, split) != split:
-            raise UserError(f"clip {clip_id} is in the splits {where[clip_id]} and {split}, {folder}. Delete splits.parquet and write the data again")
+    for prompt_id, split in data.split.items():
+        component = data.component[prompt_id]
+        if split and where.setdefault(component, split) != split:
+            problem = f"prompts of the component {component} are in the splits {where[component]} and {split}"
+            raise UserError(f"{problem}, {folder}. Delete splits.parquet and write the data again")
     return data
 
 
@@ -256,6 +294,8 @@ def _problem(event: RankingEvent, data: Comparisons) -> str | None:
         return f"it ranks {k} clips; a ranking takes two or more"
     if event.kind == "pair" and k != 2:
         return f"a pair has two clips, this one {k}"
+    if k > MOST_CLIPS:
+        return f"it holds {k} clips; at most {MOST_CLIPS} go into one answer"
     if len(set(event.clip_ids)) != k:
         return "a clip appears in it twice"
     if len(event.ranks) != k or any(rank is not None and not 1 <= rank <= k for rank in event.ranks):
@@ -268,6 +308,8 @@ def _problem(event: RankingEvent, data: Comparisons) -> str | None:
         return f"shown_order {event.shown_order} is no permutation of 0..{k - 1}"
     if any(len(values) not in (0, k) for values in (event.likert, event.watch_ms)):
         return "likert and watch_ms hold one number a clip or none"
+    if not all(math.isfinite(value) for value in (*event.likert, event.confidence or 0)):
+        return f"likert and confidence are finite numbers, not {event.likert} and {event.confidence}"
     if event.prompt_id not in data.prompts:
         return f"its prompt {event.prompt_id} is not in prompts.parquet"
     for clip_id in event.clip_ids:
@@ -285,16 +327,23 @@ def _choice_fits(event: RankingEvent) -> bool:
     return {"A": first < second, "B": second < first}.get(str(event.choice), first == second)
 
 
-def _merge(old: Mapping[str, Row], new: Mapping[str, Row], folder: Path) -> dict[str, Row]:
-    for key, row in new.items():
-        if key in old and _stable(old[key]) != _stable(row):
-            raise UserError(f"{type(row).__name__.lower()} {key} is already there with other content, {folder}. Use a fresh folder for other data")
-    return {**new, **old}
+def _merge(old: Mapping[str, Row], new: Iterable[Row], folder: Path) -> dict[str, Row]:
+    rows = dict(old)
+    for row in new:
+        before = rows.setdefault(_id(row), row)
+        if before is not row and _stable(before) != _stable(row):
+            raise UserError(f"{type(row).__name__.lower()} {_id(row)} is already there with other content, {folder}. Use a fresh folder for other data")
+    return rows
+
+
+def _id(row: RankingEvent | Clip | Prompt | Annotator | _Place) -> str:
+    """The first column is the name of a row."""
+    return str(getattr(row, next(iter(row.__dataclass_fields__))))
 
 
 def _stable(row: object) -> dict[str, Any]:
     """What identifies a row: all but its split, the time it was made and where it was first seen."""
-    return {name: value for name, value in asdict(row).items() if name not in ("split", "created_at", "path", "source")}  # type: ignore[call-overload]
+    return {name: value for name, value in vars(row).items() if name not in ("split", "created_at", "path", "source")}
 
 
 # Parquet
@@ -316,57 +365,72 @@ def _schema(cls: type[Any]) -> Any:
     return pa.schema([(field.name, column(field.name)) for field in fields(cls)])
 
 
-def _write_rows(path: Path, rows: Sequence[Any], cls: type[Any]) -> None:
+def _parquet(rows: Sequence[Any], cls: type[Any]) -> bytes:
+    """Rows as a file. Raises UserError for a value that its column has no room for."""
     import pyarrow as pa
-
-    values = [{field.name: _plain(getattr(row, field.name)) for field in fields(cls)} for row in rows]
-    _write_table(path, pa.Table.from_pylist(values, schema=_schema(cls)))
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _write_table(path: Path, table: Any) -> None:
     import pyarrow.parquet as pq
 
+    columns = []
+    for field in _schema(cls):
+        values = [getattr(row, field.name) for row in rows]
+        try:
+            columns.append(pa.array(values, field.type))
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            raise UserError(f"{cls.__name__}s: {field.name} cannot be written as {field.type}: {_one_line(error)}. Mend that value") from error
     buffer = BytesIO()
-    pq.write_table(table, buffer)
-    atomic_write(path, buffer.getvalue())
+    pq.write_table(pa.Table.from_arrays(columns, schema=_schema(cls)), buffer, write_page_checksum=True)
+    return buffer.getvalue()
 
 
-def _read_table(path: Path) -> list[dict[str, Any]]:
+def _read_table(path: Path, schema: Any) -> list[dict[str, Any]]:
+    """The rows of a file, in the types of the schema. Raises UserError where it is missing, damaged, or has other columns or values that do not fit them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        rows: list[dict[str, Any]] = pq.ParquetFile(path).read().to_pylist()
-        return rows
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
     except FileNotFoundError as error:
         raise UserError(f"no such file, {path}. Give a folder written by the rankings stage or exported from the label app") from error
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"not a parquet file that can be read, {path}: {str(error).splitlines()[0]}. Export the data again") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"not a parquet file that can be read, {path}: {_one_line(error)}. Export the data again") from error
+    names = table.column_names
+    unknown, missing = sorted(set(names) - set(schema.names)), sorted(set(schema.names) - set(names))
+    if unknown or missing or len(names) > len(schema.names):
+        problem = f"unknown column {unknown[0]!r}" if unknown else f"column {missing[0]!r} is missing" if missing else "two columns have one name"
+        raise UserError(f"{problem}, {path}. The columns are: {', '.join(sorted(schema.names))}")
+    columns = []
+    for field in schema:
+        try:
+            columns.append(table.column(field.name).cast(field.type).to_pylist())
+        except (pa.ArrowException, ValueError) as error:
+            raise UserError(f"column {field.name} holds what is no {field.type}, {path}: {_one_line(error)}. Export the data again") from error
+    return [dict(zip(schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _read_rows(path: Path, cls: type[Row]) -> list[Row]:
-    names = {field.name for field in fields(cls)}
-    out: list[Row] = []
-    for row in _read_table(path):
-        unknown, missing = sorted(set(row) - names), sorted(names - set(row))
-        if unknown or missing:
-            problem = f"unknown column {unknown[0]!r}" if unknown else f"column {missing[0]!r} is missing"
-            raise UserError(f"{problem}, {path}. The columns are: {', '.join(sorted(names))}")
-        out.append(_build(cls, row))
-    return out
+    return [_build(cls, row) for row in _read_table(path, _schema(cls))]
+
+
+def _by_id(path: Path, cls: type[Row]) -> dict[str, Row]:
+    rows: dict[str, Row] = {}
+    for row in _read_rows(path, cls):
+        if _id(row) in rows:
+            raise UserError(f"{fields(cls)[0].name} {_id(row)} is there twice, {path}. Remove one of the rows")
+        rows[_id(row)] = row
+    return rows
 
 
 def _build(cls: type[Row], row: Mapping[str, Any]) -> Row:
     build: Callable[..., Row] = cls
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if value is not None}
-    missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
-    unknown = sorted(set(values) - {field.name for field in fields(cls)})
+    columns = cls.__dataclass_fields__
+    missing, unknown = {name for name, field in columns.items() if field.default is MISSING} - values.keys(), values.keys() - columns.keys()
     if missing or unknown:
-        problem = f"{missing[0]} is empty" if missing else f"{unknown[0]} is no column"
+        problem = f"{min(missing)} is empty" if missing else f"{min(unknown)} is no column"
         raise UserError(f"a row of {cls.__name__} cannot be read: {problem}, {str(dict(row))[:80]}. Mend or remove that row")
     return build(**values)
 
@@ -375,18 +439,9 @@ def _parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("comparisons-*.parquet"))
 
 
-def _split_table(components: Mapping[str, str], split: Mapping[str, str], salt: str) -> Any:
-    import pyarrow as pa
-
-    rows = [{"prompt_id": key, "component_id": components[key], "split": split[key], "salt": salt} for key in components]
-    return pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in ("prompt_id", "component_id", "split", "salt")]))
-
-
-def _read_splits(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    if not path.exists():
-        return {}, {}
-    rows = _read_table(path)
-    for row in rows:
-        if row.get("split") not in SPLITS:
-            raise UserError(f"unknown split {row.get('split')!r} of prompt {row.get('prompt_id')}, {path}. It is one of {', '.join(SPLITS)}")
-    return {row["prompt_id"]: row["split"] for row in rows}, {row["prompt_id"]: row["component_id"] for row in rows}
+def _next_part(folder: Path) -> str:
+    """A name that no file has, also where one was taken away."""
+    number = len(_parts(folder))
+    while (folder / f"comparisons-{number:05d}.parquet").exists():
+        number += 1
+    return f"comparisons-{number:05d}.parquet"

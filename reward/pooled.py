@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from base_model.errors import UserError
 from reward.encoders import Encoder, load_encoder
 from reward.model import card_errors, check_golden, golden_scores, read_card, write_card
-from reward.types import Scores
+from reward.types import Scores, same_rate
 
 TIER = "encoders"
 
@@ -184,10 +184,10 @@ def load_pooled(folder: Path, *, fps: float, moved: Mapping[str, str | Path] | N
     card, tensors = read_card(folder, TIER)
     with card_errors(folder):
         made = [(str(each["source"]), str(each["revision"]), each["sampler"], each["dtype"]) for each in card["encoders"]]
-        if {float(sampler["fps"]) for _, _, sampler, _ in made} != {float(fps)}:
-            rate = f"{made[0][2]['fps']:g} frames a second, and these have {fps:g}"
-            raise UserError(f"the reward model is for clips of {rate}, {folder}. Resample the clips or train it again")
-        encoders = [load_encoder((moved or {}).get(source, source), fps=fps, frames=int(sampler["frames"]), dtype=dtype) for source, _, sampler, dtype in made]
+        trained = float(made[0][2]["fps"])
+        if not same_rate(trained, fps):
+            raise UserError(f"the reward model is for clips of {trained:g} frames a second, and these have {fps:g}, {folder}. Resample the clips or train it again")
+        encoders = [load_encoder((moved or {}).get(source, source), fps=float(sampler["fps"]), frames=int(sampler["frames"]), dtype=dtype) for source, _, sampler, dtype in made]
         for encoder, (source, revision, _, _) in zip(encoders, made, strict=True):
             if encoder.revision != revision:
                 raise UserError(f"the encoder {encoder.source} is not the one of the reward model's card ({source}, revision {revision[:12]}), {folder}. Give the same files")

@@ -68,10 +68,8 @@ def laplace_posterior(before: Posterior, features: Tensor, index: Tensor, ranks:
     features [C,d], index [E,K] rows of features, ranks [E,K] (1 = best, equal = tie, 0 = not ranked), log_tie [K-1], weight [E] of each event.
     The log-likelihood is concave, so Newton's steps, halved where they go too far, end at its only maximum. Raises ValueError where features are not finite.
     """
-    x = features.double()
-    if not torch.isfinite(x).all():
-        raise ValueError("features of clips must be finite: leave out clips that cannot be judged")
-    rows = x[index]  # [E,K,d]
+    rows = features.double()[index]  # [E,K,d]
+    check_finite(rows)
     w = torch.ones(len(index), dtype=torch.float64) if weight is None else weight.double()
     precision = torch.linalg.inv(before.covariance)  # [d,d]
 
@@ -95,6 +93,12 @@ def laplace_posterior(before: Posterior, features: Tensor, index: Tensor, ranks:
             break
         theta, (value, gradient, curvature) = theta + size * step, new
     return Posterior(theta, torch.linalg.inv(curvature))
+
+
+def check_finite(features: Tensor) -> None:
+    """Raises ValueError where they are not."""
+    if not torch.isfinite(features).all():
+        raise ValueError("features of clips must be finite: leave out clips that cannot be judged")
 
 
 def derivatives(scores: Tensor, ranks: Tensor, log_tie: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,7 +234,13 @@ def d_optimal(posterior: Posterior, features: Tensor, tasks: Tensor, log_tie: Te
 
 
 def best_first(method: Method, posterior: Posterior, features: Tensor, tasks: Tensor, log_tie: Tensor, *, number: int, seed: int) -> list[int]:
-    """Every row of the tasks [N,K], the `number` most worthwhile first, the best of all in front; the others, and equal ones, in an order drawn from the seed."""
+    """Every row of the tasks [N,K], the `number` most worthwhile first, the best of all in front; the others, and equal ones, in an order drawn from the seed.
+
+    Raises ValueError where features of their clips, or tie parameters but -inf, are not finite: an unknown worth would come first.
+    """
+    check_finite(features[tasks])
+    if torch.isnan(log_tie).any() or (log_tie == torch.inf).any():
+        raise ValueError(f"log tie parameters are finite numbers or -inf, got {log_tie.tolist()}")
     shuffled = torch.from_numpy(np.random.default_rng([seed, 0]).permutation(len(tasks)))
     if method == "random" or not len(tasks):
         return shuffled.tolist()

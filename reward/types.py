@@ -5,10 +5,23 @@ Letters: B clips, T frames, R reward dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+
+def same_rate(one: float, other: float) -> bool:
+    """Whether two frame rates are one: 24, 24000/1001 and 23.976 are; nobody sees a thousandth."""
+    return math.isclose(one, other, rel_tol=2e-3)
+
+
+def one_rate(rates: Iterable[float]) -> float | None:
+    """The rate of clips that have one, as most of them give it; None where there are several, or none."""
+    found = Counter(rates)
+    return found.most_common(1)[0][0] if found and same_rate(min(found), max(found)) else None
 
 
 class Scores(NamedTuple):

@@ -16,6 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -47,7 +48,6 @@ from reward.comparisons import RankingEvent
 from reward.matcher import load_matcher
 from reward.model import RewardModel
 from reward.quality import load_quality
-from reward.ranking import davidson
 from reward.selection import derivatives
 
 CLIPS = 4
@@ -314,34 +314,12 @@ def coverage_rows(source: Source, found: Mapping[str, Sequence[dict[Way, tuple[H
 
 Probabilities = Callable[[Array], Array]
 """Differences [N] -> probabilities of first better, tie, second better [N,3]."""
-HEAD, CARELESS = "one head", "one head, some answers careless"
+HEAD, ALL_LOOK = "one head", "one head, as if nobody were careless"
 
 
-def by_davidson(answer: Signs, difference: Array) -> Probabilities:
-    """As `rushes evaluate-reward` calibrates."""
-    found = fit_calibration(answer, difference)
-    return lambda other: probabilities(other, found)
-
-
-def by_davidson_or_a_coin(answer: Signs, difference: Array) -> Probabilities:
-    """The same where a share of the answers, found by maximum likelihood, is given without looking: no answer can then be surer than people are careful."""
-    scale = float(np.sqrt(np.mean(difference**2)))
-    told, coin = 1 - torch.from_numpy(answer).long(), torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64)
-    values = torch.tensor([0.0, -1.0, -3.0], dtype=torch.float64, requires_grad=True)  # log slope, log tie parameter, logit of the share
-    optimizer = torch.optim.LBFGS([values], max_iter=100, line_search_fn="strong_wolfe")
-
-    def mixed(difference: Array) -> Tensor:
-        log_slope, log_tie, logit = values
-        return (1 - logit.sigmoid()) * davidson(log_slope.exp() * torch.from_numpy(difference / scale), log_tie).exp() + logit.sigmoid() * coin
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = -mixed(difference).gather(1, told[:, None]).log().sum() + (values - torch.tensor([0.0, -1.0, -3.0])).square().sum() / 18
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return lambda other: mixed(other).detach().numpy()
+def calibrated(answer: Signs, difference: Array, *, careless: bool = True) -> Probabilities:
+    """As `rushes evaluate-reward` calibrates, or as if nobody were careless."""
+    return partial(probabilities, calibration=fit_calibration(answer, difference, careless=careless))
 
 
 def calibration_rows(source: Source, dim: str, learned: Sequence[Learned]) -> list[Row]:
@@ -349,7 +327,7 @@ def calibration_rows(source: Source, dim: str, learned: Sequence[Learned]) -> li
     r = DIMS.index(dim)
     head, ensemble = [one.model.head(one.x).detach()[:, r] for one in learned], [one.heads[:, :, r].mean(0) for one in learned]
     rows: list[Row] = []
-    for name, scores, calibrate in ((HEAD, head, by_davidson), (f"{HEADS} heads", ensemble, by_davidson), (CARELESS, head, by_davidson_or_a_coin)):
+    for name, scores, calibrate in ((HEAD, head, calibrated), (f"{HEADS} heads", ensemble, calibrated), (ALL_LOOK, head, partial(calibrated, careless=False))):
         each = [judged(score, one, dim, calibrate, seed) for seed, (score, one) in enumerate(zip(scores, learned, strict=True))]
         row: Row = {"clips": source, "dimension": dim, "score": name}
         row |= {key: float(np.mean([one[key] for one in each])) for key in each[0]}

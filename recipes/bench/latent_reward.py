@@ -26,13 +26,13 @@ from align.config import Config as BaseConfig
 from align.config import Count, Several, Share, dump
 from align.progress import Progress
 from base_model.checkpoint import read_json
-from base_model.errors import UserError
 from base_model.tiny import LatentVideoModel, load_tiny
-from recipes import demo, latent_reward, nft, sft
+from recipes import latent_reward, nft
+from recipes.bench._clock import PHASES, Laps, NoLook, TimedAssessor, TimedModel, TimedRun
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, paired_ratio, spread, write
+from recipes.bench._start import Begin, the_start
 from recipes.bench._trained import Pace, Seeds, check_same, kept
 from recipes.bench.selection import needed
-from recipes.bench.update import PHASES, Laps, NoLook, TimedAssessor, TimedModel, TimedRun
 from recipes.evaluate import clip_seeds, read_run
 from recipes.feedback import load_reward
 from recipes.generate import Sampler, network_lineage, safety_runner, sample_with_latents
@@ -49,17 +49,6 @@ Array = NDArray[np.float64]
 EVALUATION_SEED = 700_000
 VERSION = 1
 """Of what is kept. One more wherever that changes: what was kept before is then refused, not read."""
-
-
-class Begin(BaseConfig):
-    """The demo's stages up to its reward models, where none are given."""
-
-    pairs: Count = 2_500
-    """Curated pairs for SFT."""
-    iterations: Count = 170
-    """Steps of SFT."""
-    prompts: Count = 640
-    """Prompts whose takes are ranked."""
 
 
 class Distil(BaseConfig):
@@ -138,32 +127,14 @@ class Made(NamedTuple):
 
 def prepare(cfg: Config, out: Path) -> Made:
     """Trains what is missing in `out`. Raises UserError where only some of model, reward and guard are given."""
-    given = (cfg.model, cfg.reward, cfg.guard)
-    if any(given) and not all(given):
-        raise UserError("model, reward and guard: one needs the others. Give all three, or none")
-    candidates = None
-    if cfg.model is None or cfg.reward is None or cfg.guard is None:
-        start = demo.Config(
-            out=out / "start",
-            stage="reward",
-            pairs=cfg.begin.pairs,
-            fit=sft.Fit(iterations=cfg.begin.iterations, lr=5e-4),
-            candidate_prompts=cfg.begin.prompts,
-            strobe=cfg.strobe,
-            sampler=cfg.sampler,
-        )
-        demo.main(start)
-        model, reward, guard = demo.folder(start, "sft") / "network.safetensors", demo.folder(start, "reward") / "reward", demo.folder(start, "reward") / "guard"
-        candidates = demo.folder(start, "candidates")
-    else:
-        model, reward, guard = cfg.model, cfg.reward, cfg.guard
+    start = the_start(cfg.begin, out / "start", cfg.model, cfg.reward, cfg.guard, strobe=cfg.strobe, sampler=cfg.sampler)
     folder = out / "latent"
-    common = {"model": model, "reward": reward, "clips": candidates, "strobe": cfg.strobe, "sampler": cfg.sampler}
+    common = {"model": start.model, "reward": start.reward, "clips": start.candidates, "strobe": cfg.strobe, "sampler": cfg.sampler}
     distil = latent_reward.Config(out=folder, **common, **{key: getattr(cfg.distil, key) for key in Distil.model_fields})
     check_same(folder, distil, distil.seed)
     if not (folder / "reward_card.json").exists():
         latent_reward.main(distil, resume=(folder / "run.json").exists())
-    return Made(model, {"pixel": reward, "latent": folder}, guard, read_json(folder / "reward_card.json", "the card of the latent reward"))
+    return Made(start.model, {"pixel": start.reward, "latent": folder}, start.guard, read_json(folder / "reward_card.json", "the card of the latent reward"))
 
 
 # RL
@@ -313,7 +284,7 @@ def learning_rows(cfg: Config, found: Mapping[Arm, tuple[Array, Array]], seconds
     """One row a look: the judge, after how many clips and seconds."""
     clips = cfg.policy.prompts * cfg.policy.group_size
     return [
-        {"arm": arm.name, "rollouts": int(number), "clips": int(number) * clips, "seconds": number * clips * seconds[arm.name], "judge": float(looks[:, k].mean())}
+        {"arm": arm.name, "rollouts": int(number), "clips": int(number) * clips, "seconds": float(number) * clips * seconds[arm.name], "judge": float(looks[:, k].mean())}
         for arm, (numbers, looks) in found.items()
         for k, number in enumerate(numbers)
     ]

@@ -1,237 +1,529 @@
-"""One RL update of `rushes ddpo` and `rushes grpo`: seconds, split into rollout, decoding, reward and update; forward-equivalents a clip; peak memory.
+"""Reward against forward passes: what the families of RL reach on the same start, reward and prompts, and what every step of the way cost.
 
-What runs is the recipe itself, `ddpo.train` and `grpo.train`, with a clock in the model, in what scores the clips and in the run's log. The first update of a round
-(self-check, optimizer state) warms up and is not counted. A reward model with fresh weights costs what a trained one costs.
+Everything begins as `rushes demo` does (or `--model`, `--reward` and `--guard` name finished ones). Each algorithm then climbs the same reward model without limit and without
+guards, with the settings of its paper as far as the recipes have them, from as many forward-equivalents as its budget. Its learning rate is the one of three whose policy the
+guard, other people's reward model, likes best on a seed of its own. The judge of the built-in world reads held-out clips when a run is over; no run and no choice sees it.
 
-A forward-equivalent is one clip through the network once, without gradient: a rollout step or a reference step counts 1, a trained step 3.
-`seconds_over_forward_equivalents` is the whole update divided by what that many rollout steps would take: how far everything else is from free.
+A forward-equivalent is one clip through the network once; a backward pass counts two. Hooks count what training does; looks at held-out clips are left out (`Run.looking`).
+
+Letters: S seeds, N held-out prompts, L looks.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import statistics
+import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from pydantic import Field
 
-from align.config import Count
-from align.progress import Progress
-from align.run import Run
-from base_model.errors import UserError
-from base_model.prompts.text import TextEncoder
-from base_model.tiny import LatentVideoModel, load_tiny
-from base_model.types import Conditioning
-from recipes import ddpo, grpo
-from recipes.bench._results import Bench, Row, here, spread, write
-from recipes.ddpo import Policy as DDPOPolicy
-from recipes.feedback import Assessment, Assessor, Feedback, HeldOut, Look, standardised
-from recipes.generate import Sampler, safety_runner
-from recipes.grpo import Policy as GRPOPolicy
+from align.config import Count, Positive, Share, dump
+from align.kernels import Ancestral
+from align.run import Run, derived_seed, read_metrics
+from align.trajectory import path_kl, rollout
+from base_model.checkpoint import load_weights
+from base_model.lora import merge
+from base_model.times import sampling_times
+from base_model.tiny import LatentVideoModel, load_tiny, save_network
+from base_model.video.files import write_atomic
+from recipes import ddpo, feedback, grpo, nft
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._start import Begin, Start, the_start
+from recipes.bench._trained import Pace, Seeds, check_same, kept
+from recipes.bench.selection import needed
+from recipes.charts import Series, line_chart, page
+from recipes.evaluate import clip_seeds
+from recipes.feedback import Assessor, HeldOut, Look
+from recipes.generate import Sampler, network_lineage, safety_runner, sample, seeded_noise
 from recipes.guards import Guards
-from recipes.memory import PeakMemory
-from reward.matcher import Matcher
-from reward.mixture import Mixture
-from reward.model import RewardModel, load_reward_model
-from reward.quality import Quality
+from recipes.scorers import load_scorer
+from recipes.shapes.measure import diversities, flash_counts, means, measure, shares
+from recipes.shapes.prompts import ShapesPrompt, make_prompts
+from recipes.statistics import Interval, bootstrap_crossed
+from recipes.weights import file_hash
 
-Recipe = Literal["ddpo", "grpo"]
-PHASES = ("rollout", "decode", "reward", "update")
+Array = NDArray[np.float64]
+Name = Literal["default", "nft-few", "flow-grpo", "ddpo", "dancegrpo", "mixgrpo", "flash-grpo", "nft"]
+VERSION = 1
+"""Of what is kept. One more wherever that changes: what was kept before is then refused, not read."""
+EVALUATION_SEED, HELD_OUT_SEED, TUNING_SEED = 700_000, 710_000, 100
+KL_STEPS, KL_CLIPS = 12, 32
+FEWER = 10
+"""Policies are looked at with as many steps as they are trained with, at most so many."""
+
+
+class Algorithm(NamedTuple):
+    """A recipe with settings."""
+
+    recipe: ModuleType
+    policy: Mapping[str, Any]
+    steps: int  # K
+    guided: bool
+    budget: int  # forward-equivalents
+    per_clip: float  # forward-equivalents, in the mean over rollouts
+    source: str
+
+
+ALL = {"window": "all", "kernel": "flow", "noise_level": 0.7, "step_weight": "none"}
+ALGORITHMS: Mapping[Name, Algorithm] = {
+    "default": Algorithm(
+        grpo,
+        {"same_noise": True, "first_steps": 3, "kl_coef": 0.0},
+        4,
+        True,
+        40_000,
+        2 * (2 + 2 / 8 + 3 / 8 + 1 / 8),
+        "`rushes grpo` with 4 guided steps, whose groups share their way to one noisy step",
+    ),
+    "nft-few": Algorithm(nft, {"updates": 1}, 4, False, 40_000, 4 + 3 + 2 / 8, "`rushes nft` with 4 steps and one update a rollout"),
+    "flow-grpo": Algorithm(grpo, {**ALL, "kl_coef": 0.004, "divide_by": "global_std"}, 20, True, 400_000, 40 + 19 * (6 + 2), "arXiv 2505.05470, its script for Wan"),
+    "ddpo": Algorithm(ddpo, {"window": 0, "same_noise": False, "step_weight": "none"}, 50, True, 400_000, 100 + 49 * 6 + 2 / 8, "arXiv 2305.13301, all steps, importance-sampled"),
+    "dancegrpo": Algorithm(
+        grpo,
+        {"window": "random", "width": 9, "first_steps": 15, "kernel": "dance", "noise_level": 0.3, "step_weight": "none", "kl_coef": 0.0},
+        16,
+        False,
+        100_000,
+        16 + 9 * (3 + 1 / 8),
+        "arXiv 2505.07818, 9 of 16 steps",
+    ),
+    "mixgrpo": Algorithm(
+        grpo,
+        {"window": "sliding", "width": 4, "first_steps": 24, "kernel": "flow", "noise_level": 0.7, "step_weight": "none", "kl_coef": 0.0},
+        25,
+        False,
+        100_000,
+        25 + 4 * (3 + 1 / 8),
+        "arXiv 2507.21802, a window of 4 of 25 steps",
+    ),
+    "flash-grpo": Algorithm(grpo, {"first_steps": 19, "noise_level": 0.7, "kl_coef": 0.0}, 20, True, 100_000, 40 + 2 * (3 + 1 / 8), "arXiv 2605.15980, one step of 20"),
+    "nft": Algorithm(
+        nft,
+        {"method": "adaptive", "updates": 9, "old_rate": 1e-3, "kl_coef": 1e-4},
+        10,
+        False,
+        100_000,
+        10 + 9 * (1 + 1 + 3) + 2 / 8,
+        "arXiv 2509.16117, 10 steps, 9 noise levels",
+    ),
+}
 
 
 class Config(Bench):
-    recipes: tuple[Recipe, ...] = ("ddpo", "grpo")
-    """What is measured, in turn."""
+    out: Path = Path("runs/bench-update")
+    """Folder of everything that is trained; what is finished there is not repeated, and two processes may share it, each with its own `algorithms`. `quick` keeps nothing."""
+    algorithms: Annotated[tuple[Name, ...], Field(min_length=1)] = tuple(ALGORITHMS)
+    """What is compared. `quick` takes the first two."""
     model: Path | None = None
-    """Network to start from; none means the shipped base."""
+    """Network to start from, together with `reward` and `guard`; none of them: as the demo begins."""
     reward: Path | None = None
-    """Folder of a reward model; none means one of the same size with fresh weights."""
-    rounds: Count = 3
-    """Rounds over the recipes. `quick` takes 1."""
-    updates: Count = 2
-    """Measured updates of each recipe a round."""
-    ddpo: DDPOPolicy = DDPOPolicy()
-    """DDPO's settings. `quick` takes at most 4 prompts."""
-    grpo: GRPOPolicy = GRPOPolicy()
-    """GRPO's settings. `quick` takes at most 4 prompts."""
+    """Folder of a reward model."""
+    guard: Path | None = None
+    """Folder of another, which chooses learning rates and is never optimised."""
+    begin: Begin = Begin()
+    """How the demo begins."""
+    seeds: Seeds = (0, 1, 2)
+    """Seeds of prompts, noise and adapter. `quick` takes the first."""
+    rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3)
+    """Learning rates to choose from, on another seed. `quick` takes the first."""
+    tuning: Share = 0.25
+    """Share of its budget that an algorithm has for each of them."""
+    budget: Positive = 1.0
+    """Factor on every budget."""
+    prompts_a_rollout: Count = 6
+    """Prompts of a rollout, of every algorithm."""
+    group_size: Count = 8
+    """Clips of each."""
+    guidance: Positive = 2.0
+    """Scale of guidance, where a paper guides."""
+    strobe: Share = 0.2
+    """Share of training prompts, and as many further held-out ones, that ask for strobing."""
+    held_out_prompts: Count = 96
+    """Prompts looked at on the way, one clip each. `quick` takes at most 4."""
+    prompts: Count = 80
+    """Held-out prompts of one object that every finished policy is judged on. `quick` takes at most 4."""
+    clips: Count = 4
+    """Clips of each. `quick` takes at most 2."""
     sampler: Sampler = Sampler()
-    """Size of the clips and number of steps."""
+    """Size of the clips; each algorithm has its own steps and guidance."""
 
 
-# A clock that the recipe does not see
+# One run
 
 
-@dataclass
-class Laps:
-    """Seconds of each phase, CPU seconds of all ("cpu") and clips through the network by kind, for every update of one run."""
+def settings_of(cfg: Config, name: Name, lr: float, budget: float) -> tuple[Any, Sampler]:
+    """Policy and sampler of an algorithm that spends so many forward-equivalents."""
+    algorithm, clips = ALGORITHMS[name], cfg.prompts_a_rollout * cfg.group_size
+    rollouts = max(1, round(budget / (clips * algorithm.per_clip)))
+    looks = max(1, math.ceil(common_budget(cfg) / 3 / (clips * algorithm.per_clip)))
+    shared = {"prompts": cfg.prompts_a_rollout, "group_size": cfg.group_size, "micro_batch": clips, "lr": lr}
+    policy = algorithm.recipe.Policy(**shared, **algorithm.policy, iterations=rollouts, evaluate_every=looks, save_every=max(1, rollouts // 8))
+    return policy, cfg.sampler.model_copy(update={"steps": algorithm.steps, "guidance": cfg.guidance if algorithm.guided else 1.0})
 
-    done: list[dict[str, float]] = field(default_factory=list)
-    now: dict[str, float] = field(default_factory=dict)
-    last: float = 0.0
-    adding: threading.Lock = field(default_factory=threading.Lock)
 
-    def begin(self) -> None:
-        self.now, self.last = {"cpu": -time.process_time()}, time.perf_counter()
+def common_budget(cfg: Config) -> float:
+    """The smallest budget of those compared: up to there every curve goes."""
+    return cfg.budget * min(ALGORITHMS[name].budget for name in cfg.algorithms)
 
-    def lap(self, phase: str) -> None:
-        """The time since the last lap was spent in `phase`."""
-        moment = time.perf_counter()
-        self.add(phase, moment - self.last)
-        self.last = moment
 
-    def add(self, what: str, amount: float) -> None:
-        with self.adding:
-            self.now[what] = self.now.get(what, 0.0) + amount
-
-    def end(self) -> None:
-        self.lap("update")
-        self.add("cpu", time.process_time())
-        self.done.append(self.now)
+def looked_with(sampler: Sampler) -> Sampler:
+    return sampler.model_copy(update={"steps": min(sampler.steps, FEWER)})
 
 
 @dataclass
-class TimedModel(LatentVideoModel):
-    laps: Laps = field(default_factory=Laps)
+class Spent:
+    """CPU seconds of a training that may have been killed and resumed."""
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        kind = "trained" if torch.is_grad_enabled() else "reference" if "reward" in self.laps.now else "rolled"
-        self.laps.add(kind, len(x_t))
-        return super().__call__(x_t, t, cond)
+    before: float = 0.0
+    begun: float = field(default_factory=time.process_time)
+    looks: float = 0.0
 
-    def decode(self, x0: Tensor) -> Tensor:
-        self.laps.lap("reward")  # what a latent reward said before
-        video = super().decode(x0)  # [B,T,3,H,W]
-        self.laps.lap("decode")
-        return video
+    @property
+    def seconds(self) -> float:
+        return self.before + time.process_time() - self.begun - self.looks
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, float], /) -> None:
+        self.before, self.begun, self.looks = state["seconds"], time.process_time(), 0.0
 
 
 @dataclass
-class TimedAssessor(Assessor):
-    laps: Laps = field(default_factory=Laps)
+class Clocked(HeldOut):
+    """Held-out looks whose time is not the training's."""
 
-    def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None) -> Assessment:
-        self.laps.lap("rollout")
-        seen = super().finished(model, x0, cond, video)
-        self.laps.lap("reward")
+    spent: Spent
+
+    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
+        begun = time.process_time()
+        seen = super().watch(model, assess, iteration)
+        self.spent.looks += time.process_time() - begun
         return seen
 
 
-class TimedRun(Run):
-    """A run whose updates end where they are logged."""
-
-    def __init__(self, out: Path, cfg: Feedback, laps: Laps, metrics: Mapping[str, str]) -> None:
-        super().__init__(out, cfg, seed=cfg.seed, resume=False, metrics=metrics, quiet=True)
-        self.laps = laps
-
-    def log(self, **scalars: float | Tensor) -> None:
-        self.laps.end()
-        super().log(**scalars)
-        self.laps.begin()
-
-
-class NoLook(HeldOut):
-    """Nothing is held out: looks are no part of an update."""
-
-    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
-        return Look(dict.fromkeys(("held_out_reward", "held_out_guard", "held_out_violation_rate"), math.nan), torch.zeros(0), None)
-
-
-# Measuring
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One recipe in one round: its measured updates, and the process tree's largest memory while it ran."""
-
-    updates: list[dict[str, float]]
-    peak_bytes: int
-
-
-def run_updates(cfg: Config, recipe: Recipe, reward: Mixture, out: Path) -> Measured:
-    """One unmeasured and `cfg.updates` measured updates, in the empty folder `out`."""
-    laps = Laps()
-    loaded = load_tiny(cfg.model)
-    loaded.network.requires_grad_(False)
-    model = TimedModel(**{part.name: getattr(loaded, part.name) for part in fields(loaded)}, laps=laps)
-    assess = TimedAssessor(reward, safety_runner(), cfg.sampler.fps, laps=laps)
-    held_out = NoLook((), model.encode_text(["nothing"]), cfg.sampler, None, 0, out)
-    once = {"iterations": 1 + cfg.updates, "save_every": 2 + cfg.updates, "evaluate_every": 2 + cfg.updates}
-
-    def train() -> None:
-        if recipe == "ddpo":
-            alone = ddpo.Config(out=out, sampler=cfg.sampler, guards=Guards(watch=False), prompt_pool=cfg.ddpo.prompts, policy=cfg.ddpo.model_copy(update=once))
-            ddpo.train(alone, TimedRun(out, alone, laps, ddpo.METRICS), model, assess, held_out)
-        else:
-            grouped = grpo.Config(out=out, sampler=cfg.sampler, guards=Guards(watch=False), prompt_pool=cfg.grpo.prompts, policy=cfg.grpo.model_copy(update=once))
-            grpo.train(grouped, TimedRun(out, grouped, laps, grpo.METRICS), model, assess, held_out)
-
-    laps.begin()
-    with PeakMemory() as memory:
-        train()
-    return Measured(laps.done[1:], memory.peak_bytes)
+def climb(cfg: Config, start: Start, name: Name, lr: float, seed: int, budget: float, folder: Path) -> dict[str, Any]:
+    """Trains in `folder`: what every look said and had cost, and the whole."""
+    algorithm = ALGORITHMS[name]
+    policy, sampler = settings_of(cfg, name, lr, budget)
+    out = folder / "run"
+    off = Guards(watch=False)
+    settings = algorithm.recipe.Config(
+        out=out, seed=seed, model=start.model, reward=start.reward, constrained=False, two_objects=0, strobe=cfg.strobe, guards=off, policy=policy, sampler=sampler
+    )
+    check_same(out, settings, seed)
+    run = Run(out, settings, seed=seed, resume=(out / "run.json").exists(), metrics=algorithm.recipe.METRICS)
+    model = load_tiny(start.model).to(run.device)
+    model.network.requires_grad_(False)
+    assess = Assessor(feedback.load_reward(start.reward, model, settings.pessimism, sampler.fps), safety_runner(), sampler.fps)
+    asked = make_prompts(cfg.held_out_prompts, seed=HELD_OUT_SEED, split="eval")
+    texts, spent = [prompt.text for prompt in asked], Spent()
+    guard = feedback.standardised(load_scorer(start.guard, fps=sampler.fps, encode=model.text))
+    held_out = Clocked(texts, model.encode_text(texts), looked_with(sampler), guard, HELD_OUT_SEED, folder / "held_out", spent)
+    feedback.encode_all(model, feedback.training_prompts(settings)[1], texts)
+    run.register("spent", spent)
+    watch = algorithm.recipe.train(settings, run, model, assess, held_out)
+    seconds = spent.seconds
+    feedback.last_look(run, held_out, model, assess, watch)
+    model.network = merge(model.network)
+    save_network(folder / "network.safetensors", model)
+    rows = read_metrics(out)
+    clips = policy.iterations * cfg.prompts_a_rollout * cfg.group_size
+    return {"looks": looks_of(rows, folder / "held_out", asked), "forwards": rows[-1]["forward_equivalents"], "clips": clips, "seconds": seconds}
 
 
-def measure(cfg: Config) -> list[Row]:
-    """One row a recipe."""
-    reward = standardised(load_reward_model(cfg.reward, TextEncoder()) if cfg.reward else RewardModel(Matcher(), Quality(), ("overall",), TextEncoder()).eval(), 0.5)
-    found: dict[Recipe, list[Measured]] = {recipe: [] for recipe in cfg.recipes}
-    with Progress("update", total=cfg.rounds * len(found)) as progress:
-        for _ in range(cfg.rounds):
-            for recipe, rounds in found.items():
-                with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-                    rounds.append(run_updates(cfg, recipe, reward, Path(folder) / "run"))
-                progress.advance(recipe)
-    return [_row(cfg, recipe, rounds) for recipe, rounds in found.items()]
+def looks_of(rows: Sequence[Mapping[str, Any]], folder: Path, prompts: Sequence[ShapesPrompt]) -> list[dict[str, float]]:
+    """Every look: forward-equivalents gone before it, what reward and guard said, and the judge's share now."""
+    after = {int(row["iteration"]) + 1: row["forward_equivalents"] for row in rows if "reward" in row}
+    found = []
+    for row in (row for row in rows if "held_out_reward" in row):
+        iteration = int(row["iteration"])
+        video = load_weights(folder / f"{iteration:06d}.safetensors")[0]["video"].float() / 255  # [N,T,3,H,W]
+        judge = float(np.mean(list(shares(measure(video, prompts, 1)).values())))
+        found.append({"forwards": after.get(iteration, 0), "reward": row["held_out_reward"], "guard": row["held_out_guard"], "judge": judge})
+    return found
 
 
-def _row(cfg: Config, recipe: Recipe, rounds: Sequence[Measured]) -> Row:
-    policy = getattr(cfg, recipe)
-    clips = policy.prompts * policy.group_size
-    updates = [update for each in rounds for update in each.updates]
-    seconds = spread([sum(update[phase] for phase in PHASES) for update in updates])
-    parts = {phase: statistics.median(update[phase] for update in updates) for phase in PHASES}
-    passes = {kind: statistics.median(update.get(kind, 0.0) for update in updates) / clips for kind in ("rolled", "reference", "trained")}
-    equivalents = passes["rolled"] + passes["reference"] + 3 * passes["trained"]
-    return {
-        "recipe": recipe,
-        "clip": str(cfg.sampler.clip),
-        "prompts": policy.prompts,
-        "group_size": policy.group_size,
-        "clips": clips,
-        "steps": cfg.sampler.steps,
-        "updates": len(updates),
-        "seconds": seconds.median,
-        "seconds_low": seconds.low,
-        "seconds_high": seconds.high,
-        **{f"{phase}_seconds": value for phase, value in parts.items()},
-        "seconds_per_clip": seconds.median / clips,
-        "rollout_forwards_per_clip": passes["rolled"],
-        "reference_forwards_per_clip": passes["reference"],
-        "trained_forwards_per_clip": passes["trained"],
-        "forward_equivalents_per_clip": equivalents,
-        "seconds_over_forward_equivalents": seconds.median / (parts["rollout"] * equivalents / passes["rolled"]),
-        "peak_memory_bytes": max(each.peak_bytes for each in rounds),
-    }
+def evaluation_prompts(cfg: Config) -> list[ShapesPrompt]:
+    """Held-out prompts of one object, and as many of the asked share that ask for strobing."""
+    strobing = round(cfg.prompts * cfg.strobe)
+    calm = make_prompts(cfg.prompts, seed=EVALUATION_SEED, split="eval")
+    return [*calm, *(make_prompts(strobing, seed=EVALUATION_SEED + 1, split="eval", strobe=1.0) if strobing else [])]
+
+
+@torch.no_grad()
+def judged(cfg: Config, start: Path, network: Path, sampler: Sampler) -> dict[str, Any]:
+    """What judge and filters' hazard say of a network's clips, how different they are, and how far its paths are from those of the start."""
+    prompts, policy, prior = evaluation_prompts(cfg), load_tiny(network), load_tiny(start)
+    cond = policy.encode_text([prompt.text for prompt in prompts])
+    each = torch.arange(len(prompts)).repeat_interleave(cfg.clips)
+    clips = torch.cat(list(sample(policy, cond[each], clip_seeds(EVALUATION_SEED, len(each)), sampler)))  # [N G,T,3,H,W]
+    measured = measure(clips, prompts, cfg.clips)
+    flashing, number = flash_counts(measured)
+    apart = means(diversities({"policy": measured}))["policy"]["mean"]
+    return {"judge": dict(shares(measured)), "flashing": flashing / number, "diversity": apart, "kl": kl_of(policy, prior, cond[:KL_CLIPS], sampler)}
+
+
+def kl_of(policy: LatentVideoModel, prior: LatentVideoModel, cond: Any, sampler: Sampler) -> float:
+    """Mean KL of the policy's ancestral paths from the prior's, both under the sampler's guidance, nats a clip."""
+    guided, reference = (feedback.guided(model, sampler) for model in (policy, prior))
+    noise = seeded_noise(policy, sampler.clip, clip_seeds(EVALUATION_SEED, len(cond)))  # [B,C,F,H,W]
+    times = sampling_times(policy.path, KL_STEPS, shift=sampler.shift)  # [K+1]
+    taken = rollout(guided, Ancestral(), noise, times, cond, noise=torch.Generator().manual_seed(derived_seed(EVALUATION_SEED, "path noise", 0)))
+    return float(path_kl(guided, reference, Ancestral(), taken).mean())
+
+
+# All of them
+
+
+class Climbed(NamedTuple):
+    """What became of one run."""
+
+    looks: list[dict[str, float]]
+    forwards: float
+    clips: int
+    seconds: float
+
+
+def origin(cfg: Config, start: Start) -> dict[str, Any]:
+    """What every run depends on."""
+    hashes = {"start": network_lineage(start.model), "reward": file_hash(start.reward / "reward_card.json"), "guard": file_hash(start.guard / "reward_card.json")}
+    return {"version": VERSION, **hashes, "strobe": cfg.strobe, "sampler": dump(cfg.sampler)}
+
+
+def kept_climb(cfg: Config, out: Path, start: Start, name: Name, lr: float, seed: int, budget: float) -> Climbed:
+    """Gone through once for its settings; of the run itself only the network stays."""
+    folder = out / "rl" / name / f"{lr:g}-{seed}"
+    policy, sampler = settings_of(cfg, name, lr, budget)
+    settings = {**origin(cfg, start), "policy": dump(policy), "own": dump(sampler), "seed": seed, "held_out": cfg.held_out_prompts}
+    found = kept(folder / "climbed.json", json.loads(json.dumps(settings)), partial(climb, cfg, start, name, lr, seed, budget, folder))
+    for part in ("run", "held_out"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    return Climbed(**found)
+
+
+def kept_judged(cfg: Config, out: Path, start: Start, name: Name, network: Path, label: str) -> dict[str, Any]:
+    _, sampler = settings_of(cfg, name, cfg.rates[0], 1.0)
+    own = looked_with(sampler)
+    settings = {**origin(cfg, start), "network": network_lineage(network), "own": dump(own), "prompts": cfg.prompts, "clips": cfg.clips}
+    return kept(out / "judged" / f"{label}.json", settings, partial(judged, cfg, start.model, network, own))
+
+
+class Finished(NamedTuple):
+    """An algorithm with the rate that was chosen for it."""
+
+    rate: float
+    tuned: Mapping[float, Climbed]
+    runs: Sequence[Climbed]  # S
+    start: Mapping[str, Any]  # what the judge says of the start under its sampler
+    ends: Sequence[Mapping[str, Any]]  # S
+
+
+def tuning_budget(cfg: Config, name: Name) -> float:
+    return cfg.budget * ALGORITHMS[name].budget * cfg.tuning
+
+
+def best_rate(tuned: Mapping[float, Climbed]) -> float:
+    """The learning rate whose last policy the guard likes best."""
+    return max(tuned, key=lambda lr: tuned[lr].looks[-1]["guard"])
+
+
+def compare(cfg: Config, out: Path, start: Start) -> dict[Name, Finished]:
+    """Every run of every algorithm."""
+    found: dict[Name, Finished] = {}
+    whole = {name: cfg.budget * ALGORITHMS[name].budget for name in cfg.algorithms}
+    pace = Pace("update, forward-equivalents", round(sum((len(cfg.seeds) + cfg.tuning * len(cfg.rates)) * each for each in whole.values())))
+
+    def climbed(name: Name, lr: float, seed: int, budget: float) -> Climbed:
+        fresh = not (out / "rl" / name / f"{lr:g}-{seed}" / "climbed.json").exists()
+        one = kept_climb(cfg, out, start, name, lr, seed, budget)
+        pace.advance(f"{name}, {lr:g}, seed {seed}", round(budget), fresh=fresh)
+        return one
+
+    for name in cfg.algorithms:
+        tuned = {lr: climbed(name, lr, TUNING_SEED, tuning_budget(cfg, name)) for lr in cfg.rates}
+        rate = best_rate(tuned)
+        runs = [climbed(name, rate, seed, whole[name]) for seed in cfg.seeds]
+        networks = [out / "rl" / name / f"{rate:g}-{seed}" / "network.safetensors" for seed in cfg.seeds]
+        ends = [kept_judged(cfg, out, start, name, network, f"{name}-{rate:g}-{seed}") for seed, network in zip(cfg.seeds, networks, strict=True)]
+        found[name] = Finished(rate, tuned, runs, kept_judged(cfg, out, start, name, start.model, f"start-{name}"), ends)
+    return found
+
+
+# Rows
+
+
+def curve(one: Climbed) -> tuple[Array, Array]:
+    """Forward-equivalents [L] and the judge's share [L]."""
+    return np.array([look["forwards"] for look in one.looks], dtype=np.float64), np.array([look["judge"] for look in one.looks])
+
+
+def area(one: Climbed, budget: float) -> float:
+    """Mean of the judge's share over the first `budget` forward-equivalents, straight lines between looks."""
+    forwards, judge = curve(one)
+    inside = forwards < budget
+    x, y = np.append(forwards[inside], budget), np.append(judge[inside], np.interp(budget, forwards, judge))
+    return float(np.trapezoid(y, x) / budget)
+
+
+def mean_judge(row: Mapping[str, Any]) -> float:
+    return float(np.mean(list(row["judge"].values())))
+
+
+def run_rows(cfg: Config, found: Mapping[Name, Finished]) -> list[Row]:
+    """One row a run."""
+    return [
+        {
+            "algorithm": name,
+            "config": f"{ALGORITHMS[name].steps} steps{', guided' if ALGORITHMS[name].guided else ''}, lr {one.rate:g}",
+            "seed": seed,
+            "forwards_per_clip": run.forwards / run.clips,
+            "forwards_total": run.forwards,
+            "seconds": run.seconds,
+            "judge_start": mean_judge(one.start),
+            "judge_end": mean_judge(end),
+            "judge_auc": area(run, common_budget(cfg)),
+            "kl_total": end["kl"],
+            "diversity": end["diversity"],
+            "violation_rate": end["flashing"],
+        }
+        for name, one in found.items()
+        for seed, run, end in zip(cfg.seeds, one.runs, one.ends, strict=True)
+    ]
+
+
+def gains(one: Finished) -> tuple[Interval, Interval]:
+    """The judge's share at the end, and its gain, over seeds and prompts."""
+    ids = list(one.start["judge"])
+    end = np.array([[row["judge"][prompt] for prompt in ids] for row in one.ends])  # [S,N]
+    return bootstrap_crossed(end), bootstrap_crossed(end - np.array([one.start["judge"][prompt] for prompt in ids]))
+
+
+def algorithm_rows(cfg: Config, found: Mapping[Name, Finished]) -> list[Row]:
+    """One row an algorithm: means over seeds, with intervals over seeds and prompts."""
+    rows: list[Row] = []
+    for name, one in found.items():
+        end, gain = gains(one)
+        per_clip = float(np.mean([run.forwards / run.clips for run in one.runs]))
+        row: Row = {"algorithm": name, "what": ALGORITHMS[name].source, "forwards_per_clip": per_clip, "forwards": float(np.mean([run.forwards for run in one.runs]))}
+        row |= {f"end{suffix}": value for suffix, value in zip(("", "_low", "_high"), end, strict=True)}
+        row |= {f"gain{suffix}": value for suffix, value in zip(("", "_low", "_high"), gain, strict=True)}
+        rows.append(row | {"reached": forwards_to(one, target(found)) if "flow-grpo" in found else None})
+    return rows
+
+
+def target(found: Mapping[Name, Finished]) -> float:
+    """Where Flow-GRPO ends, as its looks saw it: the last value of its mean curve, made monotone."""
+    return float(np.maximum.accumulate(mean_curve(found["flow-grpo"])[1])[-1])
+
+
+def mean_curve(one: Finished) -> tuple[Array, Array]:
+    """Over the seeds: forward-equivalents [L] and the judge's share [L]."""
+    forwards, judge = zip(*(curve(run) for run in one.runs), strict=True)
+    return np.mean(forwards, axis=0), np.mean(judge, axis=0)
+
+
+def forwards_to(one: Finished, share: float) -> float | None:
+    """Forward-equivalents to the share; None where the mean curve never gets there."""
+    found = needed(*mean_curve(one), share - 1e-9)
+    return found if math.isfinite(found) else None
+
+
+def tuning_rows(found: Mapping[Name, Finished]) -> list[Row]:
+    """Every tuning run."""
+    return [
+        {"algorithm": name, "lr": lr, "forwards": run.forwards, **{key: run.looks[-1][key] for key in ("guard", "reward", "judge")}, "chosen": lr == one.rate}
+        for name, one in found.items()
+        for lr, run in one.tuned.items()
+    ]
+
+
+def curve_rows(found: Mapping[Name, Finished]) -> list[Row]:
+    """The mean curves."""
+    return [{"algorithm": name, "forwards": float(x), "judge": float(y)} for name, one in found.items() for x, y in zip(*mean_curve(one), strict=True)]
+
+
+def claim_rows(found: Mapping[Name, Finished]) -> list[Row]:
+    """What was asked before anything was measured, and whether it holds."""
+    rows: list[Row] = []
+    for name in (name for name in ("default", "nft-few") if name in found):
+        one = found[name]
+        cost = max(run.forwards / run.clips for run in one.runs)
+        rows.append({"algorithm": name, "asked": "at most 7.5 forward-equivalents a clip", "found": f"{cost:.2f}", "holds": cost <= 7.5})
+        if "flow-grpo" not in found:
+            continue
+        peer = found["flow-grpo"]
+        whole, share, reached = float(np.mean([run.forwards for run in peer.runs])), target(found), forwards_to(one, target(found))
+        said = f"never {share:.3f}" if reached is None else f"{share:.3f} at {reached:,.0f} of {whole:,.0f}, {reached / whole:.3f}"
+        asked = "the judge's share where flow-grpo ends, in a tenth of its forward-equivalents"
+        rows.append({"algorithm": name, "asked": asked, "found": said, "holds": reached is not None and reached <= whole / 10})
+    return rows
+
+
+# The command
+
+LOOKS = ("a", "b", "c", "d", "e", "f", "g", "h")
+COLOURS = ("#1a1c20", "#c2410c", "#2f6fb3", "#7c3aed", "#1d7a43", "#b7791f", "#be185d", "#0e7490")
+STYLE = (
+    ".paper{fill:#fff}.chart text,.drawn{font:11.5px system-ui,sans-serif;fill:#5f6673}.title{font:600 14px system-ui,sans-serif;fill:#1a1c20}"
+    ".grid{stroke:#e3e6ea}.line{fill:none;stroke-width:2}"
+    + "".join(f".{look} .line{{stroke:{colour}}}.{look} .dot{{fill:{colour}}}" for look, colour in zip(LOOKS, COLOURS, strict=True))
+)
+
+
+def picture(found: Mapping[Name, Finished]) -> str:
+    """The judge's share against forward-equivalents, as SVG."""
+    drawn = [
+        Series(name, LOOKS[list(ALGORITHMS).index(name)], *(tuple(float(value) for value in part) for part in (np.maximum(x, 1_000), y)))
+        for name, one in found.items()
+        for x, y in [mean_curve(one)]
+    ]
+    chart = line_chart(drawn, name="Held-out clips that are right", x_label="forward-equivalents of training (the start stands at 1,000)", percent=True, logarithmic=True)
+    return page([("Held-out clips that are right", chart, ", ".join(found))], STYLE, columns=1)
 
 
 def shrunk(cfg: Config) -> Config:
-    """The quick form: one round, at most 4 prompts."""
-    fewer: dict[str, Any] = {recipe: getattr(cfg, recipe).model_copy(update={"prompts": min(4, getattr(cfg, recipe).prompts)}) for recipe in ("ddpo", "grpo")}
-    return cfg.model_copy(update={"rounds": 1, **fewer})
+    """The quick form: shows that all of it runs, and nothing else."""
+    begin = Begin(pairs=min(24, cfg.begin.pairs), iterations=min(2, cfg.begin.iterations), prompts=min(10, cfg.begin.prompts))
+    fewer = {name: min(most, getattr(cfg, name)) for name, most in (("held_out_prompts", 4), ("prompts", 4), ("clips", 2), ("prompts_a_rollout", 2), ("group_size", 4))}
+    less = {"algorithms": cfg.algorithms[:2], "seeds": cfg.seeds[:1], "rates": cfg.rates[:1], "budget": 1e-3 * cfg.budget}
+    return cfg.model_copy(update={**fewer, **less, "begin": begin})
+
+
+def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], dict[Name, Finished]]:
+    """The rows of each part, and what they come from."""
+    start = the_start(cfg.begin, out / "start", cfg.model, cfg.reward, cfg.guard, strobe=cfg.strobe, sampler=cfg.sampler)
+    found = compare(cfg, out, start)
+    parts = {"claims": claim_rows(found), "algorithms": algorithm_rows(cfg, found), "runs": run_rows(cfg, found), "tuning": tuning_rows(found), "curves": curve_rows(found)}
+    return parts, found
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
-    """`resume` changes nothing: a benchmark is measured anew."""
-    if not cfg.recipes or cfg.rounds < 1 or cfg.updates < 1:
-        raise UserError("nothing to measure: recipes, rounds and updates are at least one each. Give --recipes ddpo")
-    rows = measure(shrunk(cfg) if cfg.quick else cfg)
+    """`resume` changes nothing: what is finished in `out` is never repeated."""
+    check_can_end(cfg, out=None if cfg.quick else cfg.out)
+    if cfg.quick:
+        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
+            parts, found = run_all(shrunk(cfg), Path(folder))
+    else:
+        parts, found = run_all(cfg, cfg.out)
     if cfg.write:
-        write(cfg, "update", here("update", cfg), "One RL update", {"Seconds, forward-equivalents and memory": rows})
-    return {"rows": rows}
+        failed = [f"{row['algorithm']}, {row['asked']} ({row['found']})" for row in parts["claims"] if not row["holds"]]
+        remarks = [
+            f"Does not hold: {'; '.join(failed)}." if failed else "All that was asked for holds.",
+            "![The judge's share against forward-equivalents](update.svg)",
+            "What each number is: [how to read](../README.md#how-to-read-reward-against-forward-passes).",
+        ]
+        write(cfg, "update", here("update", cfg), "Reward against forward passes", {part.capitalize(): rows for part, rows in parts.items()}, remarks=remarks)
+        write_atomic(cfg.results / "update.svg", picture(found).encode())
+    return {"rows": flat(parts)}

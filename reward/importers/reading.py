@@ -25,12 +25,11 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from base_model.errors import UserError
-from reward.comparisons import Annotator, Clip, Prompt, RankingEvent
+from reward.comparisons import MOST_CLIPS, Annotator, Clip, Prompt, RankingEvent
 from reward.importers.tables import Record
 
 RANKS: Mapping[str, tuple[int | None, int | None]] = {"A": (1, 2), "B": (2, 1), "tie": (1, 1), "both_bad": (1, 1), "both_good": (1, 1), "invalid": (None, None)}
 UNKNOWN = "unknown"
-MOST_CLIPS = 127  # the schema's ranks are int8
 EMPTY = Clip("", "", "")
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from base_model.errors import UserError
 from reward.judges.chat import check_batch
 from reward.judges.exchange import Endpoint, Failed, Failures
-from reward.serving.wire import IDEMPOTENCY, METADATA, SCHEMA, SCORE, TENSORS, Limits, same_rate, tensors_body
-from reward.types import Scores
+from reward.serving.wire import IDEMPOTENCY, METADATA, SCHEMA, SCORE, TENSORS, Limits, tensors_body
+from reward.types import Scores, same_rate
 
 HEADER = 2**16
 """Bytes that are left for a request's header and prompts beside its clips."""

@@ -26,7 +26,8 @@ from base_model.errors import UserError
 from base_model.video.files import Bounds, decode_video
 from reward.judges.exchange import one_line
 from reward.serving.batching import Unscored
-from reward.serving.wire import SCHEMA, Limits, same_rate
+from reward.serving.wire import SCHEMA, Limits
+from reward.types import same_rate
 
 
 class Refused(Exception):

@@ -19,7 +19,6 @@ Clips come in one of two bodies:
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,8 +45,3 @@ class Limits(NamedTuple):
 def tensors_body(video: Tensor, prompts: Sequence[str], fps: float) -> bytes:
     """uint8 [B,T,3,H,W] at `fps` frames a second, one prompt a clip -> the body of a request."""
     return weights_bytes({"video": video}, {"schema": str(SCHEMA), "fps": repr(float(fps)), "prompts": json.dumps(list(prompts))})
-
-
-def same_rate(one: float, other: float) -> bool:
-    """Whether two frame rates are one: 24 and 24000/1001 are."""
-    return math.isclose(one, other, rel_tol=2e-3)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from base_model.errors import UserError
+from reward.types import same_rate
 
 LONGEST_SIDE_RATIO = 200
 
@@ -63,16 +64,16 @@ def frame_indices(num_frames: int, fps: float, sampler: FrameSampler, multiple: 
     """
     if not (math.isfinite(fps) and fps > 0):
         raise UserError(f"a clip's frame rate is a positive number, not {fps}. Give the rate the clip was made at")
-    if fps < sampler.fps * (1 - 1e-6):
+    if fps < sampler.fps and not same_rate(fps, sampler.fps):
         raise UserError(f"a clip has {fps:g} frames a second, and the reward model looks at {sampler.fps:g}. Give it clips of at least that rate")
     wanted = num_frames / fps * sampler.fps
     if wanted > sampler.max_frames:
         limit = f"{num_frames / fps:.3g} seconds long and needs {math.ceil(wanted)} frames at {sampler.fps:g} a second"
         raise UserError(f"the clip is {limit}; the reward model looks at {sampler.max_frames} at most. Score shorter pieces, or train with a larger max_frames")
-    most = num_frames // multiple * multiple
-    if most == 0:
+    if num_frames < multiple:
         return [*range(num_frames), *[num_frames - 1] * (multiple - num_frames)]
-    count = max(multiple, round(min(max(wanted, sampler.min_frames), most) / multiple) * multiple)
+    least, most = -(-sampler.min_frames // multiple), max(1, min(num_frames, sampler.max_frames) // multiple)
+    count = min(max(round(wanted / multiple), least), most) * multiple
     return [int(i) for i in torch.linspace(0, num_frames - 1, count).round()]
 
 

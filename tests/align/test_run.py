@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import align.run
 from align.run import WALL_CLOCK_FIELDS, Run, latest_checkpoint, read_metrics
@@ -360,21 +361,39 @@ def test_forward_passes_count_clips_dense_and_packed(tmp_path: Path) -> None:
     packed(torch.zeros(12, 4), Segments((3, 4, 5)))
     assert run.forward_passes == 8
     packed(tokens=torch.zeros(12, 4), segments=Segments((6, 6)))
-    assert run.forward_passes == 10
+    assert run.forward_passes == run.forward_equivalents == 10
+
+
+def test_a_backward_pass_counts_two_and_a_look_nothing(tmp_path: Path) -> None:
+    run, net = fresh(tmp_path), network()
+    run.count_forwards(net)
+    clips = torch.ones(5, 8)
+    loss = net(clips).sum()
+    assert run.forward_equivalents == 5, "a graph alone costs nothing more"
+    loss.backward()
+    torch.autograd.grad(net(clips).sum(), list(net.parameters()))
+    assert run.forward_passes == 10 and run.forward_equivalents == 2 * (5 + 2 * 5)
+    with run.looking():
+        net(clips).sum().backward()
+    assert run.forward_passes == 15 and run.forward_equivalents == 30
+    run.log(loss=0.0)
+    assert read_metrics(tmp_path)[-1]["forward_equivalents"] == 30
+    checkpoint(lambda x: net(x), clips, use_reentrant=False).sum().backward()
+    assert run.forward_equivalents == 30 + 4 * 5, "what is computed again is paid for again"
 
 
 def test_metrics_are_one_sorted_line_each_and_undocumented_names_are_refused(tmp_path: Path) -> None:
     run = fresh(tmp_path)
     run.log(loss=torch.tensor(0.5), drift=float("nan"))
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert list(json.loads(line)) == ["drift", "forward_passes", "iteration", "loss", "seconds"]
+    assert list(json.loads(line)) == ["drift", "forward_equivalents", "forward_passes", "iteration", "loss", "seconds"]
     assert json.loads(line)["loss"] == 0.5 and json.loads(line)["drift"] is None
     with pytest.raises(ValueError, match="undocumented metrics \\['los'\\]"):
         run.log(los=1.0)
     with pytest.raises(ValueError, match="scalars"):
         run.log(loss=torch.zeros(3))
     sentences = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(sentences) == {*METRICS, "iteration", "seconds", "forward_passes"} and all(text.endswith(".") for text in sentences.values())
+    assert set(sentences) == {*METRICS, "iteration", "seconds", "forward_passes", "forward_equivalents"} and all(text.endswith(".") for text in sentences.values())
     assert {"seconds"} <= WALL_CLOCK_FIELDS
     assert list((tmp_path / "tensorboard").glob("events*"))
 

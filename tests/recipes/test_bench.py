@@ -16,7 +16,7 @@ from align.config import load
 from base_model.errors import UserError
 from base_model.networks.packing import Segments
 from recipes import cli
-from recipes.bench import _results, native, networks, proof, sampler, scaling, update, visual
+from recipes.bench import _clock, _results, native, networks, phases, proof, sampler, scaling, visual
 from recipes.bench._results import Provenance
 from recipes.generate import Sampler, sample, seeded_noise
 from recipes.shapes.measure import Measured, PromptTakes
@@ -89,10 +89,10 @@ def test_the_diffusers_peer_takes_our_grid_of_times_to_the_end(monkeypatch: pyte
 # One update
 
 
-def test_the_update_bench_counts_the_passes_of_each_recipe_and_splits_the_time(network: Path) -> None:
+def test_the_phases_bench_counts_the_passes_of_each_recipe_and_splits_the_time(network: Path) -> None:
     small = [word for recipe in ("ddpo", "grpo") for word in (f"--{recipe}.prompts", "2", f"--{recipe}.group_size", "2", f"--{recipe}.lora_rank", "2")]
-    cfg = load(update.Config, None, ["--quick", "--model", str(network), "--updates", "1", "--sampler", TOY, "--ddpo.window", "2", *small])
-    rows = update.main(cfg)["rows"]
+    cfg = load(phases.Config, None, ["--quick", "--model", str(network), "--updates", "1", "--sampler", TOY, "--ddpo.window", "2", *small])
+    rows = phases.main(cfg)["rows"]
     assert isinstance(rows, list)
     assert_flat(rows)
     ddpo, grpo = rows
@@ -101,19 +101,19 @@ def test_the_update_bench_counts_the_passes_of_each_recipe_and_splits_the_time(n
     assert [grpo[key] for key in passes] == [4, 1, 1, 4 + 1 + 3]
     for row in rows:
         assert row["clips"] == 4 and row["updates"] == 1
-        assert sum(row[f"{phase}_seconds"] for phase in update.PHASES) == pytest.approx(row["seconds"])
-        assert all(row[f"{phase}_seconds"] > 0 for phase in update.PHASES)
+        assert sum(row[f"{phase}_seconds"] for phase in _clock.PHASES) == pytest.approx(row["seconds"])
+        assert all(row[f"{phase}_seconds"] > 0 for phase in _clock.PHASES)
         assert row["peak_memory_bytes"] > 50 * 2**20
 
 
 def test_quick_shrinks_the_demo_and_leaves_smaller_requests_alone() -> None:
-    quick = update.shrunk(load(update.Config, None, ["--grpo.prompts", "2"]))
+    quick = phases.shrunk(load(phases.Config, None, ["--grpo.prompts", "2"]))
     assert (quick.rounds, quick.ddpo.prompts, quick.grpo.prompts) == (1, 4, 2) and quick.ddpo.group_size == 8
 
 
 def test_nothing_to_measure_is_the_users_error() -> None:
     with pytest.raises(UserError, match="nothing to measure"):
-        update.main(load(update.Config, None, ["--recipes", "[]"]))
+        phases.main(load(phases.Config, None, ["--recipes", "[]"]))
 
 
 # DiT against U-ViT
@@ -323,7 +323,7 @@ def test_the_command_line_of_a_bench_is_one_object_with_where_it_comes_from(
     told = json.loads(capsys.readouterr().out)
     assert {"command", "commit", "hardware", "rows"} <= set(told) and told["command"] == "rushes bench proof --runs [proof-0, proof-2]"
     assert_flat(told["rows"])
-    assert {"networks", "sampler", "update", "proof"} <= set(cli.benchmarks()) and not any(name.startswith(("-", "_")) for name in cli.benchmarks())
+    assert {"networks", "sampler", "phases", "proof"} <= set(cli.benchmarks()) and not any(name.startswith(("-", "_")) for name in cli.benchmarks())
 
 
 def test_a_command_line_is_made_of_what_differs_from_the_defaults() -> None:

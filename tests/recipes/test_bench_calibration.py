@@ -13,7 +13,7 @@ from align.config import load
 from base_model.prompts.text import TextEncoder
 from recipes import cli
 from recipes.bench import _pool, calibration
-from recipes.bench.calibration import ALL, CARELESS, DIMS, HEAD, MODEL, Doubt, Held, Way, World, held
+from recipes.bench.calibration import ALL, ALL_LOOK, DIMS, HEAD, MODEL, Doubt, Held, Way, World, held
 from recipes.shapes.labelers import REWARD_PANEL, utility
 from tests.recipes.test_bench import assert_flat
 
@@ -43,7 +43,7 @@ def test_the_quick_form_gives_flat_rows_and_the_models_doubt_holds_more_than_tha
     assert cli.main(["bench", "calibration", "--quick", *small, "--json", "--write", "--results", str(tmp_path), "--date", "2026-11"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert_flat(rows)
-    assert {(row["dimension"], row["score"]) for row in rows if row["part"] == "calibration"} == {(dim, score) for dim in DIMS for score in (HEAD, CARELESS, "5 heads")}
+    assert {(row["dimension"], row["score"]) for row in rows if row["part"] == "calibration"} == {(dim, score) for dim in DIMS for score in (HEAD, ALL_LOOK, "5 heads")}
     coverage = {row["method"]: row["coverage"] for row in rows if row["part"] == "coverage" and (row["dimension"], row["slope"]) == (ALL, "within prompts")}
     assert coverage["5 heads"] < coverage["5 heads, clip by clip"] < 0.75 < coverage[MODEL] and coverage["weights"] < coverage[MODEL], coverage
     assert len([row for row in rows if row["part"] == "claims"]) == len(DIMS) + len(DIMS) + 1
@@ -144,6 +144,6 @@ def test_people_who_do_not_look_are_what_one_calibration_knows_and_the_other_doe
     difference = 4 * rng.normal(size=6_000)
     looked = rng.random(6_000) < np.where(rng.random(6_000) < 0.3, 0.5, 1 / (1 + np.exp(-2 * difference)))
     answer = np.where(looked, 1, -1).astype(np.int8)
-    plain, aware = (how(answer, difference)(np.array([0.0, 6.0])) for how in (calibration.by_davidson, calibration.by_davidson_or_a_coin))
+    plain, aware = (calibration.calibrated(answer, difference, careless=careless)(np.array([0.0, 6.0])) for careless in (False, True))
     np.testing.assert_allclose(aware.sum(1), 1)
     assert aware[1, 0] == pytest.approx(0.85, abs=0.02) and aware[0, 0] == pytest.approx(aware[0, 2]) and plain[1, 0] > 0.9

@@ -35,7 +35,7 @@ def test_every_part_has_flat_rows_and_a_second_call_trains_and_judges_nothing(gi
     cfg = bench.shrunk(config(given, "--out", str(tmp_path / "out"), "--seeds", "[0, 1]")).model_copy(update={"seeds": (0, 1), "write": True, "results": tmp_path / "results"})
     rows = bench.main(cfg)["rows"]
     assert isinstance(rows, list) and len({tuple(row) for row in rows}) == 1
-    assert all(value is None or isinstance(value, str | int | float) for row in rows for value in row.values())
+    assert all(type(value) in (str, int, float, bool, type(None)) for row in rows for value in row.values())
     parts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         parts.setdefault(row["part"], []).append(row)

@@ -13,7 +13,7 @@ from align.run import Run
 from base_model.lora import adapter_state
 from base_model.types import Conditioning
 from recipes import nft
-from tests.recipes.small import Counting, counting_model, dazzled, mean_over, run_small
+from tests.recipes.small import SAMPLER, Counting, counting_model, dazzled, mean_over, run_small
 
 SMALL = {"iterations": 12, "prompts": 3, "group_size": 8, "updates": 2}
 
@@ -51,10 +51,21 @@ def test_only_dgpo_noises_the_clips_of_a_prompt_alike(method: str, tmp_path: Pat
     watching = Watching(model.network, model.codec, model.text, model.config)
     watching.seen = []
     rows = run_small(nft, tmp_path, {**SMALL, "iterations": 1, "updates": 1, "method": method, "micro_batch": 20}, model=watching)
-    for t, _ in watching.seen:
-        assert len(t) == (16 if method == "dgpo" else 20) or t is watching.seen[-1][0], "whole groups go through the network together"
+    (checked, _), *learned = watching.seen
+    assert len(checked) == 24 // 8, "before the first update an eighth of the clips is asked"
+    assert [len(t) for t, _ in learned] == ([16, 8] if method == "dgpo" else [20, 4]), "whole groups go through the network together"
+    for t, _ in learned:
         assert (t.reshape(-1, 4).std(1) == 0).all() == (method == "dgpo")
     assert rows[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("policy", "asked"), [({"updates": 1}, 0), ({"updates": 3}, 2), ({"updates": 3, "kl_coef": 0.1}, 2 + 3), ({"updates": 3, "old_rate": 0.1}, 3)])
+def test_a_clip_takes_k_passes_and_one_to_train_an_update_and_one_more_where_the_policy_has_moved(policy: dict[str, Any], asked: int, tmp_path: Path) -> None:
+    model, sampler = counting_model(), SAMPLER.model_copy(update={"steps": 6})
+    rows = run_small(nft, tmp_path, {**SMALL, "iterations": 2, **policy}, model=model, sampler=sampler)
+    eighth, updates = 24 // 8, policy["updates"]
+    assert model.counted == {"asked": 2 * 24 * (6 + asked) + (2 * 2 + 2) * eighth, "trained": 2 * 24 * updates + eighth}
+    assert rows[1]["forward_passes"] == model.counted.total() and rows[1]["reference_distance"] > 0
 
 
 def test_rwr_imitates_nothing_the_filters_block(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from align.run import read_metrics
 from base_model.errors import UserError
 from base_model.video.store import ClipStore, NewClip
 from recipes import reward_encoders
+from recipes.reward_encoders import frame_rate_of
 from recipes.reward_model import Config, Encoders, held_out_nll, main
-from reward.comparisons import Clip, Prompt, RankingEvent, write_comparisons
+from reward.comparisons import Clip, Comparisons, Prompt, RankingEvent, write_comparisons
 from reward.encoders import Encoder
 from reward.pooled import load_pooled
 from tests.reward import tiny_encoders as tiny
@@ -127,6 +128,12 @@ def test_clips_of_several_frame_rates_are_refused(world: Path, tmp_path: Path) -
     write_comparisons(tmp_path / "rankings", [event], clips=clips, prompts=[Prompt("p0", "x")], shares=(1.0, 0.0, 0.0))
     with pytest.raises(UserError, match="the ranked clips have 8, 12 frames a second"):
         main(config(world, tmp_path / "out", "clip").model_copy(update={"comparisons": tmp_path / "rankings"}))
+
+
+def test_rates_that_containers_round_are_one_rate() -> None:
+    clips = {name: Clip(name, "x", "p", fps=fps) for name, fps in {"a": 24.0, "b": 24000 / 1001, "c": 23.976, "d": 24.0}.items()}
+    event = RankingEvent("e", "t", "p", "ann", tuple(clips), (1, 2, 3, 4))
+    assert frame_rate_of(Comparisons((event,), clips, {}, {}, {}, {}), [event]) == 24.0
 
 
 def test_an_encoder_that_is_not_there_is_one_line(world: Path, tmp_path: Path) -> None:

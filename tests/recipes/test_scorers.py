@@ -98,6 +98,7 @@ def test_a_card_without_a_rate_needs_one_where_the_rate_matters(folders: dict[st
     load_scorer(changed(folders["matcher"], tmp_path / "a", fps=None))
     load_scorer(changed(folders["matcher"], tmp_path / "a", fps=None), fps=3.0)
     load_scorer(changed(folders["matcher"], tmp_path / "b", fps=[8.0, 24.0]), fps=24.0)
+    load_scorer(changed(folders["vlm"], tmp_path / "d", fps=[8000 / 1001, 8.0]))
     for rates, named in ((None, "none"), ([8.0, 24.0], "8, 24")):
         folder = changed(folders["vlm"], tmp_path / "c", fps=rates)
         with pytest.raises(UserError, match=rf"one frame rate \({named}\).*--fps"):

@@ -45,6 +45,8 @@ def simulated(n: int, seed: int, temperature: float = 1.0, log_tie: float = 0.0)
 def test_probabilities_are_davidsons() -> None:
     difference = np.array([-30.0, -1.0, 0.0, 0.3, 8.0])
     assert probabilities(difference, Calibration(2.5, -0.7)) == pytest.approx(by_hand(difference, 2.5, -0.7), abs=1e-14)
+    some = probabilities(difference, Calibration(2.5, -0.7, 0.2))
+    assert some == pytest.approx(0.8 * by_hand(difference, 2.5, -0.7) + 0.2 * np.array([0.5, 0, 0.5]), abs=1e-14), "a coin never ties"
     nothing = probabilities(difference, Calibration(math.inf, math.log(2)))
     assert nothing == pytest.approx(np.tile([0.25, 0.5, 0.25], (5, 1)), abs=1e-15)
 
@@ -54,9 +56,29 @@ def test_probabilities_are_davidsons() -> None:
 
 @pytest.mark.parametrize(("temperature", "log_tie"), [(1.0, 0.0), (0.2, -2.0), (4.0, 1.0), (1e6, -0.5)])
 def test_temperature_and_tie_parameter_of_simulated_answers_are_recovered(temperature: float, log_tie: float) -> None:
-    found = fit_calibration(*simulated(20_000, 1, temperature, log_tie))
+    found = fit_calibration(*simulated(20_000, 1, temperature, log_tie), careless=False)
     print(f"temperature {found.temperature:.4g} for {temperature}, log tie {found.log_tie:.3f} for {log_tie}")
     assert found.temperature == pytest.approx(temperature, rel=0.06) and found.log_tie == pytest.approx(log_tie, abs=0.06)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_the_share_of_careless_answers_is_recovered_and_the_others_are_not_made_timid_by_them(share: float) -> None:
+    answer, difference = simulated(20_000, 4, 2.0, -0.5)
+    rng = np.random.default_rng(0)
+    given = np.where(rng.random(20_000) < share, rng.choice([1, -1], 20_000), answer).astype(np.int8)
+    found, alone = fit_calibration(given, difference), fit_calibration(given, difference, careless=False)
+    print(found, alone)
+    assert found.careless == pytest.approx(share, abs=0.03) and found.temperature == pytest.approx(2, rel=0.06) and found.log_tie == pytest.approx(-0.5, abs=0.06)
+    assert alone.careless == 0 and alone.temperature > (1 + share) * found.temperature
+    error = [expected_calibration_error(*from_favourite(probabilities(difference, each), given)) for each in (found, alone)]
+    assert error[0] < error[1] and error[0] <= calibrated_error(probabilities(difference, found)).high, "no worse than right probabilities"
+
+
+def test_a_few_answers_convict_nobody_of_carelessness() -> None:
+    answer, difference = simulated(60, 1, 2.0, -0.5)
+    assert fit_calibration(answer, difference).careless < 0.02
+    upset = np.where(np.arange(60) == np.argmax(np.abs(difference)), -np.sign(difference), answer).astype(np.int8)  # the surest answer of all is the other way round
+    assert 0.005 < fit_calibration(upset, difference).careless < 0.2
 
 
 def test_the_fit_is_the_maximum_of_the_likelihood_with_half_an_answer_of_each_kind() -> None:
@@ -66,13 +88,30 @@ def test_the_fit_is_the_maximum_of_the_likelihood_with_half_an_answer_of_each_ki
         p = by_hand(np.append(difference, math.sqrt(np.mean(difference**2))), temperature, log_tie)
         return float(np.log(p[np.arange(300), 1 - answer.astype(int)]).sum() + 0.5 * np.log(p[-1]).sum())
 
-    temperature, log_tie = fit_calibration(answer, difference)
+    temperature, log_tie, _ = fit_calibration(answer, difference, careless=False)
     best = likelihood(temperature, log_tie)
     for step in (1e-3, 1e-2, 0.3):
         for factor, shift in ((1 + step, 0.0), (1 - step, 0.0), (1.0, step), (1.0, -step), (1 + step, step), (1 - step, step)):
             assert likelihood(temperature * factor, log_tie + shift) < best
     slope = (likelihood(temperature * 1.0001, log_tie) - likelihood(temperature / 1.0001, log_tie)) / 0.0002
     assert abs(slope) < 1e-3
+
+
+def test_with_careless_answers_the_fit_is_the_maximum_too() -> None:
+    answer, difference = simulated(3_000, 2, 3.0, -0.4)
+    rng = np.random.default_rng(1)
+    answer = np.where(rng.random(3_000) < 0.2, rng.choice([1, -1], 3_000), answer).astype(np.int8)
+
+    def likelihood(temperature: float, log_tie: float, share: float) -> float:
+        p = (1 - share) * by_hand(np.append(difference, math.sqrt(np.mean(difference**2))), temperature, log_tie) + share * np.array([0.5, 0, 0.5])
+        return float(np.log(p[np.arange(3_000), 1 - answer.astype(int)]).sum() + 0.5 * np.log(p[-1]).sum() + math.log(1 - share))
+
+    best = fit_calibration(answer, difference)
+    assert 0.1 < best.careless < 0.3
+    for step in (1e-3, 1e-2, 0.05):
+        for a, b, c in ((step, 0, 0), (0, step, 0), (0, 0, step), (step, step, step), (step, 0, -step), (0, step, -step)):
+            for sign in (1, -1):
+                assert likelihood(best.temperature * (1 + sign * a), best.log_tie + sign * b, best.careless + sign * c) < likelihood(*best)
 
 
 def test_a_constant_scorer_gets_the_share_of_ties_and_no_say() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,11 +70,14 @@ def test_answers_are_added_never_rewritten(tmp_path: Path) -> None:
         write_comparisons(tmp_path, [], clips=[replace(CLIPS[0], seed=9)], prompts=PROMPTS)
 
 
+@pytest.mark.parametrize("split", [None, "val"])
 @pytest.mark.parametrize("written", range(5))
 @pytest.mark.parametrize("answers_before", [0, 1])
-def test_a_writer_stopped_between_two_files_is_mended_by_writing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers_before: int, written: int) -> None:
+def test_a_writer_stopped_between_two_files_is_mended_by_writing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers_before: int, written: int, split: str | None
+) -> None:
     def grow(folder: Path) -> None:
-        write_comparisons(folder, [event("e0"), event("e1", 1)], clips=CLIPS, prompts=PROMPTS, annotators=PEOPLE)
+        write_comparisons(folder, [event("e0"), event("e1", 1)], clips=CLIPS, prompts=PROMPTS, annotators=PEOPLE, split=split)
 
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     for folder in (stopped, whole):
@@ -97,6 +103,7 @@ def test_a_writer_stopped_between_two_files_is_mended_by_writing_again(tmp_path:
     files = sorted(path.name for path in whole.iterdir())
     assert len(files) == 5 + answers_before and files == sorted(path.name for path in stopped.iterdir())
     assert all((stopped / name).read_bytes() == (whole / name).read_bytes() for name in files)
+    assert split is None or load_comparisons(whole).split["p1"] == split
 
 
 def test_the_same_data_give_the_same_bytes(tmp_path: Path) -> None:
@@ -122,6 +129,11 @@ def test_the_same_data_give_the_same_bytes(tmp_path: Path) -> None:
         ({"kind": "pair", "clip_ids": ("c00", "c01"), "ranks": (1, 2), "choice": "B", "shown_order": (), "watch_ms": ()}, "contradicts"),
         ({"shown_order": (0, 1, 2, 2)}, "no permutation"),
         ({"likert": (1.0,)}, "one number a clip"),
+        ({"likert": (1.0, 2.0, 3.0, float("nan"))}, "likert and confidence are finite"),
+        ({"confidence": float("inf")}, "likert and confidence are finite"),
+        ({"watch_ms": (2**31, 1, 2, 3)}, "watch_ms cannot be written"),
+        ({"flags": ("\ud800",)}, "flags cannot be written"),
+        ({"clip_ids": tuple(f"c{i}" for i in range(128)), "ranks": (None,) * 128}, "128 clips; at most 127"),
     ],
 )
 def test_a_wrong_answer_is_refused_and_nothing_is_written(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -160,16 +172,118 @@ def test_rows_made_elsewhere_become_events_with_nulls_as_defaults() -> None:
             RankingEvent.of(broken)
 
 
-def test_a_clip_in_two_splits_is_refused(tmp_path: Path) -> None:
+def rewritten(path: Path, change: Any) -> None:
+    """Puts other rows into a file, with the types that they have."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    write_comparisons(tmp_path, [event("e0")], clips=CLIPS, prompts=PROMPTS)
-    path = tmp_path / "splits.parquet"
-    rows = pq.ParquetFile(path).read().to_pylist()
-    pq.write_table(pa.Table.from_pylist([{**row, "split": "test" if row["prompt_id"] == "p1" else "train"} for row in rows]), path)
-    clips = pq.ParquetFile(tmp_path / "clips.parquet").read()
-    moved = [{**row, "prompt_id": "p1"} if row["clip_id"] == "c00" else row for row in clips.to_pylist()]
-    pq.write_table(pa.Table.from_pylist(moved, schema=clips.schema), tmp_path / "clips.parquet")
-    with pytest.raises(UserError, match="clip c00"):
+    pq.write_table(pa.Table.from_pylist(change(pq.ParquetFile(path).read().to_pylist())), path)
+
+
+def test_answers_stay_where_an_earlier_file_was_taken_away(tmp_path: Path) -> None:
+    write(tmp_path, event("e0"))
+    write(tmp_path, event("e1", 1))
+    (tmp_path / "comparisons-00000.parquet").unlink()
+    write(tmp_path, event("e2", 2))
+    assert [e.event_id for e in load_comparisons(tmp_path).events] == ["e1", "e2"]
+
+
+def grow_one_by_one(folder: Path, name: str, start: Any) -> None:
+    start.wait()
+    for i in range(3):
+        prompt, clips = Prompt(f"{name}{i}", f"prompt {name} {i}"), [Clip(f"{name}{i}{side}", "x", f"{name}{i}") for side in "ab"]
+        answer = RankingEvent(f"{name}{i}", "t", prompt.prompt_id, name, (clips[0].clip_id, clips[1].clip_id), (1, 2))
+        write_comparisons(folder, [answer], clips=clips, prompts=[prompt], annotators=[Annotator(name)])
+
+
+def test_processes_that_write_into_one_folder_wait_for_each_other(tmp_path: Path) -> None:
+    start = multiprocessing.Barrier(2)
+    writers = [multiprocessing.Process(target=grow_one_by_one, args=(tmp_path, name, start)) for name in "xy"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert sorted(e.event_id for e in load_comparisons(tmp_path).events) == ["x0", "x1", "x2", "y0", "y1", "y2"]
+
+
+def test_a_folder_that_grows_while_it_is_read_is_read_as_it_was_or_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import reward.comparisons as comparisons
+
+    read_table, written = comparisons._read_table, []
+
+    def grow_after_the_first(path: Path, *schema: Any) -> Any:
+        table = read_table(path, *schema)
+        if not written:
+            written.append(path)
+            write_comparisons(tmp_path, [event("e1", 1)], clips=CLIPS[4:8], prompts=PROMPTS[1:2])
+        return table
+
+    write_comparisons(tmp_path, [event("e0")], clips=CLIPS[:4], prompts=PROMPTS[:1])
+    monkeypatch.setattr(comparisons, "_read_table", grow_after_the_first)
+    assert [e.event_id for e in load_comparisons(tmp_path).events] in (["e0"], ["e0", "e1"])
+
+
+@pytest.mark.parametrize("name", ["clips", "prompts", "annotators", "splits"])
+def test_an_id_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path, event("e0"))
+    rewritten(tmp_path / f"{name}.parquet", lambda rows: [*rows, rows[0]])
+    with pytest.raises(UserError, match=f"is there twice, .*{name}.parquet"):
         load_comparisons(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("comparisons-00000", {"ranks": [1.5, 2.0, 3.0, 1.0]}, "column ranks .*comparisons-00000"),
+        ("comparisons-00000", {"clip_ids": "c00"}, "column clip_ids "),
+        ("comparisons-00000", {"is_gold": "perhaps"}, "column is_gold "),
+        ("comparisons-00000", {"likert": [1.0, 2.0, 3.0, float("nan")]}, "finite"),
+        ("clips", {"fps": "fast"}, "column fps "),
+        ("clips", {"fps": float("nan")}, "clip c00: its frame rate is nan"),
+        ("splits", {"component_id": None}, "component_id is empty"),
+    ],
+)
+def test_values_of_another_kind_are_refused(tmp_path: Path, name: str, changes: dict[str, Any], message: str) -> None:
+    write(tmp_path, event("e0"))
+    rewritten(tmp_path / f"{name}.parquet", lambda rows: [{**row, **changes} for row in rows])
+    with pytest.raises(UserError, match=message) as caught:
+        load_comparisons(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_another_program_wrote_in_wider_columns_are_read(tmp_path: Path) -> None:
+    write(tmp_path, event("e0"))
+    rewritten(tmp_path / "comparisons-00000.parquet", lambda rows: [{**rows[0], "ranks": [2.0, 1.0, 4.0, 2.0], "lead_time_ms": None}])
+    assert load_comparisons(tmp_path).events == (event("e0"),)
+
+
+def test_prompts_that_hang_together_may_not_be_in_two_splits(tmp_path: Path) -> None:
+    write(tmp_path, event("e0"), event("e2", 2))
+    rewritten(tmp_path / "splits.parquet", lambda rows: [{**row, "split": "test" if row["prompt_id"] == "p2" else "train"} for row in rows])
+    with pytest.raises(UserError, match="are in the splits train and test"):
+        load_comparisons(tmp_path)
+
+
+@pytest.mark.parametrize("column", ["prompt_id", "component_id", "split", "salt"])
+def test_splits_without_a_column_are_refused(tmp_path: Path, column: str) -> None:
+    write(tmp_path, event("e0"))
+    rewritten(tmp_path / "splits.parquet", lambda rows: [{name: value for name, value in row.items() if name != column} for row in rows])
+    with pytest.raises(UserError, match=f"column '{column}' is missing"):
+        load_comparisons(tmp_path)
+
+
+def test_a_bit_that_turned_over_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
+    write(tmp_path, event("e0"), event("e1", 1))
+    path, rng, seen = tmp_path / "comparisons-00000.parquet", random.Random(0), Counter[str]()
+    whole = path.read_bytes()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert load_comparisons(tmp_path).events == (event("e0"), event("e1", 1))
+            seen["same"] += 1
+        except UserError:
+            seen["refused"] += 1
+    assert seen["refused"] > 50

@@ -163,6 +163,7 @@ def test_a_folder_that_is_not_what_its_card_says_is_refused(folders: dict[str, P
     save_pooled(folder, model_of([load_encoder(encoder, fps=12.0)]), {})
     with pytest.raises(UserError, match="is for clips of 12 frames a second, and these have 8"):
         load_pooled(folder, fps=8.0)
+    assert load_pooled(folder, fps=12000 / 1001).fps == 12.0  # a rate that containers round
     with pytest.raises(UserError, match="tier 'encoders', where one of 'matcher' is read"):
         load_reward_model(folder, encode)
     moved = Path(shutil.move(encoder, tmp_path / "moved"))

@@ -17,6 +17,7 @@ from reward.selection import (
     METHODS,
     Candidate,
     Given,
+    Method,
     Mix,
     Posterior,
     best_first,
@@ -254,6 +255,17 @@ GOLD = [Candidate(f"g{i}", (f"g{i}a", f"g{i}b", f"g{i}c")) for i in range(30)]
 
 def sets(tasks: list[Given]) -> list[frozenset[str]]:
     return [frozenset(task.clip_ids) for task in tasks]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_clip_that_cannot_be_judged_is_not_the_first_to_be_ranked(method: Method) -> None:
+    features, tasks, log_tie = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([[0, 1], [2, 3], [0, 4]]), torch.tensor([-1.0])
+    features[4] = float("nan")
+    with pytest.raises(ValueError, match="features of clips must be finite"):
+        best_first(method, prior(3, 1.0), features, tasks, log_tie, number=1, seed=0)
+    with pytest.raises(ValueError, match="tie parameters are finite"):
+        best_first(method, prior(3, 1.0), features, tasks[:2], log_tie * torch.nan, number=1, seed=0)
+    assert sorted(best_first(method, prior(3, 1.0), features, tasks[:2], log_tie, number=1, seed=0)) == [0, 1]
 
 
 def test_a_person_gets_the_mix_that_was_asked_for() -> None:

@@ -20,7 +20,8 @@ from base_model.video.files import write_mp4
 from recipes.serve_reward import in_thread
 from reward.serving.answers import Answers
 from reward.serving.clips import Refused
-from reward.serving.wire import TENSORS, same_rate, tensors_body
+from reward.serving.wire import TENSORS, tensors_body
+from reward.types import one_rate, same_rate
 from tests.reward.serving.small import CARD, FPS, LIMITS, Ask, Known, clips, get, json_request, levels, named, noise, server_of
 
 TOKEN = "0123456789abcdef0123"
@@ -104,6 +105,7 @@ def test_what_is_no_request_is_refused_in_one_line(ask: Ask, known: Known, reque
 
 def test_a_rate_of_24000_over_1001_is_24() -> None:
     assert same_rate(24000 / 1001, 24) and not same_rate(24, 25) and not same_rate(12, float("nan"))
+    assert one_rate([24, 23.976, 24]) == 24 and one_rate([24, 24, 25]) is None and one_rate([]) is None and one_rate([0.0, 24]) is None
 
 
 # Who is let in

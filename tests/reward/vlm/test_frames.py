@@ -107,6 +107,19 @@ def test_frames_are_spread_over_the_clip_at_the_samplers_rate() -> None:
     assert frame_indices(1, 2.0, sampler, 2) == [0, 0] and frame_indices(3, 3.0, sampler, 2) == [0, 2] and frame_indices(2, 2.0, sampler, 4) == [0, 1, 1, 1]
 
 
+@pytest.mark.parametrize(("least", "most"), [(5, 7), (2, 7), (7, 7), (4, 8), (1, 3)])
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_no_fewer_frames_than_the_least_and_no_more_than_the_largest_are_seen(least: int, most: int, multiple: int) -> None:
+    sampler = FrameSampler(fps=2.0, min_frames=least, max_frames=most)
+    for frames in range(1, 60):
+        for fps in (15.0, 16.0, 60.0):
+            wanted = frames / fps * 2
+            if wanted <= most:
+                seen = frame_indices(frames, fps, sampler, multiple)
+                low, high = -(-least // multiple) * multiple, min(most, max(frames, multiple)) // multiple * multiple
+                assert (len(seen) == min(max(round(wanted / multiple) * multiple, low), high) and seen == sorted(set(seen))) or frames < multiple
+
+
 def test_a_rate_the_sampler_cannot_have_is_refused() -> None:
     sampler = FrameSampler(fps=2.0, max_frames=8)
     with pytest.raises(UserError, match=r"1 frames a second, and the reward model looks at 2\.") as slow:
