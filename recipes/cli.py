@@ -78,8 +78,10 @@ COMMANDS = {
     "nft": Command("recipes.nft", "Move a model toward the reward: forward-process reinforcement (DiffusionNFT) with LoRA under a safety limit."),
     "dpo": Command("recipes.dpo", "Move a model toward what people preferred, or toward the better of its own clips: DPO with LoRA."),
     "reward-gradient": Command("recipes.reward_gradient", "Move a model up the gradient of a reward: DRaFT, AlignProp, ReFL or VADER with LoRA under a safety limit."),
+    "rounds": Command("recipes.rounds", "Go in rounds: rank the new policy's clips, learn the reward anew, go on with RL."),
     "check": Command("recipes.check", "Check an RL configuration before its first expensive second: rushes check CONFIG.yaml [--recipe NAME].", ("file",)),
     "evaluate": Command("recipes.evaluate", "Compare models on the same prompts and seeds; write the report."),
+    "compare": Command("recipes.compare", "Say which of two runs makes the better clips, blind: rushes compare RUN_A RUN_B [--by judge|guard|people].", ("run_a", "run_b")),
     "bench": Command("recipes.bench", "Measure something: rushes bench NAME [--quick]."),
 }
 

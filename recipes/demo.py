@@ -6,9 +6,8 @@ data are real clips with captions; people are then simulated from weight-free si
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,21 +15,21 @@ from pydantic import Field
 
 from align.config import Config as BaseConfig
 from align.config import Count, Several, Share, Whole, dump, leaves, path_keys
-from base_model.checkpoint import check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.tiny import load_tiny
-from base_model.video.files import write_atomic
-from base_model.video.store import ClipRow, ClipStore
+from base_model.video.store import ClipStore
 from recipes import ddpo, evaluate, nft, report, reward_model, sft
 from recipes.feedback import Feedback, SafetyLimit, StoppedByGuard, check_steps, check_unguided
 from recipes.generate import Request, Sampler, fill_store, network_lineage, safety_runner
 from recipes.memory import PeakMemory
 from recipes.pairs import load_pairs, read_clip_folder, save_pairs
+from recipes.rankings import rank_by_panel, ruling_of, served
 from recipes.shapes import labelers
 from recipes.shapes.dataset import ClipSet, draw_clips
 from recipes.shapes.eye import Eye
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
-from reward.comparisons import Annotator, Clip, Prompt, RankingEvent, write_comparisons
+from recipes.stages import Stages
+from reward.comparisons import Prompt
 from reward.safety.contract import SafetyRunner, allowed
 
 Stage = Literal["data", "sft", "candidates", "rankings", "reward", "rl", "report"]
@@ -129,20 +128,17 @@ def rank_candidates(cfg: Config, out: Path) -> dict[str, Any]:
     """Two panels of simulated labelers rank what the filters allow; one teaches the reward model, the other the guard."""
     store = ClipStore(folder(cfg, "candidates"))
     asked = candidate_prompts(cfg)
-    served = [row for row in store.rows() if ruling_of(row)["verdict"] == "allow"]
+    shown = served(store.rows())
     clips: dict[str, list[tuple[str, Any]]] = {}
-    for row in served:
+    for row in shown:
         clips.setdefault(row.prompt_id, []).append((row.clip_id, store.load(row.clip_id)))
     tasks = labelers.tasks_from_signals(clips) if cfg.clips else labelers.tasks_from_eye(Eye.load(), asked, clips)
-    counts = {}
-    for k, (name, panel) in enumerate(PEOPLE.items()):
-        rows = labelers.collect(panel, tasks, seed=2 * cfg.seed + k, overlap=cfg.overlap)
-        events = [RankingEvent.of(row) for row in rows]
-        people = [Annotator.of(row) for row in labelers.annotators(panel, rows, pool="simulated")]
-        prompts = [Prompt(p.prompt_id, p.text, source="built-in world" if not cfg.clips else "captions") for p in asked if p.prompt_id in clips]
-        write_comparisons(out / name, events, clips=[Clip.of(row) for row in served], prompts=prompts, annotators=people, shares=split_shares(cfg))
-        counts[f"{name}_events"] = len(events)
-    return {**counts, "tasks": len(tasks), "served": len(served), "withheld": len(store.rows()) - len(served), "labelers": "simulated"}
+    prompts = [Prompt(p.prompt_id, p.text, source="built-in world" if not cfg.clips else "captions") for p in asked if p.prompt_id in clips]
+    counts = {
+        f"{name}_events": rank_by_panel(out / name, panel, tasks, shown, prompts, seed=2 * cfg.seed + k, overlap=cfg.overlap, shares=split_shares(cfg))
+        for k, (name, panel) in enumerate(PEOPLE.items())
+    }
+    return {**counts, "tasks": len(tasks), "served": len(shown), "withheld": len(store.rows()) - len(shown), "labelers": "simulated"}
 
 
 def split_shares(cfg: Config) -> tuple[float, float, float]:
@@ -225,7 +221,7 @@ def write_the_report(cfg: Config, out: Path, memory: PeakMemory, started: float)
     )
 
     def told() -> dict[str, Any]:
-        finished = {stage: read_done(cfg, stage) for stage in STAGES[:-1]}
+        finished = {stage: stages_of(cfg).done(stage) for stage in STAGES[:-1]}
         seconds = {stage: done["seconds"] for stage, done in finished.items()} | {"report": round(time.monotonic() - started, 1)}
         learnt = finished["reward"]["result"]["reward"]
         return {
@@ -241,15 +237,6 @@ def write_the_report(cfg: Config, out: Path, memory: PeakMemory, started: float)
 
     results = evaluate.report(evaluation, told)
     return {key: results[key] for key in ("judge", "judge_gain", "judge_gain_ddpo", "flash_rate", "diversity", "wall_seconds", "peak_memory_bytes")}
-
-
-def ruling_of(row: ClipRow) -> dict[str, Any]:
-    """What the filters said of a clip: `verdict` and `rulings`."""
-    try:
-        said = json.loads(row.safety_json)
-        return {"verdict": str(said["verdict"]), "rulings": list(said["rulings"])}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"the clip {row.clip_id} carries no verdict of the filters, clips.jsonl. Make the candidates again in another --out") from error
 
 
 def withheld_candidates(cfg: Config) -> list[dict[str, Any]]:
@@ -269,10 +256,14 @@ def withheld_candidates(cfg: Config) -> list[dict[str, Any]]:
 
 def candidate_prompts(cfg: Config) -> list[ShapesPrompt]:
     """What the takes show. A real caption is a prompt about nothing the built-in world knows."""
-    if cfg.clips:
-        each = max(1, cfg.candidate_prompts // len(captions(cfg)))
-        return [ShapesPrompt(f"{text} [{k}]", text, (), False, "train") for text in captions(cfg) for k in range(each)]
-    return make_prompts(cfg.candidate_prompts, seed=cfg.seed + 10, split="train", two_objects=cfg.two_objects, strobe=cfg.strobe / 2)
+    return prompts_to_rank(captions(cfg), cfg.candidate_prompts, seed=cfg.seed + 10, two_objects=cfg.two_objects, strobe=cfg.strobe / 2)
+
+
+def prompts_to_rank(texts: Sequence[str], number: int, *, seed: int, two_objects: float, strobe: float) -> list[ShapesPrompt]:
+    """`number` training prompts of the built-in world; where there are captions, about as many of these, each several times."""
+    if texts:
+        return [ShapesPrompt(f"{text} [{k}]", text, (), False, "train") for text in texts for k in range(max(1, number // len(texts)))]
+    return make_prompts(number, seed=seed, split="train", two_objects=two_objects, strobe=strobe)
 
 
 def captions(cfg: Config) -> tuple[str, ...]:
@@ -291,13 +282,8 @@ def world_sampler(cfg: Config) -> Sampler:
 # Going through the stages
 
 
-def read_done(cfg: Config, stage: str) -> dict[str, Any]:
-    """What a finished stage left: result, seconds, peak memory, configuration."""
-    done = read_json(folder(cfg, stage) / "stage.json", "what a finished stage left")
-    missing = {"seconds", "peak_memory_bytes", "result"} - set(done)
-    if missing:
-        raise UserError(f"no {sorted(missing)[0]} in {folder(cfg, stage) / 'stage.json'}. Delete the file to do that stage again")
-    return done
+def stages_of(cfg: Config) -> Stages:
+    return Stages(cfg.out, "demo", {key: value for key, value in leaves(dump(cfg)).items() if key not in ("out", "stage")})
 
 
 def command_line(cfg: Config) -> str:
@@ -306,43 +292,12 @@ def command_line(cfg: Config) -> str:
     return "".join(f" --{key} {value}" for key, value in leaves(dump(cfg)).items() if value != defaults.get(key) and key not in paths)
 
 
-def settings(cfg: Config) -> dict[str, Any]:
-    return {key: value for key, value in leaves(dump(cfg)).items() if key not in ("out", "stage")}
-
-
-def check_same_config(cfg: Config) -> None:
-    """Raises UserError where the folder holds stages that were made with other settings."""
-    check_can_write(cfg.out)
-    path, now = cfg.out / "demo.json", settings(cfg)
-    if not path.exists():
-        return
-    before = read_json(path, "the settings of the demo")
-    changed = [f"{key} ({before.get(key)} -> {now.get(key)})" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if changed:
-        raise UserError(f"{cfg.out} was begun with other settings: {', '.join(changed)}. Give the same ones, or another --out")
-
-
-def run_stage(cfg: Config, stage: Stage, work: Callable[[Path, PeakMemory], dict[str, Any]]) -> dict[str, Any]:
-    """Does the stage unless it is done. The time of an interrupted try counts only for what it saved."""
-    out = folder(cfg, stage)
-    if (out / "stage.json").exists():
-        return read_done(cfg, stage)
-    started = time.monotonic()
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with PeakMemory() as memory:
-        result = work(out, memory)
-    done = {"stage": stage, "seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": memory.peak_bytes, "result": result}
-    write_atomic(cfg.out / "demo.json", (json.dumps(settings(cfg), indent=2, sort_keys=True) + "\n").encode())
-    write_atomic(out / "stage.json", (json.dumps(done, indent=2) + "\n").encode())
-    return done
-
-
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: the demo always goes on with what its folder holds."""
     check_steps(cfg.sampler)
     check_unguided(cfg.sampler)
-    check_same_config(cfg)
+    stages = stages_of(cfg)
+    stages.check_same()
     started = time.monotonic()
     works: dict[Stage, Callable[[Path, PeakMemory], dict[str, Any]]] = {
         "data": lambda out, _: make_data(cfg, out),
@@ -353,7 +308,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         "rl": lambda out, _: align_policy(cfg, out),
         "report": lambda out, memory: write_the_report(cfg, out, memory, time.monotonic()),
     }
-    done = {stage: run_stage(cfg, stage, works[stage]) for stage in STAGES[: STAGES.index(cfg.stage) + 1]}
+    done = {stage: stages.do(stage, works[stage]) for stage in STAGES[: STAGES.index(cfg.stage) + 1]}
     result: dict[str, object] = {stage: each["result"] for stage, each in done.items() if stage == cfg.stage}
     if cfg.stage == "report":
         result["report"] = str(folder(cfg, "report") / "index.html")

@@ -192,11 +192,16 @@ def clip_seeds(seed: int, clips: int) -> list[int]:
     return [derived_seed(seed, "evaluate", index) % 2**31 for index in range(clips)]
 
 
+def kind_of(prompt: ShapesPrompt) -> str:
+    """strobe, or how many things are asked for: one, two."""
+    return "strobe" if prompt.strobe else "one" if len(prompt.things) == 1 else "two"
+
+
 def shown_prompts(prompts: Sequence[ShapesPrompt], number: int) -> list[int]:
     """Indices of the prompts to show: the first of each kind; of eight, six ask for one object, one for two, one for strobing."""
     kinds: dict[str, list[int]] = {"one": [], "two": [], "strobe": []}
     for index, prompt in enumerate(prompts):
-        kinds["strobe" if prompt.strobe else "one" if len(prompt.things) == 1 else "two"].append(index)
+        kinds[kind_of(prompt)].append(index)
     few = -(-number // 8)
     rest = kinds["two"][:few] + kinds["strobe"][:few]
     return (kinds["one"][: max(0, number - len(rest))] + rest)[:number]

@@ -94,8 +94,8 @@ def film(video: Tensor, frames: int, scale: int) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def draw(prompts: Sequence[str], models: Mapping[str, Sequence[Shown]], frames: int, scale: int) -> Image.Image:
-    """Rows are prompts, columns are models; above each clip what the judge says."""
+def draw(prompts: Sequence[str], models: Mapping[str, Sequence[Shown]], frames: int, scale: int, *, words: tuple[str, str] = ("right", "wrong")) -> Image.Image:
+    """Rows are prompts, columns are models; above each clip what is said of it. words: for a clip that is right, and for another."""
     films = {name: [film(shown.video, frames, scale) for shown in row] for name, row in models.items()}
     width, height = next(iter(films.values()))[0].size
     line = CAPTION + LABEL + height + GAP
@@ -108,7 +108,7 @@ def draw(prompts: Sequence[str], models: Mapping[str, Sequence[Shown]], frames: 
             top = MARGIN + HEADER + n * line
             if column == 0:
                 pen.text((left, top), prompts[n], fill=INK, font=ImageFont.load_default(14))
-            verdict = "right" if shown.right else "wrong"
+            verdict = words[0] if shown.right else words[1]
             pen.text((left, top + CAPTION), verdict + (f": {shown.remark}" if shown.remark else ""), fill=GOOD if shown.right else BAD, font=ImageFont.load_default(12))
             canvas.paste(picture, (left, top + CAPTION + LABEL))
     return canvas
