@@ -282,7 +282,7 @@ class Run:
     def step(self, optimizer: Any, max_grad_norm: float, scheduler: Any = None) -> float:
         """Clips the gradient to `max_grad_norm`, steps the optimizer (and the scheduler) and clears the gradient; returns its norm before clipping.
 
-        Raises GuardStop, leaving the weights as they were, where the norm is not finite, and before the first step where ranks hold other gradients or weights, or draw other numbers.
+        Raises GuardStop, leaving the weights as they were, where the norm is not finite, and before the first step where ranks hold or draw other numbers.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._compare_ranks(parameters)
