@@ -1,8 +1,11 @@
 """Distil a reward on pixels into a latent reward (`rushes latent-reward`): RL then scores clips without decoding them.
 
 The model makes clips, and a store may give more; the reward on pixels scores each once, decoded. A head on the frozen denoiser's hidden states then learns these scores from
-latents noised to any level. Differences between clips of one prompt are what RL learns from, so they count twice: by themselves, and within the squared error. Where the
-reward is the small one, what it is the sum of (26 inputs: shape, motion, presence, quality, signals) is learned beside the score: a score alone does not say why it is low.
+latents noised to any level. Differences between clips of one prompt are what RL learns from, so they count twice: by themselves, and within the squared error.
+
+Where the reward is the small one, what it is the sum of (26 inputs: shape, motion, presence, quality, signals) is learned beside the score: a score alone does not say why it
+is low. There a sight (`reward/sight.py`) learns first, and by itself: from the same noised latents, what the matcher's first layers make of the decoded pixels, and the inputs.
+The head is then told these inputs, too, and begins as the reward model's own sum of them.
 
 The spread learns by the likelihood of a Gaussian around the score, with the reward's own spread as noise in the target; a factor a noise level, fitted on the split val, makes
 it honest on prompts not trained on. Agreement by noise level is measured on the split test, which nothing was chosen by.
@@ -54,7 +57,7 @@ from reward.matcher import Matcher
 from reward.model import CalibratedScorer, RewardModel
 
 METRICS = {
-    "loss": "Squared error of the score in variances of the training clips, the same of differences from the mean of the prompt's clips, and the terms of inputs and spread.",
+    "loss": "Squared error of the score in variances of the training clips, the same of differences from the mean of the prompt's clips, and the terms of inputs, spread, sight.",
     "sight": "While the sight learns: mean squared error of pixel features told from latents, in their variances, over all noise levels and the iteration's steps.",
     "error": "While the head learns: the loss's first part: mean squared error in variances of the training clips, over all noise levels and the iteration's steps.",
     "grad_norm": "Norm of the gradient before clipping, mean over the steps.",
