@@ -331,7 +331,8 @@ class Learning(nn.Module):
     @property
     def head(self) -> nn.Module:
         """All of it but the sight."""
-        return nn.ModuleList([self.scorer.head, self.scorer.mean, self.scorer.log_spread, *([] if self.inputs is None else [self.inputs])])
+        parts = (self.scorer.head, self.scorer.mean, self.scorer.log_spread, self.scorer.trust, self.inputs)
+        return nn.ModuleList([part for part in parts if part is not None])
 
 
 def start(cfg: Config, model: LatentVideoModel, teacher: Teacher, train: Scored) -> Learning:

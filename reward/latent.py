@@ -124,6 +124,10 @@ class LatentReward(nn.Module):
         self.size, self.dims = size, tuple(dims)
         self.head = LatentHead(size, len(size.after) * w, model.config.text_width)
         self.sight = None if matcher is None else Sight(model.codec, size.sight, matcher)
+        self.trust = None if matcher is None else nn.Linear(size.width, len(INPUTS))  # by noise level, all of it at the start
+        if self.trust is not None:
+            nn.init.zeros_(self.trust.weight)
+            nn.init.ones_(self.trust.bias)
         self.told = 2 * size.width + (0 if self.sight is None else len(INPUTS))
         self.mean, self.log_spread = (nn.Linear(self.told, len(self.dims)) for _ in range(2))
         self.log_tie = nn.Parameter(torch.full((len(self.dims), most_clips - 1), -1.0), requires_grad=False)  # [R,K-1]
@@ -168,9 +172,10 @@ class LatentReward(nn.Module):
         return torch.cat([state.float() for state in states], dim=-1)
 
     def summary(self, seen: Seen, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """What the head makes of the hidden states, beside the inputs, [B,2w+A]; of `x_t` the shape alone is read."""
+        """What the head makes of the hidden states, beside the inputs as far as they are trusted at t, [B,2w+A]; of `x_t` the shape alone is read."""
         _, positions, segments = packed(x_t, self.model.config.patch)
-        return torch.cat([self.head(seen.hidden, positions, segments, t, *packed_text(cond)), seen.inputs], dim=1)
+        found = self.head(seen.hidden, positions, segments, t, *packed_text(cond))  # [B,2w]
+        return found if self.trust is None else torch.cat([found, seen.inputs * self.trust(time_features(t, self.size.width))], dim=1)
 
     def read(self, summary: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """[B,2w+A], [B] -> mean and spread [B,R]. What the spread learns does not reach the head."""

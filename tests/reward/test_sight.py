@@ -96,3 +96,16 @@ def test_a_latent_reward_keeps_its_sight(tmp_path: Path) -> None:
     assert card["matcher"]["slots"] == 2 and card["size"]["sight"] == 1
     blind = LatentReward(model, scorer.size, ("overall",), levels=(0.0, 0.5))
     assert blind.sight is None and not any("sight" in name for name in blind.state_dict())
+
+
+def test_what_is_told_is_trusted_by_noise_level_and_at_the_start_wholly() -> None:
+    model = small_model()
+    scorer = LatentReward(model, LatentSize(after=(1,), width=16, heads=2), ("overall",), levels=(0.0,), matcher=Matcher())
+    x_t, t, cond = latents(2, 4, 4), torch.tensor([0.0, 0.8]), model.encode_text(PROMPTS)
+    seen = scorer.seen(x_t, t, cond)
+    assert torch.equal(scorer.summary(seen, x_t, t, cond)[:, 32:], seen.inputs) and scorer.trust is not None
+    with torch.no_grad():
+        scorer.trust.weight.normal_(generator=torch.Generator().manual_seed(0))
+    angle = 1000 * t[:, None] * 10_000 ** (-torch.arange(8) / 8)
+    share = 1 + torch.cat([angle.cos(), angle.sin()], dim=1) @ scorer.trust.weight.T
+    torch.testing.assert_close(scorer.summary(seen, x_t, t, cond)[:, 32:], seen.inputs * share, rtol=1e-3, atol=1e-4)
