@@ -1,8 +1,11 @@
 """Distil a reward on pixels into a latent reward (`rushes latent-reward`): RL then scores clips without decoding them.
 
 The model makes clips, and a store may give more; the reward on pixels scores each once, decoded. A head on the frozen denoiser's hidden states then learns these scores from
-latents noised to any level. Differences between clips of one prompt are what RL learns from, so they count twice: by themselves, and within the squared error. Where the
-reward is the small one, what it is the sum of (26 inputs: shape, motion, presence, quality, signals) is learned beside the score: a score alone does not say why it is low.
+latents noised to any level. Differences between clips of one prompt are what RL learns from, so they count twice: by themselves, and within the squared error.
+
+Where the reward is the small one, what it is the sum of (26 inputs: shape, motion, presence, quality, signals) is learned beside the score: a score alone does not say why it
+is low. There a sight (`reward/sight.py`) learns first, and by itself: from the same noised latents, what the matcher's first layers make of the decoded pixels, and the inputs.
+The head is then told these inputs, too, and begins as the reward model's own sum of them.
 
 The spread learns by the likelihood of a Gaussian around the score, with the reward's own spread as noise in the target; a factor a noise level, fitted on the split val, makes
 it honest on prompts not trained on. Agreement by noise level is measured on the split test, which nothing was chosen by.
@@ -48,12 +51,15 @@ from recipes.scorers import card_of, load_scorer, tier_of
 from recipes.shapes.prompts import make_prompts
 from recipes.statistics import Interval, bootstrap_mean, bootstrap_prompts
 from recipes.weights import file_hash
-from reward.latent import LatentReward, LatentSize, save_latent_reward
+from reward.features import subsampled_chroma
+from reward.latent import LatentReward, LatentSize, Seen, save_latent_reward
+from reward.matcher import Matcher
 from reward.model import CalibratedScorer, RewardModel
 
 METRICS = {
-    "loss": "Squared error of the score in variances of the training clips, the same of differences from the mean of the prompt's clips, and the terms of inputs and spread.",
-    "error": "Its first part: mean squared error in variances of the training clips, over all noise levels and the iteration's steps.",
+    "loss": "Squared error of the score in variances of the training clips, the same of differences from the mean of the prompt's clips, and the terms of inputs, spread, sight.",
+    "sight": "While the sight learns: mean squared error of pixel features told from latents, in their variances, over all noise levels and the iteration's steps.",
+    "error": "While the head learns: the loss's first part: mean squared error in variances of the training clips, over all noise levels and the iteration's steps.",
     "grad_norm": "Norm of the gradient before clipping, mean over the steps.",
     "held_out_within": "Spearman's correlation of score and reward among the clips of one prompt, finished, mean over the prompts of the split val and the dimensions.",
 }
@@ -73,13 +79,19 @@ class Reader(BaseConfig):
     """Its blocks."""
     heads: Count = 4
     """Attention heads of a block."""
+    sight: Count = 2
+    """Blocks of the codec's decoder that the sight (`reward/sight.py`) begins with; of no effect where the reward is of another tier than the small one."""
 
 
 class Fit(BaseConfig):
     """How the head learns."""
 
-    iterations: Count = 200
-    """Times that the denoiser reads clips."""
+    sight: Count = 30
+    """Iterations in which the sight learns, before the head does, where there is one."""
+    sight_lr: Positive = 1e-3
+    """Peak learning rate of the sight."""
+    iterations: Count = 100
+    """Times that denoiser and sight read clips for the head."""
     prompts: Count = 8
     """Prompts a step, with all their clips; the clips of a prompt are noised to one level."""
     steps: Count = 8
@@ -153,6 +165,11 @@ class Teacher:
 
     scorer: CalibratedScorer
     weight: Tensor
+
+    @property
+    def matcher(self) -> Matcher | None:
+        """That of the small reward model, if it is the one."""
+        return self.scorer.matcher if isinstance(self.scorer, RewardModel) else None
 
     @torch.no_grad()
     def look(self, video: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -300,7 +317,7 @@ class Part(NamedTuple):
     cond: Conditioning  # b
     x_t: Tensor  # [b,C,F,H,W]
     t: Tensor  # [b]
-    hidden: Tensor  # (n,h)
+    seen: Seen
 
 
 class Learning(nn.Module):
@@ -309,16 +326,26 @@ class Learning(nn.Module):
     def __init__(self, scorer: LatentReward, inputs: int) -> None:
         super().__init__()
         self.scorer = scorer
-        self.inputs = nn.Linear(2 * scorer.size.width, inputs) if inputs else None
+        self.inputs = nn.Linear(scorer.told, inputs) if inputs else None
+
+    @property
+    def head(self) -> nn.Module:
+        """All of it but the sight."""
+        parts = (self.scorer.head, self.scorer.mean, self.scorer.log_spread, self.scorer.trust, self.inputs)
+        return nn.ModuleList([part for part in parts if part is not None])
 
 
 def start(cfg: Config, model: LatentVideoModel, teacher: Teacher, train: Scored) -> Learning:
-    """A fresh head whose every score is the mean of the training clips. Raises UserError for sizes that do not fit the network."""
+    """A fresh head whose every score is the mean of the training clips or, with a sight, the reward model's own sum of what that tells.
+
+    Raises UserError for sizes that do not fit the network.
+    """
     size, card = LatentSize(**dump(cfg.reader)), teacher.scorer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(cfg.seed, "latent head", 0))
         try:
-            scorer = LatentReward(model, size, card.dims, levels=[level * model.path.t_max for level in cfg.levels], most_clips=card.log_tie.shape[-1] + 1)
+            levels = [level * model.path.t_max for level in cfg.levels]
+            scorer = LatentReward(model, size, card.dims, levels=levels, most_clips=card.log_tie.shape[-1] + 1, matcher=teacher.matcher)
         except ValueError as error:
             raise UserError(f"reader: {error}") from error
         learning = Learning(scorer, len(teacher.weight))
@@ -328,6 +355,11 @@ def start(cfg: Config, model: LatentVideoModel, teacher: Teacher, train: Scored)
         for linear, bias in ((scorer.mean, train.mean.mean(0)), (scorer.log_spread, deviations(train).log())):
             linear.weight.zero_()
             linear.bias.copy_(bias)
+        if scorer.sight is not None and isinstance(card, RewardModel):
+            for own, its in ((scorer.sight.match_mean, card.input_mean), (scorer.sight.match_std, card.input_std)):
+                own.copy_(its[: len(own)])
+            scorer.mean.weight[:, 2 * size.width :] = card.head.weight / card.temperature[:, None]
+            scorer.mean.bias.zero_()
     return learning.to(model.device)
 
 
@@ -342,8 +374,8 @@ def noise_levels(fit: Fit, t_max: float, prompts: int, generator: torch.Generato
     return torch.where(torch.rand(prompts, generator=generator) < fit.finished, 0.0, t)
 
 
-def read(cfg: Config, scorer: LatentReward, train: Scored, groups: Sequence[Tensor], cond: Conditioning, chosen: Sequence[int], generator: torch.Generator) -> list[Part]:
-    """The clips of the chosen prompts, noised and read, in `PARTS` parts a step."""
+def noised(cfg: Config, scorer: LatentReward, train: Scored, groups: Sequence[Tensor], cond: Conditioning, chosen: Sequence[int], generator: torch.Generator) -> list[Part]:
+    """The clips of the chosen prompts, noised and not yet read, in `PARTS` parts a step."""
     model, parts = scorer.model, []
     for step in torch.arange(len(chosen)).split(cfg.fit.prompts):
         levels = noise_levels(cfg.fit, model.path.t_max, len(step), generator)
@@ -352,46 +384,88 @@ def read(cfg: Config, scorer: LatentReward, train: Scored, groups: Sequence[Tens
             rows, segments = torch.cat(members), Segments(tuple(map(len, members)))  # [b]
             t, x0 = segments.spread(levels[some]), train.x0[rows]
             x_t = add_noise(model.path, x0, torch.randn(x0.shape, generator=generator), t)
-            parts.append(Part(rows, segments, cond[train.prompt[rows]], x_t.to(model.device), t.to(model.device), torch.empty(0)))
-    with torch.no_grad():
-        states = in_threads(lambda part: scorer.hidden(part.x_t, part.t, part.cond), parts, model.device)
-    return [part._replace(hidden=hidden) for part, hidden in zip(parts, states, strict=True)]
+            parts.append(Part(rows, segments, cond[train.prompt[rows]], x_t.to(model.device), t.to(model.device), Seen(torch.empty(0), torch.empty(0))))
+    return parts
+
+
+@torch.no_grad()
+def read(scorer: LatentReward, parts: Sequence[Part]) -> list[Part]:
+    """The same with what the head is told of them."""
+    told = in_threads(lambda part: scorer.seen(part.x_t, part.t, part.cond), parts, scorer.model.device)
+    return [part._replace(seen=seen) for part, seen in zip(parts, told, strict=True)]
 
 
 def part_loss(fit: Fit, learning: Learning, train: Scored, weight: Tensor, scale: Tensor, clips: int, part: Part) -> Iterator[Loss]:
     """The loss of a part, as its share of a step of `clips`. weight [A] of the inputs, scale [R] of the rewards."""
     scorer, device = learning.scorer, part.x_t.device
     reward, doubt, inputs = (column[part.rows].to(device) for column in (train.mean, train.spread, train.inputs))
-    summary = scorer.summary(part.hidden, part.x_t, part.t, part.cond)  # [b,2w]
+    summary = scorer.summary(part.seen, part.x_t, part.t, part.cond)  # [b,2w+A]
     mean, spread = scorer.read(summary, part.t)  # [b,R]
     error = (mean - reward) / scale.to(device)  # [b,R]
-    inside = error - part.segments.spread(part.segments.mean(error))  # [b,R]
     miss = (mean.detach() - reward).square() + doubt.square()  # [b,R]
-    value = error.square().mean() + fit.within * inside.square().mean() + (spread.log() + miss / (2 * spread.square())).mean()
+    value = squares(fit, error, part.segments) + (spread.log() + miss / (2 * spread.square())).mean()
     if learning.inputs is not None:
-        value = value + fit.inputs * ((learning.inputs(summary) - inputs).square() @ weight.to(device)).mean() / weight.sum()
+        value = value + fit.inputs * weighted(learning.inputs(summary) - inputs, weight)
     yield Loss(value * len(part.rows) / clips, {"error": error.detach().square().mean() * len(part.rows) / clips})
 
 
+def squares(fit: Fit, error: Tensor, segments: Segments) -> Tensor:
+    """Squared error of clips [b,R] and, weighted, that of differences from the prompt's mean."""
+    inside = error - segments.spread(segments.mean(error))  # [b,R]
+    return error.square().mean() + fit.within * inside.square().mean()
+
+
+def weighted(error: Tensor, weight: Tensor) -> Tensor:
+    """Squared error of inputs [b,A], each by its weight [A]."""
+    return (error.square() @ weight.to(error)).mean() / weight.sum()
+
+
+def sight_loss(fit: Fit, scorer: LatentReward, train: Scored, teacher: Teacher, scale: Tensor, clips: int, part: Part) -> Iterator[Loss]:
+    """The loss of the sight on a part, as its share of a step of `clips`: squared errors of the pixel features, in their variances, of the inputs, and of their sum as a score."""
+    device = part.x_t.device
+    assert scorer.sight is not None and isinstance(teacher.scorer, RewardModel)
+    reward, inputs = (column[part.rows].to(device) for column in (train.mean, train.inputs))  # [b,R], [b,A]
+    with torch.no_grad():
+        target = teacher.scorer.matcher.see(subsampled_chroma(scorer.model.decode(train.x0[part.rows].to(device))))  # [b,T,c,h,w]
+    features, found = scorer.sight(part.x_t, part.t, part.cond)
+    miss = ((features - target).square().mean((0, 1, 3, 4)) / target.var((0, 1, 3, 4), correction=0).clamp_min(1e-4)).mean()
+    error = (teacher.scorer.head(found) / teacher.scorer.temperature - reward) / scale.to(device)  # [b,R]
+    value = miss + squares(fit, error, part.segments) + fit.inputs * weighted(found - inputs, teacher.weight)
+    yield Loss(value * len(part.rows) / clips, {"sight": miss.detach() * len(part.rows) / clips})
+
+
 def train_head(cfg: Config, run: Run, learning: Learning, teacher: Teacher, train: Scored, val: Scored) -> None:
-    fit, model = cfg.fit, learning.scorer.model
-    groups, cond, scale = train.groups, model.encode_text(train.texts), deviations(train)
-    optimizer = build_optimizer(learning, "adamw", lr=fit.lr, weight_decay=fit.decay)
+    """Sight, if there is one, then head."""
+    fit, scorer = cfg.fit, learning.scorer
+    groups, cond, scale = train.groups, scorer.model.encode_text(train.texts), deviations(train)
+    before = 0 if scorer.sight is None else fit.sight
+    optimizer = build_optimizer(learning.head, "adamw", lr=fit.lr, weight_decay=fit.decay)
     schedule = warmup_cosine(optimizer, fit.iterations * fit.steps * fit.passes)
     for name, thing in (("learning", learning), ("optimizer", optimizer), ("schedule", schedule)):
         run.register(name, thing)
+    if scorer.sight is not None:
+        sight_optimizer = build_optimizer(scorer.sight.stem, "adamw", lr=fit.sight_lr, weight_decay=fit.decay)
+        sight_schedule = warmup_cosine(sight_optimizer, fit.sight * fit.steps)
+        for name, thing in (("sight_optimizer", sight_optimizer), ("sight_schedule", sight_schedule)):
+            run.register(name, thing)
     sampler = PromptSampler(len(groups), fit.prompts * fit.steps, seed=cfg.seed)
-    for i in run.iterations(fit.iterations, save_every=fit.save_every, label="latent reward"):
-        generator = run.generator("noise", i)
-        parts = read(cfg, learning.scorer, train, groups, cond, sampler[i], generator)
+    for i in run.iterations(before + fit.iterations, save_every=fit.save_every, label="latent reward"):
+        generator, first = run.generator("noise", i), i < before
+        parts = noised(cfg, scorer, train, groups, cond, sampler[i], generator)
+        if not first:
+            parts = read(scorer, parts)
         steps = [parts[k : k + PARTS] for k in range(0, len(parts), PARTS)]
         losses, norms = [], []
-        for k in torch.cat([torch.randperm(len(steps), generator=generator) for _ in range(fit.passes)]).tolist():
+        for k in torch.cat([torch.randperm(len(steps), generator=generator) for _ in range(1 if first else fit.passes)]).tolist():
             clips = sum(len(part.rows) for part in steps[k])
-            losses += run.backward_each(optimizer, partial(part_loss, fit, learning, train, teacher.weight, scale, clips), run.share(steps[k]))
-            norms.append(run.step(optimizer, fit.max_grad_norm, schedule))
-        if (i + 1) % fit.evaluate_every == 0 or i + 1 == fit.iterations:
-            found, _ = predictions(learning.scorer, val, 0.0, run.generator("looks", 0))
+            if first:
+                losses += run.backward_each(sight_optimizer, partial(sight_loss, fit, scorer, train, teacher, scale, clips), run.share(steps[k]))
+                norms.append(run.step(sight_optimizer, fit.max_grad_norm, sight_schedule))
+            else:
+                losses += run.backward_each(optimizer, partial(part_loss, fit, learning, train, teacher.weight, scale, clips), run.share(steps[k]))
+                norms.append(run.step(optimizer, fit.max_grad_norm, schedule))
+        if (i + 1) % fit.evaluate_every == 0 or i + 1 == before + fit.iterations:
+            found, _ = predictions(scorer, val, 0.0, run.generator("looks", 0))
             within = float(np.nanmean([np.nanmean(list(inside(spearman, *columns).values())) for columns in by_dimension(found, val)]))
             told = {name: torch.stack([loss.stats[name] for loss in losses]).sum() / len(norms) for name in losses[0].stats}
             run.log(loss=torch.stack([loss.value for loss in losses]).sum() / len(norms), held_out_within=within, grad_norm=sum(norms) / len(norms), **told)

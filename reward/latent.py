@@ -1,14 +1,15 @@
 """A latent reward: scores clips that are still latents, at any noise level, from the hidden states of the denoiser that makes them. Nothing is decoded.
 
     x_t, t, prompt -> denoiser, frozen, adapter off -> hidden states of a few blocks [N,w] each --+
-    prompt -> token states [M,D], t ---------------------------------------------------------------+-> narrow blocks -> mean over a clip's tokens -> mean, spread
+    prompt -> token states [M,D], t ---------------------------------------------------------------+-> narrow blocks -> mean over a clip's tokens --+
+    x_t, t, prompt -> sight (`sight.py`), of the small reward model alone: its 26 inputs [B,A] ------------------------------------------------------+-> mean, spread
 
 It learns what a reward on pixels says of the finished clip (`recipes/latent_reward.py`), so it has that reward's units, constants of normalisation and tastes. At a noise
 level where much of the clip is still open the best answer is the expectation, E[r | x_t, prompt]: there it differs less from clip to clip, and its spread is wide.
 That denoisers are good readers of noised latents is shown for images by LPO (Zhang et al. 2025, arXiv 2502.01051), and for video, by frozen first blocks as
 here, by PRFL (Mi et al. 2025, arXiv 2511.21541). Both learn from preferences, not from a reward on pixels.
 
-Letters: B clips, N tokens of all clips together, M text tokens, D their width, w width of the denoiser, R dimensions, Q noise levels.
+Letters: B clips, N tokens of all clips together, M text tokens, D their width, w width of the denoiser, A inputs, R dimensions, Q noise levels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,10 @@ from base_model.networks.packing import Segments
 from base_model.paths import add_noise
 from base_model.tiny import LatentVideoModel, packed, packed_text
 from base_model.types import Conditioning
+from reward.matcher import Matcher, MatcherSize
 from reward.mixture import Mixed, Term, mix
-from reward.model import card_errors, check_golden, golden_clips, read_card, write_card
+from reward.model import INPUTS, card_errors, check_golden, golden_clips, read_card, write_card
+from reward.sight import Sight
 from reward.types import Scores
 
 TIER = "latent"
@@ -48,6 +51,15 @@ class LatentSize:
     width: int = 64
     depth: int = 1
     heads: int = 4
+    sight: int = 2
+    """Blocks of the codec's decoder that the sight begins with, where there is one."""
+
+
+class Seen(NamedTuple):
+    """What the head is told of B clips, by parts that do not learn with it."""
+
+    hidden: Tensor  # (N,h) of the denoiser
+    inputs: Tensor  # [B,A] of the reward model, told by the sight; A is 0 where there is none
 
 
 class LatentHead(nn.Module):
@@ -91,7 +103,7 @@ class LatentReward(nn.Module):
     merged, or the network trains by itself, a score raises ValueError. Scores have a gradient into the latents.
     The spread is the standard deviation of what the reward on pixels may say of the finished clip: that reward's own doubt and the error of this one, learned together from
     x_t and t, and widened by `widening` [Q,R] between the noise levels `levels` [Q] (`recipes/latent_reward.py` fits it on held-out prompts).
-    `temperature`, `center`, `scale` and `log_tie` are those of the reward it imitates.
+    `temperature`, `center`, `scale` and `log_tie` are those of the reward it imitates. `matcher`: that of the small reward model, if it is the one; there is a sight then.
     """
 
     temperature: Tensor
@@ -100,7 +112,9 @@ class LatentReward(nn.Module):
     levels: Tensor
     widening: Tensor
 
-    def __init__(self, model: LatentVideoModel, size: LatentSize, dims: Sequence[str], *, levels: Sequence[float], most_clips: int = 4) -> None:
+    def __init__(
+        self, model: LatentVideoModel, size: LatentSize, dims: Sequence[str], *, levels: Sequence[float], most_clips: int = 4, matcher: Matcher | None = None
+    ) -> None:
         super().__init__()
         depth, w = model.config.depth, model.config.width
         if not size.after or list(size.after) != sorted(set(size.after)) or not 0 <= size.after[0] <= size.after[-1] <= depth:
@@ -109,7 +123,13 @@ class LatentReward(nn.Module):
             raise ValueError(f"dimensions and noise levels are at least one each, got {list(dims)} and {list(levels)}")
         self.size, self.dims = size, tuple(dims)
         self.head = LatentHead(size, len(size.after) * w, model.config.text_width)
-        self.mean, self.log_spread = (nn.Linear(2 * size.width, len(self.dims)) for _ in range(2))
+        self.sight = None if matcher is None else Sight(model.codec, size.sight, matcher)
+        self.trust = None if matcher is None else nn.Linear(size.width, len(INPUTS))  # by noise level, all of it at the start
+        if self.trust is not None:
+            nn.init.zeros_(self.trust.weight)
+            nn.init.ones_(self.trust.bias)
+        self.told = 2 * size.width + (0 if self.sight is None else len(INPUTS))
+        self.mean, self.log_spread = (nn.Linear(self.told, len(self.dims)) for _ in range(2))
         self.log_tie = nn.Parameter(torch.full((len(self.dims), most_clips - 1), -1.0), requires_grad=False)  # [R,K-1]
         for name, value in (("temperature", 1.0), ("center", 0.0), ("scale", 1.0)):
             self.register_buffer(name, torch.full((len(self.dims),), value))
@@ -130,9 +150,13 @@ class LatentReward(nn.Module):
         t = t.expand(len(x_t))  # [B]
         usable = torch.isfinite(x_t).flatten(1).all(-1) & torch.isfinite(t)  # [B]
         x_t, t = torch.where(usable[:, None, None, None, None], x_t, 0.0), torch.where(usable, t, 0.0)
-        mean, spread = self.read(self.summary(self.hidden(x_t, t, cond), x_t, t, cond), t)
+        mean, spread = self.read(self.summary(self.seen(x_t, t, cond), x_t, t, cond), t)
         unknown = ~usable[:, None]
         return Scores(mean.masked_fill(unknown, torch.nan), spread.masked_fill(unknown, torch.nan))
+
+    def seen(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Seen:
+        """All that the head is told."""
+        return Seen(self.hidden(x_t, t, cond), x_t.new_zeros(len(x_t), 0) if self.sight is None else self.sight(x_t, t, cond)[1])
 
     def hidden(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """What the head reads of the denoiser: the hidden states after the blocks `size.after`, beside each other, (N, h)."""
@@ -147,14 +171,14 @@ class LatentReward(nn.Module):
             states = network.hidden(*packed(x_t, self.model.config.patch), t, *packed_text(cond), after=self.size.after)
         return torch.cat([state.float() for state in states], dim=-1)
 
-    def summary(self, hidden: Tensor, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """What the head makes of hidden states (N, h), [B,2w]; of `x_t` the shape alone is read."""
+    def summary(self, seen: Seen, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """What the head makes of the hidden states, beside the inputs as far as they are trusted at t, [B,2w+A]; of `x_t` the shape alone is read."""
         _, positions, segments = packed(x_t, self.model.config.patch)
-        found: Tensor = self.head(hidden, positions, segments, t, *packed_text(cond))
-        return found
+        found = self.head(seen.hidden, positions, segments, t, *packed_text(cond))  # [B,2w]
+        return found if self.trust is None else torch.cat([found, seen.inputs * self.trust(time_features(t, self.size.width))], dim=1)
 
     def read(self, summary: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """[B,2w], [B] -> mean and spread [B,R]. What the spread learns does not reach the head."""
+        """[B,2w+A], [B] -> mean and spread [B,R]. What the spread learns does not reach the head."""
         return self.mean(summary), self.log_spread(summary.detach()).exp() * between(self.levels, self.widening, t)
 
 
@@ -206,7 +230,8 @@ def golden_scores(scorer: LatentReward) -> dict[str, list[list[float]]]:
 def save_latent_reward(folder: Path, scorer: LatentReward, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Writes weights and card (returned) into `folder`. The card says which network's hidden states are read; the network stays where it is."""
     scorer.eval()
-    told = {"tier": TIER, "base": fingerprint(scorer.model.network), "size": asdict(scorer.size), "levels": scorer.levels.tolist(), **facts}
+    matcher = None if scorer.sight is None else asdict(scorer.sight.matcher.size)
+    told = {"tier": TIER, "base": fingerprint(scorer.model.network), "size": asdict(scorer.size), "matcher": matcher, "levels": scorer.levels.tolist(), **facts}
     return write_card(folder, scorer, scorer.state_dict(), told, golden_scores(scorer))
 
 
@@ -221,7 +246,8 @@ def load_latent_reward(folder: Path, model: LatentVideoModel) -> LatentReward:
         if card["base"] != fingerprint(model.network):
             raise UserError(f"the latent reward reads another network than this model's, {folder}. Give --model that network, or distil one from this with `rushes latent-reward`")
         size = LatentSize(**{**card["size"], "after": tuple(card["size"]["after"])})
-        scorer = LatentReward(model, size, card["dims"], levels=card["levels"], most_clips=card["most_clips"])
+        matcher = Matcher(MatcherSize(**card["matcher"])) if card.get("matcher") else None
+        scorer = LatentReward(model, size, card["dims"], levels=card["levels"], most_clips=card["most_clips"], matcher=matcher)
         scorer.load_state_dict(tensors)
     scorer.to(model.device).eval().requires_grad_(False)
     check_golden(folder, card, golden_scores(scorer))

@@ -92,24 +92,31 @@ class Matcher(nn.Module):
 
         The word logits say what the first text's questions saw, in words: an auxiliary task that gives shapes and motions a gradient from the start.
         """
-        answers, shape, motion = self._ask(video, text, mask, caption)
+        answers, shape, motion = self._ask(self.see(video), text, mask, caption)
         saw = torch.cat([answers.shape, answers.motion], dim=1).unflatten(0, (*caption.shape, -1))[:, 0]  # [B,S,2E]
         return self._parts(answers, shape, motion).sum(1).unflatten(0, tuple(caption.shape)), self.words(saw.mean(1))
 
     def parts(self, video: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """One text a clip -> the parts of its logit, in the order of `PARTS`, [B,3]; their sum is the logit."""
-        answers, shape, motion = self._ask(video, text, mask, torch.arange(len(video), device=video.device)[:, None])
+        return self.parts_of(self.see(video), text, mask)
+
+    def see(self, video: Tensor) -> Tensor:
+        """Clips [B,T,3,H,W] -> pixel features [B,T,c,h,w], all that is known of them."""
+        seen: Tensor = self.pixels((2 * video - 1).flatten(0, 1).contiguous(memory_format=torch.channels_last))  # [B T,c,h,w]
+        return seen.unflatten(0, tuple(video.shape[:2]))
+
+    def parts_of(self, seen: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """The parts [B,3] of pixel features."""
+        answers, shape, motion = self._ask(seen, text, mask, torch.arange(len(seen), device=seen.device)[:, None])
         return self._parts(answers, shape, motion)
 
-    def _ask(self, video: Tensor, text: Tensor, mask: Tensor, caption: Tensor) -> tuple[Answers, Tensor, Tensor]:
-        """-> the answers, and the shape and motion queries [Q,E] they are compared with."""
-        b, t = video.shape[:2]
-        seen = self.pixels((2 * video - 1).flatten(0, 1).contiguous(memory_format=torch.channels_last))  # [B T,c,h,w]
+    def _ask(self, seen: Tensor, text: Tensor, mask: Tensor, caption: Tensor) -> tuple[Answers, Tensor, Tensor]:
+        """seen [B,T,c,h,w] -> the answers, and the shape and motion queries [Q,E] they are compared with."""
         query = self.gate_query(text, mask)[caption].flatten(1, 2)  # [B,C S,c+1]
-        logit = torch.einsum("btchw,bqc->bqthw", seen.unflatten(0, (b, t)), query[..., :-1]) + query[..., -1, None, None, None]  # [B,C S,T,h,w]
+        logit = torch.einsum("btchw,bqc->bqthw", seen, query[..., :-1]) + query[..., -1, None, None, None]  # [B,C S,T,h,w]
         logit = logit.flatten(0, 1)  # [Q,T,h,w]
         gate = logit.sigmoid()
-        answers = Answers(self._shape(seen, gate), self._motion(gate), self._presence(logit, gate))
+        answers = Answers(self._shape(seen.flatten(0, 1), gate), self._motion(gate), self._presence(logit, gate))
         return answers, self.shape_query(text, mask)[caption].flatten(0, 2), self.motion_query(text, mask)[caption].flatten(0, 2)
 
     def _parts(self, answers: Answers, shape: Tensor, motion: Tensor) -> Tensor:

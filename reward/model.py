@@ -118,7 +118,7 @@ class RewardModel(nn.Module):
     def standardised(self, inputs: Tensor) -> Tensor:
         """What the head sees: inputs [B,26] in deviations of the training clips, bent so that no single one can be driven far; but more is always more."""
         known = (inputs - self.input_mean) / self.input_std
-        return torch.cat([MATCH_BEND * torch.tanh(known[:, :INTACT] / MATCH_BEND), 3 * torch.asinh(known[:, INTACT:] / 3)], dim=-1)
+        return torch.cat([bent_match(known[:, :INTACT]), 3 * torch.asinh(known[:, INTACT:] / 3)], dim=-1)
 
     def _seen(self, video: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Which clips have finite pixels [B], and what the head sees of them [B,26]."""
@@ -126,6 +126,11 @@ class RewardModel(nn.Module):
             raise ValueError(f"{len(video)} clips and {len(prompts)} prompts: give one prompt a clip")
         usable = torch.isfinite(video).flatten(1).all(-1)  # [B]
         return usable, self.standardised(self.inputs(torch.where(usable[:, None, None, None, None], video, 0.5), prompts))
+
+
+def bent_match(match: Tensor) -> Tensor:
+    """Parts of the match in deviations of the training clips [B,3], bent."""
+    return MATCH_BEND * torch.tanh(match / MATCH_BEND)
 
 
 def _root(variance: Tensor) -> Tensor:

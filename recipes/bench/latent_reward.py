@@ -339,7 +339,7 @@ def _end_row(cfg: Config, name: str, seeds: Sequence[Mapping[str, Any]], judge: 
 
 def shrunk(cfg: Config) -> Config:
     """The quick form: shows that all of it runs, and nothing else."""
-    small = (("iterations", 2), ("prompts", 2), ("steps", 2), ("passes", 2), ("evaluate_every", 1))
+    small = (("sight", 1), ("iterations", 2), ("prompts", 2), ("steps", 2), ("passes", 2), ("evaluate_every", 1))
     fit = cfg.distil.fit.model_copy(update={key: min(most, getattr(cfg.distil.fit, key)) for key, most in small})
     distil = cfg.distil.model_copy(update={"prompts": min(4, cfg.distil.prompts), "takes": min(2, cfg.distil.takes), "held_out": min(4, cfg.distil.held_out), "fit": fit})
     fewer = {key: min(most, getattr(cfg.policy, key)) for key, most in (("iterations", 2), ("prompts", 2), ("group_size", 4), ("evaluate_every", 1))}

@@ -17,15 +17,20 @@ from align.constraints import Multiplier
 from align.run import read_metrics
 from base_model.errors import GuardStop, UserError
 from base_model.networks.packing import Segments
+from base_model.prompts.text import TextEncoder
 from base_model.tiny import LatentVideoModel
 from base_model.video.store import ClipStore, NewClip
 from recipes import feedback, latent_reward, nft
 from recipes.feedback import Assessor, SafetyLimit, apply_limits, load_reward
 from recipes.generate import Sampler, safety_runner
 from recipes.latent_reward import Config, Fit, Reader, Scored, Teacher, agreement, main, noise_levels
+from reward.features import subsampled_chroma
 from reward.latent import LatentMixture, LatentReward, load_latent_reward
+from reward.matcher import Matcher
+from reward.model import RewardModel, load_reward_model, save_reward_model
 from reward.safety.contract import SafetyRunner
 from reward.safety.policy import load_policy
+from reward.sight import Sight
 from reward.types import Scores
 from tests.recipes.small import save_small_network, save_small_reward_model, small_model
 from tests.recipes.test_learns import Dazzle
@@ -76,8 +81,13 @@ def latent(world: Path) -> Path:
     return world / "latent"
 
 
+def lively(matcher: Matcher) -> None:
+    """Every pixel feature of a fresh matcher varies."""
+    matcher.pixels[-2].weight.data *= 100
+
+
 def config(out: Path, reward: Path, **changes: Any) -> Config:
-    fit = Fit(**{"iterations": 3, "prompts": 2, "steps": 2, "passes": 2, "lr": 1e-2, "evaluate_every": 2, "save_every": 2, **changes.pop("fit", {})})
+    fit = Fit(**{"sight": 2, "iterations": 3, "prompts": 2, "steps": 2, "passes": 2, "lr": 1e-2, "evaluate_every": 2, "save_every": 2, **changes.pop("fit", {})})
     few: dict[str, Any] = {"prompts": 6, "takes": 3, "held_out": 4, "sampler": SAMPLER, "reader": READER, "levels": (0.0, 0.5), "fit": fit}
     return Config.model_validate({"out": out, "reward": reward, **few, **changes})
 
@@ -172,11 +182,11 @@ def test_clips_of_a_prompt_share_a_level_and_levels_are_even_over_the_path() -> 
     model = small_model()
     scorer = LatentReward(model, latent_reward.LatentSize(after=(1,), width=16, heads=2), ("one",), levels=(0.0,))
     cfg = config(Path("x"), Path("y"), fit={"finished": 0.0, "prompts": 3, "steps": 2})
-    parts = latent_reward.read(cfg, scorer, train, train.groups, model.encode_text(train.texts), [2, 0, 1, 1, 1, 0], generator)
+    parts = latent_reward.read(scorer, latent_reward.noised(cfg, scorer, train, train.groups, model.encode_text(train.texts), [2, 0, 1, 1, 1, 0], generator))
     assert [part.rows.tolist() for part in parts] == [[5, 0, 1], [2, 3, 4], [2, 3, 4, 2, 3, 4], [0, 1]]
     assert [part.segments.lengths for part in parts] == [(1, 2), (3,), (3, 3), (2,)]
     for part in parts:
-        torch.testing.assert_close(part.hidden, scorer.hidden(part.x_t, part.t, part.cond))
+        torch.testing.assert_close(part.seen.hidden, scorer.hidden(part.x_t, part.t, part.cond))
         assert part.cond.prompts == tuple(train.texts[train.prompt[row]] for row in part.rows.tolist())
         assert all(len(set(level.tolist())) == 1 for level in part.t.split(list(part.segments.lengths)))
         torch.testing.assert_close(part.x_t.flatten(1).std(1), part.t, rtol=0.2, atol=0)
@@ -191,10 +201,10 @@ def test_the_loss_is_the_error_the_error_within_prompts_and_a_gaussians_likeliho
     columns = [torch.randn(5, 2, generator=generator), torch.rand(5, 2, generator=generator), torch.randn(5, 3, generator=generator)]
     train = Scored(("a", "b"), torch.tensor([0, 0, 1, 1, 1]), x0, *columns)
     cond, t = model.encode_text(["a", "a", "b", "b", "b"]), torch.full((5,), 0.3)
-    part = latent_reward.Part(torch.arange(5), Segments((2, 3)), cond, x0, t, scorer.hidden(x0, t, cond))
+    part = latent_reward.Part(torch.arange(5), Segments((2, 3)), cond, x0, t, scorer.seen(x0, t, cond))
     weight, scale, fit = torch.tensor([1.0, 0.0, 3.0]), torch.tensor([2.0, 0.5]), Fit(within=0.7, inputs=0.4)
     (loss,) = latent_reward.part_loss(fit, learning, train, weight, scale, 10, part)
-    summary = scorer.summary(part.hidden, part.x_t, part.t, part.cond)
+    summary = scorer.summary(part.seen, part.x_t, part.t, part.cond)
     mean, spread = (value.detach().double() for value in scorer.read(summary, part.t))
     error = (mean - columns[0]) / scale
     centred = torch.cat([error[:2] - error[:2].mean(0), error[2:] - error[2:].mean(0)])
@@ -205,6 +215,60 @@ def test_the_loss_is_the_error_the_error_within_prompts_and_a_gaussians_likeliho
     expected = 0.5 * (error.square().mean() + 0.7 * centred.square().mean() - likelihood.mean() + 0.4 * told.mean())
     torch.testing.assert_close(loss.value.detach().double(), expected, rtol=1e-5, atol=1e-6)
     assert float(loss.stats["error"]) == pytest.approx(0.5 * float(error.square().mean()), rel=1e-5)
+
+
+def test_the_loss_of_the_sight_is_that_of_features_of_inputs_and_of_their_sum(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, generator = small_model(), torch.Generator().manual_seed(0)
+    teacher = latent_reward.load_teacher(world / "reward", model.text, fps=12.0, device=torch.device("cpu"))
+    assert isinstance(teacher.scorer, RewardModel) and teacher.matcher is not None
+    teacher.scorer.temperature.fill_(0.5)
+    teacher.scorer.head.weight.data = torch.randn(1, 26, generator=generator)
+    lively(teacher.matcher)
+    teacher = Teacher(teacher.scorer, teacher.scorer.head.weight.detach().abs()[0])
+    x0, inputs, wrong = (torch.randn(shape, generator=generator) for shape in ((5, 8, 2, 4, 4), (5, 26), (5, 26)))
+    reward = 2 * inputs @ teacher.scorer.head.weight.detach().T
+    train = Scored(("a", "b"), torch.tensor([0, 0, 1, 1, 1]), x0, reward, torch.zeros(5, 1), inputs)
+    scorer = LatentReward(model, latent_reward.LatentSize(after=(1,), width=16, heads=2), ("overall",), levels=(0.0,), matcher=teacher.matcher)
+    target = teacher.matcher.see(subsampled_chroma(model.decode(x0)))
+    features = target + 0.5 * target.std((0, 1, 3, 4), correction=0)[:, None, None]
+    monkeypatch.setattr(Sight, "forward", lambda *_: (features, inputs + wrong))
+    cond, t, fit = model.encode_text(["a", "a", "b", "b", "b"]), torch.full((5,), 0.3), Fit(within=0.7, inputs=0.4)
+    part = latent_reward.Part(torch.arange(5), Segments((2, 3)), cond, x0 + 1, t, latent_reward.Seen(torch.empty(0), torch.empty(0)))
+    (loss,) = latent_reward.sight_loss(fit, scorer, train, teacher, torch.tensor([4.0]), 10, part)
+    error = (wrong.double() @ teacher.scorer.head.weight.detach().double().T)[:, 0] / (0.5 * 4)
+    centred = torch.cat([error[:2] - error[:2].mean(), error[2:] - error[2:].mean()])
+    weight = teacher.weight.double()
+    expected = 0.25 + error.square().mean() + 0.7 * centred.square().mean() + 0.4 * (wrong.double().square() * weight / weight.sum()).sum(1).mean()
+    assert float(loss.value) == pytest.approx(0.5 * float(expected), rel=1e-4) and float(loss.stats["sight"]) == pytest.approx(0.125, rel=1e-4)
+
+
+def test_a_fresh_reward_with_a_sight_is_the_reward_models_own_sum_and_its_parts_learn_apart(world: Path, tmp_path: Path) -> None:
+    model = small_model()
+    teacher = latent_reward.load_teacher(world / "reward", model.text, fps=12.0, device=torch.device("cpu"))
+    assert isinstance(teacher.scorer, RewardModel)
+    teacher.scorer.temperature.fill_(0.5)
+    teacher.scorer.input_mean.copy_(torch.arange(26.0))
+    teacher.scorer.input_std.copy_(torch.arange(26.0) + 2)
+    train = Scored(("a",), torch.zeros(4, dtype=torch.long), torch.randn(4, 8, 2, 4, 4), torch.randn(4, 1), torch.ones(4, 1), torch.zeros(4, 26))
+    learning = latent_reward.start(config(tmp_path, world / "reward"), model, teacher, train)
+    sight, cond, t = learning.scorer.sight, model.encode_text(["a", "a red circle", "b", "c"]), torch.zeros(4)
+    assert sight is not None
+    torch.testing.assert_close(torch.cat([sight.match_mean, sight.match_std]), torch.tensor([0.0, 1.0, 2.0, 2.0, 3.0, 4.0]))
+    _, told = sight(train.x0, t, cond)
+    torch.testing.assert_close(learning.scorer(train.x0, t, cond).mean, told @ teacher.scorer.head.weight.T / 0.5)
+    head, eyes, whole = ({id(p) for p in part.parameters() if p.requires_grad} for part in (learning.head, sight, learning))
+    assert not head & eyes and head | eyes == whole
+
+
+def test_what_the_matcher_sees_is_soon_told_from_latents(world: Path, tmp_path: Path) -> None:
+    fit = {"sight": 12, "sight_lr": 5e-3, "iterations": 1, "prompts": 4, "steps": 4, "finished": 1.0, "evaluate_every": 1}
+    reward = load_reward_model(world / "reward", TextEncoder())
+    lively(reward.matcher)
+    save_reward_model(tmp_path / "reward", reward, {})
+    main(config(tmp_path / "out", tmp_path / "reward", model=world / "network.safetensors", prompts=16, takes=4, fit=fit))
+    missed = [row["sight"] for row in read_metrics(tmp_path / "out") if "sight" in row]
+    print(missed)
+    assert len(missed) == 12 and missed[-1] < 0.5 * missed[0]
 
 
 def test_a_fresh_head_scores_the_mean_and_its_spread_is_the_deviation(bright: Path, tmp_path: Path) -> None:

@@ -114,8 +114,8 @@ def test_clips_of_several_sizes_in_one_pack_get_what_each_gets_alone() -> None:
     together = scorer.head(torch.cat(states, -1), positions, segments, t, *packed_text(cond))
     for i, clip in enumerate(sizes):
         one = cond[[i]]
-        hidden = scorer.hidden(clip[None], t[i : i + 1], one)
-        torch.testing.assert_close(together[i : i + 1], scorer.summary(hidden, clip[None], t[i : i + 1], one), rtol=0, atol=1e-5)
+        seen = scorer.seen(clip[None], t[i : i + 1], one)
+        torch.testing.assert_close(together[i : i + 1], scorer.summary(seen, clip[None], t[i : i + 1], one), rtol=0, atol=1e-5)
     assert isinstance(segments, Segments)
 
 
@@ -189,7 +189,7 @@ def test_what_the_spread_learns_does_not_reach_the_head() -> None:
     model = small_model()
     x_t, t, cond = clips(model)
     scorer = scorer_of(model)
-    _, spread = scorer.read(scorer.summary(scorer.hidden(x_t, t, cond), x_t, t, cond), t)
+    _, spread = scorer.read(scorer.summary(scorer.seen(x_t, t, cond), x_t, t, cond), t)
     spread.sum().backward()
     assert scorer.log_spread.weight.grad is not None and scorer.log_spread.weight.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in scorer.head.parameters())
