@@ -97,7 +97,7 @@ def test_the_phases_bench_counts_the_passes_of_each_recipe_and_splits_the_time(n
     assert_flat(rows)
     ddpo, grpo = rows
     passes = ("rollout_forwards_per_clip", "reference_forwards_per_clip", "trained_forwards_per_clip", "forward_equivalents_per_clip")
-    assert [ddpo[key] for key in passes] == [3.5, 0.5, 1.5, 3.5 + 0.5 + 3 * 1.5], "two clips share their first noisy step"
+    assert [ddpo[key] for key in passes] == [3.5, 0.25, 1.5, 3.5 + 0.25 + 3 * 1.5], "two clips share their first noisy step, and an eighth asks the reference"
     assert [grpo[key] for key in passes] == [4, 1, 1, 4 + 1 + 3]
     for row in rows:
         assert row["clips"] == 4 and row["updates"] == 1

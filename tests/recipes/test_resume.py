@@ -104,11 +104,15 @@ def result(out: Path, recipe: str) -> dict[str, Any]:
     return {"metrics": read_metrics(out, wall_clock=False), "state": state, **{str(file.relative_to(out)): file_hash(file) for file in files}}
 
 
+COUNTED = ("forward_passes", "forward_equivalents")
+
+
 def close(one: list[dict[str, Any]], other: list[dict[str, Any]], rel: float) -> bool:
     """Whether all metrics of two runs agree to rounding; names, what is unknown and the passes after the first rollout exactly."""
-    passes = {row["forward_passes"] - same["forward_passes"] for row, same in zip(one, other, strict=True)}
-    assert len(passes) == 1, f"each process checks a micro-batch of its own before the first update, and that is all: {passes}"
-    pairs = [(row[name], same.get(name)) for row, same in zip(one, other, strict=True) for name in row if name != "forward_passes"]
+    for counted in COUNTED:
+        passes = {row[counted] - same[counted] for row, same in zip(one, other, strict=True)}
+        assert len(passes) == 1, f"each process checks a micro-batch of its own before the first update, and that is all: {passes}"
+    pairs = [(row[name], same.get(name)) for row, same in zip(one, other, strict=True) for name in row if name not in COUNTED]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     assert [sorted(row) for row in one] == [sorted(row) for row in other] and all(a is b for a, b in pairs if a is None or b is None)
     return all(a == pytest.approx(b, rel=rel, abs=5e-5) for a, b in known)
