@@ -419,7 +419,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     if cfg.write:
         remarks = [
             *verdicts(parts),
-            f"{len(small.seeds)} seed{'s' * (len(small.seeds) > 1)} of RL from one network and one pair of rewards. What each number is: [how to read](../README.md#how-to-read-the-latent-reward).",
+            f"{len(small.seeds)} seed{'s' * (len(small.seeds) > 1)} of RL from one network and one pair of rewards. "
+            "What each number is: [how to read](../README.md#how-to-read-the-latent-reward).",
         ]
         sections = {part.capitalize(): in_brackets(rows) for part, rows in parts.items()}
         write(cfg, "latent-reward", here("latent-reward", cfg), "A latent reward beside the reward on pixels", sections, remarks=remarks)
