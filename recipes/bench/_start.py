@@ -1,4 +1,4 @@
-"""Where RL starts in a benchmark: the network, the reward model and the guard that `rushes demo` makes before its RL, or finished ones."""
+"""Where RL starts in a benchmark, the network, the reward model and the guard that `rushes demo` makes before its RL, or finished ones; and the prompts it is judged on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from align.config import Count
 from base_model.errors import UserError
 from recipes import demo, sft
 from recipes.generate import Sampler
+from recipes.shapes.prompts import ShapesPrompt, make_prompts
 
 
 class Begin(BaseConfig):
@@ -43,3 +44,10 @@ def the_start(begin: Begin, out: Path, model: Path | None, reward: Path | None, 
     demo.main(start)
     made = demo.folder(start, "reward")
     return Start(demo.folder(start, "sft") / "network.safetensors", made / "reward", made / "guard", demo.folder(start, "candidates"))
+
+
+def evaluation_prompts(number: int, strobe: float, seed: int) -> list[ShapesPrompt]:
+    """So many held-out prompts of one object, and the share `strobe` as many further ones that ask for strobing."""
+    strobing = round(number * strobe)
+    calm = make_prompts(number, seed=seed, split="eval")
+    return [*calm, *(make_prompts(strobing, seed=seed + 1, split="eval", strobe=1.0) if strobing else [])]

@@ -30,7 +30,7 @@ from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import latent_reward, nft
 from recipes.bench._clock import PHASES, Laps, NoLook, TimedAssessor, TimedModel, TimedRun
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, paired_ratio, spread, write
-from recipes.bench._start import Begin, the_start
+from recipes.bench._start import Begin, evaluation_prompts, the_start
 from recipes.bench._trained import Pace, Seeds, check_same, kept
 from recipes.bench.selection import needed
 from recipes.evaluate import clip_seeds, read_run
@@ -39,7 +39,6 @@ from recipes.generate import Sampler, network_lineage, safety_runner, sample_wit
 from recipes.guards import Guards
 from recipes.latent_reward import inside, spearman
 from recipes.shapes.measure import flash_counts, measure, shares
-from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.statistics import Interval, bootstrap_crossed, bootstrap_mean, clopper_pearson
 from recipes.weights import file_hash
 from reward.latent import load_latent_reward
@@ -161,17 +160,10 @@ def climb(cfg: Config, out: Path, made: Made, arm: Arm, seed: int) -> Path:
     return folder
 
 
-def evaluation_prompts(cfg: Config) -> list[ShapesPrompt]:
-    """Held-out prompts of one object, and as many of the asked share that ask for strobing."""
-    strobing = round(cfg.prompts * cfg.strobe)
-    calm = make_prompts(cfg.prompts, seed=EVALUATION_SEED, split="eval")
-    return [*calm, *(make_prompts(strobing, seed=EVALUATION_SEED + 1, split="eval", strobe=1.0) if strobing else [])]
-
-
 @torch.no_grad()
 def judge_policy(cfg: Config, made: Made, network: Path) -> dict[str, Any]:
     """What judge, filters' hazard, both rewards and the guard say of a network's clips."""
-    prompts, base, policy = evaluation_prompts(cfg), load_tiny(made.model), load_tiny(network)
+    prompts, base, policy = evaluation_prompts(cfg.prompts, cfg.strobe, EVALUATION_SEED), load_tiny(made.model), load_tiny(network)
     texts = [prompt.text for prompt in prompts for _ in range(cfg.clips)]
     latent = load_latent_reward(made.rewards["latent"], base)
     scorers = {name: load_reward_model(folder, base.text) for name, folder in (("pixel", made.rewards["pixel"]), ("guard", made.guard))}

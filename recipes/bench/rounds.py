@@ -26,12 +26,12 @@ from base_model.errors import UserError
 from base_model.tiny import WEIGHTS
 from recipes import demo, nft, rounds, sft
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._start import evaluation_prompts
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.bench.latent_reward import in_brackets
 from recipes.evaluate import clip_seeds, generator
 from recipes.generate import Sampler, network_lineage
 from recipes.shapes.measure import flash_counts, measure, shares
-from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.statistics import Interval, bootstrap_crossed, bootstrap_mean, clopper_pearson
 
 Array = NDArray[np.float64]
@@ -134,17 +134,10 @@ def rounds_config(cfg: Config, out: Path, start: Path, arm: Arm, seed: int) -> r
     return rounds.Config(out=where, seed=seed, rounds=arm.rounds, labelers="simulated", model=start, prompts=cfg.rankings // arm.rounds, overlap=0.0, rl=rl)
 
 
-def evaluation_prompts(cfg: Config) -> list[ShapesPrompt]:
-    """Held-out prompts of one object, and as many of the asked share that ask for strobing."""
-    strobing = round(cfg.prompts * cfg.strobe)
-    calm = make_prompts(cfg.prompts, seed=EVALUATION_SEED, split="eval")
-    return [*calm, *(make_prompts(strobing, seed=EVALUATION_SEED + 1, split="eval", strobe=1.0) if strobing else [])]
-
-
 @torch.no_grad()
 def judge_network(cfg: Config, network: Path) -> dict[str, Any]:
     """The judge's share of right clips a prompt, and how many clips flash."""
-    prompts = evaluation_prompts(cfg)
+    prompts = evaluation_prompts(cfg.prompts, cfg.strobe, EVALUATION_SEED)
     texts = [prompt.text for prompt in prompts for _ in range(cfg.clips)]
     clips = generator({"it": network}, cfg.sampler)("it", texts, clip_seeds(EVALUATION_SEED, len(texts)))  # [N*G,T,3,H,W]
     measured = measure(clips, prompts, cfg.clips)

@@ -39,7 +39,7 @@ from base_model.tiny import LatentVideoModel, load_tiny, save_network
 from base_model.video.files import write_atomic
 from recipes import ddpo, feedback, grpo, nft
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
-from recipes.bench._start import Begin, Start, the_start
+from recipes.bench._start import Begin, Start, evaluation_prompts, the_start
 from recipes.bench._trained import Pace, Seeds, check_same, kept
 from recipes.bench.selection import needed
 from recipes.charts import Series, line_chart, page
@@ -255,17 +255,10 @@ def looks_of(rows: Sequence[Mapping[str, Any]], folder: Path, prompts: Sequence[
     return found
 
 
-def evaluation_prompts(cfg: Config) -> list[ShapesPrompt]:
-    """Held-out prompts of one object, and as many of the asked share that ask for strobing."""
-    strobing = round(cfg.prompts * cfg.strobe)
-    calm = make_prompts(cfg.prompts, seed=EVALUATION_SEED, split="eval")
-    return [*calm, *(make_prompts(strobing, seed=EVALUATION_SEED + 1, split="eval", strobe=1.0) if strobing else [])]
-
-
 @torch.no_grad()
 def judged(cfg: Config, start: Path, network: Path, sampler: Sampler) -> dict[str, Any]:
     """What judge and filters' hazard say of a network's clips, how different they are, and how far its paths are from those of the start."""
-    prompts, policy, prior = evaluation_prompts(cfg), load_tiny(network), load_tiny(start)
+    prompts, policy, prior = evaluation_prompts(cfg.prompts, cfg.strobe, EVALUATION_SEED), load_tiny(network), load_tiny(start)
     cond = policy.encode_text([prompt.text for prompt in prompts])
     each = torch.arange(len(prompts)).repeat_interleave(cfg.clips)
     clips = torch.cat(list(sample(policy, cond[each], clip_seeds(EVALUATION_SEED, len(each)), sampler)))  # [N G,T,3,H,W]

@@ -149,3 +149,9 @@ def noting_device(seen: list[str], answer: Any) -> Callable[..., Any]:
         return answer
 
     return call
+
+
+def save_small_start(folder: Path) -> list[str]:
+    """A network, a reward model and a guard for a benchmark of RL, as words of a command line."""
+    rewards = [save_small_reward_model(folder / name, seed=seed) for name, seed in (("reward", 1), ("guard", 2))]
+    return ["--model", str(save_small_network(folder / "network.safetensors")), "--reward", str(rewards[0]), "--guard", str(rewards[1])]

@@ -15,16 +15,14 @@ from base_model.errors import UserError
 from recipes import cli, latent_reward, nft
 from recipes.bench import latent_reward as bench
 from recipes.bench.latent_reward import ARMS, Arm
-from tests.recipes.small import save_small_network, save_small_reward_model
+from tests.recipes.small import save_small_start
 
 FREE, PIXEL_FREE = Arm("latent", False), Arm("pixel", False)
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("given")
-    rewards = [save_small_reward_model(folder / name, seed=seed) for name, seed in (("reward", 1), ("guard", 2))]
-    return ["--model", str(save_small_network(folder / "network.safetensors")), "--reward", str(rewards[0]), "--guard", str(rewards[1])]
+    return save_small_start(tmp_path_factory.mktemp("given"))
 
 
 def config(given: list[str], *more: str) -> bench.Config:

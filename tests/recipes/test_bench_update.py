@@ -12,14 +12,12 @@ from align.config import load
 from base_model.errors import UserError
 from recipes.bench import update as bench
 from recipes.bench.update import ALGORITHMS, Climbed, Finished
-from tests.recipes.small import save_small_network, save_small_reward_model
+from tests.recipes.small import save_small_start
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("given")
-    rewards = [save_small_reward_model(folder / name, seed=seed) for name, seed in (("reward", 1), ("guard", 2))]
-    return ["--model", str(save_small_network(folder / "network.safetensors")), "--reward", str(rewards[0]), "--guard", str(rewards[1])]
+    return save_small_start(tmp_path_factory.mktemp("given"))
 
 
 def config(given: list[str], *more: str) -> bench.Config:
