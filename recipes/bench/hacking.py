@@ -1,9 +1,9 @@
 """What guards are for: a scorer with a planted flaw is hacked without them, and caught with them.
 
 A reward model that nobody has ranked for, the shipped matcher and judge of quality, is given a taste it should not have: for blur, for dots 8 pixels apart, for bright or for still
-clips. Reward gradients climb it from the shipped base, twice from the same seed: once with the guards off, once with them as they are by default. They are the shortest way to a
-flaw: through decoder and scorer, to every weight. The guard is the other shipped matcher and judge of quality, without the taste. The judge of the built-in world reads the held-out
-clips of both runs when they are over; no run sees it.
+clips. Reward gradients, the shortest way up a scorer and to its flaws, climb it from the shipped base, twice from the same seed: once with the guards off, once with them as by
+default. The guard is the other shipped matcher and judge of quality, without the taste. The judge of the built-in world reads the held-out clips of both runs when they are over;
+no run sees it.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def lights_of_unchanged(cfg: Config, start: Start) -> list[Light]:
     """The lights of looks at the base itself, each from other noise, against its first look: what chance alone does."""
     base = load_tiny(None)
     cond = base.encode_text([prompt.text for prompt in start.prompts])
-    rules, guard, pairs = guards.rules(cfg.guards, nft.Config().guard_drop), standardised(start.guard), min(cfg.guards.pairs, len(cond))
+    rules, guard, pairs = guards.rules(cfg.guards, reward_gradient.Config().guard_drop), standardised(start.guard), min(cfg.guards.pairs, len(cond))
     looks = []
     for k in range(cfg.unchanged_looks + 1):
         video = torch.cat(list(sample(base, cond, clip_seeds(derived_seed(PROMPT_SEED, "unchanged", k), len(cond)), cfg.sampler)))

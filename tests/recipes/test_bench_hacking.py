@@ -113,10 +113,11 @@ def test_the_gradient_is_that_of_the_honest_score_and_of_the_flaw(name: bench.Fl
 
 
 def test_processes_with_other_flaws_share_a_folder_and_the_last_one_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    apart = [bench.measured(config(tmp_path, "--flaws", f"[{name}]"), tmp_path, quick=True)[0] for name in ("dots", "brightness")]
+    shorter = ["--policy.iterations", "1", "--prompts", "4", "--unchanged_looks", "1"]
+    apart = [bench.measured(config(tmp_path, *shorter, "--flaws", f"[{name}]"), tmp_path, quick=True)[0] for name in ("dots", "brightness")]
     for used in ("train", "lights_of_unchanged"):
         monkeypatch.setattr(bench.reward_gradient if used == "train" else bench, used, lambda *given: pytest.fail("what is finished was repeated"))
-    both, picture = bench.measured(config(tmp_path, "--flaws", "[dots, brightness]"), tmp_path, quick=True)
+    both, picture = bench.measured(config(tmp_path, *shorter, "--flaws", "[dots, brightness]"), tmp_path, quick=True)
     for part in ("hacked and caught", "looks"):
         assert both[part] == [row for parts in apart for row in parts[part]]
     assert [row["flaw"] for row in both["hacked and caught"]] == ["dots", "dots", "brightness", "brightness"]
@@ -152,7 +153,7 @@ sys.exit(code)
 
 
 def test_it_needs_none_of_the_packages_that_read_videos_or_other_models() -> None:
-    words = ["bench", "hacking", "--quick", "--json", "--prompts", "2", "--unchanged_looks", "1", "--guards", "{pairs: 2}", "--sampler", "{steps: 2, frames: 5, height: 16, width: 16}"]
+    words = ["bench", "hacking", "--quick", "--json", *SMALL, "--prompts", "2", "--unchanged_looks", "1"]
     done = subprocess.run([sys.executable, "-c", WITHOUT_PACKAGES, json.dumps(words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
