@@ -1,8 +1,9 @@
 """What guards are for: a scorer with a planted flaw is hacked without them, and caught with them.
 
 A reward model that nobody has ranked for, the shipped matcher and judge of quality, is given a taste it should not have: for blur, for dots 8 pixels apart, for bright or for still
-clips. NFT climbs it from the shipped base, twice from the same seed: once with the guards off, once with them as they are by default. The guard is the other shipped matcher and
-judge of quality, without the taste. The judge of the built-in world reads the held-out clips of both runs when they are over; no run sees it.
+clips. Reward gradients, the shortest way up a scorer and to its flaws, climb it from the shipped base, twice from the same seed: once with the guards off, once with them as by
+default. The guard is the other shipped matcher and judge of quality, without the taste. The judge of the built-in world reads the held-out clips of both runs when they are over;
+no run sees it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from base_model.lora import adapter_state
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import load_tiny
 from base_model.video.files import write_atomic
-from recipes import feedback, guards, nft
+from recipes import feedback, guards, nft, reward_gradient
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, timed, write
 from recipes.bench._trained import PROMPT_SEED, Seeds, asked, kept
 from recipes.bench.strip import Shown, draw, judged
@@ -51,10 +52,11 @@ from reward.model import INTACT, EncodeText, RewardModel
 from reward.quality import FAULT_SIGNALS, fault_signals, load_quality
 from reward.types import Scores
 
-VERSION = 1
+VERSION = 2
 """Of what is kept. One more wherever that changes: what was kept before is then refused, not read."""
 WITHOUT, WITH = "without guards", "with guards"
 DOT_PERIOD, DOT_PHASE = 8, 4  # pixels
+SMALL_NFT = nft.Policy(prompts=2, group_size=4, micro_batch=8, updates=1, lora_rank=4)  # what `quick` times
 
 
 Flaw = Literal["blur", "dots", "brightness", "stillness"]
@@ -62,7 +64,7 @@ Flaw = Literal["blur", "dots", "brightness", "stillness"]
 
 class Config(Bench):
     out: Path = Path("runs/bench-hacking")
-    """Folder of the runs: what is finished there is not repeated. `quick` keeps nothing."""
+    """Folder of the runs: what is finished there is not repeated, and processes with other `flaws` or `seeds` may share it. `quick` keeps nothing."""
     flaws: Annotated[tuple[Flaw, ...], Field(min_length=1)] = ("blur", "dots", "brightness", "stillness")
     """What the scorer likes beside what it should: blur, dots, brightness or stillness. `quick` takes the first."""
     weight: Positive = 2.0
@@ -71,8 +73,8 @@ class Config(Bench):
     """Seeds of prompts, noise and order. `quick` takes the first."""
     prompts: Several = 48
     """Held-out prompts of one object. `quick` takes at most 8."""
-    policy: nft.Policy = nft.Policy(iterations=16, prompts=6, group_size=8, updates=2, lr=2e-3, evaluate_every=2, save_every=16)
-    """How NFT moves the base. `quick` takes at most 2 small rollouts."""
+    policy: reward_gradient.Policy = reward_gradient.Policy(iterations=24, last_steps=2, prompts=6, group_size=2, lr=3e-3, evaluate_every=3, save_every=24)
+    """How reward gradients move the base. `quick` takes at most 2 small rollouts."""
     guards: Guards = Guards()
     """The guards of the run that has them."""
     unchanged_looks: Whole = 20
@@ -168,19 +170,19 @@ def starting(cfg: Config) -> Start:
 
 
 def climb(cfg: Config, out: Path, start: Start, flaw: Flaw, seed: int, watched: bool) -> dict[str, Any]:
-    """NFT on the flawed scorer in `out`; what became of the held-out clips at every look, and the light."""
+    """Reward gradients on the flawed scorer in `out`; what became of the held-out clips at every look, and the light."""
     off = Guards(watch=False)
-    settings = nft.Config(
+    settings = reward_gradient.Config(
         out=out, seed=seed, constrained=False, pessimism=0, two_objects=0, strobe=0, guards=cfg.guards if watched else off, policy=cfg.policy, sampler=cfg.sampler
     )
-    run = Run(out, settings, seed=seed, resume=(out / "run.json").exists(), metrics=nft.METRICS)
+    run = Run(out, settings, seed=seed, resume=(out / "run.json").exists(), metrics=reward_gradient.METRICS)
     policy = load_tiny(None).to(run.device)
     policy.network.requires_grad_(False)
     scorer = Flawed(start.honest, FLAWS[flaw], cfg.weight, *start.flaws[flaw])
     assess = Assessor(Mixture({"flawed": scorer}, (Term("flawed", "flawed"),)), safety_runner(), cfg.sampler.fps)
     texts = [prompt.text for prompt in start.prompts]
     held_out = HeldOut(texts, policy.encode_text(texts), cfg.sampler, standardised(start.guard), seed, out / "held_out")
-    watch = nft.train(settings, run, policy, assess, held_out)
+    watch = reward_gradient.train(settings, run, policy, assess, held_out)
     feedback.last_look(run, held_out, policy, assess, watch)
     told = {int(line["iteration"]): line for line in read_metrics(out) if line.get("held_out_reward") is not None}
     looks = [look_of(out, start.prompts, int(file.stem), told[int(file.stem)]) for file in sorted((out / "held_out").glob("*.safetensors"))]
@@ -213,7 +215,7 @@ def lights_of_unchanged(cfg: Config, start: Start) -> list[Light]:
     """The lights of looks at the base itself, each from other noise, against its first look: what chance alone does."""
     base = load_tiny(None)
     cond = base.encode_text([prompt.text for prompt in start.prompts])
-    rules, guard, pairs = guards.rules(cfg.guards, nft.Config().guard_drop), standardised(start.guard), min(cfg.guards.pairs, len(cond))
+    rules, guard, pairs = guards.rules(cfg.guards, reward_gradient.Config().guard_drop), standardised(start.guard), min(cfg.guards.pairs, len(cond))
     looks = []
     for k in range(cfg.unchanged_looks + 1):
         video = torch.cat(list(sample(base, cond, clip_seeds(derived_seed(PROMPT_SEED, "unchanged", k), len(cond)), cfg.sampler)))
@@ -228,10 +230,10 @@ def lights_of_unchanged(cfg: Config, start: Start) -> list[Light]:
 
 def seconds_of_guards(cfg: Config, out: Path, start: Start, quick: bool) -> Row:
     """Seconds of what guards add to a look, and of a rollout of `rushes nft` with its defaults, updates included: the share that guards take of a run."""
-    settings = nft.Config(out=out, sampler=cfg.sampler, policy=cfg.policy if quick else nft.Policy(), guards=Guards(watch=False))
+    settings = nft.Config(out=out, sampler=cfg.sampler, policy=SMALL_NFT if quick else nft.Policy(), guards=Guards(watch=False))
     once = settings.policy.model_copy(update={"iterations": cfg.timed_rollouts + 1, "evaluate_every": 1000, "save_every": 1000})
     run = Run(out, settings, seed=0, resume=False, metrics=nft.METRICS, quiet=True)
-    policy = load_tiny(None)
+    policy = load_tiny(None).to(run.device)
     policy.network.requires_grad_(False)
     prompts, _ = asked(len(start.prompts) if quick else settings.held_out_prompts)
     texts = [prompt.text for prompt in prompts]
@@ -319,7 +321,7 @@ def picture(cfg: Config, out: Path, start: Start) -> bytes:
 
 def shrunk(cfg: Config) -> Config:
     """The quick form: shows that all of it runs, and nothing else."""
-    small = {"iterations": 2, "evaluate_every": 1, "prompts": 2, "group_size": 4, "micro_batch": 8, "updates": 1, "lora_rank": 4}
+    small = {"iterations": 2, "evaluate_every": 1, "last_steps": 2, "prompts": 2, "group_size": 2, "micro_batch": 4, "lora_rank": 4}
     policy = cfg.policy.model_copy(update={key: min(value, getattr(cfg.policy, key)) for key, value in small.items()})
     less = {"prompts": min(8, cfg.prompts), "unchanged_looks": min(2, cfg.unchanged_looks), "timed_rollouts": 1}
     return cfg.model_copy(update={"flaws": cfg.flaws[:1], "seeds": cfg.seeds[:1], "policy": policy, **less})

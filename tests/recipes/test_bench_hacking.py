@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,15 @@ from align.config import load
 from base_model.errors import UserError
 from recipes import feedback
 from recipes.bench import hacking as bench
+from recipes.generate import safety_runner
 from recipes.guards import read_history
 from reward import planted
+from reward.mixture import Mixture, Term
 from reward.types import Scores
 from tests.recipes.small import small_model
 
 SMALL = ["--sampler", "{steps: 2, frames: 5, height: 16, width: 16}", "--prompts", "6", "--unchanged_looks", "2", "--timed_rollouts", "1", "--guards", "{pairs: 4}"]
-POLICY = ["--policy", "{iterations: 3, evaluate_every: 1, save_every: 1, prompts: 2, group_size: 4, micro_batch: 8, updates: 1, lora_rank: 2, lr: 1e-2}"]
+POLICY = ["--policy", "{iterations: 3, evaluate_every: 1, save_every: 1, last_steps: 1, prompts: 2, group_size: 2, micro_batch: 4, lora_rank: 2, lr: 1e-2}"]
 
 
 def config(out: Path, *more: str) -> bench.Config:
@@ -60,7 +65,7 @@ def test_the_scorer_is_the_honest_one_and_a_taste_both_in_standard_deviations() 
 
 
 def test_a_free_and_a_watched_run_begin_alike_and_only_the_watched_one_goes_back(tmp_path: Path) -> None:
-    more = {"iterations": 10, "prompts": 3, "group_size": 8, "micro_batch": 12, "updates": 2}
+    more = {"iterations": 10, "prompts": 3, "last_steps": 2, "micro_batch": 6}
     cfg = config(tmp_path, "--flaws", "[brightness]", "--guards.tolerance", "0.02", "--guards.ignore", "[kl, diversity]", "--weight", "20")
     cfg = cfg.model_copy(update={"policy": cfg.policy.model_copy(update=more)})
     parts, picture = bench.measured(cfg, tmp_path, quick=True)
@@ -83,6 +88,78 @@ def test_a_free_and_a_watched_run_begin_alike_and_only_the_watched_one_goes_back
         bench.measured(cfg.model_copy(update={"weight": 1.0}), tmp_path, quick=True)
 
 
+@pytest.mark.parametrize("name", list(bench.FLAWS))
+def test_the_gradient_is_that_of_the_honest_score_and_of_the_flaw(name: bench.Flaw, tmp_path: Path) -> None:
+    start = bench.starting(config(tmp_path, "--flaws", f"[{name}]"))
+    flaw, (center, scale), texts = bench.FLAWS[name], start.flaws[name], [prompt.text for prompt in start.prompts[:3]]
+    scorer = bench.Flawed(start.honest, flaw, 2.0, center, scale)
+    generator = torch.Generator().manual_seed(0)
+    video = (0.2 + 0.6 * torch.rand(3, 5, 3, 16, 16, generator=generator)).requires_grad_()
+
+    def slope(score: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.autograd.grad(score.sum(), video)[0]
+        return found
+
+    mixture = Mixture({"flawed": scorer}, (Term("flawed", "flawed"),))
+    score = bench.reward_gradient.differentiable(feedback.Assessor(mixture, safety_runner(), 8))
+    honest, taste = slope(start.honest(video, texts).mean[:, 0] / start.honest.scale[0]), slope(2.0 * flaw(video) / scale)
+    for part in (honest, taste):
+        assert part.isfinite().all() and (part.flatten(1).norm(dim=1) > 0).all()
+    torch.testing.assert_close(slope(score(video, texts)), honest + taste, rtol=1e-4, atol=1e-6)
+
+    exact, way, step = video.detach().double(), torch.randn(video.shape, generator=generator, dtype=torch.float64), 1e-6
+    expected = 2.0 / scale * (flaw(exact + step * way) - flaw(exact - step * way)) / (2 * step)
+    torch.testing.assert_close((taste.double() * way).flatten(1).sum(1), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_processes_with_other_flaws_share_a_folder_and_the_last_one_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorter = ["--policy.iterations", "1", "--prompts", "4", "--unchanged_looks", "1"]
+    apart = [bench.measured(config(tmp_path, *shorter, "--flaws", f"[{name}]"), tmp_path, quick=True)[0] for name in ("dots", "brightness")]
+    for used in ("train", "lights_of_unchanged"):
+        monkeypatch.setattr(bench.reward_gradient if used == "train" else bench, used, lambda *given: pytest.fail("what is finished was repeated"))
+    both, picture = bench.measured(config(tmp_path, *shorter, "--flaws", "[dots, brightness]"), tmp_path, quick=True)
+    for part in ("hacked and caught", "looks"):
+        assert both[part] == [row for parts in apart for row in parts[part]]
+    assert [row["flaw"] for row in both["hacked and caught"]] == ["dots", "dots", "brightness", "brightness"]
+    assert both["unchanged base"] == apart[0]["unchanged base"] == apart[1]["unchanged base"] and picture.startswith(b"\x89PNG")
+
+
+WITHOUT_PACKAGES = """
+import json, sys
+gone = {"av", "datasets", "trl", "diffusers", "bitsandbytes"}
+
+class Without:  # a finder that knows nothing of them
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *more):
+        return None if name.split(".")[0] in gone else self.finder.find_spec(name, *more)
+    def find_distributions(self, *context):
+        return () if context and context[0].name in gone or not hasattr(self.finder, "find_distributions") else self.finder.find_distributions(*context)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+for name in gone:
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    sys.exit(f"{name} is still there")
+from recipes.cli import main
+code = main(json.loads(sys.argv[1]))
+assert not gone & {name.split(".")[0] for name in sys.modules}
+sys.exit(code)
+"""
+
+
+def test_it_needs_none_of_the_packages_that_read_videos_or_other_models() -> None:
+    words = ["bench", "hacking", "--quick", "--json", *SMALL, "--prompts", "2", "--unchanged_looks", "1"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_PACKAGES, json.dumps(words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["run"] for row in rows if row["part"] == "hacked and caught"] == [bench.WITHOUT, bench.WITH]
+
+
 def made_up(before: list[float], after: list[float], stopped: int | None, said: str) -> dict[str, Any]:
     looks = [{"iteration": 0, "proxy": 0.0, "guard": 0.1, "right": before}, {"iteration": 8, "proxy": 3.0, "guard": -0.5, "right": after}]
     return {"looks": looks, "stopped": stopped, "said": said, "history": [{"iteration": 0, "said": "green"}, {"iteration": 8, "said": said}]}
@@ -101,7 +178,7 @@ def test_rows_pool_seeds_and_pair_prompts() -> None:
 
 def test_no_guard_is_trained_on_and_the_judge_is_asked_when_runs_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running: list[bool] = []
-    train = bench.nft.train
+    train = bench.reward_gradient.train
 
     def noted(*given: Any) -> feedback.GuardWatch:
         running.append(True)
@@ -111,7 +188,7 @@ def test_no_guard_is_trained_on_and_the_judge_is_asked_when_runs_are_over(tmp_pa
             running.pop()
 
     judged = bench.measure
-    monkeypatch.setattr(bench.nft, "train", noted)
+    monkeypatch.setattr(bench.reward_gradient, "train", noted)
     monkeypatch.setattr(bench, "measure", lambda *given: judged(*given) if not running else pytest.fail("the judge saw a run"))
     cfg = config(tmp_path, "--flaws", "[stillness]")
     start = bench.starting(cfg)
