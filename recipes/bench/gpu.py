@@ -55,7 +55,7 @@ PARTS: tuple[Part, ...] = ("ceiling", "sft", "rl", "packing", "variants")
 PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bfloat16 FLOP/s as published, SXM
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
-UNSUPPORTED = ("no available kernel", "not supported", "unsupported", "no viable backend", "not implemented", "no execution plan", "only supports", "requires")
+UNSUPPORTED = ("no available kernel", "not supported", "unsupported", "no viable backend", "not implemented", "no execution plan", "only supports")
 GIB = 2**30
 TORCHS = "torch's choice"
 
@@ -310,6 +310,7 @@ class Way:
     checkpointing: bool = True
     compiled: bool = False
     adapters: Literal["float32", "bfloat16"] | None = None
+    frames: int | None = None  # another length of the clip
 
     @property
     def told(self) -> Row:
@@ -319,13 +320,15 @@ class Way:
 LORA, FULL = Way("lora", adapters="float32"), Way("full")
 MAIN = (replace(LORA, attention="flash"), replace(LORA, attention="cudnn"), replace(FULL, attention="cudnn"))
 FURTHER = (
-    replace(LORA, attention="cudnn", checkpointing=False),
-    replace(FULL, attention="cudnn", checkpointing=False),
+    replace(LORA, attention="cudnn", frames=17),
+    replace(LORA, attention="cudnn", frames=17, checkpointing=False),
+    replace(FULL, attention="cudnn", frames=17, checkpointing=False),
     replace(LORA, attention="cudnn", adapters="bfloat16"),
+    replace(LORA, attention="cudnn", adapters="bfloat16", checkpointing=False),
     replace(LORA, attention="cudnn", compiled=True),
     replace(FULL, attention="cudnn", compiled=True),
     replace(LORA, attention="efficient"),
-    replace(LORA, attention="cudnn", checkpointing=False, compiled=True),
+    replace(LORA, attention="cudnn", adapters="bfloat16", checkpointing=False, compiled=True),
 )
 
 
@@ -333,10 +336,11 @@ def sft(cfg: Config, s: Sizes, notebook: Notebook, *, part: Part, ways: Sequence
     for way in ways:
         if cfg.quick:  # compiling takes a minute, and a CPU has few kernels: one row shows what becomes of one that is missing
             way = replace(way, compiled=False, attention=way.attention if way is MAIN[1] else None)
-        notebook.row(part, "SFT step", partial(sft_step, cfg, s, way), clip=str(s.sft), tokens=tokens_of(s.sft), **way.told)
+        clip = replace(s.sft, frames=way.frames or s.sft.frames)
+        notebook.row(part, "SFT step", partial(sft_step, cfg, s, clip, way), clip=str(clip), tokens=tokens_of(clip), **way.told)
 
 
-def sft_step(cfg: Config, s: Sizes, way: Way) -> Row:
+def sft_step(cfg: Config, s: Sizes, clip: ClipShape, way: Way) -> Row:
     """Seconds and FLOPs of a step: draw noise and a time, forward, backward, clip the gradient, step the optimizer."""
     network = random_transformer(s.wan, device=s.device, dtype=s.dtype)
     if way.checkpointing:
@@ -353,7 +357,7 @@ def sft_step(cfg: Config, s: Sizes, way: Way) -> Row:
         for parameter in trained:
             parameter.data = parameter.data.to(s.dtype)
     optimizer = build_optimizer(model.network, "adamw", lr=1e-4) if way.train == "lora" else MasterAdamW(trained, lr=1e-5)
-    x0, cond = torch.randn(1, *model.latents.shape(s.sft), device=s.device), model.encode_text(["a clip"])
+    x0, cond = torch.randn(1, *model.latents.shape(clip), device=s.device), model.encode_text(["a clip"])
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:
@@ -370,7 +374,7 @@ def sft_step(cfg: Config, s: Sizes, way: Way) -> Row:
         step()
         first = wait(s.device) - began
         seconds = seconds_of(step, s.device, warmups=cfg.warmups - 1, repeats=cfg.repeats)
-    flops = step_flops(s.wan, tokens_of(s.sft), text_tokens=s.text_tokens, lora_rank=cfg.rank if way.train == "lora" else 0, checkpointed=way.checkpointing)
+    flops = step_flops(s.wan, tokens_of(clip), text_tokens=s.text_tokens, lora_rank=cfg.rank if way.train == "lora" else 0, checkpointed=way.checkpointing)
     found, peak = speed(flops.model, seconds, s.device), peak_of(s.device)
     again = (flops.model + flops.recomputed) / found["seconds"]
     return {
@@ -410,13 +414,15 @@ def detail(video: Tensor) -> Tensor:
 
 def rl(cfg: Config, s: Sizes, notebook: Notebook) -> None:
     for clip in s.rl:
-        told = {"clip": str(clip), "tokens": tokens_of(clip), "attention": TORCHS, "group_size": GROUP, "steps": STEPS, "guidance": GUIDANCE}
+        told = {"clip": str(clip), "tokens": tokens_of(clip), "attention": TORCHS, "checkpointing": True, "group_size": GROUP, "steps": STEPS, "guidance": GUIDANCE}
         notebook.row("rl", "GRPO update", partial(rl_update, cfg, s, clip), **told)
 
 
 def rl_update(cfg: Config, s: Sizes, clip: ClipShape) -> Row:
     """Means over the steps that may take the noise, which GRPO draws with equal chances; an update that is not counted comes first."""
-    network = add_lora(random_transformer(s.wan, device=s.device, dtype=s.dtype), rank=cfg.rank, alpha=cfg.rank, targets=TARGETS)
+    transformer = random_transformer(s.wan, device=s.device, dtype=s.dtype)
+    transformer.enable_gradient_checkpointing()
+    network = add_lora(transformer, rank=cfg.rank, alpha=cfg.rank, targets=TARGETS)
     model = CountedWan(network, random_vae(s.vae, device=s.device, dtype=s.dtype), encoder_of(s))
     p = Policy(prompts=1, group_size=GROUP, same_noise=True, lora_rank=cfg.rank, lr=1e-4)
     policy, optimizer = Guided(model, GUIDANCE), build_optimizer(network, "adamw", lr=p.lr, weight_decay=0.0)
