@@ -220,7 +220,7 @@ class PaddedSelfAttention(SelfAttention):
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [B n,h,d] each
-        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
+        q, k = rotate(self.q_norm(q), table).to(v.dtype), rotate(self.k_norm(k), table).to(v.dtype)
         q, k, v = (part.unflatten(0, (len(segments), -1)).transpose(1, 2) for part in (q, k, v))  # [B,h,n,d] each
         attended = scaled_dot_product_attention(q, k, v, attn_mask=self.keys)  # [B,h,n,d]
         return self.out(attended.transpose(1, 2).flatten(0, 1).flatten(1))  # [B n,w]
@@ -250,7 +250,7 @@ class Inputs:
     text_segments: Segments
 
 
-def draw_inputs(work: Work, config: DiTConfig, generator: torch.Generator) -> Inputs:
+def draw_inputs(work: Work, config: DiTConfig, generator: torch.Generator, *, text_tokens: int = TEXT_TOKENS) -> Inputs:
     positions = [grid_positions(grid) for grid in work.grids]  # [n,3] each
     lengths = [len(part) for part in positions]
     tokens = [torch.randn(n, config.token_width, generator=generator) for n in lengths]
@@ -258,7 +258,7 @@ def draw_inputs(work: Work, config: DiTConfig, generator: torch.Generator) -> In
     if ragged:
         tokens, positions = ([pad(part, (0, 0, 0, longest - len(part))) for part in parts] for parts in (tokens, positions))
     keep = (torch.arange(longest) < torch.tensor(lengths)[:, None]).flatten() if ragged else None  # [N]
-    segments, texts = Segments(tuple(len(part) for part in tokens)), Segments.equal(len(lengths), TEXT_TOKENS)
+    segments, texts = Segments(tuple(len(part) for part in tokens)), Segments.equal(len(lengths), text_tokens)
     t, text = torch.rand(len(lengths), generator=generator), torch.randn(texts.total, config.text_width, generator=generator)
     return Inputs(torch.cat(tokens), torch.cat(positions), segments, keep, t, text, texts)
 
