@@ -240,7 +240,8 @@ def climb(cfg: Config, start: Start, name: Name, lr: float, seed: int, budget: f
     save_network(folder / "network.safetensors", model)
     rows = read_metrics(out)
     clips = policy.iterations * cfg.prompts_a_rollout * cfg.group_size
-    return {"looks": looks_of(rows, folder / "held_out", asked), "forwards": rows[-1]["forward_equivalents"], "clips": clips, "seconds": seconds}
+    spent_on = {"forwards": rows[-1]["forward_equivalents"], "clips": clips, "seconds": seconds}
+    return {"looks": looks_of(rows, folder / "held_out", asked), **spent_on, "network": network_lineage(folder / "network.safetensors")}
 
 
 def looks_of(rows: Sequence[Mapping[str, Any]], folder: Path, prompts: Sequence[ShapesPrompt]) -> list[dict[str, float]]:
@@ -287,6 +288,7 @@ class Climbed(NamedTuple):
     forwards: float
     clips: int
     seconds: float
+    network: str  # lineage of what it left
 
 
 def origin(cfg: Config, start: Start) -> dict[str, Any]:
@@ -296,7 +298,7 @@ def origin(cfg: Config, start: Start) -> dict[str, Any]:
 
 
 def kept_climb(cfg: Config, out: Path, start: Start, name: Name, lr: float, seed: int, budget: float) -> Climbed:
-    """Gone through once for its settings; of the run itself only the network stays."""
+    """Gone through once for its settings; of the run itself only the network stays, and where it was judged nobody needs that either."""
     folder = out / "rl" / name / f"{lr:g}-{seed}"
     policy, sampler = settings_of(cfg, name, lr, budget)
     settings = {**origin(cfg, start), "policy": dump(policy), "own": dump(sampler), "seed": seed, "held_out": cfg.held_out_prompts}
@@ -306,10 +308,10 @@ def kept_climb(cfg: Config, out: Path, start: Start, name: Name, lr: float, seed
     return Climbed(**found)
 
 
-def kept_judged(cfg: Config, out: Path, start: Start, name: Name, network: Path, label: str) -> dict[str, Any]:
+def kept_judged(cfg: Config, out: Path, start: Start, name: Name, network: Path, lineage: str, label: str) -> dict[str, Any]:
     _, sampler = settings_of(cfg, name, cfg.rates[0], 1.0)
     own = looked_with(sampler)
-    settings = {**origin(cfg, start), "network": network_lineage(network), "own": dump(own), "prompts": cfg.prompts, "clips": cfg.clips}
+    settings = {**origin(cfg, start), "network": lineage, "own": dump(own), "prompts": cfg.prompts, "clips": cfg.clips}
     return kept(out / "judged" / f"{label}.json", settings, partial(judged, cfg, start.model, network, own))
 
 
@@ -348,9 +350,12 @@ def compare(cfg: Config, out: Path, start: Start) -> dict[Name, Finished]:
         tuned = {lr: climbed(name, lr, TUNING_SEED, tuning_budget(cfg, name)) for lr in cfg.rates}
         rate = best_rate(tuned)
         runs = [climbed(name, rate, seed, whole[name]) for seed in cfg.seeds]
-        networks = [out / "rl" / name / f"{rate:g}-{seed}" / "network.safetensors" for seed in cfg.seeds]
-        ends = [kept_judged(cfg, out, start, name, network, f"{name}-{rate:g}-{seed}") for seed, network in zip(cfg.seeds, networks, strict=True)]
-        found[name] = Finished(rate, tuned, runs, kept_judged(cfg, out, start, name, start.model, f"start-{name}"), ends)
+        labels = [f"{rate:g}-{seed}" for seed in cfg.seeds]
+        ends = [
+            kept_judged(cfg, out, start, name, out / "rl" / name / label / "network.safetensors", run.network, f"{name}-{label}")
+            for label, run in zip(labels, runs, strict=True)
+        ]
+        found[name] = Finished(rate, tuned, runs, kept_judged(cfg, out, start, name, start.model, network_lineage(start.model), f"start-{name}"), ends)
     return found
 
 

@@ -73,7 +73,7 @@ def test_every_run_has_a_row_and_a_second_call_trains_and_judges_nothing(given: 
 
 
 def climbed(judge: list[float], forwards: list[float], guard: float = 0.0) -> Climbed:
-    return Climbed([{"forwards": x, "judge": y, "guard": guard, "reward": 0.0} for x, y in zip(forwards, judge, strict=True)], forwards[-1], 10, 1.0)
+    return Climbed([{"forwards": x, "judge": y, "guard": guard, "reward": 0.0} for x, y in zip(forwards, judge, strict=True)], forwards[-1], 10, 1.0, "a network")
 
 
 def test_the_area_is_the_mean_of_the_curve_up_to_the_smallest_budget() -> None:
