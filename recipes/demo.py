@@ -295,7 +295,8 @@ def command_line(cfg: Config) -> str:
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: the demo always goes on with what its folder holds."""
     check_steps(cfg.sampler)
-    check_unguided(cfg.sampler)
+    if STAGES.index(cfg.stage) >= STAGES.index("rl"):
+        check_unguided(cfg.sampler)
     stages = stages_of(cfg)
     stages.check_same()
     started = time.monotonic()
