@@ -424,12 +424,15 @@ def sight_loss(fit: Fit, scorer: LatentReward, train: Scored, teacher: Teacher, 
     """The loss of the sight on a part, as its share of a step of `clips`: squared errors of the pixel features, in their variances, of the inputs, and of their sum as a score."""
     device = part.x_t.device
     assert scorer.sight is not None and isinstance(teacher.scorer, RewardModel)
+    there = teacher.scorer.head.weight.device
     reward, inputs = (column[part.rows].to(device) for column in (train.mean, train.inputs))  # [b,R], [b,A]
     with torch.no_grad():
-        target = teacher.scorer.matcher.see(subsampled_chroma(scorer.model.decode(train.x0[part.rows].to(device))))  # [b,T,c,h,w]
+        video = scorer.model.decode(train.x0[part.rows].to(device)).to(there)  # [b,T,3,H,W]
+        target = teacher.scorer.matcher.see(subsampled_chroma(video)).to(device)  # [b,T,c,h,w]
     features, found = scorer.sight(part.x_t, part.t, part.cond)
     miss = ((features - target).square().mean((0, 1, 3, 4)) / target.var((0, 1, 3, 4), correction=0).clamp_min(1e-4)).mean()
-    error = (teacher.scorer.head(found) / teacher.scorer.temperature - reward) / scale.to(device)  # [b,R]
+    told = (teacher.scorer.head(found.to(there)) / teacher.scorer.temperature).to(device)  # [b,R]
+    error = (told - reward) / scale.to(device)  # [b,R]
     value = miss + squares(fit, error, part.segments) + fit.inputs * weighted(found - inputs, teacher.weight)
     yield Loss(value * len(part.rows) / clips, {"sight": miss.detach() * len(part.rows) / clips})
 

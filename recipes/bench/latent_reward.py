@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from align.config import Config as BaseConfig
@@ -289,7 +290,7 @@ def reach_rows(cfg: Config, found: Mapping[Arm, tuple[Array, Array]], seconds: M
         both = {arm: (numbers, looks.mean(0)) for arm, (numbers, looks) in found.items() if arm.constrained == constrained}
         if len(both) < 2:
             continue
-        target = min(float(np.maximum.accumulate(mean)[-1]) for _, mean in both.values())
+        target = min(float(isotonic_regression(mean).x[-1]) for _, mean in both.values())
         for arm, (numbers, mean) in both.items():
             rollouts = needed(numbers, mean, target - 1e-9)
             reached = rollouts if np.isfinite(rollouts) else None
