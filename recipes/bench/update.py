@@ -78,12 +78,12 @@ ALL = {"window": "all", "kernel": "flow", "noise_level": 0.7, "step_weight": "no
 ALGORITHMS: Mapping[Name, Algorithm] = {
     "default": Algorithm(
         grpo,
-        {"same_noise": True, "first_steps": 3, "kl_coef": 0.0},
+        {"same_noise": True, "first_steps": 3, "kl_coef": 0.5},
         4,
         True,
         40_000,
         2 * (2 + 2 / 8 + 3 / 8 + 1 / 8),
-        "`rushes grpo` with 4 guided steps, whose groups share their way to one noisy step",
+        "`rushes grpo` with 4 guided steps, whose groups share their way to one noisy step, near the start by a KL",
     ),
     "nft-few": Algorithm(nft, {"updates": 1}, 4, False, 40_000, 4 + 3 + 2 / 8, "`rushes nft` with 4 steps and one update a rollout"),
     "flow-grpo": Algorithm(grpo, {**ALL, "kl_coef": 0.004, "divide_by": "global_std"}, 20, True, 400_000, 40 + 19 * (6 + 2), "arXiv 2505.05470, its script for Wan"),
