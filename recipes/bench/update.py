@@ -60,6 +60,8 @@ VERSION = 1
 """Of what is kept. One more wherever that changes: what was kept before is then refused, not read."""
 EVALUATION_SEED, HELD_OUT_SEED, TUNING_SEED = 700_000, 710_000, 100
 KL_STEPS, KL_CLIPS = 12, 32
+MOST_LOOKS = 12
+"""Looks at held-out clips on the way of a run, about."""
 
 
 class Algorithm(NamedTuple):
@@ -165,7 +167,7 @@ def settings_of(cfg: Config, name: Name, lr: float, budget: float) -> tuple[Any,
     """Policy and sampler of an algorithm that spends so many forward-equivalents."""
     algorithm, clips = ALGORITHMS[name], cfg.prompts_a_rollout * cfg.group_size
     rollouts = max(1, round(budget / (clips * algorithm.per_clip)))
-    looks = max(1, math.ceil(common_budget(cfg) / 3 / (clips * algorithm.per_clip)))
+    looks = max(1, math.ceil(max(common_budget(cfg) / 3, budget / MOST_LOOKS) / (clips * algorithm.per_clip)))
     shared = {"prompts": cfg.prompts_a_rollout, "group_size": cfg.group_size, "micro_batch": clips, "lr": lr}
     policy = algorithm.recipe.Policy(**shared, **algorithm.policy, iterations=rollouts, evaluate_every=looks, save_every=max(1, rollouts // 8))
     return policy, cfg.sampler.model_copy(update={"steps": algorithm.steps, "guidance": cfg.guidance if algorithm.guided else 1.0})
