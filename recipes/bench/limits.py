@@ -112,7 +112,7 @@ class Config(Bench):
     """Network to start from; none means the shipped base."""
     bank: Bank = Bank()
     """The prompts."""
-    policy: nft.Policy = nft.Policy(iterations=30)
+    policy: nft.Policy = nft.Policy(iterations=50)
     """How NFT climbs on the bank."""
     alone: Alone = Alone()
     """How it trains on the prompts at 100 % alone."""
