@@ -116,8 +116,8 @@ class Config(Bench):
     """How NFT climbs on the bank."""
     alone: Alone = Alone()
     """How it trains on the prompts at 100 % alone."""
-    safety: SafetyLimit = SafetyLimit()
-    """The limit, and how it is kept."""
+    safety: SafetyLimit = SafetyLimit(cap=10.0)
+    """The limit, and how it is kept: with a fifth of the prompts against it, the multiplier needs more room than the recipes' cap."""
     clips: Count = 4
     """Clips of each held-out prompt that a finished run is measured on."""
     sampler: Sampler = Sampler()
