@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from align import selfcheck
 from align.kernels import Gaussian
-from align.selfcheck import equal_ranks, first_ratio, first_residual, first_velocity, fresh_adapter, kl_gradient, known_rewards, reward_spread
+from align.selfcheck import equal_ranks, first_ratio, first_residual, first_velocity, fresh_adapter, kl_gradient, known_rewards, reward_spread, rounding
 from base_model.errors import GuardStop
 
 NAN = float("nan")
@@ -91,6 +91,19 @@ def test_the_first_velocity_is_the_remembered_one_and_a_fresh_adapter_changes_no
             with pytest.raises(GuardStop, match=says) as stop:
                 check(other, u)
             assert one_line(stop)
+
+
+def test_a_gpu_may_round_otherwise_with_a_gradient_and_a_cpu_may_not() -> None:
+    assert rounding(torch.device("cpu"), 3.0) == 0 and rounding(torch.device("cuda"), 3.0) == pytest.approx(3e-5)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_rounding_passes_and_another_network_does_not() -> None:
+    u = noise(0).cuda()
+    for check in (first_velocity, fresh_adapter):
+        assert 0 < check(u + 3e-7, u) < 1e-6
+        with pytest.raises(GuardStop, match="allowed"):
+            check(1.001 * u, u)
 
 
 def test_nearly_all_rewards_are_known() -> None:
