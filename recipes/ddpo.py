@@ -30,7 +30,7 @@ from align.objectives.policy_gradient import ppo_clip
 from align.optimizers import build_optimizer, warmup_cosine
 from align.run import Run
 from align.threads import in_threads
-from align.trajectory import Trajectory, replay, rollout
+from align.trajectory import Trajectory, join_steps, replay, rollout
 from align.windows import random_window
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
@@ -61,6 +61,9 @@ class Policy(BaseConfig):
     """Optimizer steps a rollout; above 1 the ratio leaves 1 and clipping matters."""
     micro_batch: Count = 48
     """Clips in one forward pass, in the rollout and in the replay; with `same_noise` as many whole groups as fit, at least one."""
+    steps_a_pass: Count = 1
+    """Noisy steps of a micro-batch that are replayed in one forward pass, in the memory of as many micro-batches: for a GPU that one step leaves idle. Nothing else changes but
+    rounding."""
     train_empty: bool = True
     """Whether under guidance the pass without prompt is trained, too."""
     lora_rank: Count = 16
@@ -115,12 +118,13 @@ def losses_of(p: Policy, policy: VideoModel, kernel: Kernel, limited: Advantage,
     steps = part.taken.steps()
     device = steps[0].x.device
     better, valid = limited.advantage[part.rows].to(device), limited.valid[part.rows].to(device)  # [b]
-    for number, step in enumerate(steps):
+    for first in range(0, len(steps), p.steps_a_pass):
+        step = join_steps(steps[first : first + p.steps_a_pass])  # n b
         now = replay(policy, kernel, step, part.taken.cond)
-        weight = step_weight(p.step_weight, kernel, policy.path, step.t, step.s)  # [b]
-        loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, valid=valid, weight=weight)
-        kl = {"kl": now[feedback.eighth(len(step.rows))].kl(part.prior).detach().mean()} if part.prior is not None and number == 0 else {}
-        yield Loss(loss.value * (float(valid.sum()) / known / len(steps)), {**loss.stats, **kl})
+        weight, known_here = step_weight(p.step_weight, kernel, policy.path, step.t, step.s), valid[step.rows]  # [n b] each
+        loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better[step.rows], p.clip_range, valid=known_here, weight=weight)
+        kl = {"kl": now[feedback.eighth(len(part.rows))].kl(part.prior).detach().mean()} if part.prior is not None and first == 0 else {}
+        yield Loss(loss.value * (float(known_here.sum()) / known / len(steps)), {**loss.stats, **kl})
 
 
 @torch.no_grad()

@@ -131,6 +131,7 @@ def run_small(
     model = model or small_model()
     model.network.requires_grad_(False)
     run = Run(out, cfg, seed=cfg.seed, resume=resume, metrics=recipe.METRICS, quiet=True)
+    (model.to if isinstance(model, LatentVideoModel) else model.network.to)(run.device)
     recipe.train(cfg, run, model, Assessor(reward, runner or safety_runner(), 12.0, max_error_share=1.0), held_out or no_look())
     return read_metrics(out, wall_clock=False)
 

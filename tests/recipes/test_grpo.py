@@ -47,8 +47,9 @@ def run(
     model = model or lively()
     model.network.requires_grad_(False)
     assess = Assessor(reward, safety_runner(), 12.0, max_error_share=1.0)
-    looks = NoLook(("x",), model.encode_text(["x"]), sampler, None, 0, out / "held_out")
-    recipe.train(cfg, Run(out, cfg, seed=seed, resume=resume, metrics=recipe.METRICS, quiet=True), model, assess, looks)
+    training = Run(out, cfg, seed=seed, resume=resume, metrics=recipe.METRICS, quiet=True)
+    looks = NoLook(("x",), model.to(training.device).encode_text(["x"]), sampler, None, 0, out / "held_out")
+    recipe.train(cfg, training, model, assess, looks)
     return read_metrics(out, wall_clock=False)
 
 
@@ -149,3 +150,12 @@ def test_a_rollout_of_which_nothing_is_known_moves_nothing_and_says_so(tmp_path:
     rows = run(tmp_path, iterations=2, reward=Once())
     assert rows[1]["ratio"] is None and rows[1]["kept_share"] == 0 and rows[1]["grad_norm"] == 0 and rows[1]["error_share"] == 1
     assert rows[0]["kept_share"] == 1
+
+
+def test_steps_replayed_together_teach_what_they_teach_one_by_one(tmp_path: Path) -> None:
+    common = {"recipe": ddpo, "iterations": 3, "prompts": 2, "micro_batch": 8, "window": 3, "updates": 1}
+    alone, together = (run(tmp_path / str(n), **common, steps_a_pass=n) for n in (1, 3))
+    assert together[0]["ratio"] == pytest.approx(1, abs=1e-6) and together[0]["kl_per_element"] == 0
+    for name in ("reward", "grad_norm", "kl_per_element"):
+        assert [row[name] for row in together] == pytest.approx([row[name] for row in alone], rel=1e-3, abs=1e-9), name
+    assert together[-1]["forward_passes"] == alone[-1]["forward_passes"], "as many clips go through the network, in fewer passes"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from base_model.paths import Path as ProbabilityPath
 from base_model.types import Conditioning, LatentSpec
 from recipes import ddpo, dpo, grpo, nft, ppo, reward_gradient
+from recipes.generate import best_device
 from tests.recipes.small import run_small, small_model
 
 
@@ -17,7 +18,7 @@ class Bare:
     """The members of `VideoModel`, one by one."""
 
     def __init__(self) -> None:
-        self._model = small_model()
+        self._model = small_model().to(best_device())
         self.network: nn.Module = self._model.network
 
     @property
