@@ -155,7 +155,7 @@ def test_a_rollout_of_which_nothing_is_known_moves_nothing_and_says_so(tmp_path:
 def test_steps_replayed_together_teach_what_they_teach_one_by_one(tmp_path: Path) -> None:
     common = {"recipe": ddpo, "iterations": 3, "prompts": 2, "micro_batch": 8, "window": 3, "updates": 1}
     alone, together = (run(tmp_path / str(n), **common, steps_a_pass=n) for n in (1, 3))
-    assert together[0]["ratio"] == pytest.approx(1, abs=1e-6) and together[0]["kl_per_element"] == 0
+    assert together[0]["ratio"] == pytest.approx(1, abs=1e-6) and together[0]["kl_per_element"] < 1e-12
     for name in ("reward", "grad_norm", "kl_per_element"):
         assert [row[name] for row in together] == pytest.approx([row[name] for row in alone], rel=1e-3, abs=1e-9), name
     assert together[-1]["forward_passes"] == alone[-1]["forward_passes"], "as many clips go through the network, in fewer passes"
