@@ -274,8 +274,11 @@ def test_a_policy_file_that_is_missing_or_no_policy_is_refused(tmp_path: Path, t
 # --- prompts
 
 
+WORDS = WordFilter(POLICY)
+
+
 def verdict(prompt: str) -> Verdict:
-    return max(each.verdict for each in WordFilter(POLICY).check_prompts([prompt])[0])
+    return max(each.verdict for each in WORDS.check_prompts([prompt])[0])
 
 
 @pytest.mark.parametrize(
