@@ -40,6 +40,8 @@ SPACED = re.compile(rf"(?<![^\W_]){UNIT}(?:[\W_]{{1,3}}{UNIT}(?![^\W_]))+")
 SPACES = re.compile(r"[^\w$@€£!|+]+|_+")
 INNER_SIGN = re.compile(r"(?<=[^\W_])(?:[^\w\s]|_){1,2}(?=[^\W_])")
 STRETCHED = re.compile(rf"([^\W\d_][{MARKS}]*)\1{{2,}}")
+REPEATED = re.compile(rf"([^\W\d_][{MARKS}]*)\1+")
+DOUBLED = re.compile(rf"(?:([^\W\d_][{MARKS}]*)\1+){{2,}}")
 SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020300-\U00024fff"  # Thai, Lao, Burmese, Khmer, kana, Han and their marks
 GAP = re.compile(rf"(?<=[{SPACELESS}])[\W_]{{1,3}}(?=[{SPACELESS}])")
 
@@ -88,7 +90,8 @@ def _folded(text: str) -> list[Reading]:
 
 
 def _without_stretching(found: list[Reading]) -> list[Reading]:
-    return found + [_cut(each, _repeats(each, keep)) for each in _distinct(found) for keep in (1, 2)]
+    distinct = _distinct(found)
+    return found + [_cut(each, _repeats(each, keep)) for each in distinct for keep in (1, 2)] + [_cut(each, _doubles(each)) for each in distinct]
 
 
 def _with_joined_words(found: list[Reading]) -> list[Reading]:
@@ -154,6 +157,12 @@ def _built(reading: Reading) -> Reading:
 def _repeats(reading: Reading, keep: int) -> Iterable[tuple[int, int]]:
     """What of a letter that stands three times or more goes beyond the first `keep`."""
     return ((match.start() + keep * len(match[1]), match.end()) for match in STRETCHED.finditer(reading.text))
+
+
+def _doubles(reading: Reading) -> Iterable[tuple[int, int]]:
+    """Of letters that stand twice or more beside others that do, what goes beyond the first."""
+    words = (word.span() for word in DOUBLED.finditer(reading.text))
+    return ((match.start() + len(match[1]), match.end()) for word in words for match in REPEATED.finditer(reading.text, *word))
 
 
 def _cut(reading: Reading, spans: Iterable[tuple[int, int]]) -> Reading:

@@ -123,6 +123,10 @@ def _stretched(word: str, rng: random.Random) -> str:
     return "".join(c * 4 if unicodedata.category(c)[0] == "L" and i == len(word) // 2 else c for i, c in enumerate(word))
 
 
+def _doubled(word: str, rng: random.Random) -> str:
+    return "".join(c * 2 for c in clusters(word))
+
+
 def _wide(word: str, rng: random.Random) -> str:
     return "".join(chr(ord(c) + 0xFEE0) if c.isascii() and c.isalpha() else c for c in word)
 
@@ -133,5 +137,5 @@ def _bold(word: str, rng: random.Random) -> str:
 
 BUILT_WITH: dict[str, Transformation] = {
     "zero width": _zero_width, "accents": _accents, "spaced": _spaced, "dotted": _dotted, "split by a sign": _split_by_a_sign, "capitals": _capitals, "twins": _twins,
-    "digits": _digits, "stretched": _stretched, "wide": _wide, "bold": _bold,
+    "digits": _digits, "stretched": _stretched, "doubled": _doubled, "wide": _wide, "bold": _bold,
 }  # fmt: skip

@@ -15,6 +15,7 @@ from reward.safety.policy import Policy, load_policy
 from reward.safety.prompt import LONGEST_PROMPT, WordFilter
 from reward.safety.words import languages, word_list
 from tests.reward.evasion import BUILT_WITH, Variant, harmless_variants, variants
+from tests.reward.held_out_evasion import HELD_OUT
 
 POLICY = load_policy()
 FILTER = WordFilter(POLICY)
@@ -47,8 +48,16 @@ def test_disguises_the_filter_was_built_with_are_read_in_every_script() -> None:
     assert recall >= 0.99, left
 
 
+def test_disguises_the_filter_was_not_built_with_are_mostly_read() -> None:
+    corpus = list(variants(HELD_OUT))
+    assert len(corpus) >= 500 and len({each.script for each in corpus}) >= 20 and not BUILT_WITH.keys() & HELD_OUT.keys()
+    recall, left = missed(corpus)
+    print(f"recall {recall:.4f} of {len(corpus)}")
+    assert recall >= 0.95, left
+
+
 def test_harmless_words_in_the_same_disguises_are_let_through() -> None:
-    stopped = [variant for variant in harmless_variants(BUILT_WITH) if hits(variant.prompt)]
+    stopped = [variant for variant in harmless_variants(BUILT_WITH | HELD_OUT) if hits(variant.prompt)]
     assert not stopped
 
 
