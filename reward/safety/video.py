@@ -3,7 +3,7 @@
 Flashing, after WCAG 2.3.1 (general flash and red flash thresholds), for clips of any rate and length.
   A transition is a swing of a cell's relative luminance by at least 0.10 whose darker end is below 0.80; or of its redness, max(0, R - G - B) of linear
   values, by at least 20/320 with one end a saturated red, R/(R+G+B) >= 0.8. It may take several frames. Two opposing transitions are one flash.
-  A clip is a hazard if within any second more than three flashes happen in each of at least 25 % of the cells.
+  A clip is a hazard if within any second more than three flashes happen in each of at least 25 % of the cells. Swings are told apart to 0.0001.
   Cells are pixels; large frames are averaged down to 48 cells a side, which leaves patterns finer than that out, as the guideline does.
 """
 
@@ -30,6 +30,7 @@ RED_UNITS = 16_000  # redness 1.0, in units in which 20/320 is SWING
 NO_END = 32_000  # above every signal
 FAINTEST = 50  # swings below 0.005 are taken for none
 FLASHES = 3  # allowed in a second
+CHANGES = 2 * (FLASHES + 1)  # of a hazard
 AREA = 0.25
 CELLS_A_SIDE = 48
 CELLS_AT_ONCE = 1 << 14
@@ -47,6 +48,13 @@ class Swings(NamedTuple):
     bottom: Signal
 
 
+class Light(NamedTuple):
+    """What flashes, whole numbers [T,B,P]: luminance, or redness with whether it is that of a saturated red."""
+
+    signal: Signal
+    saturated: NDArray[np.bool_] | None
+
+
 class FlashRisk(NamedTuple):
     """How near B clips come to a hazard: the largest swing at which each would still be one, in relative luminance and in redness (0 below 0.005), and the
     second in which it is one at the limits, from `start` to `end` (nan where there is none). All [B]."""
@@ -62,7 +70,7 @@ class FlashFilter:
     a swing of 0.3 and 0.89 at 0.8, so that the clips of a prompt that always flashes can be told apart. A margin, not a probability."""
 
     id = "flash"
-    version = "1"
+    version = "2"
     threshold = 0.5
     policies = ("P17",)
 
@@ -98,10 +106,8 @@ def flash_risk(video: Tensor, fps: float, *, steps: int = 8) -> FlashRisk:
 def _measure(video: Tensor, fps: float, steps: int) -> FlashRisk:
     luminance, redness, saturated = (np.concatenate(column) for column in zip(*map(_signals, video.split(FRAMES_AT_ONCE, dim=1)), strict=True))  # 3 x [T,B,P]
     size = min(_window(fps), len(luminance) - 1)
-    general, general_window = _largest_swing(Swings(luminance, luminance), size, DARKER_BELOW, steps)
-    from_red, from_window = _largest_swing(Swings(np.where(saturated, redness, np.int16(-NO_END // 2)), redness), size, None, steps)
-    into_red, into_window = _largest_swing(Swings(redness, np.where(saturated, redness, np.int16(NO_END))), size, None, steps)
-    red, red_window = np.maximum(from_red, into_red), np.where(from_red >= into_red, from_window, into_window)
+    general, general_window = _largest_swing(Light(luminance, None), size, steps)
+    red, red_window = _largest_swing(Light(redness, saturated), size, steps)
     window = np.where(red > general, red_window, general_window).astype(np.float64)  # [B]
     window[window < 0] = math.nan
     return FlashRisk(general / UNITS, red / RED_UNITS, window / fps, (window + size) / fps)
@@ -138,45 +144,91 @@ def _window(fps: float) -> int:
     return max(1, math.ceil(fps - 1e-6))
 
 
-def _largest_swing(swings: Swings, size: int, darker_below: int | None, steps: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _largest_swing(light: Light, size: int, steps: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(The largest swing at which each clip is a hazard, 0 where none is; its first hazardous window at SWING, -1 where none is), [B] each."""
-    count = swings.top.shape[1]
+    count = light.signal.shape[1]
     best, first = np.zeros(count), np.full(count, -1)
-    near = _candidates(swings) if size >= 2 * (FLASHES + 1) else np.zeros(0, np.int64)
-    near = near[_hazard(swings, near, np.full(len(near), FAINTEST), size, darker_below) >= 0]  # [b]
+    near = _candidates(light) if size >= CHANGES else np.zeros(0, np.int64)
+    near = near[_hazard(light, near, np.full(len(near), FAINTEST), size) >= 0]  # [b]
     if len(near) == 0:
         return best, first
-    first[near] = _hazard(swings, near, np.full(len(near), SWING), size, darker_below)
+    first[near] = _hazard(light, near, np.full(len(near), SWING), size)
     above = first[near] >= 0
     low, high = np.where(above, SWING, FAINTEST), np.where(above, RED_UNITS, SWING)
     for _ in range(steps):
         middle = np.sqrt(low * high).astype(np.int64)
-        hit = _hazard(swings, near, middle, size, darker_below) >= 0
+        hit = _hazard(light, near, middle, size) >= 0
         low, high = np.where(hit, middle, low), np.where(hit, high, middle)
     best[near] = low
     return best, first
 
 
-def _candidates(swings: Swings) -> NDArray[np.int64]:
+def _candidates(light: Light) -> NDArray[np.int64]:
     """The clips in which enough cells change at all: a cheap bound, which drops most clips before their swings are counted [b]."""
-    reach = np.where(swings.top > -NO_END // 2, swings.top, 0).max(0) - np.where(swings.bottom < NO_END, swings.bottom, NO_END // 2).min(0)  # [B,P]
-    return np.flatnonzero((reach >= FAINTEST).sum(1) >= AREA * reach.shape[1] - 1e-6)
+    changes = light.signal.max(0) - light.signal.min(0) >= FAINTEST  # [B,P]
+    if light.saturated is not None:
+        changes &= light.saturated.any(0)
+    return np.flatnonzero(changes.sum(1) >= AREA * changes.shape[1] - 1e-6)
 
 
-def _hazard(swings: Swings, rows: NDArray[np.int64], swing: NDArray[np.int64], size: int, darker_below: int | None) -> NDArray[np.int64]:
+def _hazard(light: Light, rows: NDArray[np.int64], swing: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """For the clips `rows`: the first window of `size` frame changes in which at least AREA of the cells make more than FLASHES flashes of `swing`, -1 where
-    there is none, [b] each. A signal clipped one below darker_below + swing has no swing left whose darker end is not below `darker_below`.
-    """
+    there is none, [b] each."""
     limit = swing.astype(np.int16)[:, None]  # [b,1]
-    top, bottom = swings.top[:, rows], swings.bottom[:, rows]  # [T,b,P]
-    if darker_below is not None:
-        top = bottom = np.minimum(top, darker_below + limit - 1)
+    signal, saturated = light.signal[:, rows], None if light.saturated is None else light.saturated[:, rows]  # [T,b,P]
     first = np.full(len(rows), -1)
-    for begin, end in _chunks(len(top) - size, max(1, CELLS_AT_ONCE // max(1, top[0].size))):
-        flashing = (_transitions(Swings(top[begin : end + size], bottom[begin : end + size]), size, limit) >= 2 * (FLASHES + 1)).sum(2)  # [windows,b]
-        hit = flashing >= AREA * top.shape[2] - 1e-6  # [windows,b]
+    for begin, end in _chunks(len(signal) - size, max(1, CELLS_AT_ONCE // max(1, signal[0].size))):
+        part = slice(begin, end + size)
+        hit = _flashes(signal[part], size, limit) if saturated is None else _flashes_red(signal[part], saturated[part], size, limit)  # [windows,b]
         first = np.where((first < 0) & hit.any(0), begin + hit.argmax(0), first)
     return first
+
+
+def _enough(cells: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[...,P] -> [...]"""
+    return cells.sum(-1) >= AREA * cells.shape[-1] - 1e-6
+
+
+def _flashes(luminance: Signal, size: int, limit: Signal) -> NDArray[np.bool_]:
+    """[size + windows,b,P] -> [windows,b]. Clipped one below DARKER_BELOW + limit, luminance has no swing left whose darker end is not below DARKER_BELOW."""
+    clipped = np.minimum(luminance, DARKER_BELOW + limit - 1)
+    return _enough(_transitions(Swings(clipped, clipped), size, limit) >= CHANGES)
+
+
+def _flashes_red(redness: Signal, saturated: NDArray[np.bool_], size: int, limit: Signal) -> NDArray[np.bool_]:
+    """[size + windows,b,P] -> [windows,b]. Most red flashes have all their bright ends, or all their dark ones, saturated; where it matters the others are followed too."""
+    possible = _transitions(Swings(redness, redness), size, limit) >= CHANGES  # [windows,b,P]
+    if not _enough(possible).any():
+        return _enough(possible)
+    from_red = Swings(np.where(saturated, redness, np.int16(-NO_END // 2)), redness)
+    into_red = Swings(redness, np.where(saturated, redness, np.int16(NO_END)))
+    flashing = (_transitions(from_red, size, limit) >= CHANGES) | (_transitions(into_red, size, limit) >= CHANGES)  # [windows,b,P]
+    open_ = _enough(possible) & ~_enough(flashing)  # [windows,b]
+    window, clip, cell = np.nonzero(possible & ~flashing & open_[:, :, None])  # [E] each
+    if len(window):
+        frames = window + np.arange(size + 1)[:, None]  # [size + 1,E]
+        flashing[window, clip, cell] = _changes_of_either_end(redness[frames, clip, cell], saturated[frames, clip, cell], limit[clip, 0]) >= CHANGES
+    return _enough(flashing)
+
+
+def _changes_of_either_end(redness: Signal, saturated: NDArray[np.bool_], limit: Signal) -> NDArray[np.int64]:
+    """[size + 1,E] -> the most opposing swings, up to CHANGES, each of which has a saturated red at one end or the other [E].
+
+    For every number of swings so far, the lowest redness that the last of them fell to and the highest it rose to, of saturated frames and of any.
+    """
+    shape = CHANGES + 1, redness.shape[1]
+    lowest, lowest_red = np.full(shape, NO_END, np.int16), np.full(shape, NO_END, np.int16)
+    highest, highest_red = np.full(shape, -NO_END // 2, np.int16), np.full(shape, -NO_END // 2, np.int16)
+    for x, is_red in zip(redness, saturated, strict=True):
+        rises = np.roll(x - np.where(is_red, lowest, lowest_red) >= limit, 1, axis=0)
+        falls = np.roll(np.where(is_red, highest, highest_red) - x >= limit, 1, axis=0)
+        rises[0] = falls[0] = True
+        np.maximum(highest, x, out=highest, where=rises)
+        np.maximum(highest_red, x, out=highest_red, where=rises & is_red)
+        np.minimum(lowest, x, out=lowest, where=falls)
+        np.minimum(lowest_red, x, out=lowest_red, where=falls & is_red)
+    reached = (highest > -NO_END // 2) | (lowest < NO_END)  # [CHANGES + 1,E]
+    return CHANGES - reached[::-1].argmax(0)
 
 
 def _transitions(swings: Swings, size: int, limit: Signal) -> NDArray[np.uint8]:
