@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from base_model.video.signals import grid
 from reward.safety.contract import VERDICT_OF, Reason, Ruling, Verdict
 from reward.safety.policy import Policy
 
@@ -35,6 +36,7 @@ AREA = 0.25
 CELLS_A_SIDE = 48
 CELLS_AT_ONCE = 1 << 14
 FRAMES_AT_ONCE = 64
+LUMA = (0.299, 0.587, 0.114)
 LEVELS = 16 * 255  # finer than the levels of a file, and holding each of them exactly
 
 Signal = NDArray[np.int16]
@@ -261,7 +263,8 @@ class DegenerateFilter:
     """Q01: clips with nothing in them, the cheapest way past every other filter. Black and blank frames have no spread; noise has no neighbours alike.
 
     A frame is blank if its colours spread by less than `blank_below`; it is noise if the squared difference of neighbours is at least `noise_above` of what
-    independent pixels would have (1.0; a frame of a real clip stays well below 0.5). A clip is broken if half of its frames are. A frozen clip with something in it is not.
+    independent pixels would have (1.0; a frame of a real clip stays well below 0.5). A clip is broken if half of its frames are. A frozen clip with something in it is not,
+    unless `frozen` says so; one with a grid over it is not, unless the peak of its spectrum (`grid` of `base_model/video/signals.py`) reaches `grid_above` in half of its frames.
     """
 
     id = "degenerate"
@@ -269,9 +272,9 @@ class DegenerateFilter:
     threshold = 0.5
     policies = ("Q01",)
 
-    def __init__(self, policy: Policy, *, blank_below: float = 0.01, noise_above: float = 0.7) -> None:
+    def __init__(self, policy: Policy, *, blank_below: float = 0.01, noise_above: float = 0.7, grid_above: float = math.inf, frozen: bool = False) -> None:
         self._hit = VERDICT_OF[policy.action("Q01")]
-        self._blank, self._noise = blank_below, noise_above
+        self._blank, self._noise, self._grid, self._frozen = blank_below, noise_above, grid_above, frozen
 
     @torch.no_grad()
     def check_videos(self, video: Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
@@ -282,14 +285,26 @@ class DegenerateFilter:
         blank = torch.sigmoid(4 * (self._blank - _half_at_most(spread)) / self._blank)  # [B]
         noise = torch.sigmoid(20 * (-_half_at_most(-roughness) - self._noise))  # [B]
         frozen = (video[:, 1:] - video[:, :-1]).abs_().flatten(1).amax(1) < 1 / 255 if video.shape[1] > 1 else torch.zeros(len(video), dtype=torch.bool)
-        return [self._check(*row) for row in zip(blank.tolist(), noise.tolist(), brightness.tolist(), frozen.tolist(), strict=True)]
+        grids = [half_of_grid(clip) if math.isfinite(self._grid) else 0.0 for clip in video]
+        return [self._check(*row) for row in zip(blank.tolist(), noise.tolist(), grids, brightness.tolist(), frozen.tolist(), strict=True)]
 
-    def _check(self, blank: float, noise: float, brightness: float, frozen: bool) -> list[Ruling]:
-        score = max(blank, noise)
+    def _check(self, blank: float, noise: float, grids: float, brightness: float, frozen: bool) -> list[Ruling]:
+        scores = {
+            "black" if brightness < 0.05 else "blank": blank,
+            "frozen noise" if frozen else "noise": noise,
+            "under a grid": grids / (grids + self._grid),
+            "frozen": float(frozen and self._frozen),
+        }
+        what, score = max(scores.items(), key=lambda item: item[1])
         if score < self.threshold:
             return [Ruling(Verdict.ALLOW, "Q01", score, (), self.id, self.version, self.threshold)]
-        what = ("black" if brightness < 0.05 else "blank") if blank >= noise else "frozen noise" if frozen else "noise"
         return [Ruling(self._hit, "Q01", score, (Reason(f"the clip is {what}"),), self.id, self.version, self.threshold)]
+
+
+def half_of_grid(video: Tensor) -> float:
+    """[T,3,H,W] -> the peak of a grid that half of the frames reach, 0 where frames are too small to tell."""
+    luma = (torch.einsum("tchw,c->thw", video.float(), torch.tensor(LUMA, device=video.device)) * 255).round_().to(torch.uint8).cpu().numpy()
+    return float(np.median(np.nan_to_num([grid(frame) for frame in luma])))
 
 
 def frame_texture(video: Tensor) -> tuple[Tensor, Tensor]:
