@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from base_model.errors import UserError
+from base_model.types import ClipShape
 from base_model.video.files import read_video, write_mp4
 from base_model.video.store import ClipStore
 from recipes import import_rankings, imported_clips, reward_model
@@ -24,13 +25,13 @@ from recipes.imported_clips import Form, LeftOut, read_clip
 from recipes.rankings import ruling_of
 from recipes.shapes.prompts import make_prompts
 from recipes.shapes.render import render, sample_scene
-from base_model.types import ClipShape
 from reward.comparisons import load_comparisons
 from reward.matcher import Matcher, MatcherSize, save_matcher
+from tests.reward import tiny_encoders as tiny
 
 GENERATORS = ("kling", "gen2", "luma")
-BENCH = "path_A,path_B,A_model,B_model,prompt,VQ,MQ,TA,Overall,fps_A,num_frames_A,fps_B,num_frames_B".split(",")
-ALIGN = "path_A,path_B,prompt,VQ,MQ,TA,fps_A,num_frames_A,fps_B,num_frames_B".split(",")
+BENCH = ["path_A", "path_B", "A_model", "B_model", "prompt", "VQ", "MQ", "TA", "Overall", "fps_A", "num_frames_A", "fps_B", "num_frames_B"]
+ALIGN = ["path_A", "path_B", "prompt", "VQ", "MQ", "TA", "fps_A", "num_frames_A", "fps_B", "num_frames_B"]
 MOST = ClipShape(30, 40, 56)  # files are larger and longer than the clips of the store, at twice their rate
 
 
@@ -115,6 +116,11 @@ def test_a_public_dataset_trains_a_reward_model(dataset: Path, tmp_path: Path, c
     assert card["fps"] == [12.0] and card["sampler"] == ["13 frames of 32x32"] and sum(card["answers"].values()) == 144
     assert set(result["temperature"]) == {"VQ", "MQ", "TA"} and result["pairs"] > 0
 
+    tiny.save("clip", tmp_path / "clip")
+    encoders = reward_model.Encoders(checkpoints=(str(tmp_path / "clip"),), cache=tmp_path / "features", width=8, epochs=1, members=2)
+    reward_model.main(reward_model.Config(out=tmp_path / "pooled", comparisons=tmp_path / "rankings", clips=tmp_path / "clips", encoders=encoders))
+    assert json.loads((tmp_path / "pooled" / "reward_card.json").read_text())["fps"] == [12.0]
+
 
 def test_the_store_says_where_a_clip_is_from_and_what_the_filters_say(tmp_path: Path) -> None:
     media = tmp_path / "media"
@@ -174,3 +180,96 @@ def test_files_with_equal_frames_are_one_clip(tmp_path: Path) -> None:
     rows = [pair("a cat", "a.mp4", "b.mp4"), pair("a cat", "same_frames.mkv", "b.mp4"), pair("a cat", "a.mp4", "same_frames.mkv"), pair("a dog", "same_frames.mkv", "b.mp4")]
     got = imported(write_labels(tmp_path / "labels.csv", ALIGN, rows), media, tmp_path, frames=5, height=16, width=16, fps=6)
     assert got["clips"] == 2 and got["answers"] == 2 and got["answers_left_out"] == {"a clip against itself": 1} and got["skipped"]["contradicts an earlier row about a clip"] == 1
+
+
+def two_prompts(folder: Path) -> Path:
+    """Labels of two prompts with two files each; the first of both begin with the same frames."""
+    (folder / "media").mkdir()
+    for name, seed in (("a", 1), ("b", 2), ("d", 3)):
+        write_mp4(folder / "media" / f"{name}.mp4", noisy(seed), 24, upscale=False)
+    (folder / "media" / "c.mp4").write_bytes((folder / "media" / "a.mp4").read_bytes() + b"\0\0\0\x08free")
+    return write_labels(folder / "labels.csv", ALIGN, [pair("a cat", "a.mp4", "b.mp4"), pair("a dog", "c.mp4", "d.mp4")])
+
+
+def test_a_clip_has_one_prompt(tmp_path: Path) -> None:
+    labels = two_prompts(tmp_path)
+    got = imported(labels, tmp_path / "media", tmp_path)
+    assert got["answers"] == 1 and got["clips"] == 2 and got["prompts"] == 1
+    assert got["clips_left_out"] == got["answers_left_out"] == {"has the frames of a clip of another prompt": 1}
+    again = write_labels(tmp_path / "again.csv", ALIGN, [pair("a dog", "c.mp4", "d.mp4"), pair("a dog", "d.mp4", "c.mp4"), pair("a cat", "b.mp4", "a.mp4", "B")])
+    got = imported(again, tmp_path / "media", tmp_path)
+    assert got["answers"] == 1 and got["answers_in_folder"] == 2 and got["answers_left_out"] == {"has the frames of a clip of another prompt": 2}
+    assert got["decoded"] == 0
+
+
+@pytest.mark.parametrize("moment", ["decoding", "rankings"])
+def test_a_killed_import_goes_on(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[Path]) -> None:
+    labels = write_labels(two_prompts(tmp_path), ALIGN, [pair("a cat", "a.mp4", "b.mp4"), pair("a dog", "c.mp4", "d.mp4"), pair("a dog", "d.mp4", "c.mp4")])
+    write_mp4(tmp_path / "media" / "c.mp4", noisy(4), 24, upscale=False)
+    (tmp_path / "undisturbed").mkdir()
+    imported(labels, tmp_path / "media", tmp_path / "undisturbed")
+    reads.clear()
+    with monkeypatch.context() as patched:
+        if moment == "decoding":
+            add, added = ClipStore.add, []
+
+            def killed(store: ClipStore, *given: Any, **named: Any) -> Any:
+                if len(added) == 2:
+                    raise KeyboardInterrupt
+                added.append(add(store, *given, **named))
+                return added[-1]
+
+            patched.setattr(ClipStore, "add", killed)
+        else:
+            patched.setattr(import_rankings, "write_comparisons", lambda *given, **named: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            imported(labels, tmp_path / "media", tmp_path)
+    kept = 2 if moment == "decoding" else 4
+    assert len(ClipStore(tmp_path / "clips")) == kept and not (tmp_path / "rankings").exists()
+    reads.clear()
+    got = imported(labels, tmp_path / "media", tmp_path)
+    assert len(reads) == got["decoded"] == 4 - kept and got["decoded_before"] == kept
+    both = [load_comparisons(folder / "rankings") for folder in (tmp_path, tmp_path / "undisturbed")]
+    assert both[0].events == both[1].events and both[0].split == both[1].split and set(both[0].clips) == set(both[1].clips)
+
+
+def test_a_store_and_a_folder_of_rankings_hold_clips_of_one_form(tmp_path: Path, reads: list[Path]) -> None:
+    labels = two_prompts(tmp_path)
+    imported(labels, tmp_path / "media", tmp_path)
+    reads.clear()
+    with pytest.raises(UserError, match="holds clips of 13 frames of 32x32 at 12 a second, and clips of 13 frames of 32x32 at 8 a second are asked for"):
+        imported(labels, tmp_path / "media", tmp_path, fps=8)
+    with pytest.raises(UserError, match=r"already there about clips that are not 13 frames of 32x32 at 8 a second\. Import into another --out"):
+        import_rankings.main(Config(format="videoalign", file=labels, media=tmp_path / "media", out=tmp_path / "rankings", clips=tmp_path / "others", fps=8))
+    import_rankings.main(Config(format="videoalign", file=labels, media=tmp_path / "media", out=tmp_path / "labels"))
+    with pytest.raises(UserError, match="Import into another --out"):
+        import_rankings.main(Config(format="videoalign", file=labels, media=tmp_path / "media", out=tmp_path / "labels", clips=tmp_path / "clips"))
+    with pytest.raises(UserError, match="Give --media"):
+        import_rankings.main(Config(format="videoalign", file=labels, out=tmp_path / "new", clips=tmp_path / "clips"))
+    assert not reads and not (tmp_path / "others").exists() and not (tmp_path / "new").exists()
+
+
+def test_pictures_are_clips_of_one_frame(tmp_path: Path) -> None:
+    (tmp_path / "media").mkdir()
+    for i, name in enumerate(("a.jpg", "b.png")):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (6, 9, 3), np.uint8)).resize((90, 60), Image.Resampling.BICUBIC).save(tmp_path / "media" / name)
+    labels = tmp_path / "train.json"
+    labels.write_text(json.dumps([{"prompt": "a cat", "file_path": ["a.jpg", "b.png"], "human_preference": [0, 1], "user_hash": "x"}]))
+    with pytest.raises(UserError, match=r"2 clips: too short, first a\.jpg\. Check --media, or ask for clips of fewer --frames"):
+        imported(labels, tmp_path / "media", tmp_path, name="hpdv2-train")
+    got = imported(labels, tmp_path / "media", tmp_path, name="hpdv2-train", frames=1)
+    assert got["answers"] == 1 and got["clips_by_verdict"] == {"allow": 2} and got["clips_cut_at_the_end"] == 0
+    assert ClipStore(tmp_path / "clips").rows()[0].num_frames == 1
+
+
+def test_a_clip_is_the_beginning_of_its_file_at_its_rate_and_no_more_of_it_is_decoded(tmp_path: Path) -> None:
+    ramp = (torch.arange(240) / 240)[:, None, None, None].expand(240, 3, 64, 96)
+    write_mp4(tmp_path / "ramp.mp4", ramp, 24, upscale=False)
+    video, cut = read_clip(tmp_path / "ramp.mp4", Form(9, 16, 16, 6))
+    assert video.shape == (9, 3, 16, 16) and cut
+    torch.testing.assert_close(video.mean((1, 2, 3)), torch.arange(9) * 4 / 240, atol=0.01, rtol=0)
+    assert len(read_video(tmp_path / "ramp.mp4", seconds=0.5).frames) == 13 and len(read_video(tmp_path / "ramp.mp4", seconds=100).frames) == 240
+    assert len(read_video(tmp_path / "ramp.mp4", seconds=0.5, max_frames=4).frames) == 4
+    assert read_clip(tmp_path / "ramp.mp4", Form(60, 16, 16, 6))[1] is False, "all of the file"
+    with pytest.raises(LeftOut, match="too short"):
+        read_clip(tmp_path / "ramp.mp4", Form(61, 16, 16, 6))
