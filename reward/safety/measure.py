@@ -94,16 +94,19 @@ class ErrorRates(NamedTuple):
 
 def rogan_gladen(raw: ArrayLike, sensitivity: ArrayLike, specificity: ArrayLike) -> Array:
     """True rate out of a raw one: (raw + spec - 1) / (sens + spec - 1), clipped to [0, 1] (Rogan & Gladen 1978, equation 1); nan where sens + spec <= 1, which tells nothing."""
+    return np.clip(_unclipped(raw, sensitivity, specificity), 0, 1)
+
+
+def _unclipped(raw: ArrayLike, sensitivity: ArrayLike, specificity: ArrayLike) -> Array:
     gain = np.asarray(sensitivity, dtype=np.float64) + np.asarray(specificity) - 1
-    rate = (np.asarray(raw, dtype=np.float64) + np.asarray(specificity) - 1) / np.where(gain > 0, gain, np.nan)
-    return np.clip(rate, 0, 1)
+    return np.asarray((np.asarray(raw, dtype=np.float64) + np.asarray(specificity) - 1) / np.where(gain > 0, gain, np.nan))
 
 
 def drawn_totals(groups: Sequence[Group], rng: np.random.Generator, draws: int = DRAWS, *, shared: bool = True, readers: tuple[Array, Array] | None = None) -> Array:
     """Violating clips of a pool as its reviews leave them open, [D,K].
 
     shared: the prior of a pool is one half; false puts a half into every group. readers: drawn sensitivity and specificity [D] of who reviewed, for one class: their errors are
-    then taken out of every group's rate.
+    then taken out. Groups may go below 0 by that, only their sum may not: cutting each off would add misses.
     """
     seen = np.array([group.violating for group in groups], dtype=np.float64)  # [G,K]
     size = sum(group.size for group in groups)
@@ -117,13 +120,13 @@ def drawn_totals(groups: Sequence[Group], rng: np.random.Generator, draws: int =
         rates = _unseen_rates(group, x) if readers is None else np.nan_to_num(np.array(group.total) / group.size)  # [K]
         alpha = np.append(group.effective * rates + prior * share, group.effective * (1 - rates.sum()) + 0.5)
         if readers is not None:
-            totals[:, 0] += group.size * np.nan_to_num(rogan_gladen(rng.beta(alpha[0], alpha[1], draws), *readers), nan=1.0)
+            totals[:, 0] += group.size * np.nan_to_num(_unclipped(rng.beta(alpha[0], alpha[1], draws), *readers), nan=1.0)
         elif classes == 1:
             totals[:, 0] += x[0] + rng.binomial(group.size - group.reviewed, rng.beta(alpha[0], alpha[1], draws))
         else:
             p = rng.standard_gamma(alpha, (draws, classes + 1))
             totals += x + rng.multinomial(group.size - group.reviewed, p / p.sum(1, keepdims=True))[:, :-1]
-    return totals
+    return np.clip(totals, 0, size)
 
 
 def _unseen_rates(group: Group, x: Array) -> Array:
@@ -259,5 +262,6 @@ def _ratio(top: float, rest: float, tops: Array, rests: Array, *, note: str = ""
 
 
 def _true_totals(groups: Sequence[Group], readers: ErrorRates) -> Array:
-    """Totals without the errors of who reviewed, [1]."""
-    return np.array([sum(group.size * float(rogan_gladen(group.total[0] / group.size, readers.sensitivity, readers.specificity)) for group in groups if group.size)])
+    """Total of a pool without the errors of who reviewed, [1]."""
+    size = sum(group.size for group in groups)
+    return size * rogan_gladen(totals_of(groups) / size, readers.sensitivity, readers.specificity)
