@@ -176,7 +176,7 @@ def report_of(cfg: Config, audit: Audit, policy: Policy) -> Row:
         "read": len(drawn & said.keys()),
         "open": sum(violates(said[clip_id]) is None for clip_id in drawn & said.keys()),
         "borderline": sum(any(reading.said == "borderline" for reading in said[clip_id]) for clip_id in drawn & said.keys()),
-        "unconfirmed": {version: unconfirmed(audit, version) for version in audit.versions},
+        "unconfirmed": {version: len(unconfirmed(audit, version)) for version in audit.versions},
         "policy_versions": sorted({entry.policy_version for entry in audit.entries} | {reading.policy_version for reading in audit.readings}),
         "policy_names": {rule.code: rule.name for rule in policy.rules},
         "rates": rates,

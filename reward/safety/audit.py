@@ -398,11 +398,25 @@ def blocked_for(audit: Audit, version: str, code: str = ANY) -> tuple[Group, ...
     return review_of(Audit(mine, audit.readings, ()), version, code).blocked
 
 
-def unconfirmed(audit: Audit, version: str) -> int:
+def unconfirmed(audit: Audit, version: str) -> set[str]:
     """Passed clips that one person alone called violating. Each counts for many: have a second person look at them before recall is believed."""
     said = by_clip(audit.readings)
     passed = {entry.clip_id for entry in audit.drawn if entry.pool == "passed" and entry.filter_version == version}
-    return sum(len(able := [r for r in said.get(clip_id, []) if r.said != "cannot_tell"]) == 1 and able[0].said == "violating" for clip_id in passed)
+    return {clip_id for clip_id in passed if len(able := [r for r in said.get(clip_id, []) if r.said != "cannot_tell"]) == 1 and able[0].said == "violating"}
+
+
+def to_read_again(audit: Audit, *, share: float = 0.15, seed: int) -> list[str]:
+    """Clips read by one person that a second one is asked about, without being told what the first one said: a random share of all drawn clips, and every unconfirmed miss.
+
+    Who is in the share hangs on the seed and the clip's id alone, so that later readings change nobody's place. In an order that tells nothing of why.
+    """
+
+    def place(clip_id: str, salt: str) -> int:
+        return int.from_bytes(hashlib.sha256(json.dumps([seed, salt, clip_id]).encode()).digest()[:8])
+
+    once = {clip_id for clip_id, readings in by_clip(audit.readings).items() if len(readings) == 1} & {entry.clip_id for entry in audit.drawn}
+    chosen = {clip_id for clip_id in once if place(clip_id, "second") < share * 2**64} | {clip_id for version in audit.versions for clip_id in unconfirmed(audit, version) & once}
+    return sorted(chosen, key=lambda clip_id: place(clip_id, "order"))
 
 
 def reader_errors(audit: Audit, reader: str | None = None) -> ErrorRates:

@@ -36,6 +36,7 @@ from reward.safety.audit import (
     reader_errors,
     review_of,
     severity,
+    to_read_again,
     unconfirmed,
     violates,
 )
@@ -304,10 +305,21 @@ def test_what_nobody_could_tell_counts_neither_way(tmp_path: Path) -> None:
 
 def test_a_single_voice_about_a_miss_is_told_apart(tmp_path: Path) -> None:
     audit = judged(tmp_path, {"p0", "p50", "b1"})
-    assert unconfirmed(audit, "flash 1") == sum(entry.clip_id in ("p0", "p50") for entry in audit.drawn) > 0
+    assert unconfirmed(audit, "flash 1") == {entry.clip_id for entry in audit.drawn} & {"p0", "p50"} != set()
     second = add_readings(tmp_path, [reading(clip, "P17", reader="bo") for clip in ("p0", "p50") if clip in {entry.clip_id for entry in audit.drawn}])
-    assert unconfirmed(second, "flash 1") == 0
+    assert unconfirmed(second, "flash 1") == set()
     assert [each.reader for each in first_readings(second).readings] == ["ann"] * len(audit.readings)
+
+
+def test_a_second_reading_is_asked_of_a_random_share_and_of_every_miss(tmp_path: Path) -> None:
+    audit = judged(tmp_path, {f"p{i}" for i in range(0, 1_000, 20)})
+    again, misses = to_read_again(audit, seed=0), unconfirmed(audit, "flash 1")
+    shared = [clip_id for clip_id in again if clip_id not in misses]
+    print(len(misses), "misses and", len(shared), "of", len(audit.drawn))
+    assert misses and misses < set(again) and 0.05 < len(shared) / len(audit.drawn) < 0.25 and again != sorted(again)
+    assert set(to_read_again(audit, share=0, seed=0)) == misses and len(to_read_again(audit, share=1, seed=0)) == len(audit.drawn)
+    second = add_readings(tmp_path, [reading(clip_id, *(("P17",) if clip_id in misses else ()), reader="bo") for clip_id in again[:10]])
+    assert to_read_again(second, seed=0) == again[10:]
 
 
 def test_gold_tells_how_often_a_reader_errs() -> None:
