@@ -1,20 +1,26 @@
 """Read people's preferences in one of the formats of public datasets into a folder of rankings (`rushes import-rankings FORMAT FILE`).
 
-The formats, their columns and what becomes of them are in the README of `reward/`. Importing a file again adds nothing.
+The formats, their columns and what becomes of them are in the README of `reward/`. Importing a file again adds nothing. With `--clips` the media become clips of a store
+(`imported_clips.py`), and the answers are about those: what the recipes that learn from rankings take.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from align.config import Config as BaseConfig
 from base_model.checkpoint import check_can_write
 from base_model.errors import UserError
-from reward.comparisons import write_comparisons
+from reward.comparisons import load_comparisons, write_comparisons
 from reward.importers.formats import FORMATS, format_called
+from reward.importers.reading import Imported
 from reward.licences import check_commercial, standing
+
+Side = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 
 
 class Config(BaseConfig):
@@ -26,6 +32,16 @@ class Config(BaseConfig):
     """Folder of rankings to add to, made when missing."""
     media: Path | None = None
     """Folder that the paths in the file begin in; without it clips are known by their paths only."""
+    clips: Path | None = None
+    """Clip store to fill with the media; answers are then about its clips. None: nothing is decoded, and nothing can be learned from the answers."""
+    frames: Annotated[int, Field(ge=1, le=1025)] = 13
+    """Frames of a clip of the store; files that are shorter are left out, of longer ones it is the beginning. The shipped models know 13 frames of 32x32 at 12 a second."""
+    height: Side = 32
+    """Its height in pixels, a multiple of 8; what stands out at the sides is cut off."""
+    width: Side = 32
+    """Its width in pixels, a multiple of 8."""
+    fps: Annotated[float, Field(ge=0.1, le=240)] = 12.0
+    """Its frames a second."""
     source: str | None = None
     """What the answers name as their dataset; none means the format's own. Give one for data of your own: it tells files with equal paths apart."""
     licence: str | None = None
@@ -48,6 +64,9 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     imported = chosen.read(cfg.file, media=cfg.media, source=source, licence=licence)
     if cfg.commercial:
         check_commercial(imported.events, cfg.file)
+    summary: dict[str, Any] = {}
+    if cfg.clips is not None:
+        imported, summary = with_clips(cfg, cfg.clips, imported)
     split = "test" if cfg.split is None and chosen.benchmark else cfg.split
     whole = write_comparisons(cfg.out, imported.events, clips=imported.clips, prompts=imported.prompts, annotators=imported.annotators, split=split)
     return {
@@ -69,4 +88,16 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         "clips_with_media": imported.found,
         "prompts_by_split": dict(Counter(whole.split[prompt.prompt_id] for prompt in imported.prompts)),
         "answers_in_folder": len(whole.events),
+        **summary,
     }
+
+
+def with_clips(cfg: Config, clips: Path, imported: Imported) -> tuple[Imported, dict[str, Any]]:
+    """The answers about clips that are in the store afterwards, and what the summary says of it."""
+    if cfg.media is None:
+        raise UserError("--clips: which files are the clips? Give --media, the folder that the paths in the file begin in")
+    check_can_write(clips, "--clips")
+    from recipes.imported_clips import Form, to_store  # which takes much of this file
+
+    before = load_comparisons(cfg.out) if (cfg.out / "clips.parquet").exists() else None
+    return to_store(imported, media=cfg.media, folder=clips, form=Form(cfg.frames, cfg.height, cfg.width, cfg.fps), before=before)

@@ -117,6 +117,74 @@ def alpha_of_pairs(pairs: Sequence[Pair], clusters: Mapping[str, str], *, seed: 
     return Interval(_alpha(tables.sum(0), ordinal=True), float(low), float(high))
 
 
+def gwet_ac1(units: Sequence[Sequence[float]]) -> float:
+    """Gwet's AC1 (2008, "Computing inter-rater reliability and its variance in the presence of high agreement", equations 5 and 6): (p_a - p_e) / (1 - p_e).
+
+    p_e = sum_q pi_q (1 - pi_q) / (Q - 1), with pi_q the mean share of answer q in a unit. Unlike alpha and kappa it does not fall to nothing where nearly all answers
+    are the same. Units with a single answer count in pi_q. nan where nothing was judged twice; 1 where everybody gave one and the same answer.
+    """
+    values = sorted({value for unit in units for value in unit})
+    if not any(len(unit) > 1 for unit in units):
+        return float("nan")
+    if len(values) == 1:
+        return 1.0
+    counts = np.array([[unit.count(value) for value in values] for unit in map(list, units) if unit], dtype=float)  # [N,Q]
+    judged = counts.sum(1)  # [N]
+    several = judged > 1
+    agreed = float(((counts * (counts - 1)).sum(1)[several] / (judged * (judged - 1))[several]).mean())
+    share = (counts / judged[:, None]).mean(0)  # [Q]
+    chance = float((share * (1 - share)).sum() / (len(values) - 1))
+    return (agreed - chance) / (1 - chance)
+
+
+def raw_agreement(units: Sequence[Sequence[float]]) -> float:
+    """Share of couples of answers about one thing that are the same, the mean over things judged twice or more; nan without any."""
+    shares = [sum(unit.count(v) * (unit.count(v) - 1) for v in set(unit)) / (len(unit) * (len(unit) - 1)) for unit in map(list, units) if len(unit) > 1]
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def bootstrap_units(statistic: Callable[[Sequence[Sequence[float]]], float], units: Sequence[Sequence[float]], *, seed: int = 0, draws: int = 500) -> Interval:
+    """A statistic of things judged, with the 95 % percentile interval of drawing them again."""
+    if not units:
+        return Interval(*[float("nan")] * 3)
+    rng = np.random.default_rng(seed)
+    samples = [statistic([units[i] for i in rng.integers(len(units), size=len(units))]) for _ in range(draws)]
+    low, high = np.nanpercentile(samples, [2.5, 97.5]) if np.isfinite(samples).any() else (float("nan"), float("nan"))
+    return Interval(statistic(units), float(low), float(high))
+
+
+class DawidSkene(NamedTuple):
+    """I things, R readers, K answers."""
+
+    truth: Array  # [I,K] probability of each answer being the true one
+    confusion: Array  # [R,K,K] probability that a reader gives the second answer where the first is true
+    prevalence: Array  # [K]
+
+
+def dawid_skene(answers: NDArray[np.int64], classes: int, *, prior: float = 0.5, steps: int = 500, tolerance: float = 1e-8) -> DawidSkene:
+    """Truth and each reader's errors, from answers alone (Dawid & Skene 1979, section 4, by EM). answers [I,R] in 0..classes-1, -1 where a reader did not answer.
+
+    prior: answers imagined in every cell of a confusion, so that one who never erred may still. Starts at the shares of answers, so that the majority of readers names the
+    classes. With two readers errors cannot be told from truth: take three or more. Raises ValueError for another shape or answer.
+    """
+    if answers.ndim != 2 or answers.size == 0 or answers.min() < -1 or answers.max() >= classes:
+        raise ValueError(f"answers are things x readers of 0..{classes - 1} or -1, got an array of shape {answers.shape}")
+    given = (answers[:, :, None] == np.arange(classes)).astype(float)  # [I,R,K]
+    truth = given.sum(1) + 1e-9
+    truth /= truth.sum(1, keepdims=True)
+    for _ in range(steps):
+        confusion = np.einsum("ik,irl->rkl", truth, given) + prior
+        confusion /= confusion.sum(2, keepdims=True)
+        prevalence = truth.mean(0)
+        log = np.log(np.maximum(prevalence, 1e-300)) + np.einsum("irl,rkl->ik", given, np.log(confusion))
+        new = np.exp(log - log.max(1, keepdims=True))
+        new /= new.sum(1, keepdims=True)
+        change, truth = float(np.abs(new - truth).max()), new
+        if change < tolerance:
+            break
+    return DawidSkene(truth, confusion, prevalence)
+
+
 def cluster_bootstrap(hits: Array, trials: Array, *, seed: int = 0, draws: int = 2000) -> Interval:
     """sum(hits) / sum(trials) over clusters [N], with the 95 % percentile interval of resampling whole clusters."""
     if trials.sum() == 0:

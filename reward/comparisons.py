@@ -191,7 +191,7 @@ def write_comparisons(
     Answers that are already there, word for word, are skipped; the rest goes into a new file. Clips, prompts and people are merged by id.
     Raises UserError, writing nothing, where an id is there with other content, or where the whole would not pass the checks of loading.
     """
-    with _alone_in(folder):
+    with alone_in(folder):
         begun = (folder / "clips.parquet").exists() or bool(_parts(folder))
         old = load_comparisons(folder) if begun else Comparisons((), {}, {}, {}, {}, {})
         before = {event.event_id: event for event in old.events}
@@ -224,7 +224,7 @@ def write_comparisons(
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Makes the folder and waits until no other process writes into it; where the file system has no locks, nobody waits."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

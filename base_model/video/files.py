@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,9 +101,10 @@ def resample_fps(video: Tensor, fps: float, to: float) -> Tensor:
 Frame = NDArray[np.uint8]  # [H,W,3]
 
 
-def read_video(path: str | Path, *, max_frames: int | None = None, shrink: Callable[[Frame], Frame] | None = None) -> Video:
+def read_video(path: str | Path, *, max_frames: int | None = None, seconds: float | None = None, shrink: Callable[[Frame], Frame] | None = None) -> Video:
     """Decodes the first video stream of any file PyAV knows, upright (the rotation a phone writes is applied).
 
+    max_frames, seconds: nothing is decoded behind so many frames, or behind the first frame after so many seconds.
     shrink: what becomes of each frame [H,W,3] as it is decoded, so that a long clip of large frames never lies in memory whole.
     Raises UserError where the file is missing, is no video, is truncated or damaged, or holds no frame.
     """
@@ -110,7 +112,7 @@ def read_video(path: str | Path, *, max_frames: int | None = None, shrink: Calla
     _require_file(path)
     with open(path, "rb") as file:
         _refuse_truncated_mp4(file, path.stat().st_size, path)
-    frames, fps, _ = _decode(path, max_frames, shrink)
+    frames, fps, _ = _decode(path, max_frames, shrink, seconds=seconds)
     return Video(np.stack(frames), fps)
 
 
@@ -243,6 +245,7 @@ def _decode(
     max_frames: int | None = None,
     shrink: Callable[[Frame], Frame] | None = None,
     *,
+    seconds: float | None = None,
     content: bytes | None = None,
     kind: str | None = None,
     bounds: Bounds | None = None,
@@ -265,6 +268,7 @@ def _decode(
             stream.codec_context.thread_count = 1
             stream.codec_context.options = options
             fps = float(stream.average_rate or stream.guessed_rate or 0)
+            most = min((number for number in (max_frames, None if seconds is None else math.ceil(seconds * (fps or 1.0)) + 1) if number is not None), default=None)
             digest = container.metadata.get(DIGEST_TAG)
             _check_bounds(0, (stream.codec_context.height, stream.codec_context.width), bounds, path)
             for packet in container.demux(stream):
@@ -275,7 +279,7 @@ def _decode(
                     pixels = _rgb(frame, reformatter)
                     sizes.add(pixels.shape)
                     frames.append(shrink(pixels) if shrink else pixels)
-                    if len(frames) == max_frames:
+                    if len(frames) == most:
                         return frames, fps or 1.0, digest
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__

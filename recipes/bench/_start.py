@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from align.config import Config as BaseConfig
-from align.config import Count, Positive
+from align.config import Count
 from base_model.errors import UserError
 from recipes import demo, sft
 from recipes.generate import Sampler
@@ -22,8 +22,6 @@ class Begin(BaseConfig):
     """Steps of SFT."""
     prompts: Count = 640
     """Prompts whose takes are ranked."""
-    guidance: Positive = 1.0
-    """Scale of guidance of those takes."""
 
 
 class Start(NamedTuple):
@@ -41,8 +39,8 @@ def the_start(begin: Begin, out: Path, model: Path | None, reward: Path | None, 
         return Start(model, reward, guard, None)
     if any((model, reward, guard)):
         raise UserError("model, reward and guard: one needs the others. Give all three, or none")
-    fit, takes = sft.Fit(iterations=begin.iterations, lr=5e-4), sampler.model_copy(update={"guidance": begin.guidance})
-    start = demo.Config(out=out, stage="reward", pairs=begin.pairs, fit=fit, candidate_prompts=begin.prompts, strobe=strobe, sampler=takes)
+    fit = sft.Fit(iterations=begin.iterations, lr=5e-4)
+    start = demo.Config(out=out, stage="reward", pairs=begin.pairs, fit=fit, candidate_prompts=begin.prompts, strobe=strobe, sampler=sampler)
     demo.main(start)
     made = demo.folder(start, "reward")
     return Start(demo.folder(start, "sft") / "network.safetensors", made / "reward", made / "guard", demo.folder(start, "candidates"))

@@ -210,7 +210,7 @@ class Reading:
         self._prompts[said.prompt.prompt_id] = replace(said.prompt, safety_critical=critical)
 
     def _id_of(self, path: str) -> str:
-        file = self._file(path)
+        file = media_file(self.media, path)
         if file is None:
             return digest(f"path:{self.source}/{path}")
         try:
@@ -221,15 +221,16 @@ class Reading:
         self._found.add(clip_id)
         return clip_id
 
-    def _file(self, path: str) -> Path | None:
-        """The file in the media folder; never one outside of it."""
-        name = posixpath.normpath(unquote(re.split("[?#]", path)[0].rpartition("/")[2])) if "://" in path else path
-        if self.media is None or "\0" in name or posixpath.isabs(name) or name.partition("/")[0] == "..":
-            return None
-        try:
-            return self.media / name if (self.media / name).is_file() else None
-        except OSError:
-            return None  # a name that is too long
+
+def media_file(media: Path | None, path: str) -> Path | None:
+    """The file of a clip's path in the media folder, of a URL that of its name; never one outside of the folder."""
+    name = posixpath.normpath(unquote(re.split("[?#]", path)[0].rpartition("/")[2])) if "://" in path else path
+    if media is None or "\0" in name or posixpath.isabs(name) or name.partition("/")[0] == "..":
+        return None
+    try:
+        return media / name if (media / name).is_file() else None
+    except OSError:
+        return None  # a name that is too long
 
 
 def _joined(old: Clip | None, new: Clip) -> Clip | None:

@@ -1,0 +1,81 @@
+"""The violation rate that a limit is about, out of what a filter says: corrected by what people found, clipped to [0, 1], with an upper bound for the dual update.
+
+    raw * precision / recall                            where clips of the policy as it is now were audited
+    (raw + spec - 1) / (sens + spec - 1)                where the filter's errors are known from before (Rogan & Gladen 1978)
+
+The first needs no more than that precision and recall are still those of the audit; the second takes sensitivity and specificity for properties of the filter, which they are
+not where a policy learns what the filter cannot see. Where nothing is known, or what is known tells nothing, the rate is nan and the bound 1: unknown is never safe.
+
+The bound is a quantile of a parametric bootstrap: every count that goes in is drawn again from Beta(x + 1/2, n - x + 1/2), clips nobody looked at as in `measure.py`. A bootstrap
+that draws audited clips again would never find a miss where none was seen, and its bound would then hold nothing; `rushes bench review` shows both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from reward.safety.measure import DRAWS, Array, ErrorRates, Review, drawn_totals, rogan_gladen, totals_of
+
+
+class Corrected(NamedTuple):
+    """A violation rate in [0, 1] and its one-sided upper confidence bound."""
+
+    rate: float
+    upper: float
+
+
+UNKNOWN = Corrected(math.nan, 1.0)
+
+
+def by_audit(blocked: int, clips: int, review: Review, *, confidence: float = 0.95, seed: int = 0, draws: int = DRAWS) -> Corrected:
+    """raw * precision / recall of `blocked` of `clips`, with precision and recall of an audit of this policy's clips.
+
+    precision / recall = (TP / N_blocked) / (TP / (TP + M)) = (TP + M) / N_blocked, which is known also where no blocked clip violates. Unknown where the audit
+    has no blocked clip, or a group that nobody reviewed. Raises ValueError for counts that cannot be.
+    """
+    _check(blocked, clips)
+    size = sum(group.size for group in review.blocked)
+    pools = [groups for groups in (review.blocked, review.passed) if groups]
+    if not clips or not size or not review.passed or any(group.size and not group.reviewed for groups in pools for group in groups):
+        return UNKNOWN
+    rng = np.random.default_rng(seed)
+    violating = sum(float(totals_of(groups).sum()) for groups in pools)
+    found = np.sum([drawn_totals(groups, rng, draws).sum(1) for groups in pools], axis=0)  # [D]
+    return _bounded(blocked / clips * violating / size, _raw(blocked, clips, rng, draws) * found / size, confidence)
+
+
+def by_error_rates(blocked: int, clips: int, rates: ErrorRates, *, confidence: float = 0.95, seed: int = 0, draws: int = DRAWS) -> Corrected:
+    """Rogan-Gladen of `blocked` of `clips`, with the filter's stored sensitivity and specificity. Unknown where these are, or do not exceed 1 together.
+
+    Fewer blocked clips than the stored specificity allows leave a rate of 0; the bound is then, as at any time, at least that of as many clips without any violation.
+    Raises ValueError for counts that cannot be.
+    """
+    _check(blocked, clips)
+    if not clips or not rates.positives or not rates.negatives or rates.sensitivity + rates.specificity <= 1:
+        return UNKNOWN
+    rng = np.random.default_rng(seed)
+    drawn = np.nan_to_num(rogan_gladen(_raw(blocked, clips, rng, draws), *rates.drawn(rng, draws)), nan=1.0)  # [D]
+    found = _bounded(float(rogan_gladen(blocked / clips, rates.sensitivity, rates.specificity)), drawn, confidence)
+    return Corrected(found.rate, max(found.upper, none_in(clips, confidence)))
+
+
+def none_in(clips: int, confidence: float) -> float:
+    """Upper bound of a rate of which `clips` showed nothing: 1 - (1 - confidence)^(1 / n), exact; 1 % for 300 at 95 %."""
+    return float(1 - (1 - confidence) ** (1 / clips))
+
+
+def _check(blocked: int, clips: int) -> None:
+    if not 0 <= blocked <= clips:
+        raise ValueError(f"{blocked} blocked of {clips} clips")
+
+
+def _raw(blocked: int, clips: int, rng: np.random.Generator, draws: int) -> Array:
+    return rng.beta(blocked + 0.5, clips - blocked + 0.5, draws)
+
+
+def _bounded(rate: float, drawn: Array, confidence: float) -> Corrected:
+    rate = min(max(rate, 0.0), 1.0)
+    return Corrected(rate, max(rate, min(float(np.quantile(drawn, confidence)), 1.0)))
