@@ -46,11 +46,12 @@ VERDICT_OF: dict[Action, Verdict] = {"allow": Verdict.ALLOW, "review": Verdict.R
 
 @dataclass(frozen=True)
 class Reason:
-    """Why, and where in the clip (seconds; None for a prompt or for the whole clip)."""
+    """Why, and where in the clip (seconds; None for a prompt or for the whole clip) or in the prompt (from its first character to after its last)."""
 
     text: str
     start: float | None = None
     end: float | None = None
+    span: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def to_json(decision: Decision) -> dict[str, object]:
                 "verdict": ruling.verdict.name.lower(),
                 "policy": ruling.policy,
                 "score": None if math.isnan(ruling.score) else round(ruling.score, 6),
-                "reasons": [{"text": reason.text, "start": reason.start, "end": reason.end} for reason in ruling.reasons],
+                "reasons": [{"text": reason.text, "start": reason.start, "end": reason.end, "span": reason.span and list(reason.span)} for reason in ruling.reasons],
                 "filter": f"{ruling.filter_id} {ruling.filter_version}",
                 "threshold": ruling.threshold,
                 "policy_version": ruling.policy_version,

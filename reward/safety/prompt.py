@@ -1,96 +1,141 @@
-"""A prompt filter of word lists, read through the disguises people use.
+"""A prompt filter of word lists in many languages, read through the disguises people use.
 
-The text is folded (compatibility forms, case, invisible and combining characters, look-alike letters of other scripts) and then read in several ways: as it
-stands, with digits and signs as letters, with stretched letters pulled together, with s p a c e d and hy-phen-ed letters joined. A word found in any reading is a hit.
+The prompt is read in several ways (`reading.py`); in each, a letter of a listed word may be a digit or a sign that looks like it (`s7r0b3`), or be masked (`str*be`),
+as long as two characters in five are letters. A word found in any reading is a hit, and the ruling shows where in the prompt it stands.
 What it cannot do: understand. A softer wording ("lights going on and off") passes; the clip filters have to see what comes of it.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from reward.safety.contract import VERDICT_OF, Reason, Ruling, Verdict
 from reward.safety.policy import Policy
+from reward.safety.reading import LEADS, Reading, fold, readings, spelled_out
+from reward.safety.words import digest, languages, word_list
 
-CAPITALS = str.maketrans("АВЕЅІЈКМНОРСТУХЗԌԚԜ" + "ΑΒΕΖΗΙΚΜΝΟΡΤΥΧϹͿ", "ABESIJKMHOPCTYX3GQW" + "ABEZHIKMNOPTYXCJ")  # Cyrillic, Greek
-LOOK_ALIKES = {
-    "авеԁһіјкӏмнорсԛѕтухѵԝгзъьԍ": "abedhijklmhopcqstyxvwr3bbg",  # Cyrillic
-    "αβγδεηικνοπρστυχωϲϳ": "abydenikvonpotuxwcj",  # Greek
-    "աեցհոսօգզ": "uegsnuoqq",  # Armenian
-    "ıȷɑɡɩɪʀʏꜱᴀᴄᴅᴇᴊᴋᴍᴏᴘᴛᴜᴠᴡᴢɛɔøłđħŧ": "ijagiirysacdejkmoptuvwzeooldht",  # Latin
-}
-CONFUSABLES = str.maketrans("".join(LOOK_ALIKES), "".join(LOOK_ALIKES.values()))
-LEET = str.maketrans({"0": "o", "3": "e", "4": "a", "5": "s", "6": "g", "7": "t", "8": "b", "9": "g", "@": "a", "$": "s", "+": "t", "€": "e", "£": "l", "(": "c", "¢": "c"})
-LEET_ONES = (str.maketrans("1!|", "iii"), str.maketrans("1!|", "lll"))
-LEET_TOKEN = re.compile(r"(?<!\S)[^\sa-z]*+[a-z]\S*")
-LONGEST_PROMPT = 2_000  # characters; the time to read a run of combining signs grows with its square
-INNER_SIGN = re.compile(r"(?<=[^\W_])[-_.*·~'](?=[^\W_])")
-SPACED = re.compile(r"(?<![^\W_])[^\W_](?:[\W_]{1,3}[^\W_](?![^\W_])){2,}")
-STRETCHED = re.compile(r"([^\W\d_])\1{2,}")
+LONGEST_PROMPT = 2_000  # characters that are read
+LETTERS_AT_LEAST = 0.4  # of the characters of a hit
+SIGNS = {"a": "4@^", "b": "86", "c": "(<{¢©", "e": "3€", "g": "69", "h": "#", "i": "1!|l", "l": "1!|i£", "o": "0", "s": "5$§z", "t": "7+", "x": "×", "y": "¥", "z": "2s"}
+MASKS = "*#"
+VOWEL_MASKS = ".?_~@%-"
+SPACELESS = ("Han", "Kana", "Khmer", "Lao", "Myanmar", "Thai")  # scripts in which words do not end at spaces
+
+NEVER = r"(?!)"
+
+Span = tuple[int, int]
 
 
-def fold(text: str) -> str:
-    """Text without disguise at the level of characters: compatibility forms, lower case, nothing invisible, no accents, look-alikes as Latin letters."""
-    text = unicodedata.normalize("NFKC", text).translate(CAPITALS).casefold()
-    text = "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) not in ("Cf", "Mn", "Me", "Cc") or c in "\n\t")
-    return text.translate(CONFUSABLES)
+class Listed(NamedTuple):
+    """Patterns of the words of one policy: those that stand by themselves, and those of scripts without spaces."""
 
-
-def readings(text: str) -> list[str]:
-    """The different ways to read a prompt, the plain one first, without repeats."""
-    plain = fold(text)
-    found = [plain]
-    for ones in LEET_ONES:
-        found.append(LEET_TOKEN.sub(lambda token, ones=ones: token.group().translate(LEET).translate(ones), plain))  # type: ignore[misc]
-    for each in list(found):
-        found += [STRETCHED.sub(r"\1", each), STRETCHED.sub(r"\1\1", each)]
-    for each in list(found):
-        found += [SPACED.sub(_join, each), SPACED.sub(_join, re.sub(r"\b[ai] ", " - ", each)), INNER_SIGN.sub("", each)]
-    return list(dict.fromkeys(found))
-
-
-def _join(run: re.Match[str]) -> str:
-    return re.sub(r"[\W_]", "", run.group())
+    whole: list[str]
+    anywhere: list[str]
 
 
 class WordFilter:
     """Rules on every policy that has words. The score is 1 for a hit and 0 for none; the verdict of a hit is the policy's action.
 
-    Of a prompt longer than `LONGEST_PROMPT` only the beginning is read, and the verdict is at least "review".
+    languages: of the lists that come with it, by default all; the policy may add `words` and `allow_phrases` of its own in the same languages. Of a prompt longer
+    than `LONGEST_PROMPT` only the beginning is read, and the verdict is at least "review". The version names the lists too.
     """
 
     id = "prompt-words"
-    version = "2"
     threshold = 0.5
 
-    def __init__(self, policy: Policy, languages: Sequence[str] = ("en",)) -> None:
+    def __init__(self, policy: Policy, languages: Sequence[str] = languages()) -> None:
         self._policy = policy
-        self._words = {rule.code: _pattern(word for language in languages for word in rule.words.get(language, ())) for rule in policy.rules if rule.words}
-        self._harmless = _pattern((phrase for language in languages for phrase in policy.allow_phrases.get(language, ())), gap=r"[ \t]+")
-        self._any = re.compile("|".join(pattern.pattern for pattern in self._words.values()) or r"(?!)")
-        self.policies = tuple(self._words)
+        self.version = f"3+{digest(languages)}"
+        self._listed = {rule.code: listed for rule in policy.rules if any(listed := _listed(policy, rule.code, languages))}
+        harmless = [phrase for language in languages for phrase in (*word_list(language).harmless, *policy.allow_phrases.get(language, ()))]
+        self._harmless = re.compile(_bounded(r"[ \t]+".join(map(re.escape, form.split())) for phrase in harmless for form in _forms(phrase)) or NEVER)
+        self._any = re.compile("|".join(map(_in_text, self._listed.values())) or NEVER)
+        self._any_spelled = re.compile("|".join(map(_in_run, self._listed.values())) or NEVER)
+        self.policies = tuple(self._listed)
 
     def check_prompts(self, prompts: Sequence[str]) -> list[list[Ruling]]:
-        """One ruling a policy for each prompt; the reasons are the words found."""
+        """One ruling a policy for each prompt; the reasons are the words found and where they stand."""
         return [self._check(prompt) for prompt in prompts]
 
     def _check(self, prompt: str) -> list[Ruling]:
-        texts = [text for reading in readings(prompt[:LONGEST_PROMPT]) if self._any.search(text := self._harmless.sub(" ", reading))]
-        unread = len(prompt) - LONGEST_PROMPT
-        return [self._rule(code, sorted({hit.group() for text in texts for hit in pattern.finditer(text)}), unread) for code, pattern in self._words.items()]
+        read = prompt[:LONGEST_PROMPT]
+        found: dict[str, set[Span]] = {code: set() for code in self._listed}
+        for reading in readings(read):
+            calm = self._harmless.sub(lambda phrase: " " * len(phrase.group()), reading.text)
+            self._find(Reading(calm, reading.origin), self._any, _in_text, found)
+        for run in spelled_out(read):
+            self._find(run, self._any_spelled, _in_run, found)
+        return [self._rule(code, prompt, _merged(spans)) for code, spans in found.items()]
 
-    def _rule(self, code: str, hits: list[str], unread: int) -> Ruling:
-        verdict = VERDICT_OF[self._policy.action(code)] if hits else Verdict.ALLOW
-        reasons = [Reason(f"the prompt says {hit!r}") for hit in hits]
-        if unread > 0:
+    def _find(self, reading: Reading, any_word: re.Pattern[str], pattern: Callable[[Listed], str], found: dict[str, set[Span]]) -> None:
+        """Adds the places of the words of each policy. Patterns of single policies are compiled where they are needed first."""
+        if not any_word.search(reading.text):
+            return
+        for code, listed in self._listed.items():
+            hits = re.finditer(pattern(listed), reading.text)
+            found[code] |= {(reading.origin[hit.start()], reading.origin[hit.end() - 1] + 1) for hit in hits if _mostly_letters(hit.group())}
+
+    def _rule(self, code: str, prompt: str, spans: list[Span]) -> Ruling:
+        verdict = VERDICT_OF[self._policy.action(code)] if spans else Verdict.ALLOW
+        reasons = [Reason(f"the prompt says {prompt[start:end]!r}", span=(start, end)) for start, end in spans]
+        if len(prompt) > LONGEST_PROMPT:
             verdict = max(verdict, Verdict.REVIEW)
-            reasons.append(Reason(f"the prompt goes on for {unread} characters after the {LONGEST_PROMPT} that are read"))
+            reasons.append(Reason(f"the prompt goes on for {len(prompt) - LONGEST_PROMPT} characters after the {LONGEST_PROMPT} that are read", span=(LONGEST_PROMPT, len(prompt))))
         return Ruling(verdict, code, float(bool(reasons)), tuple(reasons), self.id, self.version, self.threshold)
 
 
-def _pattern(words: Iterable[str], gap: str = r"[\W_]+") -> re.Pattern[str]:
-    """Matches any of the words and phrases as whole words; `*` at an end of a word stands for any ending, a space in a phrase for `gap`."""
-    choices = [gap.join(re.escape(part).replace(r"\*", r"[^\W_]*") for part in fold(word).split()) for word in words]
-    return re.compile(rf"(?<![^\W_])(?:{'|'.join(choices)})(?![^\W_])" if choices else r"(?!)")
+def _listed(policy: Policy, code: str, languages: Sequence[str]) -> Listed:
+    """Everything listed for one code."""
+    listed = Listed([], [])
+    for language in languages:
+        words = (*word_list(language).words.get(code, ()), *policy.rule(code).words.get(language, ()))
+        choices = listed.anywhere if word_list(language).script in SPACELESS else listed.whole
+        choices += [_as_pattern(form) for word in words for form in _forms(word)]
+    return Listed(*(list(dict.fromkeys(choices)) for choices in listed))
+
+
+def _in_text(listed: Listed) -> str:
+    return "|".join(filter(None, [_bounded(listed.whole), *listed.anywhere]))
+
+
+def _in_run(listed: Listed) -> str:
+    return "|".join([*listed.whole, *listed.anywhere])
+
+
+def _forms(word: str) -> list[str]:
+    """A word as `readings` shows it: as written, and with its look-alikes as Latin letters, which differ for small letters and capitals."""
+    forms = [fold(word), fold(word, look_alikes=True), fold(word.upper(), look_alikes=True)]
+    return list(dict.fromkeys(form.text.translate(LEADS) for form in forms))
+
+
+def _as_pattern(form: str) -> str:
+    """`*` at an end of a word stands for any ending, a space for up to four characters that are none of a word."""
+    return r"[\W_]{0,4}".join("".join(r"[^\W_]*+" if c == "*" else _one_of(c, first=i == 0) for i, c in enumerate(part)) for part in form.split())
+
+
+def _one_of(letter: str, *, first: bool) -> str:
+    if first or not letter.isalpha():
+        return f"[{re.escape(letter + SIGNS.get(letter, ''))}]"
+    return f"[{re.escape(letter + SIGNS.get(letter, '') + MASKS + (VOWEL_MASKS if letter in 'aeiou' else ''))}]"
+
+
+def _bounded(patterns: Iterable[str]) -> str:
+    choices = "|".join(dict.fromkeys(patterns))
+    return rf"(?<![^\W_])(?:{choices})(?![^\W_])" if choices else ""
+
+
+def _mostly_letters(hit: str) -> bool:
+    return sum(map(str.isalpha, hit)) >= LETTERS_AT_LEAST * len(hit)
+
+
+def _merged(spans: Iterable[Span]) -> list[Span]:
+    """Spans that overlap, the same word in two readings, become one."""
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and start < merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged

@@ -3,7 +3,7 @@
 Flashing, after WCAG 2.3.1 (general flash and red flash thresholds), for clips of any rate and length.
   A transition is a swing of a cell's relative luminance by at least 0.10 whose darker end is below 0.80; or of its redness, max(0, R - G - B) of linear
   values, by at least 20/320 with one end a saturated red, R/(R+G+B) >= 0.8. It may take several frames. Two opposing transitions are one flash.
-  A clip is a hazard if within any second more than three flashes happen in each of at least 25 % of the cells.
+  A clip is a hazard if within any second more than three flashes happen in each of at least 25 % of the cells. Swings are told apart to 0.0001.
   Cells are pixels; large frames are averaged down to 48 cells a side, which leaves patterns finer than that out, as the guideline does.
 """
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from base_model.video.signals import grid
 from reward.safety.contract import VERDICT_OF, Reason, Ruling, Verdict
 from reward.safety.policy import Policy
 
@@ -30,10 +31,12 @@ RED_UNITS = 16_000  # redness 1.0, in units in which 20/320 is SWING
 NO_END = 32_000  # above every signal
 FAINTEST = 50  # swings below 0.005 are taken for none
 FLASHES = 3  # allowed in a second
+CHANGES = 2 * (FLASHES + 1)  # of a hazard
 AREA = 0.25
 CELLS_A_SIDE = 48
 CELLS_AT_ONCE = 1 << 14
 FRAMES_AT_ONCE = 64
+LUMA = (0.299, 0.587, 0.114)
 LEVELS = 16 * 255  # finer than the levels of a file, and holding each of them exactly
 
 Signal = NDArray[np.int16]
@@ -45,6 +48,13 @@ class Swings(NamedTuple):
 
     top: Signal
     bottom: Signal
+
+
+class Light(NamedTuple):
+    """What flashes, whole numbers [T,B,P]: luminance, or redness with whether it is that of a saturated red."""
+
+    signal: Signal
+    saturated: NDArray[np.bool_] | None
 
 
 class FlashRisk(NamedTuple):
@@ -62,7 +72,7 @@ class FlashFilter:
     a swing of 0.3 and 0.89 at 0.8, so that the clips of a prompt that always flashes can be told apart. A margin, not a probability."""
 
     id = "flash"
-    version = "1"
+    version = "2"
     threshold = 0.5
     policies = ("P17",)
 
@@ -98,10 +108,8 @@ def flash_risk(video: Tensor, fps: float, *, steps: int = 8) -> FlashRisk:
 def _measure(video: Tensor, fps: float, steps: int) -> FlashRisk:
     luminance, redness, saturated = (np.concatenate(column) for column in zip(*map(_signals, video.split(FRAMES_AT_ONCE, dim=1)), strict=True))  # 3 x [T,B,P]
     size = min(_window(fps), len(luminance) - 1)
-    general, general_window = _largest_swing(Swings(luminance, luminance), size, DARKER_BELOW, steps)
-    from_red, from_window = _largest_swing(Swings(np.where(saturated, redness, np.int16(-NO_END // 2)), redness), size, None, steps)
-    into_red, into_window = _largest_swing(Swings(redness, np.where(saturated, redness, np.int16(NO_END))), size, None, steps)
-    red, red_window = np.maximum(from_red, into_red), np.where(from_red >= into_red, from_window, into_window)
+    general, general_window = _largest_swing(Light(luminance, None), size, steps)
+    red, red_window = _largest_swing(Light(redness, saturated), size, steps)
     window = np.where(red > general, red_window, general_window).astype(np.float64)  # [B]
     window[window < 0] = math.nan
     return FlashRisk(general / UNITS, red / RED_UNITS, window / fps, (window + size) / fps)
@@ -138,45 +146,91 @@ def _window(fps: float) -> int:
     return max(1, math.ceil(fps - 1e-6))
 
 
-def _largest_swing(swings: Swings, size: int, darker_below: int | None, steps: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _largest_swing(light: Light, size: int, steps: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(The largest swing at which each clip is a hazard, 0 where none is; its first hazardous window at SWING, -1 where none is), [B] each."""
-    count = swings.top.shape[1]
+    count = light.signal.shape[1]
     best, first = np.zeros(count), np.full(count, -1)
-    near = _candidates(swings) if size >= 2 * (FLASHES + 1) else np.zeros(0, np.int64)
-    near = near[_hazard(swings, near, np.full(len(near), FAINTEST), size, darker_below) >= 0]  # [b]
+    near = _candidates(light) if size >= CHANGES else np.zeros(0, np.int64)
+    near = near[_hazard(light, near, np.full(len(near), FAINTEST), size) >= 0]  # [b]
     if len(near) == 0:
         return best, first
-    first[near] = _hazard(swings, near, np.full(len(near), SWING), size, darker_below)
+    first[near] = _hazard(light, near, np.full(len(near), SWING), size)
     above = first[near] >= 0
     low, high = np.where(above, SWING, FAINTEST), np.where(above, RED_UNITS, SWING)
     for _ in range(steps):
         middle = np.sqrt(low * high).astype(np.int64)
-        hit = _hazard(swings, near, middle, size, darker_below) >= 0
+        hit = _hazard(light, near, middle, size) >= 0
         low, high = np.where(hit, middle, low), np.where(hit, high, middle)
     best[near] = low
     return best, first
 
 
-def _candidates(swings: Swings) -> NDArray[np.int64]:
+def _candidates(light: Light) -> NDArray[np.int64]:
     """The clips in which enough cells change at all: a cheap bound, which drops most clips before their swings are counted [b]."""
-    reach = np.where(swings.top > -NO_END // 2, swings.top, 0).max(0) - np.where(swings.bottom < NO_END, swings.bottom, NO_END // 2).min(0)  # [B,P]
-    return np.flatnonzero((reach >= FAINTEST).sum(1) >= AREA * reach.shape[1] - 1e-6)
+    changes = light.signal.max(0) - light.signal.min(0) >= FAINTEST  # [B,P]
+    if light.saturated is not None:
+        changes &= light.saturated.any(0)
+    return np.flatnonzero(changes.sum(1) >= AREA * changes.shape[1] - 1e-6)
 
 
-def _hazard(swings: Swings, rows: NDArray[np.int64], swing: NDArray[np.int64], size: int, darker_below: int | None) -> NDArray[np.int64]:
+def _hazard(light: Light, rows: NDArray[np.int64], swing: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """For the clips `rows`: the first window of `size` frame changes in which at least AREA of the cells make more than FLASHES flashes of `swing`, -1 where
-    there is none, [b] each. A signal clipped one below darker_below + swing has no swing left whose darker end is not below `darker_below`.
-    """
+    there is none, [b] each."""
     limit = swing.astype(np.int16)[:, None]  # [b,1]
-    top, bottom = swings.top[:, rows], swings.bottom[:, rows]  # [T,b,P]
-    if darker_below is not None:
-        top = bottom = np.minimum(top, darker_below + limit - 1)
+    signal, saturated = light.signal[:, rows], None if light.saturated is None else light.saturated[:, rows]  # [T,b,P]
     first = np.full(len(rows), -1)
-    for begin, end in _chunks(len(top) - size, max(1, CELLS_AT_ONCE // max(1, top[0].size))):
-        flashing = (_transitions(Swings(top[begin : end + size], bottom[begin : end + size]), size, limit) >= 2 * (FLASHES + 1)).sum(2)  # [windows,b]
-        hit = flashing >= AREA * top.shape[2] - 1e-6  # [windows,b]
+    for begin, end in _chunks(len(signal) - size, max(1, CELLS_AT_ONCE // max(1, signal[0].size))):
+        part = slice(begin, end + size)
+        hit = _flashes(signal[part], size, limit) if saturated is None else _flashes_red(signal[part], saturated[part], size, limit)  # [windows,b]
         first = np.where((first < 0) & hit.any(0), begin + hit.argmax(0), first)
     return first
+
+
+def _enough(cells: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[...,P] -> [...]"""
+    return cells.sum(-1) >= AREA * cells.shape[-1] - 1e-6
+
+
+def _flashes(luminance: Signal, size: int, limit: Signal) -> NDArray[np.bool_]:
+    """[size + windows,b,P] -> [windows,b]. Clipped one below DARKER_BELOW + limit, luminance has no swing left whose darker end is not below DARKER_BELOW."""
+    clipped = np.minimum(luminance, DARKER_BELOW + limit - 1)
+    return _enough(_transitions(Swings(clipped, clipped), size, limit) >= CHANGES)
+
+
+def _flashes_red(redness: Signal, saturated: NDArray[np.bool_], size: int, limit: Signal) -> NDArray[np.bool_]:
+    """[size + windows,b,P] -> [windows,b]. Most red flashes have all their bright ends, or all their dark ones, saturated; where it matters the others are followed too."""
+    possible = _transitions(Swings(redness, redness), size, limit) >= CHANGES  # [windows,b,P]
+    if not _enough(possible).any():
+        return _enough(possible)
+    from_red = Swings(np.where(saturated, redness, np.int16(-NO_END // 2)), redness)
+    into_red = Swings(redness, np.where(saturated, redness, np.int16(NO_END)))
+    flashing = (_transitions(from_red, size, limit) >= CHANGES) | (_transitions(into_red, size, limit) >= CHANGES)  # [windows,b,P]
+    open_ = _enough(possible) & ~_enough(flashing)  # [windows,b]
+    window, clip, cell = np.nonzero(possible & ~flashing & open_[:, :, None])  # [E] each
+    if len(window):
+        frames = window + np.arange(size + 1)[:, None]  # [size + 1,E]
+        flashing[window, clip, cell] = _changes_of_either_end(redness[frames, clip, cell], saturated[frames, clip, cell], limit[clip, 0]) >= CHANGES
+    return _enough(flashing)
+
+
+def _changes_of_either_end(redness: Signal, saturated: NDArray[np.bool_], limit: Signal) -> NDArray[np.int64]:
+    """[size + 1,E] -> the most opposing swings, up to CHANGES, each of which has a saturated red at one end or the other [E].
+
+    For every number of swings so far, the lowest redness that the last of them fell to and the highest it rose to, of saturated frames and of any.
+    """
+    shape = CHANGES + 1, redness.shape[1]
+    lowest, lowest_red = np.full(shape, NO_END, np.int16), np.full(shape, NO_END, np.int16)
+    highest, highest_red = np.full(shape, -NO_END // 2, np.int16), np.full(shape, -NO_END // 2, np.int16)
+    for x, is_red in zip(redness, saturated, strict=True):
+        rises = np.roll(x - np.where(is_red, lowest, lowest_red) >= limit, 1, axis=0)
+        falls = np.roll(np.where(is_red, highest, highest_red) - x >= limit, 1, axis=0)
+        rises[0] = falls[0] = True
+        np.maximum(highest, x, out=highest, where=rises)
+        np.maximum(highest_red, x, out=highest_red, where=rises & is_red)
+        np.minimum(lowest, x, out=lowest, where=falls)
+        np.minimum(lowest_red, x, out=lowest_red, where=falls & is_red)
+    reached = (highest > -NO_END // 2) | (lowest < NO_END)  # [CHANGES + 1,E]
+    return CHANGES - reached[::-1].argmax(0)
 
 
 def _transitions(swings: Swings, size: int, limit: Signal) -> NDArray[np.uint8]:
@@ -209,7 +263,8 @@ class DegenerateFilter:
     """Q01: clips with nothing in them, the cheapest way past every other filter. Black and blank frames have no spread; noise has no neighbours alike.
 
     A frame is blank if its colours spread by less than `blank_below`; it is noise if the squared difference of neighbours is at least `noise_above` of what
-    independent pixels would have (1.0; a frame of a real clip stays well below 0.5). A clip is broken if half of its frames are. A frozen clip with something in it is not.
+    independent pixels would have (1.0; a frame of a real clip stays well below 0.5). A clip is broken if half of its frames are. A frozen clip with something in it is not,
+    unless `frozen` says so; one with a grid over it is not, unless the peak of its spectrum (`grid` of `base_model/video/signals.py`) reaches `grid_above` in half of its frames.
     """
 
     id = "degenerate"
@@ -217,9 +272,9 @@ class DegenerateFilter:
     threshold = 0.5
     policies = ("Q01",)
 
-    def __init__(self, policy: Policy, *, blank_below: float = 0.01, noise_above: float = 0.7) -> None:
+    def __init__(self, policy: Policy, *, blank_below: float = 0.01, noise_above: float = 0.7, grid_above: float = math.inf, frozen: bool = False) -> None:
         self._hit = VERDICT_OF[policy.action("Q01")]
-        self._blank, self._noise = blank_below, noise_above
+        self._blank, self._noise, self._grid, self._frozen = blank_below, noise_above, grid_above, frozen
 
     @torch.no_grad()
     def check_videos(self, video: Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
@@ -230,14 +285,26 @@ class DegenerateFilter:
         blank = torch.sigmoid(4 * (self._blank - _half_at_most(spread)) / self._blank)  # [B]
         noise = torch.sigmoid(20 * (-_half_at_most(-roughness) - self._noise))  # [B]
         frozen = (video[:, 1:] - video[:, :-1]).abs_().flatten(1).amax(1) < 1 / 255 if video.shape[1] > 1 else torch.zeros(len(video), dtype=torch.bool)
-        return [self._check(*row) for row in zip(blank.tolist(), noise.tolist(), brightness.tolist(), frozen.tolist(), strict=True)]
+        grids = [half_of_grid(clip) if math.isfinite(self._grid) else 0.0 for clip in video]
+        return [self._check(*row) for row in zip(blank.tolist(), noise.tolist(), grids, brightness.tolist(), frozen.tolist(), strict=True)]
 
-    def _check(self, blank: float, noise: float, brightness: float, frozen: bool) -> list[Ruling]:
-        score = max(blank, noise)
+    def _check(self, blank: float, noise: float, grids: float, brightness: float, frozen: bool) -> list[Ruling]:
+        scores = {
+            "black" if brightness < 0.05 else "blank": blank,
+            "frozen noise" if frozen else "noise": noise,
+            "under a grid": grids / (grids + self._grid),
+            "frozen": float(frozen and self._frozen),
+        }
+        what, score = max(scores.items(), key=lambda item: item[1])
         if score < self.threshold:
             return [Ruling(Verdict.ALLOW, "Q01", score, (), self.id, self.version, self.threshold)]
-        what = ("black" if brightness < 0.05 else "blank") if blank >= noise else "frozen noise" if frozen else "noise"
         return [Ruling(self._hit, "Q01", score, (Reason(f"the clip is {what}"),), self.id, self.version, self.threshold)]
+
+
+def half_of_grid(video: Tensor) -> float:
+    """[T,3,H,W] -> the peak of a grid that half of the frames reach, 0 where frames are too small to tell."""
+    luma = (torch.einsum("tchw,c->thw", video.float(), torch.tensor(LUMA, device=video.device)) * 255).round_().to(torch.uint8).cpu().numpy()
+    return float(np.median(np.nan_to_num([grid(frame) for frame in luma])))
 
 
 def frame_texture(video: Tensor) -> tuple[Tensor, Tensor]:

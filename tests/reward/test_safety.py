@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from base_model.errors import GuardStop, UserError
+from base_model.video.files import from_uint8, read_video
 from reward.safety.contract import INPUT_POLICY, Decision, PromptFilter, Reason, Ruling, SafetyRunner, Verdict, VideoFilter, allowed, check_error_rate, cost, costs, to_json
 from reward.safety.policy import SHIPPED, load_policy
 from reward.safety.prompt import WordFilter
@@ -274,8 +275,11 @@ def test_a_policy_file_that_is_missing_or_no_policy_is_refused(tmp_path: Path, t
 # --- prompts
 
 
+WORDS = WordFilter(POLICY)
+
+
 def verdict(prompt: str) -> Verdict:
-    return max(each.verdict for each in WordFilter(POLICY).check_prompts([prompt])[0])
+    return max(each.verdict for each in WORDS.check_prompts([prompt])[0])
 
 
 @pytest.mark.parametrize(
@@ -532,3 +536,21 @@ def test_clips_with_something_in_them_pass_even_if_they_stand_still_or_differ_in
     equal_grey = torch.stack([0.4 + 0.2 * disc, 0.4 - 0.2 * disc, 0.4 + 0 * disc]).expand(1, 13, 3, 32, 32)
     for clip in (object_on_grey, equal_grey, CLIP, (object_on_grey + 0.03 * torch.randn(1, 13, 3, 32, 32)).clamp(0, 1)):
         assert quality(clip).verdict == Verdict.ALLOW and quality(clip).score < 0.1
+
+
+def test_frozen_clips_and_grids_are_broken_where_that_is_asked_for(real_data: Path) -> None:
+    strict = DegenerateFilter(POLICY, grid_above=14.0, frozen=True)
+
+    def says(clip: Tensor) -> str:
+        ((only,),) = strict.check_videos(clip[None], [""], 8.0)
+        assert only.verdict == (Verdict.REVIEW if only.score >= 0.5 else Verdict.ALLOW)
+        return only.reasons[0].text if only.reasons else ""
+
+    for path in sorted((real_data / "clips").glob("*.mp4")):
+        clip = from_uint8(read_video(path, max_frames=5).frames)
+        lines = torch.zeros_like(clip)
+        lines[..., ::8, :] += 20 / 255
+        lines[..., :, ::8] += 20 / 255
+        assert says(clip) == ""
+        assert says((clip + lines).clamp(0, 1)) == "the clip is under a grid"
+        assert says(clip[:1].expand(5, -1, -1, -1)) == "the clip is frozen"
