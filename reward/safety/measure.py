@@ -106,7 +106,8 @@ def drawn_totals(groups: Sequence[Group], rng: np.random.Generator, draws: int =
     """Violating clips of a pool as its reviews leave them open, [D,K].
 
     shared: the prior of a pool is one half; false puts a half into every group. readers: drawn sensitivity and specificity [D] of who reviewed, for one class: their errors are
-    then taken out. Groups may go below 0 by that, only their sum may not: cutting each off would add misses.
+    then taken out. Groups may go below 0 by that, only their sum may not: cutting each off would add misses. In draws where readers tell nothing (their sensitivity and
+    specificity add up to 1 or less) every clip violates.
     """
     seen = np.array([group.violating for group in groups], dtype=np.float64)  # [G,K]
     size = sum(group.size for group in groups)

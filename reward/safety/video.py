@@ -302,9 +302,12 @@ class DegenerateFilter:
 
 
 def half_of_grid(video: Tensor) -> float:
-    """[T,3,H,W] -> the peak of a grid that half of the frames reach, 0 where frames are too small to tell."""
+    """[T,3,H,W] -> the peak of a grid that half of the frames reach. Raises ValueError where frames are too small to tell: who asks is not answered with "none"."""
     luma = (torch.einsum("tchw,c->thw", video.float(), torch.tensor(LUMA, device=video.device)) * 255).round_().to(torch.uint8).cpu().numpy()
-    return float(np.median(np.nan_to_num([grid(frame) for frame in luma])))
+    peaks = [grid(frame) for frame in luma]
+    if any(map(math.isnan, peaks)):
+        raise ValueError(f"frames of {video.shape[-2]}x{video.shape[-1]} are too small to look for a grid")
+    return float(np.median(peaks))
 
 
 def frame_texture(video: Tensor) -> tuple[Tensor, Tensor]:

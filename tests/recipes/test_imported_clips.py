@@ -173,11 +173,8 @@ def test_files_with_equal_frames_are_one_clip(tmp_path: Path) -> None:
     write_mp4(media / "a.mp4", noisy(1), 24, upscale=False)
     write_mp4(media / "b.mp4", noisy(2), 24, upscale=False)
     shutil.copy(media / "a.mp4", media / "same_file.mp4")
-    longer = torch.cat([noisy(1), torch.zeros(24, 3, 48, 48)])
-    write_mp4(media / "same_frames.mkv", longer, 24, upscale=False)
-    if not torch.equal(read_clip(media / "a.mp4", Form(5, 16, 16, 6))[0], read_clip(media / "same_frames.mkv", Form(5, 16, 16, 6))[0]):
-        pytest.skip("this encoder looks ahead further than the clip is long")
-    rows = [pair("a cat", "a.mp4", "b.mp4"), pair("a cat", "same_frames.mkv", "b.mp4"), pair("a cat", "a.mp4", "same_frames.mkv"), pair("a dog", "same_frames.mkv", "b.mp4")]
+    (media / "same_frames.mp4").write_bytes((media / "a.mp4").read_bytes() + b"\0\0\0\x08free")  # an empty box more: another file of the same frames
+    rows = [pair("a cat", "a.mp4", "b.mp4"), pair("a cat", "same_frames.mp4", "b.mp4"), pair("a cat", "a.mp4", "same_frames.mp4"), pair("a dog", "same_frames.mp4", "b.mp4")]
     got = imported(write_labels(tmp_path / "labels.csv", ALIGN, rows), media, tmp_path, frames=5, height=16, width=16, fps=6)
     assert got["clips"] == 2 and got["answers"] == 2 and got["answers_left_out"] == {"a clip against itself": 1} and got["skipped"]["contradicts an earlier row about a clip"] == 1
 

@@ -538,6 +538,14 @@ def test_clips_with_something_in_them_pass_even_if_they_stand_still_or_differ_in
         assert quality(clip).verdict == Verdict.ALLOW and quality(clip).score < 0.1
 
 
+def test_frames_too_small_to_look_for_a_grid_are_an_error_and_no_pass() -> None:
+    small = torch.rand(1, 5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="12x12 are too small"):
+        DegenerateFilter(POLICY, grid_above=14.0).check_videos(small, ["a"], 12.0)
+    decision = SafetyRunner([WordFilter(POLICY), DegenerateFilter(POLICY, grid_above=14.0)], POLICY).check_videos(small, ["a"], 12.0)[0]
+    assert not allowed(decision) and decision.verdict >= Verdict.ERROR
+
+
 def test_frozen_clips_and_grids_are_broken_where_that_is_asked_for(real_data: Path) -> None:
     strict = DegenerateFilter(POLICY, grid_above=14.0, frozen=True)
 
@@ -546,7 +554,9 @@ def test_frozen_clips_and_grids_are_broken_where_that_is_asked_for(real_data: Pa
         assert only.verdict == (Verdict.REVIEW if only.score >= 0.5 else Verdict.ALLOW)
         return only.reasons[0].text if only.reasons else ""
 
-    for path in sorted((real_data / "clips").glob("*.mp4")):
+    paths = sorted((real_data / "clips").glob("*.mp4"))
+    assert len(paths) >= 5
+    for path in paths:
         clip = from_uint8(read_video(path, max_frames=5).frames)
         lines = torch.zeros_like(clip)
         lines[..., ::8, :] += 20 / 255
