@@ -50,7 +50,8 @@ def by_audit(blocked: int, clips: int, review: Review, *, confidence: float = 0.
 def by_error_rates(blocked: int, clips: int, rates: ErrorRates, *, confidence: float = 0.95, seed: int = 0, draws: int = DRAWS) -> Corrected:
     """Rogan-Gladen of `blocked` of `clips`, with the filter's stored sensitivity and specificity. Unknown where these are, or do not exceed 1 together.
 
-    Draws of rates that tell nothing count as all violating. Fewer blocked clips than the stored specificity allows leave a rate of 0; the bound is then, as at any time, at least that of as many clips without any violation.
+    Draws of rates that tell nothing count as all violating. Fewer blocked clips than the stored specificity allows leave a rate of 0; the bound is then, as at any time, at
+    least that of as many clips without any violation.
     Raises ValueError for counts that cannot be.
     """
     _check(blocked, clips)

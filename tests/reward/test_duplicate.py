@@ -86,6 +86,7 @@ def test_other_clips_are_let_through() -> None:
 
 def real_clips(folder: Path) -> dict[str, Made]:
     videos = {path.stem: read_video(path, max_frames=33) for path in sorted((folder / "clips").glob("*.mp4"))}
+    assert len(videos) >= 5
     return {name: (resized(from_uint8(video.frames), 0.2, 0.2), video.fps) for name, video in videos.items()}
 
 
