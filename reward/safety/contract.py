@@ -193,6 +193,11 @@ class SafetyRunner:
             {"filter": each.id, "version": each.version, "threshold": each.threshold, "policies": list(each.policies), "policy_version": self._policy.version} for each in filters
         ]
 
+    @property
+    def clip_filters(self) -> str:
+        """What looks at clips, with versions: "degenerate 1, flash 2"."""
+        return ", ".join(sorted(f"{each.id} {each.version}" for each in self._video_filters))
+
     def check_prompts(self, prompts: Sequence[str]) -> list[Decision]:
         """One decision a prompt."""
         rulings: list[list[Ruling]] = [[] for _ in prompts]
