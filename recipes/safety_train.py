@@ -439,7 +439,7 @@ def calibrate(cfg: Config, head: Head, val: Table) -> None:
     for p in range(len(head.policies)):
         score, truth, weight = judged(logits, val, p)
         head.slope[p], head.offset[p] = fit_platt(score, truth, weight)
-    probability = head.probability(logits)
+    probability = head.calibrated(logits).sigmoid()
     for p in range(len(head.policies)):
         low, high = limits_of(*judged(probability, val, p), recall=cfg.recall, false_positive_rate=cfg.false_positive_rate)
         head.low[p], head.high[p] = low, high
@@ -468,7 +468,7 @@ def limits_of(score: Array, truth: Array, weight: Array, *, recall: float, false
 
 def measure(head: Head, table: Table, component: Mapping[str, str], seed: int) -> dict[str, Any]:
     """What a policy's rulings on the clips of test are worth, with intervals over prompts; null where test has no such clips."""
-    probability = head.probability(largest(head, table))
+    probability = head.calibrated(largest(head, table)).sigmoid()
     groups = np.array([component[each.prompt_id] for each in table.clips])
     found: dict[str, Any] = {}
     for p, code in enumerate(head.policies):

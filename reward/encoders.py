@@ -290,10 +290,10 @@ def load_encoder(source: str | Path, *, fps: float, frames: int | None = None, d
     families: dict[str, tuple[type[Encoder], Any]] = {
         "clip": (FrameEncoder, transformers.CLIPModel),
         "siglip": (FrameEncoder, transformers.SiglipModel),
-        "siglip_vision_model": (VisionEncoder, transformers.SiglipVisionModel),
         "xclip": (XClipEncoder, transformers.XCLIPModel),
         "videomae": (PatchEncoder, transformers.VideoMAEModel),
         "vjepa2": (PatchEncoder, transformers.VJEPA2Model),
+        "siglip_vision_model": (VisionEncoder, transformers.SiglipVisionModel),
     }
     if family not in families:
         raise UserError(f"an encoder of the family {family!r} is not known, {folder}. Give one of {', '.join(families)}")

@@ -146,7 +146,7 @@ def with_deviation(tokens: Tensor) -> Tensor:
 def smooth_max(logits: Tensor, there: Tensor, sharpness: float = SHARPNESS) -> Tensor:
     """logits [B,M,P], there [B,M] bool -> [B,P]: log of the mean of exp(sharpness x logit), over the sharpness. Between the mean and the largest."""
     masked = (sharpness * logits).masked_fill(~there[..., None], -torch.inf)
-    return (masked.logsumexp(1) - there.sum(1, keepdim=True).log()) / sharpness
+    return (masked.logsumexp(1) - there.sum(1, keepdim=True).to(logits).log()) / sharpness
 
 
 class Head(nn.Module):
@@ -177,9 +177,9 @@ class Head(nn.Module):
         out: Tensor = self.layers(((seen - self.mean) / self.std).clamp(-5, 5))
         return out
 
-    def probability(self, logits: Tensor) -> Tensor:
-        """Calibrated: largest logits [...,P] -> [...,P]."""
-        return torch.sigmoid(self.slope * logits + self.offset)
+    def calibrated(self, logits: Tensor) -> Tensor:
+        """Largest logits [...,P] -> the logits of probabilities [...,P]."""
+        return self.slope * logits + self.offset
 
     @torch.no_grad()
     def fit_standard(self, seen: Tensor) -> None:
@@ -211,11 +211,12 @@ class TrainedFilter:
 
     @torch.no_grad()
     def window_probabilities(self, clip: Tensor) -> Tensor:
-        """[T,3,H,W] -> [K,P]. Raises ValueError where one is not finite."""
-        found = self.head.probability(self.head(with_deviation(clip_tokens(self.look, clip))).amax(1))
-        if not bool(torch.isfinite(found).all()):
-            raise ValueError("the head's logits are not finite")
-        return found
+        """[T,3,H,W] -> [K,P]. Raises ValueError where a token or a logit is not finite: sigmoid would make a 0 of minus infinity."""
+        tokens = clip_tokens(self.look, clip)
+        logits = self.head.calibrated(self.head(with_deviation(tokens)).amax(1))
+        if not bool(torch.isfinite(tokens).all() and torch.isfinite(logits).all()):
+            raise ValueError("tokens or logits of the head are not finite")
+        return logits.sigmoid()
 
     def _check(self, clip: Tensor) -> list[Ruling]:
         starts = window_starts(max(len(clip), self.look.frames), self.look.frames)
@@ -299,4 +300,4 @@ def _version(decides: Mapping[str, Any]) -> str:
 def _golden(head: Head, look: Look) -> Tensor:
     """Probabilities of the golden clips [2,P]."""
     clips, _ = golden_clips()
-    return head.probability(torch.stack([head(with_deviation(clip_tokens(look, clip))).amax((0, 1)) for clip in clips]))
+    return head.calibrated(torch.stack([head(with_deviation(clip_tokens(look, clip))).amax((0, 1)) for clip in clips])).sigmoid()
