@@ -282,9 +282,7 @@ def load_encoder(source: str | Path, *, fps: float, frames: int | None = None, d
     Raises UserError for a family that is not known, weights that are not safetensors or not whole, and values of the preprocessor that cannot be followed.
     """
     import transformers
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     folder, source = checkpoint_folder(str(source))
     family = str(read_json(folder / "config.json", "the encoder's configuration").get("model_type"))
     families: dict[str, tuple[type[Encoder], Any]] = {
@@ -326,6 +324,9 @@ def checkpoint_folder(source: str, what: str = "encoder", files: Sequence[str] =
 
 def load_network(network_class: Any, folder: Path, what: str = "encoder") -> Any:
     """A network of transformers in float32. Raises UserError for a configuration that brings code of its own, and for weights that are not safetensors or not whole."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     config = read_json(folder / "config.json", f"the {what}'s configuration")
     if _brings_code(config):
         raise UserError(f"the {what}'s configuration names code of its own (auto_map), {folder / 'config.json'}. Code of a checkpoint is never run: give one without")
@@ -410,10 +411,10 @@ def _size(value: Any) -> int | tuple[int, int]:
     return int(value)
 
 
-def revision_of(folder: Path) -> str:
+def revision_of(folder: Path, files: Sequence[str] = FILES) -> str:
     """sha256 over the names and contents of the files that are read, and over `VERSION`."""
     digest = hashlib.sha256(f"{VERSION} {GRID}".encode())
-    for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in files for path in folder.glob(pattern)}):
         with open(path, "rb") as file:
             digest.update(f"\n{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()
