@@ -328,6 +328,12 @@ def features_of(data: Data, look: Look, cache: FeatureCache, store: ClipStore | 
         assert store is not None
         return store.load(clip_id)
 
+    def see(clip_id: str) -> Tensor:
+        try:
+            return clip_tokens(look, load(clip_id))
+        except ValueError as error:
+            raise UserError(f"the clip {clip_id} cannot be looked at: {error}, {store.folder if store else 'drawn'}. Import clips whose sides are multiples of 8") from error
+
     sizes: dict[tuple[int, ...], list[str]] = {}
     for clip_id in sorted(data.clips):
         row = data.rows.get(clip_id)
@@ -338,7 +344,7 @@ def features_of(data: Data, look: Look, cache: FeatureCache, store: ClipStore | 
         for ids in sizes.values():
             for some in (ids[begin : begin + 16] for begin in range(0, len(ids), 16)):
                 keys = [feature_key("clip", clip_id, f"windows of {look.identity}", None, "float32") for clip_id in some]
-                tokens = cache.fetch(keys, lambda row, some=some: clip_tokens(look, load(some[row])))  # type: ignore[misc]
+                tokens = cache.fetch(keys, lambda row, some=some: see(some[row]))  # type: ignore[misc]
                 found |= zip(some, with_deviation(tokens).flatten(1, 2), strict=True)
                 progress.advance(f"{cache.hits} kept", steps=len(some))
     return found

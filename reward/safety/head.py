@@ -161,16 +161,12 @@ class Head(nn.Module):
 
     def __init__(self, policies: Sequence[str], token_width: int, width: int) -> None:
         super().__init__()
-        self.policies, self.width = tuple(policies), width
+        self.policies = tuple(policies)
         self.layers = nn.Sequential(nn.Linear(2 * token_width, width), nn.GELU(), nn.Linear(width, len(self.policies)))
         for name, size, value in (("mean", 2 * token_width, 0.0), ("std", 2 * token_width, 1.0)):
             self.register_buffer(name, torch.full((size,), value))
         for name, value in (("slope", 1.0), ("offset", 0.0), ("low", 0.5), ("high", 0.5)):
             self.register_buffer(name, torch.full((len(self.policies),), value))
-
-    @property
-    def token_width(self) -> int:
-        return len(self.mean) // 2
 
     def forward(self, seen: Tensor) -> Tensor:
         """[...,2D] as `with_deviation` gives them -> logits [...,P]."""
@@ -245,8 +241,6 @@ def save_filter(folder: Path, head: Head, look: Look, *, fps: float, seconds: fl
     decides = {
         "format": FORMAT,
         "policies": list(head.policies),
-        "width": head.width,
-        "token_width": head.token_width,
         "look": {"family": look.family, "source": look.source, "identity": look.identity},
         "fps": fps,
         "window_seconds": seconds,
@@ -269,7 +263,7 @@ def load_filter(folder: Path, policy: Policy, *, moved: str | None = None) -> Tr
     card = read_json(folder / CARD_FILE, "the card of the trained filter")
     tensors, _ = load_weights(folder / WEIGHTS_FILE)
     try:
-        decides = {key: card[key] for key in ("format", "policies", "width", "token_width", "look", "fps", "window_seconds", "sha256")}
+        decides = {key: card[key] for key in ("format", "policies", "look", "fps", "window_seconds", "sha256")}
         if decides["format"] != FORMAT:
             raise UserError(f"a trained filter of another format, {folder}. {MADE_WITH}")
         if hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest() != card["sha256"] or _version(decides) != card["version"]:
@@ -278,7 +272,8 @@ def load_filter(folder: Path, policy: Policy, *, moved: str | None = None) -> Tr
         if look.identity != card["look"]["identity"]:
             there, named = look.source or "the shipped VAE", card["look"]["identity"]
             raise UserError(f"what the filter looks through, {there}, is not what its card names ({named}), {folder}. Give the same files")
-        head = Head(card["policies"], int(card["token_width"]), int(card["width"]))
+        width, twice = tensors["layers.0.weight"].shape
+        head = Head(card["policies"], twice // 2, width)
         head.load_state_dict(tensors)
         golden = torch.tensor(card["golden"])
         found = TrainedFilter(head, look, policy, fps=float(card["fps"]), version=str(card["version"])[:16])

@@ -310,6 +310,17 @@ def test_what_is_missing_is_named(dataset: Path, tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+def test_a_clip_that_cannot_be_looked_at_is_named(audit: Path, tmp_path: Path) -> None:
+    rows = ClipStore(tmp_path / "store").add_many([NewClip(torch.rand(5, 3, 30, 34), f"odd {i}", f"p{i}", i, {}, "t", 12.0) for i in range(30)], preview=False)
+    candidates = [Candidate(clip_id=row.clip_id, pool="passed", score=0.01, filter_version="f") for row in rows]
+    draw_audit(tmp_path / "a", candidates, Plan(blocked=0, passed=30), seed=0)
+    said = [Reading(clip_id=row.clip_id, reader="ann", said="violating" if i % 2 else "not_violating", policies=("P05",) if i % 2 else ()) for i, row in enumerate(rows)]
+    add_readings(tmp_path / "a", said)
+    cfg = Config(audits=(tmp_path / "a",), clips=tmp_path / "store", cache=tmp_path / "f", out=tmp_path / "out", policies=("P05",), least=1)
+    with pytest.raises(UserError, match="cannot be looked at"):
+        main(cfg)
+
+
 def test_a_label_nobody_gave_is_never_a_zero(dataset: Path) -> None:
     data = load_data(config(dataset, Path("x"), shapes=20), POLICY)
     assert all("P17" not in each.labels for each in data.clips.values() if each.source != "built-in world")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -259,6 +260,18 @@ def test_a_saved_filter_rules_the_same_again(folder: Path, name: str) -> None:
     again = load_filter(folder / name, POLICY)
     clip = torch.rand(1, 9, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     assert found.check_videos(clip, ["x"], 4.0) == again.check_videos(clip, ["x"], 4.0)
+
+
+@pytest.mark.parametrize("name", ["siglip", "latent"])
+def test_a_filter_can_be_carried_into_another_process(folder: Path, name: str) -> None:
+    found = load_filter(folder / name, POLICY)
+    clip = torch.rand(1, 9, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    assert pickle.loads(pickle.dumps(found)).check_videos(clip, ["x"], 4.0) == found.check_videos(clip, ["x"], 4.0)
+
+
+def test_a_clip_of_a_size_the_vae_does_not_take_is_an_error_and_never_an_allow(folder: Path) -> None:
+    runner = SafetyRunner([load_filter(folder / "latent", POLICY)], POLICY)
+    assert runner.check_videos(torch.rand(1, 9, 3, 30, 33), ["x"], 4.0)[0].verdict == Verdict.ERROR
 
 
 def test_the_version_is_the_hash_of_what_decides_a_ruling(folder: Path, tmp_path: Path) -> None:
