@@ -31,6 +31,7 @@ from base_model.tiny import WEIGHTS, load_codec, load_tiny
 from base_model.video.files import write_atomic
 from recipes.doctor import hardware
 from recipes.feedback import Setting
+from recipes.filters import Filters
 from recipes.generate import Sampler, best_device, network_lineage, safety_runner, sample
 from recipes.guards import read_history
 from recipes.memory import PeakMemory
@@ -112,6 +113,8 @@ class Config(BaseConfig):
     """Measures what the models keep track of as well: things out of sight, a collision, depth under a panning camera, a thing over ten seconds (`recipes/world.py`)."""
     world_scenes: Count = 40
     """Unseen scenes of each event, for `world`."""
+    filters: Filters = Filters()
+    """Safety filters beside those that need no weights."""
 
 
 @dataclass(frozen=True)
@@ -349,7 +352,7 @@ def report(cfg: Config, extra: Callable[[], Mapping[str, Any]] = dict) -> dict[s
         seed=seed,
         fps=cfg.sampler.fps,
         generate=generator(cfg.models, cfg.sampler),
-        runner=safety_runner(),
+        runner=safety_runner(cfg.filters),
         scorers=scorers,
         eye=None if cfg.captions else Eye.load(),
         shown=cfg.shown,
