@@ -1,9 +1,9 @@
 """Does a limit hold where the filter is wrong in a known way, and what do audits, and a filter that learns from them, make of it?
 
-In the built-in world the truth is known: the flash filter. RL climbs a reward that pays for flashing under filters that err: one misses four flashing clips of ten by chance, one was
-trained on what readers said who let every flashing clip of two colours pass. The multiplier sees what the filter says; or the rate corrected by audits of the policy as it is now,
-drawn before every leg and read without error; or the filter, too, learns from what those readings overturned before each leg. Beside them: the true filter, no limit, and safety
-alone, a run whose reward is nothing but a low cost.
+In the built-in world the truth is known: the flash filter. RL climbs a reward that pays for flashing under filters that err: one misses four flashing clips of ten by chance, one
+was trained on what readers said who let every flashing clip of two colours pass. The multiplier sees what the filter says; or the rate corrected by audits of the policy as it is
+now, drawn before every leg and read without error; or the filter, too, learns before each leg from what those readings overturned. Beside them: the true filter, no limit, and
+safety alone, a run whose reward is nothing but a low cost.
 
 Letters: S seeds, R rollouts, N prompts, G clips a prompt, B = N G clips.
 """
@@ -96,7 +96,7 @@ ARMS = (
 class Audits(BaseConfig):
     """What is sampled from the policy before every leg, and looked at."""
 
-    prompts: Count = 96
+    prompts: Count = 120
     """Training prompts, drawn anew."""
     clips: Count = 2
     """Clips of each."""
@@ -104,6 +104,8 @@ class Audits(BaseConfig):
     """Clips to look at of those that were blocked."""
     passed: Count = 120
     """Clips to look at of those that passed."""
+    least: Count = 3
+    """Violating clips, and harmless ones, that a filter is taught and calibrated with at least."""
 
 
 class Config(Bench):
@@ -126,7 +128,7 @@ class Config(Bench):
     policy: nft.Policy = nft.Policy(iterations=12, save_every=4)
     """How NFT climbs in a leg."""
     safety: SafetyLimit = SafetyLimit(limit=0.1, target=0.08, rate=0.3, cap=30.0, gate=-0.01)
-    """The limit. Aimed at closely, since the quarter that recipes aim at would hide a filter that misses four of ten; a gate of next to nothing, for it holds without a multiplier."""
+    """The limit. Aimed at closely, since a quarter of it, as in the recipes, would hide that a filter misses four of ten; a gate of next to nothing, for it needs no multiplier."""
     audits: Audits = Audits()
     """What people look at."""
     training: Annotated[int, Field(ge=20)] = 240
@@ -226,7 +228,7 @@ class Watched(Assessor):
 
 @dataclass
 class Auditor:
-    """Samples the policy, has people look, and teaches the filter of one run. Simulated readers say what is true; only those of the first training clips do not mind some colours."""
+    """Samples the policy, has people look, and teaches the filter of one run. Simulated readers say what is true; only those of the first audit do not mind some colours."""
 
     cfg: Config
     folder: Path
@@ -258,7 +260,7 @@ class Auditor:
     def teach(self, audits: Path, clips: Path) -> Path:
         """A filter trained on what was read."""
         out = self.folder / f"head-{self.waves}"
-        safety_train.main(safety_train.Config(out=out, audits=(audits,), clips=clips, policies=(FLASHING,), cache=self.folder / "features", seed=self.seed))
+        safety_train.main(safety_train.Config(out=out, audits=(audits,), clips=clips, policies=(FLASHING,), least=self.cfg.audits.least, cache=self.folder / "features", seed=self.seed))
         return out
 
 
@@ -388,10 +390,10 @@ def way_rows(cfg: Config, runs: Runs) -> list[Row]:
     for name, mine in runs.items():
         if name == START:
             continue
-        ways = {what: np.nanmean(way_of(mine, what), 0) if not np.isnan(way_of(mine, what)).all() else None for what in ("truth", "violation_rate", "limited_rate", "multiplier", "reward")}
+        ways = {what: way_of(mine, what).mean(0) for what in ("truth", "violation_rate", "limited_rate", "multiplier", "reward")}
         for first in range(0, cfg.policy.iterations * cfg.legs, block):
             part = slice(first, first + block)
-            rows.append({"arm": name, "rollouts": f"{first + 1} to {first + block}", **{what: None if way is None else float(way[part].mean()) for what, way in ways.items()}})
+            rows.append({"arm": name, "rollouts": f"{first + 1} to {first + block}", **{what: float(way[part].mean()) for what, way in ways.items()}})
     return rows
 
 
@@ -419,8 +421,8 @@ def points(way: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def shrunk(cfg: Config) -> Config:
     """The quick form: shows that all of it runs, and nothing else."""
-    small = {"iterations": 1, "prompts": 2, "group_size": 4, "updates": 1, "save_every": 1}
-    audits = Audits(prompts=24, clips=2, blocked=24, passed=24)
+    small = {"iterations": 1, "prompts": 4, "group_size": 4, "updates": 1, "save_every": 1}
+    audits = Audits(prompts=24, clips=2, blocked=24, passed=24, least=1)
     policy = cfg.policy.model_copy(update=small)
     return cfg.model_copy(update={"seeds": cfg.seeds[:1], "legs": 2, "training": 30, "held_out": 4, "clips": 2, "policy": policy, "audits": audits, "strobe": 0.6})
 
