@@ -30,7 +30,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from align.config import Config as BaseConfig
-from align.config import Count, Positive, Seed, Share, dump
+from align.config import Count, Positive, Share, dump
 from align.progress import Progress
 from align.run import derived_seed
 from base_model.checkpoint import atomic_write, check_can_write, read_json
@@ -74,7 +74,7 @@ class Audit(BaseConfig):
     attribute: str = "colour"
     """What prompts leave open: colour or shape in the built-in world, any name where people label."""
     references: dict[str, dict[str, Share]] = Field(default={})
-    """Name -> value -> share that it should have. The first decides, the others are shown; none means all values alike. With people's labels they also say which values there are."""
+    """Name -> value -> share that it should have. The first decides, the others are shown; none means all values alike. With people's labels they say what values there are."""
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Largest difference of a share from its reference, and largest shift, that needs no sign-off."""
     quality_margin: Annotated[float, Field(gt=0, lt=1)] = 0.15
@@ -152,7 +152,7 @@ def plan_of(cfg: Audit, sampler: Sampler, seed: int) -> Plan:
         names = VALUES["shape" if cfg.attribute == "shape" else "colour"]
         strange = sorted({value for shares in cfg.references.values() for value in shares} ^ set(names)) if cfg.references else []
         if strange:
-            raise UserError(f"audit.references: {strange[0]!r} is in the references or among the values of {cfg.attribute}, not in both. Give a share of each of {', '.join(names)}")
+            raise UserError(f"audit.references: {strange[0]!r} is a value of the references or of {cfg.attribute}, not of both. Give a share of each of {', '.join(names)}")
     else:
         raise UserError(f"audit.attribute: the built-in world has no {cfg.attribute!r}. Give one of {', '.join(VALUES)}, or people's labels with --audit.labels FILE")
     references = cfg.references or {EVEN: {name: 1 / len(names) for name in names}}
@@ -240,10 +240,11 @@ def look(cfg: Audit, bank: Bank, model: str, generate: Generate, score: Score | 
             same += [keeps(clip, bank.attribute) for clip in video]
             progress.advance("open prompts", steps=len(video))
         runner = safety_runner()
+        alike = [[derived_seed(seed, "bias, sets", s * cfg.set_clips + c) % 2**31 for c in range(cfg.set_clips)] for s in range(len(bank.sets))]
+        noises = [noise for noise_of_set, prompts in zip(alike, bank.sets, strict=True) for _ in prompts for noise in noise_of_set]
         for begin in range(0, len(told), AT_ONCE):
             asked = told[begin : begin + AT_ONCE]
-            seeds = [derived_seed(seed, "bias, sets", (begin + i) // (len(bank.sets[0]) * cfg.set_clips) * cfg.set_clips + (begin + i) % cfg.set_clips) % 2**31 for i in range(len(asked))]
-            video = generate(model, [prompt.text for prompt in asked], seeds)  # equal noise within a set
+            video = generate(model, [prompt.text for prompt in asked], noises[begin : begin + AT_ONCE])
             decisions = runner.check_videos(video, [prompt.text for prompt in asked], fps)
             for clip, judged, decision in zip(video, judge(video, asked), decisions, strict=True):
                 harmless = not is_flashing(clip, fps) and any(reading is not None for reading in judged.readings)
@@ -275,7 +276,7 @@ def _mean(values: Array) -> float:
 
 @torch.no_grad()
 def reward_tests(cfg: Audit, attribute: Attribute, score: Score, seed: int) -> tuple[list[Test], Row]:
-    """Scenes drawn in every value of the attribute and scored, once for a prompt that leaves it open and once for the prompt that names it. Unit: standard deviations of these scores."""
+    """Scenes drawn in every value and scored, once for a prompt that leaves the attribute open and once for the prompt that names it. Unit: standard deviations of these scores."""
     names = VALUES[attribute]
     asked = open_prompts(cfg.scenes, attribute, seed=seed + 2)
     sets = counterfactual_sets(cfg.scenes, attribute, seed=seed + 2)
@@ -345,7 +346,7 @@ def labelled(cfg: Audit, plan: Plan, store: ClipStore, labels: Mapping[str, Mapp
 
 
 def tests_of(cfg: Audit, plan: Plan, seen: Mapping[str, Seen]) -> list[Test]:
-    """All questions about models: of each its shares, keeping and gaps; of those after the first also their shifts. Shares and gaps decide of the models that come after, or of one alone."""
+    """All questions about models: of each its shares and gaps; of those after the first also shifts. Shares and gaps decide of the models that come after, or of one alone."""
     tests: list[Test] = []
     first = next(iter(seen))
     reference_names = list(plan.references)
@@ -416,7 +417,7 @@ def report_of(cfg: Audit, plan: Plan, seen: Mapping[str, Seen], extra: Sequence[
         "found": [in_words(each) for each in findings if each.found],
         "because": [f"{each.state}: {in_words(each)}" for each in deciding],
         "findings": [each.as_json() for each in findings],
-        "not_measured": [*NOT_MEASURED, *(() if cfg.reward else ("what the reward favours: give --audit.reward",)), *(("change within a clip, quality, filters",) if cfg.labels else ())],
+        "not_measured": [*NOT_MEASURED, *(["change within a clip, quality, filters"] if cfg.labels else []), *([] if cfg.reward else ["what the reward favours (--audit.reward)"])],
         **told,
     }
 
@@ -453,7 +454,7 @@ def loaded(folder: Path, fps: float) -> Score:
 
 
 def audit_bias(cfg: Audit, out: Path, networks: Mapping[str, str], generate: Generate, sampler: Sampler, seed: int) -> dict[str, Any]:
-    """networks: name -> sha256 of the network, the first is what was there before. Writes plan, rows and page into `out`; raises Blocked, after that, where a margin is exceeded."""
+    """networks: name -> sha256 of the network, the first is what was there before. Writes plan, rows and page into `out`; raises Blocked, then, where a margin is exceeded."""
     if (cfg.labels is None) != (not cfg.stores):
         raise UserError("audit.labels and audit.stores: one needs the other. Give both, or none")
     check_can_write(out)

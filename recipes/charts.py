@@ -121,7 +121,8 @@ def bar_chart(groups: Sequence[tuple[str, Sequence[Bar], float]], *, name: str) 
             tip = f"{label}, {bar.label}: {number(bar.mean, True)} [{number(bar.low, True)}, {number(bar.high, True)}]"
             middle = y + line / 2
             body.append(
-                f'<g class="{escape(bar.look)}"><title>{escape(tip)}</title><rect class="bar" x="{left}" y="{y + 2:.1f}" width="{across(bar.mean) - left:.1f}" height="{line - 4}"/>'
+                f'<g class="{escape(bar.look)}"><title>{escape(tip)}</title>'
+                f'<rect class="bar" x="{left}" y="{y + 2:.1f}" width="{across(bar.mean) - left:.1f}" height="{line - 4}"/>'
                 f'<line class="whisker" x1="{across(bar.low):.1f}" x2="{across(bar.high):.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/></g>'
             )
             said.append(tip)

@@ -3,8 +3,8 @@
 The unit is a prompt (a set of prompts, a scene): clips of one prompt are not independent of each other. What is tested is always one number a unit, x [N], whose mean should be 0:
 a share minus what a reference says, after minus before, a group minus the mean of all groups. Of each x there are two questions:
 
-    found     the mean is not 0: two-sided t over units                                        after Holm over all tests of the audit
-    beyond    its size is over the margin that was agreed before: t of |mean| - margin > 0      after Holm, likewise
+    found     the mean is not 0: two-sided t over units          after Holm over all tests of the audit
+    beyond    its size is over the margin that was agreed before: t of |mean| - margin > 0        after Holm, likewise
 
     pass               the 95 % interval lies within the margin
     blocked            the mean lies beyond it, by the test
@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from recipes.statistics import Interval, bootstrap_mean, bootstrap_prompts
+from recipes.statistics import DRAWS, UNKNOWN, Interval, bootstrap_mean, bootstrap_prompts
 
 Array = NDArray[np.float64]
 State = Literal["pass", "sign-off needed", "blocked"]
@@ -93,7 +93,7 @@ def spread(found: Tally, reference: Sequence[float], *, seed: int = 0) -> Spread
     shares = found.shares[~np.isnan(found.shares).any(1)]
     columns = tuple(bootstrap_mean(column, seed=seed) for column in shares.T)
     if not len(shares):
-        return Spread(columns, *(Interval(math.nan, math.nan, math.nan),) * 2)
+        return Spread(columns, UNKNOWN, UNKNOWN)
     each = np.arange(len(shares))
     return Spread(
         columns,
@@ -106,7 +106,7 @@ def spread(found: Tally, reference: Sequence[float], *, seed: int = 0) -> Spread
 
 
 class Test(NamedTuple):
-    """One question. `towards`: how far the mean may go in its direction without harm, that is towards the reference; nobody is blocked for it."""
+    """One question. towards: whether it went towards the reference, for which nobody is blocked. skewed: of shares themselves, which `differs` corrects for."""
 
     __test__ = False  # pytest: not a test of ours
 
@@ -117,6 +117,7 @@ class Test(NamedTuple):
     margin: float
     decides: bool = True  # whether the audit's state depends on it
     towards: bool = False
+    skewed: bool = False
 
 
 class Finding(NamedTuple):
@@ -141,22 +142,32 @@ class Finding(NamedTuple):
         return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
 
 
-def differs(x: ArrayLike, margin: float = 0.0) -> float:
-    """p of |mean of x| <= margin by Student's t over units: two-sided at margin 0, else in the mean's own direction. nan units are left out; below `LEAST` of them it is 1.
+def differs(x: ArrayLike, margin: float = 0.0, *, skewed: bool = False) -> Array:
+    """p of |mean| <= margin by Student's t over units, for each column of x [N,M]: two-sided at margin 0, else in the mean's own direction. nan units are left out.
 
-    Where all units are alike there is no spread to go by: then a sign test, 2 ** (1 - N), where they lie beyond the margin.
+    skewed: with Hall's correction of t for the third moment (Hall 1992, "On the removal of skewness by transformation", the cubic one). Shares of rare values need it: where one is
+    0 for most prompts, small means come with small deviations, and t alone errs far too often. Differences of two like samples are symmetric and do not.
+    Below `LEAST` units p is 1. Where all are alike there is no spread to go by: then a sign test, 2 ** (1 - N), where they lie beyond the margin.
     """
-    known = _known(x)
-    n = len(known)
-    if n < LEAST:
-        return 1.0
-    mean, deviation = abs(float(known.mean())), float(known.std(ddof=1))
-    if deviation <= 1e-12:
-        return 2.0 ** (1 - n) if mean > margin + 1e-12 else 1.0
-    from scipy.stats import t
+    from scipy.stats import t as student
 
-    tail = float(t.sf((mean - margin) / (deviation / math.sqrt(n)), n - 1))
-    return min(1.0, 2 * tail) if margin == 0 else tail
+    values = np.asarray(x, dtype=np.float64)
+    known = ~np.isnan(values)
+    n = known.sum(0)  # [M]
+    of = np.maximum(n, 2)
+    mean = np.where(known, values, 0).sum(0) / of
+    centred = np.where(known, values - mean, 0)
+    deviation = np.sqrt((centred**2).sum(0) / (of - 1))
+    alike = deviation <= 1e-12
+    scale = np.where(alike, 1.0, deviation)
+    t = (mean - np.sign(mean) * margin) / (scale / np.sqrt(of))
+    if skewed:
+        third = (centred**3).sum(0) / of / (scale * np.sqrt((of - 1) / of)) ** 3
+        t = t + third * (t**2 / 3 + 1 / 6) / np.sqrt(of) + third**2 * t**3 / (27 * of)
+    tail = student.sf(np.sign(mean) * t, of - 1)
+    p = np.minimum(1.0, 2 * student.sf(np.abs(t), of - 1)) if margin == 0 else tail
+    signs = np.where(np.abs(mean) > margin + 1e-12, 2.0 ** (1.0 - of), 1.0)
+    return np.asarray(np.where(n < LEAST, 1.0, np.where(alike, signs, p)))
 
 
 def holm(p: ArrayLike) -> Array:
@@ -169,24 +180,24 @@ def holm(p: ArrayLike) -> Array:
     return adjusted
 
 
-def mean_interval(x: ArrayLike, *, seed: int = 0, level: float = 0.95) -> Interval:
-    """Bootstrap over units. Where all are alike, an interval of no width would claim too much: what was not seen in N units may still happen in 1 - (1 - level) ** (1/N) of them."""
+def mean_interval(x: ArrayLike, *, seed: int = 0, draws: int = DRAWS, level: float = 0.95) -> Interval:
+    """Bootstrap over units. Where all are alike, one of no width would claim too much: what was not seen in N units may still happen in 1 - (1 - level) ** (1/N) of them."""
     known = _known(x)
-    found = bootstrap_mean(known, seed=seed, level=level)
+    found = bootstrap_mean(known, seed=seed, draws=draws, level=level)
     if len(known) and float(np.ptp(known)) <= 1e-12:
         unseen = 1 - (1 - level) ** (1 / len(known))
         return Interval(found.mean, found.mean - unseen, found.mean + unseen)
     return found
 
 
-def settle(tests: Sequence[Test], *, level: float = 0.05, seed: int = 0) -> list[Finding]:
+def settle(tests: Sequence[Test], *, level: float = 0.05, seed: int = 0, draws: int = DRAWS) -> list[Finding]:
     """Answers all questions of an audit together."""
     if not tests:
         return []
-    zero, beyond = (holm([differs(test.x, test.margin * k) for test in tests]) for k in (0, 1))
+    zero, beyond = (holm([float(differs(test.x[:, None], test.margin * k, skewed=test.skewed)[0]) for test in tests]) for k in (0, 1))
     findings = []
     for test, p, p_beyond in zip(tests, zero, beyond, strict=True):
-        units, estimate = len(_known(test.x)), mean_interval(test.x, seed=seed)
+        units, estimate = len(_known(test.x)), mean_interval(test.x, seed=seed, draws=draws)
         told = units >= LEAST
         within = told and -test.margin <= estimate.low and estimate.high <= test.margin
         state: State = "pass" if within else "blocked" if told and p_beyond < level and not test.towards else "sign-off needed"
@@ -204,7 +215,7 @@ def worst(findings: Sequence[Finding]) -> State:
 
 def against(found: Tally, reference: Mapping[str, float], margin: float, *, model: str, name: str, decides: bool) -> list[Test]:
     """Of each value its share minus the reference's."""
-    return [Test(f"share against {name}", value, model, found.shares[:, k] - reference[value], margin, decides) for k, value in enumerate(found.names)]
+    return [Test(f"share against {name}", value, model, found.shares[:, k] - reference[value], margin, decides, skewed=True) for k, value in enumerate(found.names)]
 
 
 def shifts(before: Tally, after: Tally, reference: Mapping[str, float], margin: float, *, model: str) -> list[Test]:
