@@ -39,7 +39,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.video.store import ClipStore
 from recipes import disparity
 from recipes.charts import Bar, bar_chart, number
-from recipes.disparity import Finding, Tally, Test
+from recipes.disparity import Finding, Question, Tally
 from recipes.feedback import standardised
 from recipes.generate import Sampler, safety_runner
 from recipes.report import finite
@@ -275,7 +275,7 @@ def _mean(values: Array) -> float:
 
 
 @torch.no_grad()
-def reward_tests(cfg: Audit, attribute: Attribute, score: Score, seed: int) -> tuple[list[Test], Row]:
+def reward_tests(cfg: Audit, attribute: Attribute, score: Score, seed: int) -> tuple[list[Question], Row]:
     """Scenes drawn in every value and scored, once for a prompt that leaves the attribute open and once for the prompt that names it. Unit: standard deviations of these scores."""
     names = VALUES[attribute]
     asked = open_prompts(cfg.scenes, attribute, seed=seed + 2)
@@ -286,7 +286,7 @@ def reward_tests(cfg: Audit, attribute: Attribute, score: Score, seed: int) -> t
         video = torch.stack([render(scene, DEMO_CLIP) for scene in scene_in_all_values(one, attribute, rng)])  # [K,T,3,H,W]
         tables["open"].append(score(video, [one.text] * len(names)).tolist())
         tables["named"].append(score(video, [prompt.text for prompt in prompts]).tolist())
-    tests: list[Test] = []
+    tests: list[Question] = []
     rows: Row = {"scenes": cfg.scenes}
     for what, scores in tables.items():
         table = np.array(scores)
@@ -345,9 +345,9 @@ def labelled(cfg: Audit, plan: Plan, store: ClipStore, labels: Mapping[str, Mapp
 # The audit
 
 
-def tests_of(cfg: Audit, plan: Plan, seen: Mapping[str, Seen]) -> list[Test]:
+def tests_of(cfg: Audit, plan: Plan, seen: Mapping[str, Seen]) -> list[Question]:
     """All questions about models: of each its shares and gaps; of those after the first also shifts. Shares and gaps decide of the models that come after, or of one alone."""
-    tests: list[Test] = []
+    tests: list[Question] = []
     first = next(iter(seen))
     reference_names = list(plan.references)
     for model, mine in seen.items():
@@ -357,7 +357,7 @@ def tests_of(cfg: Audit, plan: Plan, seen: Mapping[str, Seen]) -> list[Test]:
         if model != first:
             tests += disparity.shifts(seen[first].tally, mine.tally, plan.first, cfg.margin, model=model)
             if mine.keeps is not None and (before := seen[first].keeps) is not None:
-                tests.append(Test("keeps its value within the clip, shift", "all", model, mine.keeps - before, cfg.margin))
+                tests.append(Question("keeps its value within the clip, shift", "all", model, mine.keeps - before, cfg.margin))
         if mine.right is not None:
             tests += disparity.gaps(mine.right, plan.names, cfg.quality_margin, what="right clips, against all values", model=model, decides=decides)
         if mine.withheld is not None:
@@ -380,6 +380,7 @@ def model_row(plan: Plan, mine: Seen) -> Row:
         row["in_band"] = None if row["ratio"] is None else disparity.BAND[0] <= row["ratio"] <= disparity.BAND[1]
         for what, table in (("right", mine.right), ("reward", mine.reward)):
             row[what] = None if table is None else bootstrap_mean(table[:, k]).as_json()
+        row["withheld"] = None
         if mine.withheld is not None and mine.harmless is not None:
             clips = int(mine.harmless[:, k].sum())
             row["withheld"] = clopper_pearson(round(float(np.nansum(mine.withheld[:, k] * mine.harmless[:, k]))), clips).as_json() | {"clips": clips}
@@ -401,7 +402,7 @@ def in_words(finding: Finding) -> str:
     return f"{finding.what}, {finding.model}, {finding.value}: {mean}{unit} [{low}, {high}], margin {margin}"
 
 
-def report_of(cfg: Audit, plan: Plan, seen: Mapping[str, Seen], extra: Sequence[Test], told: Row) -> Row:
+def report_of(cfg: Audit, plan: Plan, seen: Mapping[str, Seen], extra: Sequence[Question], told: Row) -> Row:
     """Everything, as the page and `bias.json` take it."""
     findings = disparity.settle([*tests_of(cfg, plan, seen), *extra], level=cfg.level, seed=plan.told["seed"])
     state = disparity.worst(findings)
@@ -460,7 +461,7 @@ def audit_bias(cfg: Audit, out: Path, networks: Mapping[str, str], generate: Gen
     check_can_write(out)
     plan = plan_of(cfg, sampler, seed)
     told: Row = {"lineage": dict(networks)}
-    extra: list[Test] = []
+    extra: list[Question] = []
     seen: dict[str, Seen] = {}
     if cfg.labels is not None:
         labels = read_labels(cfg.labels, cfg.attribute)

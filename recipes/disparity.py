@@ -105,10 +105,8 @@ def spread(found: Tally, reference: Sequence[float], *, seed: int = 0) -> Spread
 # Tests
 
 
-class Test(NamedTuple):
-    """One question. towards: whether it went towards the reference, for which nobody is blocked. skewed: of shares themselves, which `differs` corrects for."""
-
-    __test__ = False  # pytest: not a test of ours
+class Question(NamedTuple):
+    """One test. towards: whether it went towards the reference, for which nobody is blocked. skewed: of shares themselves, which `differs` corrects for."""
 
     what: str
     value: str
@@ -190,7 +188,7 @@ def mean_interval(x: ArrayLike, *, seed: int = 0, draws: int = DRAWS, level: flo
     return found
 
 
-def settle(tests: Sequence[Test], *, level: float = 0.05, seed: int = 0, draws: int = DRAWS) -> list[Finding]:
+def settle(tests: Sequence[Question], *, level: float = 0.05, seed: int = 0, draws: int = DRAWS) -> list[Finding]:
     """Answers all questions of an audit together."""
     if not tests:
         return []
@@ -213,27 +211,27 @@ def worst(findings: Sequence[Finding]) -> State:
 # Questions
 
 
-def against(found: Tally, reference: Mapping[str, float], margin: float, *, model: str, name: str, decides: bool) -> list[Test]:
+def against(found: Tally, reference: Mapping[str, float], margin: float, *, model: str, name: str, decides: bool) -> list[Question]:
     """Of each value its share minus the reference's."""
-    return [Test(f"share against {name}", value, model, found.shares[:, k] - reference[value], margin, decides, skewed=True) for k, value in enumerate(found.names)]
+    return [Question(f"share against {name}", value, model, found.shares[:, k] - reference[value], margin, decides, skewed=True) for k, value in enumerate(found.names)]
 
 
-def shifts(before: Tally, after: Tally, reference: Mapping[str, float], margin: float, *, model: str) -> list[Test]:
+def shifts(before: Tally, after: Tally, reference: Mapping[str, float], margin: float, *, model: str) -> list[Question]:
     """Of each value its share after minus before, paired over the prompts of both. A shift towards the reference that does not overshoot it is no harm."""
     both = [(before.ids.index(each), after.ids.index(each)) for each in before.ids if each in after.ids]
     old, new = (tallied.shares[[pair[k] for pair in both]] for k, tallied in enumerate((before, after)))  # [M,K]
     tests = []
     for k, value in enumerate(before.names):
         away = [abs(_mean(shares[:, k]) - reference[value]) for shares in (old, new)]
-        tests.append(Test("shift", value, model, new[:, k] - old[:, k], margin, towards=away[1] <= away[0]))
+        tests.append(Question("shift", value, model, new[:, k] - old[:, k], margin, towards=away[1] <= away[0]))
     return tests
 
 
-def gaps(table: ArrayLike, names: Sequence[str], margin: float, *, what: str, model: str, decides: bool = True) -> list[Test]:
+def gaps(table: ArrayLike, names: Sequence[str], margin: float, *, what: str, model: str, decides: bool = True) -> list[Question]:
     """table [N,K], what each of K groups has in each of N sets that differ in the group alone -> of each group, its distance from the mean of all."""
     values = np.asarray(table, dtype=np.float64)
     around = values - values.mean(1, keepdims=True)  # [N,K]; nan where a group is missing
-    return [Test(what, name, model, around[:, k], margin, decides) for k, name in enumerate(names)]
+    return [Question(what, name, model, around[:, k], margin, decides) for k, name in enumerate(names)]
 
 
 def _mean(x: Array) -> float:

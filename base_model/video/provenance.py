@@ -1,7 +1,7 @@
 """Where a clip comes from, signed into it: C2PA manifests in mp4 (C2PA 2.x, by `c2pa-python`, the extra `provenance`).
 
-A manifest says what made the clip and is bound to the file's bytes. It proves who signed, as far as the signer's certificate is trusted, and that nothing was changed since. It does
-not survive a re-encode or a remux: `rushes bench provenance` tells what does. A clip without a manifest proves nothing.
+A manifest says what made the clip and is bound to the file's bytes. It proves who signed, as far as the signer's certificate is trusted, and that nothing was changed since. It
+does not survive a re-encode or a remux: `rushes bench provenance` tells what does. A clip without a manifest proves nothing.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _checked(found: Mapping[str, Any]) -> Checked:
 
 
 def load_credentials(certificate: Path, key: Path) -> Credentials:
-    """A signer's PEM certificate (those above it behind it) and its PEM key: elliptic curve, RSA or Ed25519. Raises UserError where they are not such, or do not belong together."""
+    """A signer's PEM certificate (those above it behind it) and its PEM key, unencrypted. Raises UserError where they are not such, or do not belong together."""
     chain, secret = _pem(certificate, "certificate"), _pem(key, "key")
     try:
         from cryptography import x509
@@ -167,8 +167,8 @@ def _pem(path: Path, what: str) -> bytes:
 
 
 def development_credentials(folder: Path) -> Credentials:
-    """Those in `folder`, which only its owner may enter, made where there is none: `certificate.pem`, `key.pem` and `anchor.pem`, what a checker would have to trust. The certificate
-    says of itself that it proves nothing. Raises UserError where the folder cannot be written."""
+    """Those in `folder`, which only its owner may enter, made where there is none: `certificate.pem`, `key.pem` and `anchor.pem`, what a checker would have to trust. The
+    certificate says of itself that it proves nothing. Raises UserError where the folder cannot be written."""
     if not folder.exists():
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         with disk_errors(folder):

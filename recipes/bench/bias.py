@@ -154,13 +154,13 @@ def shares_of_clips(pool: Index) -> Array:
     return np.asarray(counts / counts.sum())
 
 
-def tests_of(drawn: Drawn, truth: Mapping[str, float], margin: float) -> list[disparity.Test]:
+def tests_of(drawn: Drawn, truth: Mapping[str, float], margin: float) -> list[disparity.Question]:
     """The tests of shares of an audit of two models, as `recipes/bias.py` asks them."""
     shares = [disparity.against(found, truth, margin, model=name, name="truth", decides=name == "after") for name, found in zip(("before", "after"), drawn, strict=True)]
     return [*shares[0], *shares[1], *disparity.shifts(drawn.before, drawn.after, truth, margin, model="after")]
 
 
-def p_values(tests: Sequence[disparity.Test]) -> list[float]:
+def p_values(tests: Sequence[disparity.Question]) -> list[float]:
     """The p of each, as `disparity.settle` takes them, all of a sort at once."""
     found = {skewed: disparity.differs(np.stack([test.x for test in tests if test.skewed == skewed], axis=1), skewed=skewed).tolist() for skewed in (True, False)}
     return [found[test.skewed].pop(0) for test in tests]

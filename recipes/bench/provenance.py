@@ -128,6 +128,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     if cfg.write:
         kept = [row["what_happened"] for row in rows if row["verifies"]]
         lost = [row["what_happened"] for row in rows if not row["manifest"]]
-        remarks = [f"Still verifies after: {'; '.join(kept)}.", f"No manifest is left after: {'; '.join(lost)}. Whoever wants such clips traced needs a watermark as well; there is none here."]
-        write(cfg, "provenance", here("provenance", cfg), "What survives of a clip's provenance", {"What happened to a signed clip": rows, "Bytes": size}, remarks=remarks)
+        remarks = [f"Still verifies after: {'; '.join(kept)}.", f"No manifest is read after: {'; '.join(lost)}. To trace such clips takes a watermark; there is none here."]
+        sections = {"What happened to a signed clip": rows, "Bytes": size}
+        write(cfg, "provenance", here("provenance", cfg), "What survives of a clip's provenance", sections, remarks=remarks)
     return {"rows": rows}

@@ -64,10 +64,12 @@ def open_prompts(number: int, attribute: Attribute, *, seed: int, split: str = "
     said = [(other, motion) for other in others(attribute) for motion in MOTIONS]
     found: dict[str, Open] = {}
     deck: list[int] = []
-    for _ in range(100 * number):
+    again = 0  # times in a row that a sentence was there already
+    while again < 500:
         deck = deck or rng.permutation(len(said)).tolist()
         thing = any_thing(VALUES[attribute][int(rng.integers(len(VALUES[attribute])))], attribute, *said[deck.pop()])
         text = leave_open(write_prompt((thing,), rng, split=split).text, attribute)
+        again = again + 1 if text in found else 0
         found.setdefault(text, Open(text, thing))
         if len(found) == number:
             return list(found.values())
