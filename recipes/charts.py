@@ -105,7 +105,7 @@ def interval_chart(rows: Sequence[Whisker], *, name: str, percent: bool = False,
 
 def bar_chart(groups: Sequence[tuple[str, Sequence[Bar], float]], *, name: str) -> str:
     """Lying bars of shares with whiskers. groups: (label, bars one below the other, where a dashed mark stands: what the share should be)."""
-    if not any(bars for _, bars, _ in groups):
+    if not groups:
         raise ValueError(f"{name}: nothing to draw")
     width, left, line, gap = 560, 96, 17, 12
     reach = ticks(0.0, max([bar.high for _, bars, _ in groups for bar in bars] + [mark for *_, mark in groups]))

@@ -56,8 +56,8 @@ class Checked(NamedTuple):
 
 
 @contextmanager
-def _library(what: str) -> Iterator[Any]:
-    """The c2pa library; its errors become a UserError about `what`."""
+def _library(what: str, advice: str) -> Iterator[Any]:
+    """The c2pa library; its errors become a UserError about `what`, with that advice."""
     try:
         import c2pa
     except ImportError as error:
@@ -65,7 +65,7 @@ def _library(what: str) -> Iterator[Any]:
     try:
         yield c2pa
     except c2pa.C2paError as error:
-        raise UserError(f"{what}: {' '.join(str(error).split())}. Give an intact mp4, and a certificate that is made for signing") from error
+        raise UserError(f"{what}: {' '.join(str(error).split())}. {advice}") from error
 
 
 def sign_mp4(content: bytes, generation: Mapping[str, Any], credentials: Credentials) -> bytes:
@@ -76,7 +76,7 @@ def sign_mp4(content: bytes, generation: Mapping[str, Any], credentials: Credent
     made = {"action": "c2pa.created", "digitalSourceType": MADE_BY_A_MODEL, "softwareAgent": agent}
     assertions = [{"label": "c2pa.actions.v2", "data": {"actions": [made]}}, {"label": GENERATION, "data": dict(generation)}]
     signed = io.BytesIO()
-    with _library("signing a clip") as c2pa:
+    with _library("signing a clip", "Give an intact mp4, and a certificate that is made for signing") as c2pa:
         info = c2pa.C2paSignerInfo(alg=credentials.algorithm.encode(), sign_cert=credentials.certificates, private_key=credentials.key, ta_url=None)
         manifest = json.dumps({"claim_generator_info": [agent], "assertions": assertions})
         with c2pa.Context(c2pa.Settings.from_dict(OFFLINE)) as context, c2pa.Signer.from_info(info) as signer, c2pa.Builder(manifest, context=context) as builder:
@@ -99,7 +99,7 @@ def check_mp4(path: Path, anchors: bytes | None = None) -> Checked | None:
     if size > LARGEST_FILE:
         raise UserError(f"{path} has {size} bytes, more than {LARGEST_FILE}. Give a smaller file")
     settings = OFFLINE if anchors is None else {**OFFLINE, "trust": {"user_anchors": anchors.decode("ascii", "replace")}}
-    with _library(f"reading the manifest of {path}") as c2pa, open(path, "rb") as file:
+    with _library(f"reading the manifest of {path}", "Give an intact mp4. Name whom you trust by PEM certificates") as c2pa, open(path, "rb") as file:
         try:
             with c2pa.Context(c2pa.Settings.from_dict(settings)) as context, c2pa.Reader("video/mp4", file, context=context) as reader:
                 found = json.loads(reader.json())

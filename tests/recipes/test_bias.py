@@ -198,7 +198,7 @@ def test_labels_of_people_are_shares_too(tmp_path: Path) -> None:
     (before, first), (after, second) = labelled_store(tmp_path, "before", 5), labelled_store(tmp_path, "after", 1)
     labels = write_labels(tmp_path / "labels.csv", first + second)
     references = {"even": {"woman": 0.5, "man": 0.5}, "census": {"woman": 0.45, "man": 0.55}}
-    cfg = settings(attribute="presentation", labels=labels, stores={"before": before, "after": after}, references=references)
+    cfg = settings(attribute="presentation", labels=labels, stores={"before": before, "after": after}, references=references, margin=0.15)
     with pytest.raises(Blocked, match="after, "):
         audit_bias(cfg, tmp_path / "out", {}, Painter, SAMPLER, 0)  # type: ignore[arg-type]
     found = json.loads((tmp_path / "out" / "bias.json").read_text())
