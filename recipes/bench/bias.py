@@ -12,21 +12,26 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from align.config import Count, Positive, Seed, Share, dump
 from align.progress import Progress
 from base_model.checkpoint import read_json
+from base_model.prompts.text import TextEncoder
+from base_model.tiny import WEIGHTS
 from base_model.video.files import write_atomic
 from recipes import disparity, nft, sft
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._start import Begin, Start, the_start
 from recipes.bench._trained import kept
+from recipes.bench.hacking import unranked
 from recipes.bias import Audit, Blocked, audit_bias, chart_of
 from recipes.charts import Series, line_chart, page
 from recipes.disparity import Tally
@@ -37,6 +42,7 @@ from recipes.pairs import save_pairs
 from recipes.shapes.bank import VALUES, draw, open_prompts, shown, skewed_pairs, with_value
 from recipes.shapes.prompts import make_prompts
 from recipes.statistics import clopper_pearson
+from reward.model import save_reward_model
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -65,8 +71,8 @@ class Config(Bench):
     """Folder of the reward model that RL climbs."""
     guard: Path | None = None
     """Folder of the reward model that watches."""
-    begin: Begin = Begin()
-    """The demo's stages, where none are given."""
+    begin: Begin = Begin(pairs=1_500, iterations=120, prompts=400)
+    """The demo's stages, where none are given, with somewhat less of everything."""
     pool_prompts: Count = 250
     """Prompts of the pool."""
     pool_clips: Count = 24
@@ -83,7 +89,7 @@ class Config(Bench):
     """Shares of the colours in the base's data where the caption leaves them open."""
     pairs: Count = 2_500
     """Captioned clips with the planted skew."""
-    fit: sft.Fit = sft.Fit(iterations=150, lr=5e-4)
+    fit: sft.Fit = sft.Fit(iterations=120, lr=5e-4)
     """How the base learns them."""
     policy: nft.Policy = nft.Policy(iterations=20, evaluate_every=20)
     """How NFT moves."""
@@ -241,9 +247,20 @@ def audited(cfg: Config, start: Start, base: Path, after: Path, out: Path) -> di
     return read_json(out / "bias.json", "the rows of a bias audit")
 
 
-def through(cfg: Config, out: Path) -> dict[str, Any]:
+def quick_start(out: Path) -> Start:
+    """The shipped base, and reward models before anybody ranked: no stage of the demo is gone through."""
+    asked, rng = open_prompts(4, "colour", seed=POOL_SEED), np.random.default_rng(POOL_SEED)
+    video, texts, encode = torch.stack([draw(one, rng) for one in asked]), [one.text for one in asked], TextEncoder()
+    for name in ("reward", "guard"):
+        (out / name).mkdir(parents=True)
+        save_reward_model(out / name, unranked(name, encode, video, texts), {})
+    return Start(WEIGHTS / "dit.safetensors", out / "reward", out / "guard", None)
+
+
+def through(cfg: Config, out: Path, *, quick: bool) -> dict[str, Any]:
     """The run, each part kept: what RL was like, and the audit's report."""
-    start = the_start(cfg.begin, out / "start", cfg.model, cfg.reward, cfg.guard, strobe=0.2, sampler=cfg.sampler)
+    given = partial(the_start, cfg.begin, out / "start", cfg.model, cfg.reward, cfg.guard, strobe=0.2, sampler=cfg.sampler)
+    start = quick_start(out / "start") if quick and cfg.model is None else given()
     shared = {"version": VERSION, "seed": cfg.seed, "start": network_lineage(start.model), **{key: dump(cfg)[key] for key in ("planted", "pairs", "fit")}}
     learned = kept(out / "base" / "learned.json", shared, lambda: learn_skew(cfg, start, out / "base"))
     base = out / "base" / "run" / "network.safetensors"
@@ -337,11 +354,10 @@ def shrunk(cfg: Config) -> Config:
     fit = cfg.fit.model_copy(update={"iterations": 2, "held_out": 4})
     audit = cfg.audit.model_copy(update={"prompts": 12, "clips": 3, "sets": 2, "set_clips": 1, "scenes": 2})
     less = {"pool_prompts": 20, "pool_clips": 8, "runs": min(40, cfg.runs), "designs": (12,), "skews": (0.0, SKEW), "pairs": min(24, cfg.pairs), "training": 4}
-    begin = cfg.begin.model_copy(update={"pairs": 16, "iterations": 2, "prompts": 24})
-    return cfg.model_copy(update={**less, "policy": policy, "fit": fit, "audit": audit, "begin": begin})
+    return cfg.model_copy(update={**less, "policy": policy, "fit": fit, "audit": audit})
 
 
-def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], str, str]:
+def run_all(cfg: Config, out: Path, *, quick: bool) -> tuple[dict[str, list[Row]], str, str]:
     """The rows of each part, the bars and the power curve."""
     settings = {"version": VERSION, **{key: dump(cfg)[key] for key in ("pool_prompts", "pool_clips", "concentration")}}
     pool = np.array(kept(out / "pool.json", settings, lambda: {"values": draw_pool(cfg)})["values"], dtype=np.int64)
@@ -353,7 +369,7 @@ def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], str, str]:
             for skew in cfg.skews:
                 power.append(power_row(cfg, pool, prompts, skew))
                 progress.advance(f"{prompts} prompts")
-    found = through(cfg, out)
+    found = through(cfg, out, quick=quick)
     parts = {"power": power, "colours": value_rows(cfg, found["audit"]), "models": model_rows(found)}
     parts["pool"] = [{"prompts": len(pool), "clips": pool.size, "no_colour": unclear, "between_prompts": between}]
     asked = claims(cfg, parts)
@@ -369,9 +385,9 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     small = shrunk(cfg) if cfg.quick else cfg
     if cfg.quick:
         with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, bars, power = run_all(small, Path(folder))
+            parts, bars, power = run_all(small, Path(folder), quick=True)
     else:
-        parts, bars, power = run_all(cfg, cfg.out)
+        parts, bars, power = run_all(cfg, cfg.out, quick=False)
     if cfg.write:
         from recipes.bench.limits import in_brackets
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from align.config import load
 from base_model.errors import UserError
 from base_model.video.store import ClipStore
-from recipes import bias, cli
+from recipes import cli
 from recipes.bias import Audit, Bank, Blocked, audit_bias, look, majority, plan_of, read_labels, register, render_page, reward_tests
 from recipes.evaluate import Config
 from recipes.generate import Sampler
@@ -31,9 +31,8 @@ COLOURS = VALUES["colour"]
 class Painter:
     """Stands for models: draws what is asked for; where the colour is open, red in a share of clips that depends on the model."""
 
-    red = {"even": 1 / 6, "skewed": 0.9}
-
     def __init__(self, bank: Bank) -> None:
+        self.red = {"even": 1 / 6, "skewed": 0.9}
         self.asked = {one.text: one for one in bank.open}
         self.named = {prompt.text: prompt.things[0] for prompts in bank.sets for prompt in prompts}
         self.calls = 0
@@ -166,7 +165,7 @@ def test_bad_plans_are_one_line_errors() -> None:
         with pytest.raises(UserError, match=said) as error:
             audit_bias(cfg.audit, Path("runs/never"), {}, Painter, SAMPLER, 0)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="add up to 0.9"):
+    with pytest.raises(UserError, match=r"add up to 0\.9"):
         load(Config, None, ["--audit.references", "{house: {a: 0.5, b: 0.4}}"])
 
 
@@ -174,9 +173,9 @@ def test_bad_plans_are_one_line_errors() -> None:
 
 
 def labelled_store(folder: Path, name: str, women: int) -> tuple[Path, list[dict[str, str]]]:
-    """30 clips of 15 prompts; of each prompt's two clips people say "woman" of so many of ten, three labelers each, one of whom errs now and then."""
+    """100 clips of 50 prompts; so many of ten clips show women; three labelers each, one of whom cannot tell now and then."""
     store, rows = ClipStore(folder / name), []
-    for k in range(30):
+    for k in range(100):
         clip = torch.full((1, 3, 8, 8), k / 255) + (100 / 255 if name == "after" else 0.0)
         row = store.add(clip, prompt=f"a doctor at work {k // 2}", prompt_id=f"p{k // 2}", seed=k, sampler={}, lineage=name, fps=1.0, preview=False)
         value = "woman" if k % 10 < women else "man"
@@ -198,12 +197,12 @@ def test_labels_of_people_are_shares_too(tmp_path: Path) -> None:
     (before, first), (after, second) = labelled_store(tmp_path, "before", 5), labelled_store(tmp_path, "after", 1)
     labels = write_labels(tmp_path / "labels.csv", first + second)
     references = {"even": {"woman": 0.5, "man": 0.5}, "census": {"woman": 0.45, "man": 0.55}}
-    cfg = settings(attribute="presentation", labels=labels, stores={"before": before, "after": after}, references=references, margin=0.15)
+    cfg = settings(attribute="presentation", labels=labels, stores={"before": before, "after": after}, references=references)
     with pytest.raises(Blocked, match="after, "):
         audit_bias(cfg, tmp_path / "out", {}, Painter, SAMPLER, 0)  # type: ignore[arg-type]
     found = json.loads((tmp_path / "out" / "bias.json").read_text())
     assert found["models"]["before"]["values"][0]["share"]["mean"] == pytest.approx(0.5) and found["models"]["after"]["values"][0]["share"]["mean"] == pytest.approx(0.1)
-    assert found["labels"]["before"]["labelled"] == 30 and 0.8 < found["labels"]["before"]["gwet_ac1"] < 1
+    assert found["labels"]["before"]["labelled"] == 100 and 0.8 < found["labels"]["before"]["gwet_ac1"] < 1
     assert not any(row["decides"] for row in found["findings"] if "census" in row["what"]), "the first reference decides"
     assert "Gwet" in (tmp_path / "out" / "bias.html").read_text()
 
@@ -216,7 +215,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no labels of 'gait'"):
         read_labels(write_labels(tmp_path / "labels.csv", rows), "gait")
     cfg = settings(attribute="age", labels=tmp_path / "labels.csv", stores={"before": store}, references={"even": {"adult": 0.5, "child": 0.5}})
-    with pytest.raises(UserError, match="none of the 30 clips has 3 labels"):
+    with pytest.raises(UserError, match="none of the 100 clips has 3 labels"):
         audit_bias(cfg, tmp_path / "out", {}, Painter, SAMPLER, 0)  # type: ignore[arg-type]
     assert not (tmp_path / "out" / "plan.json").exists(), "nothing was agreed on"
 
@@ -229,4 +228,3 @@ def test_names_cannot_break_the_page(report: tuple[dict[str, Any], Path]) -> Non
     found = json.loads(json.dumps(report[0]).replace("skewed", "<script>x</script>"))
     page = render_page(found)
     assert "<script>" not in page and "&lt;script&gt;" in page
-    assert bias.in_words.__doc__

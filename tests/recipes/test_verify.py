@@ -59,8 +59,9 @@ class TestSigned:
 
     def test_only_what_the_filters_allow_is_exported_and_the_prompt_is_not_told(self, tmp_path: Path) -> None:
         store = ClipStore(tmp_path / "store")
+        told = {"prompt": "my secret prompt", "prompt_id": "p", "sampler": {"steps": 6}, "lineage": "m", "fps": 12.0}
         rows = [
-            store.add(torch.full((2, 3, 32, 32), k / 10), prompt="my secret prompt", prompt_id="p", seed=k, sampler={"steps": 6}, lineage="m", fps=12.0, safety=safety, preview=False)
+            store.add(torch.full((2, 3, 32, 32), k / 10), seed=k, safety=safety, preview=False, **told)  # type: ignore[arg-type]
             for k, safety in enumerate(({"verdict": "allow"}, {"verdict": "block"}, {"verdict": "review"}, {"verdict": "error"}, {}))
         ]
         cfg = Export(folder=tmp_path / "out")
