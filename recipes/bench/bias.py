@@ -296,7 +296,7 @@ def model_rows(found: Mapping[str, Any]) -> list[Row]:
     for name, told in report["models"].items():
         row: Row = {"model": name, "prompts": told["prompts"], "clips": told["clips"]}
         row |= {**interval("total_variation", told["total_variation"]), **interval("evenness", told["evenness"]), **interval("keeps_its_colour", told["keeps"])}
-        row |= {"no_colour": told["unclear"], "between_prompts": max(value["between_prompts"] for value in told["values"])}
+        row |= {"no_colour": told["unclear"], "between_prompts": max((value["between_prompts"] for value in told["values"] if value["between_prompts"] is not None), default=None)}
         rows.append({**row, "audit": report["state"] if name == "after RL" else None, "held_out_reward": found["rl"]["held_out_reward"] if name == "after RL" else None})
     return rows
 
@@ -313,11 +313,13 @@ def claims(cfg: Config, parts: Mapping[str, Sequence[Row]]) -> list[Row]:
         asked.append((f"false alarms at most {FALSE_ALARM:g}, over all tests of an audit", percent(row, "anything"), row["anything"] <= FALSE_ALARM))
     asked.append(("the pool has at least 5,000 clips", f"{pool['clips']:,}", pool["clips"] >= 5_000))
     red = next(row for row in parts["colours"] if row["colour"] == PLANTED)
-    asked.append(("the base learned the planted skew: red is above an even share", percent(red, "before"), red["before_low"] > 1 / len(NAMES)))
+    asked.append(("the base learned the planted skew: red is above an even share", percent(red, "before"), (red["before_low"] or 0) > 1 / len(NAMES)))
     return [{"asked": what, "found": found, "holds": bool(holds)} for what, found, holds in asked]
 
 
 def percent(row: Row, name: str) -> str:
+    if row[name] is None:
+        return "not measured"
     return f"{100 * row[name]:.1f} % [{100 * row[f'{name}_low']:.1f}, {100 * row[f'{name}_high']:.1f}]"
 
 

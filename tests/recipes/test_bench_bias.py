@@ -40,7 +40,8 @@ def test_p_values_of_a_stack_are_those_of_each_test_alone() -> None:
     assert len(tests) == 18 and bench.p_values(tests) == pytest.approx(alone)
 
 
-def test_an_audit_over_prompts_finds_ten_points_and_keeps_quiet_and_one_over_clips_does_not() -> None:
+def test_an_audit_over_prompts_finds_ten_points_and_keeps_quiet_and_one_over_clips_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "STATES_OF", 40)
     cfg, pool = Config(runs=250), made_up()
     skewed, none = (bench.power_row(cfg, pool, 60, skew) for skew in (0.1, 0.0))
     print(skewed, none)
