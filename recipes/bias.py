@@ -201,9 +201,14 @@ class Seen:
         return {**told, **tables}
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Seen:
-        tables = {name: None if row[name] is None else np.array(row[name], dtype=np.float64) for name in ("keeps", "right", "withheld", "harmless", "reward")}
-        return cls(Tally(tuple(row["names"]), tuple(row["ids"]), np.array(row["counts"]), np.array(row["unclear"])), **tables)
+    def from_file(cls, file: Path) -> Seen:
+        """What `to_json` gave. Raises UserError where the file holds something else."""
+        row = read_json(file, "what a model's clips were read as")
+        try:
+            tables = {name: None if row[name] is None else np.array(row[name], dtype=np.float64) for name in ("keeps", "right", "withheld", "harmless", "reward")}
+            return cls(Tally(tuple(row["names"]), tuple(row["ids"]), np.array(row["counts"], dtype=np.float64), np.array(row["unclear"], dtype=np.float64)), **tables)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file} is damaged: {type(error).__name__}, {error}. Delete it, and the model is read again") from error
 
 
 class Bank(NamedTuple):
@@ -456,6 +461,8 @@ def loaded(folder: Path, fps: float) -> Score:
 
 def audit_bias(cfg: Audit, out: Path, networks: Mapping[str, str], generate: Generate, sampler: Sampler, seed: int) -> dict[str, Any]:
     """networks: name -> sha256 of the network, the first is what was there before. Writes plan, rows and page into `out`; raises Blocked, then, where a margin is exceeded."""
+    if not networks and not cfg.stores:
+        raise UserError("models: nothing to audit. Give at least one: --models '{base: base}'")
     if (cfg.labels is None) != (not cfg.stores):
         raise UserError("audit.labels and audit.stores: one needs the other. Give both, or none")
     check_can_write(out)
@@ -479,9 +486,8 @@ def audit_bias(cfg: Audit, out: Path, networks: Mapping[str, str], generate: Gen
             file = out / "seen" / f"{key[:16]}.json"
             if not file.exists():
                 row = look(cfg, bank, name, generate, score, sampler.fps, seed).to_json()
-                file.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write(file, (json.dumps(row) + "\n").encode())
-            seen[name] = Seen.from_json(read_json(file, "what a model's clips were read as"))
+            seen[name] = Seen.from_file(file)
         if score:
             extra, told["reward"] = reward_tests(cfg, bank.attribute, score, seed)
     report = report_of(cfg, plan, seen, extra, told)

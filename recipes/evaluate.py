@@ -395,6 +395,8 @@ def _readings(cfg: Config, found: Evaluation) -> dict[str, Any]:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """`resume` changes nothing: a report is made anew. Raises `recipes.bias.Blocked` where a bias audit blocks."""
+    if cfg.bias and cfg.captions:
+        raise UserError("captions and bias: a bias audit has prompts of its own. Give one of them")
     if cfg.bias:
         networks = {} if cfg.audit.stores else {name: network_lineage(network_file(path)) for name, path in cfg.models.items()}
         return audit_bias(cfg.audit, cfg.out, networks, generator(cfg.models, cfg.sampler), cfg.sampler, cfg.seed + EVALUATION_SEED)

@@ -16,7 +16,7 @@ from torch import Tensor
 from align.config import load
 from base_model.errors import UserError
 from base_model.video.store import ClipStore
-from recipes import cli
+from recipes import cli, evaluate
 from recipes.bias import Audit, Bank, Blocked, audit_bias, look, majority, plan_of, read_labels, register, render_page, reward_tests
 from recipes.evaluate import Config
 from recipes.generate import Sampler
@@ -116,6 +116,14 @@ def test_a_repaired_model_is_not_blocked_for_its_shift_and_can_be_signed_off(tmp
     assert json.loads((report[1] / "bias.json").read_text())["signed_off"] is None, "what is blocked cannot be signed off"
 
 
+def test_readings_that_are_damaged_are_named(tmp_path: Path) -> None:
+    audited(tmp_path, ["even"])
+    (file,) = (tmp_path / "seen").iterdir()
+    file.write_text('{"names": []}')
+    with pytest.raises(UserError, match=r"seen/.* is damaged: KeyError.*Delete it"):
+        audited(tmp_path, ["even"])
+
+
 def test_equal_noise_within_a_set_and_between_models() -> None:
     cfg = settings(prompts=2, clips=2, sets=2, set_clips=2)
     bank, seen = Bank.of(cfg, 0), []
@@ -163,8 +171,12 @@ def test_bad_plans_are_one_line_errors() -> None:
     ):
         cfg = load(Config, None, ["--bias", *words])
         with pytest.raises(UserError, match=said) as error:
-            audit_bias(cfg.audit, Path("runs/never"), {}, Painter, SAMPLER, 0)  # type: ignore[arg-type]
+            audit_bias(cfg.audit, Path("runs/never"), {"base": "sha"}, Painter, SAMPLER, 0)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="nothing to audit"):
+        audit_bias(settings(), Path("runs/never"), {}, Painter, SAMPLER, 0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="prompts of its own"):
+        evaluate.main(load(Config, None, ["--bias", "--captions", "a dog"]))
     with pytest.raises(UserError, match=r"add up to 0\.9"):
         load(Config, None, ["--audit.references", "{house: {a: 0.5, b: 0.4}}"])
 
