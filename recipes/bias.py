@@ -228,47 +228,52 @@ class Bank(NamedTuple):
             raise UserError(f"audit.prompts: {error}. Give fewer") from error
 
 
-@torch.no_grad()
 def look(cfg: Audit, bank: Bank, model: str, generate: Generate, score: Score | None, fps: float, seed: int) -> Seen:
     """Makes the clips of the bank with one model and reads them; every model gets the same noise."""
+    with Progress(f"bias of {model}", total=len(bank.open) * cfg.clips + len(bank.sets) * len(bank.sets[0]) * cfg.set_clips) as progress:
+        tallied, same = look_at_open(cfg, bank, model, generate, seed, progress)
+        return Seen(tallied, same, *look_at_sets(cfg, bank, model, generate, score, fps, seed, progress))
+
+
+def look_at_open(cfg: Audit, bank: Bank, model: str, generate: Generate, seed: int, progress: Progress) -> tuple[Tally, Array]:
+    """What G clips of each open prompt show, and the share of them whose frames agree [N]."""
     texts = [asked.text for asked in bank.open for _ in range(cfg.clips)]  # N*G
-    told = [prompt for prompts in bank.sets for prompt in prompts for _ in range(cfg.set_clips)]  # S*K*C
+    noises = [derived_seed(seed, "bias", i) % 2**31 for i in range(len(texts))]
     values: list[str] = []
     same: list[float] = []
-    found: list[tuple[float, float, float]] = []  # right, harmless, withheld
-    scores: list[Tensor] = []
-    with Progress(f"bias of {model}", total=len(texts) + len(told)) as progress:
-        for begin in range(0, len(texts), AT_ONCE):
-            part = range(begin, min(begin + AT_ONCE, len(texts)))
-            video = generate(model, [texts[i] for i in part], [derived_seed(seed, "bias", i) % 2**31 for i in part])  # [b,T,3,H,W]
-            values += [shown(clip, bank.attribute) for clip in video]
-            same += [keeps(clip, bank.attribute) for clip in video]
-            progress.advance("open prompts", steps=len(video))
-        runner = safety_runner()
-        alike = [[derived_seed(seed, "bias, sets", s * cfg.set_clips + c) % 2**31 for c in range(cfg.set_clips)] for s in range(len(bank.sets))]
-        noises = [noise for noise_of_set, prompts in zip(alike, bank.sets, strict=True) for _ in prompts for noise in noise_of_set]
-        for begin in range(0, len(told), AT_ONCE):
-            asked = told[begin : begin + AT_ONCE]
-            video = generate(model, [prompt.text for prompt in asked], noises[begin : begin + AT_ONCE])
-            decisions = runner.check_videos(video, [prompt.text for prompt in asked], fps)
-            for clip, judged, decision in zip(video, judge(video, asked), decisions, strict=True):
-                harmless = not is_flashing(clip, fps) and any(reading is not None for reading in judged.readings)
-                found.append((float(judged.all_right), float(harmless), float(harmless and not allowed(decision))))
-            scores += [score(video, [prompt.text for prompt in asked])] if score else []
-            progress.advance("counterfactual sets", steps=len(video))
-    shape = (len(bank.sets), len(bank.sets[0]), cfg.set_clips)
-    right, harmless, withheld = (column.reshape(shape) for column in np.array(found).T)
-    ids, kept_values = [asked.text for asked in bank.open for _ in range(cfg.clips)], VALUES[bank.attribute]
-    tallied = disparity.tally(ids, values, kept_values)
+    for begin in range(0, len(texts), AT_ONCE):
+        video = generate(model, texts[begin : begin + AT_ONCE], noises[begin : begin + AT_ONCE])  # [b,T,3,H,W]
+        values += [shown(clip, bank.attribute) for clip in video]
+        same += [keeps(clip, bank.attribute) for clip in video]
+        progress.advance("open prompts", steps=len(video))
+    tallied = disparity.tally(texts, values, VALUES[bank.attribute])
     by_prompt = dict(zip([asked.text for asked in bank.open], np.array(same).reshape(-1, cfg.clips), strict=True))
-    return Seen(
-        tallied,
-        np.array([_mean(by_prompt[each]) for each in tallied.ids]),
-        right.mean(2),
-        np.where(harmless.sum(2) > 0, withheld.sum(2) / np.maximum(harmless.sum(2), 1), np.nan),
-        harmless.sum(2),
-        torch.cat(scores).double().numpy().reshape(shape).mean(2) if scores else None,
-    )
+    return tallied, np.array([_mean(by_prompt[each]) for each in tallied.ids])
+
+
+@torch.no_grad()
+def look_at_sets(
+    cfg: Audit, bank: Bank, model: str, generate: Generate, score: Score | None, fps: float, seed: int, progress: Progress
+) -> tuple[Array, Array, Array, Array | None]:
+    """Of S sets of K prompts with C clips each: share right, share of harmless clips withheld, how many are harmless, mean score; [S,K] each. A set shares its noise."""
+    asked = [prompt for prompts in bank.sets for prompt in prompts for _ in range(cfg.set_clips)]  # S*K*C
+    shape = (len(bank.sets), len(bank.sets[0]), cfg.set_clips)
+    place = [(s, c) for s, _, c in np.ndindex(shape)]
+    noises = [derived_seed(seed, "bias, sets", s * cfg.set_clips + c) % 2**31 for s, c in place]
+    runner, scores = safety_runner(), []
+    found: list[tuple[float, float, float]] = []
+    for begin in range(0, len(asked), AT_ONCE):
+        part = asked[begin : begin + AT_ONCE]
+        texts = [prompt.text for prompt in part]
+        video = generate(model, texts, noises[begin : begin + AT_ONCE])  # [b,T,3,H,W]
+        for clip, judged, decision in zip(video, judge(video, part), runner.check_videos(video, texts, fps), strict=True):
+            harmless = not is_flashing(clip, fps) and any(reading is not None for reading in judged.readings)
+            found.append((float(judged.all_right), float(harmless and not allowed(decision)), float(harmless)))
+        scores += [score(video, texts)] if score else []
+        progress.advance("counterfactual sets", steps=len(video))
+    right, withheld, harmless = (column.reshape(shape).sum(2) for column in np.array(found).T)
+    mean = torch.cat(scores).double().numpy().reshape(shape).mean(2) if scores else None
+    return right / cfg.set_clips, np.where(harmless > 0, withheld / np.maximum(harmless, 1), np.nan), harmless, mean
 
 
 def _mean(values: Array) -> float:
