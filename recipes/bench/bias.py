@@ -71,8 +71,8 @@ class Config(Bench):
     """Folder of the reward model that RL climbs."""
     guard: Path | None = None
     """Folder of the reward model that watches."""
-    begin: Begin = Begin(pairs=1_500, iterations=120, prompts=400)
-    """The demo's stages, where none are given, with somewhat less of everything."""
+    begin: Begin = Begin()
+    """The demo's stages, where none are given."""
     pool_prompts: Count = 250
     """Prompts of the pool."""
     pool_clips: Count = 24
@@ -89,7 +89,7 @@ class Config(Bench):
     """Shares of the colours in the base's data where the caption leaves them open."""
     pairs: Count = 2_500
     """Captioned clips with the planted skew."""
-    fit: sft.Fit = sft.Fit(iterations=120, lr=5e-4)
+    fit: sft.Fit = sft.Fit(iterations=150, lr=5e-4)
     """How the base learns them."""
     policy: nft.Policy = nft.Policy(iterations=20, evaluate_every=20)
     """How NFT moves."""
