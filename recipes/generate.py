@@ -34,6 +34,7 @@ from base_model.times import sampling_times
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny
 from base_model.types import ClipShape, Conditioning
 from base_model.video.store import ClipRow, ClipStore, NewClip, request_key
+from recipes.provenance import Export, credentials_of, export, origin_of
 from recipes.stack import Stack, frame_shape, load_stack, sample_stack, stack_lineage
 from recipes.visual import Prepared, Visual, head_frames, prepare
 from recipes.weights import file_hash
@@ -96,6 +97,8 @@ class Config(BaseConfig):
     """How clips are denoised."""
     visual: Visual = Visual()
     """What clips are made from beside their text."""
+    export: Export = Export()
+    """Signed copies (`recipes/provenance.py`); `rushes verify FILE` reads them."""
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         raise UserError("stack and visual: a stack makes clips from text alone. Give one of them")
     started = time.monotonic()
     check_can_write(cfg.out)
+    signer = credentials_of(cfg.export) if cfg.export.folder else None
     model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(), ClipStore(cfg.out)
     requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
     check_memory(cfg.sampler, len(requests), cfg.visual.seconds)
@@ -306,9 +310,12 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         sampling, given = visual_sampling(cfg.visual, prepared), prepared.key
     rows = fill_store(store, model, requests, lineage=lineage, sampler=cfg.sampler, runner=runner, sampling=sampling, given=given)
     made = [row for row in rows if row is not None]
+    origin = origin_of(cfg.model) if cfg.stack is None else {"stack": lineage}
+    signed = {"signed": [str(file) for file in export(cfg.export, store, made, origin, signer)]} if signer else {}
     return {
         "store": str(cfg.out),
         "clips": [str(store.preview_path(row.clip_id)) for row in made],
+        **signed,
         "blocked_prompts": runner.counts["prompt.checked"] - runner.counts["prompt.allow"],
         "safety": dict(runner.counts),
         "wall_seconds": round(time.monotonic() - started, 2),
