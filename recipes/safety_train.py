@@ -24,7 +24,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from align.config import Config as BaseConfig
@@ -100,7 +100,7 @@ class Config(BaseConfig):
     """Folder or hub id of a CLIP, SigLIP, X-CLIP, VideoMAE or V-JEPA 2 checkpoint; empty means the shipped video VAE, a safetensors file another one."""
     cache: Path = Path("runs/features")
     """Folder of features: what an encoder said of a clip is never computed twice."""
-    seconds: Positive = 1.0
+    seconds: Annotated[float, Field(gt=0, le=60)] = 1.0
     """How long a window is, about."""
     pairs: str = "harmlessness"
     """Dimension of pairs in which the preferred clip is the safer one."""
@@ -132,6 +132,20 @@ class Config(BaseConfig):
     """Weight decay."""
     save_every: Count = 1000
     """Steps between checkpoints."""
+
+    @field_validator("policies")
+    @classmethod
+    def _named_once(cls, policies: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(policies)) < len(policies):
+            raise ValueError(f"a policy is named twice in {', '.join(policies)}")
+        return policies
+
+    @field_validator("shares")
+    @classmethod
+    def _shares_are_a_whole(cls, shares: tuple[float, float, float]) -> tuple[float, float, float]:
+        if abs(sum(shares) - 1) > 1e-9:
+            raise ValueError(f"shares add up to 1, and these to {sum(shares):g}")
+        return shares
 
 
 # Labels

@@ -310,6 +310,13 @@ def test_what_is_missing_is_named(dataset: Path, tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("words", [["--shares", "[0.5,0.5,0.5]"], ["--policies", "[P17,P17]"], ["--recall", "0"], ["--seconds", "1e9"], ["--policies", "[Ω]"]])
+def test_settings_that_cannot_be_are_one_line(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rushes(["safety-train", "--shapes", "20", "--out", str(tmp_path / "o"), "--cache", str(tmp_path / "c"), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words[0].removeprefix("--") in line and "bug" not in line
+
+
 def test_a_clip_that_cannot_be_looked_at_is_named(audit: Path, tmp_path: Path) -> None:
     rows = ClipStore(tmp_path / "store").add_many([NewClip(torch.rand(5, 3, 30, 34), f"odd {i}", f"p{i}", i, {}, "t", 12.0) for i in range(30)], preview=False)
     candidates = [Candidate(clip_id=row.clip_id, pool="passed", score=0.01, filter_version="f") for row in rows]
