@@ -19,7 +19,7 @@ Rules that make a killed and resumed run bit-identical to an uninterrupted one:
 Under torchrun every process has the whole batch in mind, makes its `share` of the parts, and tells the others with `gather`; `backward_each` adds up what all of them found. So
 state is the same in all, the first one writes it, and a run may go on with another number of processes.
 
-On disk, from the first iteration on: `.lock`, `run.json` (config, seed, commit, versions), `metrics.jsonl`, `metrics.json` (one sentence a metric), `tensorboard/`,
+On disk, from the first iteration on: `.lock`, `run.json` (config, seed, commit, versions, what was noted), `metrics.jsonl`, `metrics.json` (one sentence a metric), `tensorboard/`,
 `checkpoints/<iteration>/` (safetensors, `state.json`, `run.json`; the last two are kept).
 """
 
@@ -125,6 +125,7 @@ class Run:
         self._looping = self._stopping = self._compared = False
         self._writer: Any = None
         self._note = self._remark = ""
+        self._notes: dict[str, Any] = {}
         self._label = "the run"
         self._begun, self._seconds_before = time.monotonic(), 0.0
         if self.device.type == "cpu":
@@ -168,6 +169,14 @@ class Run:
         return found
 
     # Verbs of a recipe
+
+    def note(self, name: str, value: Any) -> None:
+        """Adds to `run.json` what the configuration does not say, before the first iteration. Raises UserError where a resumed run was begun with another value."""
+        self._notes[name] = json.loads(json.dumps(value))
+        before = read_json(self._description_file, "the description of the run") if self._resumed else {}
+        if name in before and before[name] != self._notes[name]:
+            told = f"{self.out} was begun with another `{name}` than there is now, {self._description_file}"
+            raise UserError(f"{told}. Go on with what it was begun with, or begin again in another --out")
 
     def prepare(self, *things: Any) -> Any:
         """Networks and optimizers onto the device (and into DDP under torchrun), in the order given; one thing comes back alone."""
@@ -357,7 +366,7 @@ class Run:
 
     @property
     def _description(self) -> bytes:
-        return (json.dumps({"seed": self.seed, **self._resolved}, indent=2, sort_keys=True) + "\n").encode()
+        return (json.dumps({"seed": self.seed, **self._resolved, **self._notes}, indent=2, sort_keys=True) + "\n").encode()
 
     def _look(self, resume: bool) -> Path | None:
         """Raises UserError where `out` cannot be used; returns the checkpoint to go on from, if any. Writes nothing into a new folder."""

@@ -20,6 +20,7 @@ from base_model.tiny import load_tiny
 from base_model.video.store import ClipStore
 from recipes import ddpo, evaluate, nft, report, reward_model, sft
 from recipes.feedback import Feedback, SafetyLimit, StoppedByGuard, check_steps, check_unguided
+from recipes.filters import write_lineage
 from recipes.generate import Request, Sampler, fill_store, network_lineage, safety_runner
 from recipes.memory import PeakMemory
 from recipes.pairs import load_pairs, read_clip_folder, save_pairs
@@ -96,6 +97,7 @@ def make_data(cfg: Config, out: Path) -> dict[str, Any]:
     if not len(kept):
         raise UserError(f"none of the {len(clips)} clips passed the safety filters, {cfg.clips or 'the built-in world'}. Look at the filters' counts: {dict(runner.counts)}")
     save_pairs(out, kept)
+    write_lineage(out, runner.lineage())
     return {"clips": len(clips), "kept": len(kept), "sha256": kept.fingerprint(), "safety": dict(runner.counts)}
 
 

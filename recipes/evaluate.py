@@ -33,6 +33,7 @@ from base_model.video.files import write_atomic
 from recipes.bias import Audit, audit_bias
 from recipes.doctor import hardware
 from recipes.feedback import Setting
+from recipes.filters import Filters
 from recipes.generate import Sampler, best_device, network_lineage, safety_runner, sample
 from recipes.guards import read_history
 from recipes.memory import PeakMemory
@@ -118,6 +119,8 @@ class Config(BaseConfig):
     """Audits bias instead (`recipes/bias.py`): what models show where prompts leave an attribute open. Ends with status 3 where a margin agreed before is exceeded."""
     audit: Audit = Audit()
     """What the bias audit asks, and its margins."""
+    filters: Filters = Filters()
+    """Safety filters beside those that need no weights."""
 
 
 @dataclass(frozen=True)
@@ -355,7 +358,7 @@ def report(cfg: Config, extra: Callable[[], Mapping[str, Any]] = dict) -> dict[s
         seed=seed,
         fps=cfg.sampler.fps,
         generate=generator(cfg.models, cfg.sampler),
-        runner=safety_runner(),
+        runner=safety_runner(cfg.filters),
         scorers=scorers,
         eye=None if cfg.captions else Eye.load(),
         shown=cfg.shown,

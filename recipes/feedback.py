@@ -33,6 +33,7 @@ from base_model.lora import adapter_state, load_adapter_state, merge, reference
 from base_model.tiny import LatentVideoModel, load_tiny, save_network
 from base_model.types import Conditioning, VideoModel
 from recipes import guards
+from recipes.filters import Filters
 from recipes.generate import Sampler, latent_shape, safety_runner, sample_with_latents
 from recipes.guards import Guards
 from recipes.guards import GuardWatch as GuardWatch
@@ -137,6 +138,8 @@ class Setting(BaseConfig):
     """Whether the safety limit holds; false is for the comparison only. With a latent reward the filters then see the held-out clips alone."""
     safety: SafetyLimit = SafetyLimit()
     """The limit."""
+    filters: Filters = Filters()
+    """Safety filters beside those that need no weights; the larger score of a policy is its cost."""
     pessimism: NonNegative = 0.5
     """Reward is the mean minus this many spreads of the reward model."""
     guard_drop: Positive = 0.5
@@ -556,7 +559,8 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
     scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps) if reward else None
-    assess = Assessor(scorer, safety_runner(), cfg.sampler.fps, looks=cfg.constrained)
+    assess = Assessor(scorer, safety_runner(cfg.filters), cfg.sampler.fps, looks=cfg.constrained)
+    run.note("safety", assess.runner.lineage())
     if isinstance(scorer, LatentMixture) and not cfg.constrained and run.is_main:
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)
     encode_all(model, training_prompts(cfg)[1], texts)
@@ -569,7 +573,7 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
 
     def saved() -> str:
         save_weights(run.out / "adapter.safetensors", adapter, {})
-        write_card(weights, lambda path: save_network(path, model), recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked)
+        write_card(weights, lambda path: save_network(path, model), recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked, safety=assess.runner.lineage())
         return file_hash(weights)
 
     result = {"weights": str(weights), "sha256": run.on_main(saved), "stopped_by_guard": bool(watch.fallen), "forward_passes": run.forward_passes, **looked}

@@ -34,6 +34,7 @@ from base_model.times import sampling_times
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny
 from base_model.types import ClipShape, Conditioning
 from base_model.video.store import ClipRow, ClipStore, NewClip, request_key
+from recipes.filters import NONE, Filters, load_filters
 from recipes.provenance import Export, credentials_of, export, origin_of
 from recipes.stack import Stack, frame_shape, load_stack, sample_stack, stack_lineage
 from recipes.visual import Prepared, Visual, head_frames, prepare
@@ -99,6 +100,8 @@ class Config(BaseConfig):
     """What clips are made from beside their text."""
     export: Export = Export()
     """Signed copies (`recipes/provenance.py`); `rushes verify FILE` reads them."""
+    filters: Filters = Filters()
+    """Safety filters beside those that need no weights."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,10 @@ class Request:
     seed: int
 
 
-def safety_runner() -> SafetyRunner:
-    """Every filter that needs no weights, under the shipped policy."""
+def safety_runner(filters: Filters = NONE) -> SafetyRunner:
+    """Every filter that needs no weights, and those that are named, under the shipped policy."""
     policy = load_policy()
-    return SafetyRunner([WordFilter(policy), FlashFilter(policy), DegenerateFilter(policy)], policy)
+    return SafetyRunner([WordFilter(policy), FlashFilter(policy), DegenerateFilter(policy), *load_filters(filters, policy)], policy)
 
 
 def latent_shape(model: LatentVideoModel, clip: ClipShape) -> tuple[int, int, int, int]:
@@ -296,7 +299,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     check_can_write(cfg.out)
     signer = credentials_of(cfg.export) if cfg.export.folder else None
-    model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(), ClipStore(cfg.out)
+    model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(cfg.filters), ClipStore(cfg.out)
     requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
     check_memory(cfg.sampler, len(requests), cfg.visual.seconds)
     sampling: Sampling = sample

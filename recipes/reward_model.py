@@ -29,6 +29,7 @@ from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
 from base_model.video.store import ClipStore
 from recipes.changed_clips import checked, ranked_most, within_prompt_std
+from recipes.filters import lineage_of_clips
 from recipes.match import SHIPPED
 from recipes.quality import SHIPPED as QUALITY
 from recipes.weights import file_hash
@@ -540,6 +541,12 @@ def facts_of(answers: Answers) -> dict[str, Any]:
     }
 
 
+def filters_behind(events: Iterable[RankingEvent], store: ClipStore) -> list[dict[str, Any]]:
+    """Which filters ruled on the ranked clips."""
+    ranked = {clip_id for event in events for clip_id in event.clip_ids}
+    return lineage_of_clips(row for row in store.rows() if row.clip_id in ranked)
+
+
 def sizes_of(train: Sequence[Rankings]) -> list[str]:
     """Each size there is, as "25 frames of 64x64"."""
     return sorted({f"{part.video.shape[1]} frames of {part.video.shape[3]}x{part.video.shape[4]}" for part in train})
@@ -559,6 +566,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     train, val, test = parts["train"], parts["val"] or parts["train"], parts["test"]
 
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    run.note("safety", filters_behind(answers.usable, store))
     model, features = start_model(cfg, dims, k, train, encode)
     fit_head(cfg, model, joined(train, features))
     fine_tune(cfg, run, model, train, val)

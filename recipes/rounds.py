@@ -177,7 +177,7 @@ def copy_given(cfg: Config, out: Path) -> dict[str, Any]:
 
 def make_takes(cfg: Config, number: int, out: Path) -> dict[str, Any]:
     """Clips of the round's prompts by the policy as it is, and the tasks of who ranks them: those the filters allow, four of a prompt at a time."""
-    network, asked, store, runner = start_of(cfg, number), prompts_of(cfg, number), store_of(cfg), safety_runner()
+    network, asked, store, runner = start_of(cfg, number), prompts_of(cfg, number), store_of(cfg), safety_runner(setting_of(cfg, number).filters)
     places = [(prompt, i * cfg.takes + g) for i, prompt in enumerate(asked) for g in range(cfg.takes)]
     requests = [Request(prompt.text, prompt.prompt_id, derived_seed(cfg.seed, f"rounds takes {number}", k) % 2**31) for prompt, k in places]
     sampler = setting_of(cfg, number).sampler
@@ -276,7 +276,7 @@ def look_around(cfg: Config, number: int) -> dict[str, Any]:
         cond = model.encode_text(texts)
         video = torch.cat(list(sample(model, cond, clip_seeds(cfg.seed + HELD_OUT_SEED, len(texts)), setting.sampler)))  # [P,T,3,H,W]
         found |= {f"{name}_{when}": float(reward(video, texts).reward.nanmean()) for name, reward in rewards.items()}
-        found[f"blocked_{when}"] = Assessor(None, safety_runner(), setting.sampler.fps)(video, texts).violation_rate
+        found[f"blocked_{when}"] = Assessor(None, safety_runner(setting.filters), setting.sampler.fps)(video, texts).violation_rate
     found["kl_from_first"] = kl_between(model, first, cond[:KL_CLIPS], setting.sampler, cfg.seed + HELD_OUT_SEED)
     return _plain(found)
 

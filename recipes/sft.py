@@ -33,6 +33,7 @@ from base_model.prompts.conditions import Canvas, Kind, draw_given, encode_known
 from base_model.times import quantile_times, stratified_logit_normal
 from base_model.tiny import LatentVideoModel, load_tiny, packed_text, save_network
 from base_model.types import ClipShape
+from recipes.filters import read_lineage
 from recipes.pairs import Pairs, encode_pairs, load_pairs
 from recipes.shapes.dataset import draw_clips
 from recipes.weights import file_hash, write_card
@@ -214,6 +215,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     model = load_tiny(cfg.base).to(run.device)
     if cfg.lora_rank:
         model.network = add_lora(model.network, rank=cfg.lora_rank, alpha=cfg.lora_rank, seed=cfg.seed)
+    filters = read_lineage(cfg.pairs)
+    run.note("safety", filters)
     clips = load_pairs(cfg.pairs) if cfg.pairs else draw_clips("curated", cfg.clips, seed=cfg.seed)
     held_out = draw_clips("curated", cfg.fit.held_out, seed=cfg.seed + 1_000_003, shape=ClipShape(13, 32, 32))
     train(cfg.fit, run, model, encode_pairs(model, clips), encode_pairs(model, held_out))
@@ -221,5 +224,6 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         model.network = merge(model.network)
     weights = cfg.out / "network.safetensors"
     loss = float(held_out_losses(model, encode_pairs(model, held_out), run.generator("held out", 0)).mean())
-    write_card(weights, lambda path: save_network(path, model), recipe="sft", cfg=cfg, data=clips.fingerprint(), seconds=run.seconds, measured={"held_out_loss": loss})
+    measured, data = {"held_out_loss": loss}, clips.fingerprint()
+    write_card(weights, lambda path: save_network(path, model), recipe="sft", cfg=cfg, data=data, seconds=run.seconds, measured=measured, safety=filters)
     return {"weights": str(weights), "sha256": file_hash(weights), "held_out_loss": loss, "wall_seconds": round(time.monotonic() - started, 1)}

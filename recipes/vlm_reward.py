@@ -31,6 +31,7 @@ from recipes.reward_model import (
     calibrate,
     event_nll,
     facts_of,
+    filters_behind,
     held_out_nll,
     joined,
     load_answers,
@@ -220,6 +221,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     train, val, test = parts["train"], parts["val"] or parts["train"], parts["test"]
     check_rates(data, [*train, *val, *test], sampler)
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    run.note("safety", filters_behind(answers.usable, ClipStore(cfg.clips)))
     model = VlmReward(
         load_base(cfg.base, revision=cfg.revision, dtype=cfg.dtype),
         dimensions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,20 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write_card(path: Path, save: Callable[[Path], None], *, recipe: str, cfg: Config, data: str, seconds: float, measured: Mapping[str, object]) -> None:
+def write_card(
+    path: Path,
+    save: Callable[[Path], None],
+    *,
+    recipe: str,
+    cfg: Config,
+    data: str,
+    seconds: float,
+    measured: Mapping[str, object],
+    safety: Sequence[Mapping[str, object]] = (),
+) -> None:
     """Saves weights to `path` with `save` and a card beside them (`x.json` for `x.safetensors`).
 
-    `data` is the hash of the training data, `seconds` the wall time of the training.
+    `data` is the hash of the training data, `seconds` the wall time of the training, `safety` the filters that looked at what it learned from.
     """
     about = resolved(cfg)
     about["config"] = {key: value for key, value in leaves(dump(cfg)).items() if key not in path_keys(type(cfg))}
@@ -37,6 +47,7 @@ def write_card(path: Path, save: Callable[[Path], None], *, recipe: str, cfg: Co
         "data_sha256": data,
         "wall_seconds": round(seconds, 1),
         "measured": dict(measured),
+        "safety": list(safety),
         **about,
     }
     atomic_write(path.with_suffix(".json"), (json.dumps(card, indent=2, sort_keys=True) + "\n").encode())

@@ -107,6 +107,42 @@ def fit_calibration(answer: Signs, difference: Array, *, careless: bool = True) 
     return Calibration(typical / slope if slope > 0 else float("inf"), log_tie, share)
 
 
+class Platt(NamedTuple):
+    """The probability of a score of one clip, s(slope x score + offset); slope 0: the scores say nothing."""
+
+    slope: float
+    offset: float
+
+
+def fit_platt(score: Array, happened: Array, weight: Array) -> Platt:
+    """Of maximum likelihood for scores [N] of clips of which something is true (happened [N] in [0, 1]), each counted `weight` [N] times, towards Platt's targets
+    (n+ + 1) / (n+ + 2) and 1 / (n- + 2) instead of 1 and 0 (Platt 1999, "Probabilistic outputs for support vector machines", section 2.2): finite where scores separate the two.
+
+    n is what the weights are worth, (sum w)^2 / sum w^2 (Kish 1965), shared as they are. Scores that are wrong more often than right get a slope of 0, never a negative one. Raises
+    ValueError without clips of both kinds.
+    """
+    from scipy.optimize import minimize
+
+    positive, negative = float((weight * happened).sum()), float((weight * (1 - happened)).sum())
+    if not (positive > 0 and negative > 0):
+        raise ValueError("clips of both kinds are needed to calibrate on")
+    worth = float(weight.sum() ** 2 / (weight**2).sum()) / (positive + negative)
+    high, low = (positive * worth + 1) / (positive * worth + 2), 1 / (negative * worth + 2)
+    target, share = low + happened * (high - low), weight / weight.sum()
+    middle, spread = float((share * score).sum()), float(np.sqrt((share * (score - (share * score).sum()) ** 2).sum())) or 1.0
+    x = (score - middle) / spread
+
+    def loss(parameters: Array) -> tuple[float, Array]:
+        logit = parameters[0] * x + parameters[1]
+        value = float((share * (np.logaddexp(0, logit) - target * logit)).sum())
+        away = share * (np.exp(-np.logaddexp(0, -logit)) - target)
+        return value, np.array([(away * x).sum(), away.sum()])
+
+    found: Any = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(0, None), (None, None)], options={"ftol": 1e-14, "gtol": 1e-10})
+    slope, offset = found.x.tolist()
+    return Platt(slope / spread, offset - slope * middle / spread)
+
+
 def from_favourite(probability: Array, answer: Signs) -> tuple[Array, Array]:
     """Probabilities [N,3] and what happened [N,3], in the order of `OUTCOMES`. Where the scorer has no favourite, an answer for either clip is half of each."""
     swap = probability[:, 0] < probability[:, 2]

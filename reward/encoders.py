@@ -7,6 +7,7 @@
 | `model_type` | tokens of a clip | cosine |
 | --- | --- | --- |
 | clip, siglip | one embedding a frame | mean over the frames |
+| siglip_vision_model | the same, of the vision tower alone | none |
 | xclip | the video's embedding, then its patches averaged over time | the video and the text as the patches change it |
 | videomae, vjepa2 | the last hidden state, averaged down to at most 4 x 2 x 2 places (time, height, width) | none: they read no text |
 
@@ -37,7 +38,7 @@ VERSION = 1
 """Of how clips become tokens here. One more wherever that changes: what caches and cards hold is then of another encoder."""
 GRID = (4, 2, 2)
 """The most places (time, height, width) that are left of a video network's patches."""
-FRAMES = {"clip": 8, "siglip": 8, "vjepa2": 16}
+FRAMES = {"clip": 8, "siglip": 8, "siglip_vision_model": 8, "vjepa2": 16}
 """Frames an encoder sees where its checkpoint fixes no number."""
 FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 """What is read of a checkpoint."""
@@ -195,6 +196,24 @@ class FrameEncoder(Encoder):
         return F.cosine_similarity(tokens, text[:, None], dim=-1).mean(1)
 
 
+class VisionEncoder(FrameEncoder):
+    """The vision tower of SigLIP alone, with the same embedding a frame."""
+
+    reads_text = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.sampler.frames, self.config.hidden_size
+
+    @property
+    def side(self) -> tuple[int, int]:
+        return self.config.image_size, self.config.image_size
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        out: Tensor = self.network(pixel_values=pixels.flatten(0, 1)).pooler_output.unflatten(0, pixels.shape[:2])
+        return out
+
+
 class XClipEncoder(Encoder):
     """X-CLIP (arXiv 2208.02816): frames that exchange messages, and a text that is changed by what the video shows before it is compared with it."""
 
@@ -263,10 +282,8 @@ def load_encoder(source: str | Path, *, fps: float, frames: int | None = None, d
     Raises UserError for a family that is not known, weights that are not safetensors or not whole, and values of the preprocessor that cannot be followed.
     """
     import transformers
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    folder, source = _folder_of(str(source))
+    folder, source = checkpoint_folder(str(source))
     family = str(read_json(folder / "config.json", "the encoder's configuration").get("model_type"))
     families: dict[str, tuple[type[Encoder], Any]] = {
         "clip": (FrameEncoder, transformers.CLIPModel),
@@ -274,13 +291,14 @@ def load_encoder(source: str | Path, *, fps: float, frames: int | None = None, d
         "xclip": (XClipEncoder, transformers.XCLIPModel),
         "videomae": (PatchEncoder, transformers.VideoMAEModel),
         "vjepa2": (PatchEncoder, transformers.VJEPA2Model),
+        "siglip_vision_model": (VisionEncoder, transformers.SiglipVisionModel),
     }
     if family not in families:
         raise UserError(f"an encoder of the family {family!r} is not known, {folder}. Give one of {', '.join(families)}")
     if not (fps > 0 and fps < float("inf")):
         raise UserError(f"the frame rate of the clips is not known ({fps:g} frames a second), for the encoder {source}. Write it into the clips' rows")
     kind, network_class = families[family]
-    network, pixels = _load_network(network_class, folder), read_pixels(folder, family)
+    network, pixels = load_network(network_class, folder), read_pixels(folder, family)
     sampler = Sampler(_frames(family, network.config, frames, folder), fps)
     tokenizer = _load_tokenizer(folder) if kind.reads_text else None
     encoder = kind(network, source, revision_of(folder), pixels, sampler, dtype, tokenizer)
@@ -289,22 +307,29 @@ def load_encoder(source: str | Path, *, fps: float, frames: int | None = None, d
     return encoder
 
 
-def _folder_of(source: str) -> tuple[Path, str]:
-    """Where the files are, and the source as it finds exactly them again: a hub id gets its commit."""
+def checkpoint_folder(source: str, what: str = "encoder", files: Sequence[str] = FILES) -> tuple[Path, str]:
+    """Where the files are, and the source as it finds exactly them again: a hub id gets its commit. files: patterns of those that are read."""
     if Path(source).is_dir():
         return Path(source), source
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.partition("@")
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"no encoder {source!r}: it is no folder, and the hub's cache has none ({reason}). Give a folder, or set HF_HUB_OFFLINE=0 to download it") from error
+        raise UserError(f"no {what} {source!r}: it is no folder, and the hub's cache has none ({reason}). Give a folder, or set HF_HUB_OFFLINE=0 to download it") from error
     return folder, f"{name}@{folder.name}"
 
 
-def _load_network(network_class: Any, folder: Path) -> Any:
+def load_network(network_class: Any, folder: Path, what: str = "encoder") -> Any:
+    """A network of transformers in float32. Raises UserError for a configuration that brings code of its own, and for weights that are not safetensors or not whole."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    config = read_json(folder / "config.json", f"the {what}'s configuration")
+    if _brings_code(config):
+        raise UserError(f"the {what}'s configuration names code of its own (auto_map), {folder / 'config.json'}. Code of a checkpoint is never run: give one without")
     weights = sorted(folder.glob("*.safetensors"))
     for path in weights:
         check_is_safetensors(path)
@@ -313,11 +338,17 @@ def _load_network(network_class: Any, folder: Path) -> Any:
     try:
         network, told = network_class.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load the encoder, {folder}: {str(error).partition(chr(10))[0]}. Restore its files or download it again") from error
+        raise UserError(f"cannot load the {what}, {folder}: {str(error).partition(chr(10))[0]}. Restore its files or download it again") from error
     if told["missing_keys"]:
         some = sorted(told["missing_keys"])[:3]
-        raise UserError(f"the encoder's weights are not whole, {folder}: {len(told['missing_keys'])} are missing, {', '.join(some)}. Download it again")
+        raise UserError(f"the {what}'s weights are not whole, {folder}: {len(told['missing_keys'])} are missing, {', '.join(some)}. Download it again")
     return network
+
+
+def _brings_code(value: Any) -> bool:
+    """Whether `auto_map` stands anywhere in it."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return (isinstance(value, Mapping) and "auto_map" in value) or any(_brings_code(part) for part in parts)
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -380,10 +411,10 @@ def _size(value: Any) -> int | tuple[int, int]:
     return int(value)
 
 
-def revision_of(folder: Path) -> str:
+def revision_of(folder: Path, files: Sequence[str] = FILES) -> str:
     """sha256 over the names and contents of the files that are read, and over `VERSION`."""
     digest = hashlib.sha256(f"{VERSION} {GRID}".encode())
-    for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in files for path in folder.glob(pattern)}):
         with open(path, "rb") as file:
             digest.update(f"\n{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reward.ranking import bradley_terry
+
 
 def ordinal(score: Tensor, level: Tensor, thresholds: Tensor) -> Tensor:
     """Ratings on a scale of L levels (a cumulative logit: McCullagh 1980): P(level <= l) = s(threshold_l - score).
@@ -42,9 +44,6 @@ def rising(first: Tensor, gaps: Tensor) -> Tensor:
 def cost_sign(cost: Tensor, unsafe: Tensor) -> Tensor:
     """Whether a clip is safe, told by the sign of its cost: log s(cost) where unsafe, log s(-cost) where safe. It gives costs the zero that rankings cannot.
 
-    The cost model of Safe RLHF (Dai et al. 2023, arXiv 2310.12773) is learned from pairs by log s(c_worse - c_better) + log s(sign_worse c_worse) +
-    log s(sign_better c_better), sign +1 = unsafe and -1 = safe: `bradley_terry` plus this for each of the two; any other likelihood of rankings will do, with 1 = most harmful.
-
     cost and unsafe [...], unsafe in [0, 1] (in between: the share of people who say so) or nan = not judged -> [...]. Raises ValueError for another value.
     """
     known = ~unsafe.isnan()
@@ -52,3 +51,13 @@ def cost_sign(cost: Tensor, unsafe: Tensor) -> Tensor:
     if ((share < 0) | (share > 1)).any():
         raise ValueError("cost_sign: unsafe is between 0 (safe) and 1 (unsafe), or nan where not judged")
     return torch.where(known, share * F.logsigmoid(cost) + (1 - share) * F.logsigmoid(-cost), 0.0)
+
+
+def cost_pair(worse: Tensor, better: Tensor, worse_unsafe: Tensor, better_unsafe: Tensor) -> Tensor:
+    """A pair of clips of which one is more harmful, and whether each is safe: minus the loss of Safe RLHF's cost model (Dai et al. 2023, arXiv 2310.12773, section 3.2),
+
+        log s(c_worse - c_better) + log s(sign_worse c_worse) + log s(sign_better c_better),    sign = +1 unsafe, -1 safe.
+
+    Costs [...]; unsafe [...] in [0, 1] or nan = not judged, whose term is left out -> [...]. Any other likelihood of rankings will do for the first term, with 1 = most harmful.
+    """
+    return bradley_terry(worse - better) + cost_sign(worse, worse_unsafe) + cost_sign(better, better_unsafe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -20,6 +21,7 @@ from reward.calibration import (
     expected_calibration_error,
     falls,
     fit_calibration,
+    fit_platt,
     from_favourite,
     log_loss,
     probabilities,
@@ -239,6 +241,50 @@ def test_reliability_holds_every_prediction_once() -> None:
         assert sum(row.number * row.observed for row in bins) == pytest.approx(outcome[:, column].sum())
         assert sum(row.number * row.predicted for row in bins) == pytest.approx(probability[:, column].sum())
     assert len(reliability(np.full((9, 1), 0.4), np.ones((9, 1)))[0]) == 1
+
+
+# Platt's two numbers
+
+
+def test_platts_numbers_are_the_maximum_of_his_likelihood() -> None:
+    rng = np.random.default_rng(3)
+    score = rng.normal(size=60) * 3 + 1
+    happened = (rng.random(60) < 1 / (1 + np.exp(1.5 - score))).astype(float)
+    found = fit_platt(score, happened, np.ones(60))
+    positives = happened.sum()
+    target = np.where(happened == 1, (positives + 1) / (positives + 2), 1 / (60 - positives + 2))
+
+    def loss(slope: float, offset: float) -> float:
+        p = 1 / (1 + np.exp(-(slope * score + offset)))
+        return float(-(target * np.log(p) + (1 - target) * np.log(1 - p)).sum())
+
+    best = loss(*found)
+    for slope, offset in itertools.product((-1e-3, 0, 1e-3), repeat=2):
+        assert loss(found.slope + slope, found.offset + offset) >= best - 1e-9
+
+
+def test_platts_numbers_are_found_again_and_weights_are_counts() -> None:
+    rng = np.random.default_rng(4)
+    score = rng.normal(size=20_000) * 2
+    happened = (rng.random(20_000) < 1 / (1 + np.exp(-(0.7 * score - 1)))).astype(float)
+    found = fit_platt(score, happened, np.ones(20_000))
+    assert found.slope == pytest.approx(0.7, abs=0.03) and found.offset == pytest.approx(-1, abs=0.05)
+    few = fit_platt(np.repeat(score[:400], 3), np.repeat(happened[:400], 3), np.ones(1200))
+    weighed = fit_platt(score[:400], happened[:400], np.full(400, 3.0))
+    assert weighed.slope == pytest.approx(few.slope, rel=0.05), "but for the targets, which know that there are 400 clips"
+    assert weighed == pytest.approx(fit_platt(score[:400], happened[:400], np.ones(400)), rel=1e-6)
+
+
+def test_scores_that_separate_stay_finite_and_those_that_are_wrong_say_nothing() -> None:
+    truth = np.array([0.0] * 10 + [1.0] * 10)
+    apart = fit_platt(truth * 8 - 4, truth, np.ones(20))
+    assert 0 < apart.slope < 10 and 1 / (1 + np.exp(-(4 * apart.slope + apart.offset))) == pytest.approx(11 / 12, abs=1e-4)
+    wrong = fit_platt(4 - truth * 8, truth, np.ones(20))
+    assert wrong.slope == 0 and 1 / (1 + np.exp(-wrong.offset)) == pytest.approx(0.5, abs=1e-6)
+    assert fit_platt(np.zeros(20), truth, np.ones(20)).offset == pytest.approx(0, abs=1e-6), "scores that are all the same"
+    for one_kind in (np.zeros(5), np.ones(5)):
+        with pytest.raises(ValueError, match="both kinds"):
+            fit_platt(np.arange(5.0), one_kind, np.ones(5))
 
 
 # Margins

@@ -10,7 +10,7 @@ import torch
 from scipy.special import expit
 
 from reward.ranking import bradley_terry, masked_mean
-from reward.ratings import cost_sign, ordinal, rising
+from reward.ratings import cost_pair, cost_sign, ordinal, rising
 
 THRESHOLDS = torch.tensor([-1.5, -0.2, 0.4, 3.0], dtype=torch.float64)
 
@@ -107,15 +107,31 @@ def test_the_sign_of_the_cost_is_safe_or_unsafe_and_both_sum_to_one() -> None:
     torch.testing.assert_close(unsafe.exp(), torch.sigmoid(cost), rtol=0, atol=1e-12)
 
 
-def test_pairs_and_signs_are_the_loss_of_safe_rlhf() -> None:
+def test_a_pair_of_costs_is_the_loss_of_safe_rlhf_on_two_numbers() -> None:
     """Dai et al. 2023: - log s(c_w - c_l) - log s(s_w c_w) - log s(s_l c_l), w = the more harmful, s = +1 unsafe, -1 safe."""
     worse, better = double(0.4, 2.0, -1.0), double(-0.3, 1.0, -2.0)
     signs = [(1, -1), (1, 1), (-1, -1)]
-    log_prob = bradley_terry(worse - better) + cost_sign(worse, double(1, 1, 0)) + cost_sign(better, double(0, 1, 0))
+    log_prob = cost_pair(worse, better, double(1, 1, 0), double(0, 1, 0))
     for k, (s_w, s_l) in enumerate(signs):
         w, l = worse[k].item(), better[k].item()
         expected = math.log(expit(w - l)) + math.log(expit(s_w * w)) + math.log(expit(s_l * l))
         assert log_prob[k].item() == pytest.approx(expected, abs=1e-12)
+    # by hand: c = 1 (unsafe) against c = -1 (safe): ln s(2) + 2 ln s(1)
+    assert cost_pair(double(1), double(-1), double(1), double(0)).item() == pytest.approx(-0.126928011 - 2 * 0.313261688, abs=1e-8)
+
+
+def test_the_gradient_of_a_pair_of_costs_is_that_of_finite_differences() -> None:
+    worse, better = double(0.4, 2.0, -1.0, 0.0), double(-0.3, 1.0, -2.0, 0.7)
+    unsafe = double(1, 1, 0, math.nan), double(0, 1, 0.25, math.nan)
+    costs = [each.clone().requires_grad_() for each in (worse, better)]
+    cost_pair(*costs, *unsafe).sum().backward()
+    step = 1e-6
+    for k, cost in enumerate(costs):
+        ends = [[worse + sign * step * (k == 0), better + sign * step * (k == 1)] for sign in (1, -1)]
+        high, low = (cost_pair(*end, *unsafe) for end in ends)
+        assert cost.grad is not None
+        torch.testing.assert_close(cost.grad, (high - low) / (2 * step), rtol=0, atol=1e-8)
+    assert costs[0].grad is not None and costs[0].grad[0] == pytest.approx(expit(-0.7) + expit(-0.4))
 
 
 def test_signs_give_costs_a_zero_that_pairs_do_not() -> None:

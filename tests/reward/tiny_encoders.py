@@ -24,11 +24,13 @@ def build(family: str) -> Any:
     inner: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
     text = {**inner, "vocab_size": len(WORDS), "max_position_embeddings": LENGTH, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
     vision = {**inner, "image_size": SIDE, "patch_size": 16}
-    torch.manual_seed(FAMILIES.index(family))
+    torch.manual_seed(FAMILIES.index(family) if family in FAMILIES else len(FAMILIES))
     if family == "clip":
         network: Any = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
     elif family == "siglip":
         network = t.SiglipModel(t.SiglipConfig(text_config={**text, "projection_size": WIDTH}, vision_config=vision))
+    elif family == "siglip_vision_model":
+        network = t.SiglipVisionModel(t.SiglipVisionConfig(**vision))
     elif family == "xclip":
         mit = {"mit_hidden_size": 24, "mit_intermediate_size": 32, "mit_num_hidden_layers": 1, "mit_num_attention_heads": 2, "num_frames": 4}
         network = t.XCLIPModel(t.XCLIPConfig(text_config=text, vision_config={**vision, **mit}, projection_dim=24, prompt_layers=1, prompt_num_attention_heads=2))
@@ -46,7 +48,7 @@ def build(family: str) -> Any:
 def preprocessor(family: str) -> tuple[str, dict[str, Any]]:
     """Name and values of the preprocessor's file, as the family's own processor has them but for the sizes."""
     square = {"height": SIDE, "width": SIDE}
-    if family == "siglip":
+    if family.startswith("siglip"):
         return "preprocessor_config.json", {**PIXELS, "size": square, "resample": 3}
     if family == "vjepa2":
         return "video_preprocessor_config.json", {**PIXELS, "size": {"shortest_edge": 36}, "do_center_crop": True, "crop_size": square, "resample": 2}
