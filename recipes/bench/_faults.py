@@ -14,7 +14,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -145,8 +145,8 @@ def _ruling(rng: Random, code: str, bad: float) -> Ruling:
 
 def _spoilt(rng: Random, ruling: Ruling) -> Ruling:
     """The ruling with one field that is not what it should be."""
-    field = rng.choice(list(WRONG))
-    return replace(ruling, **{field: rng.choice(WRONG[field])})
+    name = rng.choice(list(WRONG))
+    return replace(ruling, **{name: rng.choice(WRONG[name])})
 
 
 def prompts_of(plan: Plan, turn: int) -> list[str]:
@@ -337,6 +337,27 @@ def verdicts(runner: SafetyRunner, plan: Plan, turn: int, *, cascade: bool = Fal
         video = torch.full((plan.items, 1, 3, 2, 2), 0.5)
         decisions = runner.cascade_videos(video, prompts, 12.0) if cascade else runner.check_videos(video, prompts, 12.0)
     return [decision.verdict.name.lower() for decision in decisions]
+
+
+@dataclass
+class Tally:
+    """What came of plans."""
+
+    cases: int = 0  # verdicts
+    verdicts: Counter[str] = field(default_factory=Counter)
+    allowed_under_fault: int = 0  # allowed, where not every filter answered as it should
+    disagreements: int = 0  # with the oracle, whatever they are
+
+    def add(self, runner: SafetyRunner, plan: Plan, policy: Policy) -> None:
+        """Carries a plan out, by all filters and as a cascade."""
+        for turn in range(plan.turns):
+            wanted = expected(plan, turn, policy)
+            for cascade in (False, True):
+                for found, right in zip(verdicts(runner, plan, turn, cascade=cascade), wanted, strict=True):
+                    self.cases += 1
+                    self.verdicts[right] += 1
+                    self.disagreements += found != right
+                    self.allowed_under_fault += found == "allow" and right == "error"
 
 
 def told_runner(plan: Plan, policy: Policy, clock: Clock) -> SafetyRunner:

@@ -185,16 +185,17 @@ class SafetyRunner:
         transport: Callable[[SafetyFilter, Limits], Transport] = InThread,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        for each in filters:
-            if not isinstance(each, PromptFilter | VideoFilter):
+        kinds = [(isinstance(each, PromptFilter), isinstance(each, VideoFilter)) for each in filters]
+        for each, kind in zip(filters, kinds, strict=True):
+            if not any(kind):
                 raise ValueError(f"{type(each).__name__} is neither a prompt filter nor a video filter")
         limits = limits or {}
         unknown = sorted(set(limits) - {each.id for each in filters})
         if unknown:
             raise ValueError(f"limits for {unknown[0]}, which is no filter here")
         asked = [_Asked(each, chosen := limits.get(each.id, Limits(timeout)), transport(each, chosen)) for each in filters]
-        self._prompt_filters = [each for each in asked if isinstance(each.filter, PromptFilter)]
-        self._video_filters = [each for each in asked if isinstance(each.filter, VideoFilter)]
+        self._prompt_filters = [each for each, (reads, _) in zip(asked, kinds, strict=True) if reads]
+        self._video_filters = [each for each, (_, looks) in zip(asked, kinds, strict=True) if looks]
         self._asked, self._policy, self._clock = asked, policy, clock
         self.counts: Counter[str] = Counter()
 
@@ -337,7 +338,7 @@ class SafetyRunner:
 class _Asked:
     """A filter, the way to it, and the time it took so far."""
 
-    filter: PromptFilter | VideoFilter
+    filter: SafetyFilter
     limits: Limits
     transport: Transport
     seconds: float = 0.0

@@ -14,13 +14,12 @@ Its memory is limited by the kernel (RLIMIT_DATA). Linux only. A script that use
 
 from __future__ import annotations
 
-import ctypes
+import fcntl
 import json
 import multiprocessing
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -40,7 +39,6 @@ from reward.safety.transport import Failure, Limits, Request, Unreadable, failur
 
 LONGEST_ANSWER = 64 << 20  # bytes
 PRELOADED = ["torch", "reward.safety.process"]
-PR_SET_PDEATHSIG = 1
 DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
@@ -92,7 +90,7 @@ class InProcess:
             raise UserError("filters in processes of their own need Linux. Ask them in threads, which is the default")
         self._filter, self._limits = each, limits
         self._child: _Child | None = None
-        self._failed = 0  # starts in a row that came to no answer
+        self._failed = 0  # processes in a row that ended without an answer
         self._turn = threading.Lock()
 
     def ask(self, request: Request) -> object:
@@ -101,31 +99,30 @@ class InProcess:
                 self._child = None  # a fork of the process that began it: its child is not ours to ask
             if self._child is not None and not self._child.is_alive():
                 self._end()
-            answer = self._asked(request)
-            if not isinstance(answer, Failure):
-                self._failed = 0
-            return answer
+            return self._asked(request)
 
     def _asked(self, request: Request) -> object:
         if self._child is None:
             if self._failed > self._limits.restarts:
                 return Failure(f"its process ended {self._failed} times in a row and is not started again")
-            self._failed += 1
             try:
                 self._child = _Child(self._filter, self._limits)
             except Exception as error:  # what cannot be pickled, or no process to be had
+                self._failed += 1
                 return Failure(f"its process cannot be started: {failure_of(error).text}")
             begun = self._child.answer(0, self._limits.starting, "to start")
-            if isinstance(begun, Failure):
-                self._end()
-                return begun
+            if isinstance(begun, _Ended):
+                return self._lost(begun)
         answer = self._child.ask(request, self._limits.seconds)
         if isinstance(answer, _Ended):
-            self._end()
-            return Failure(answer.text)
-        if isinstance(answer, Failure):
-            self._failed = 0  # it lives and says so
+            return self._lost(answer)
+        self._failed = 0  # it lives, whatever it says
         return answer
+
+    def _lost(self, how: _Ended) -> Failure:
+        self._end()
+        self._failed += 1
+        return Failure(how.text)
 
     def close(self) -> None:
         with self._turn:
@@ -320,13 +317,14 @@ def _attempt(function: Callable[[], object]) -> object:
 
 
 def _settle(memory: int | None, threads: int) -> None:
-    """No core dumps, no Ctrl-C (the other side decides), nothing on standard output; death with the parent; the limit on memory."""
+    """No core dumps, no Ctrl-C (the other side decides), nothing on standard output; death with the other side; the limit on memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the fork server ends when this process's parent does, and takes it along
     parent = multiprocessing.parent_process()
-    if parent is None or not parent.is_alive():
-        os._exit(1)  # it ended before that was said
+    assert parent is not None
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, os.O_ASYNC)  # SIGIO, which ends a process whatever it is at, once the other side is gone
+    if not parent.is_alive():
+        os._exit(1)  # it was gone before
     os.dup2(2, 1)
     torch.set_num_threads(threads)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
