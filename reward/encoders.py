@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from base_model.checkpoint import check_is_safetensors, read_json
+from base_model.checkpoint import check_is_safetensors, check_runs_no_code, read_json
 from base_model.errors import UserError
 
 Dtype = Literal["float32", "float16"]
@@ -305,6 +305,7 @@ def _folder_of(source: str) -> tuple[Path, str]:
 
 
 def _load_network(network_class: Any, folder: Path) -> Any:
+    check_runs_no_code(folder)
     weights = sorted(folder.glob("*.safetensors"))
     for path in weights:
         check_is_safetensors(path)
@@ -324,7 +325,7 @@ def _load_tokenizer(folder: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the encoder's tokenizer, {folder}: {str(error).partition(chr(10))[0]}. Restore its files or download it again") from error
 

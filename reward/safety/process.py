@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from base_model.bounds import held
 from base_model.errors import UserError
 from reward.safety.contract import Reason, Ruling, Verdict
 from reward.safety.transport import Failure, Limits, Request, Unreadable, failure_of, put
@@ -329,6 +330,4 @@ def _settle(memory: int | None, threads: int) -> None:
     torch.set_num_threads(threads)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory is not None:
-        with open("/proc/self/statm") as file:
-            held = int(file.read().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (held + memory, held + memory))
+        resource.setrlimit(resource.RLIMIT_DATA, (held() + memory, held() + memory))
