@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,16 @@ from base_model.errors import UserError
 from base_model.stages import load_frames, load_stage
 from base_model.tiny import load_codec, load_tiny
 from base_model.video.files import read_video, write_lossless
-from recipes.evaluate import clips_of_run
-from recipes.latent_reward import load_teacher
 from recipes.pairs import load_pairs
 from recipes.shapes.eye import Eye
-from recipes.stack import load_stack
-from reward.comparisons import load_comparisons
 from reward.encoders import load_encoder
 from reward.importers.tables import columns, typed_rows
-from reward.latent import load_latent_reward
 from reward.matcher import load_matcher
 from reward.model import load_reward_model
 from reward.pooled import load_pooled
 from reward.quality import load_quality
 from reward.vlm.files import load_vlm_reward
 from reward.vlm.model import load_base
-from reward.vlm.videoreward import load_videoreward
 from tests.reward import tiny_encoders
 from tests.reward.vlm.tiny import save_tiny
 
@@ -150,22 +145,26 @@ def test_code_that_a_model_brings_along_is_not_run(canary: Path, tmp_path: Path)
         assert not canary.exists()
 
 
-def test_a_model_under_a_hub_id_is_asked_for_without_its_code(canary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_is_told_to_run_no_code_of_a_model_under_a_hub_id_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
-    told: list[dict[str, Any]] = []
+    told: dict[str, Any] = {}
     for name in ("AutoConfig", "AutoTokenizer", "AutoModelForImageTextToText"):
-        plain = getattr(transformers, name).from_pretrained
-        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *given, plain=plain, **words: told.append(words) or plain(*given, **words))
+        before = getattr(transformers, name).from_pretrained
+
+        def asked(*given: Any, name: str = name, plain: Any = before, **words: Any) -> Any:
+            told.setdefault(name, words.get("trust_remote_code"))
+            return plain(*given, **words)
+
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", asked)
     load_base(save_tiny(tmp_path / "base", "qwen2_vl"))
-    assert len(told) == 3 and all(words["trust_remote_code"] is False for words in told)
+    assert list(told.values()) == [False] * 3
 
 
 def in_a_child(script: str, *words: object, **environment: str) -> list[dict[str, Any]]:
     """JSON lines that a process of its own writes."""
-    told = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, timeout=300
-    )
+    command, around = [sys.executable, "-c", textwrap.dedent(script), *map(str, words)], os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=around, timeout=300)
     assert told.returncode == 0, told.stderr[-2000:]
     return [json.loads(line) for line in told.stdout.splitlines() if line.startswith("{")]
 
@@ -205,10 +204,12 @@ MEASURED = """
     from base_model.errors import UserError
     from base_model.video import files
     from recipes.imported_clips import Form, LeftOut, read_clip
+    from reward import parquet
     from reward.comparisons import load_comparisons
     from reward.importers.tables import columns, typed_rows
 
     files.KEPT_BYTES = 64 << 20
+    parquet.MOST_ROWS, parquet.MOST_VALUES = 1_000_000, 5_000_000
 
     def table(path):
         return [record.text("text") for record in typed_rows(path, columns("text"), set())]
@@ -255,7 +256,8 @@ def repeated(path: Path, count: int, side: int) -> None:
         content = bytes(packet)
         for number in range(count):
             again = av.Packet(content)
-            again.stream, again.time_base, again.pts, again.dts, again.is_keyframe = stream, packet.time_base, number * packet.duration, number * packet.duration, True
+            again.stream, again.time_base, again.is_keyframe = stream, Fraction(1, 24), True
+            again.pts = again.dts = number
             container.mux(again)
 
 
@@ -280,12 +282,12 @@ def test_video_bombs_are_refused_in_bounded_time_and_memory(tmp_path: Path) -> N
         "hls-web.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:9/secret.ts\n#EXT-X-ENDLIST\n",
         "concat.mp4": "ffconcat version 1.0\nfile target.mkv\n",
         "sdp.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
-        "dash.mp4": f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period><AdaptationSet><Representation><BaseURL>{target}</BaseURL></Representation></AdaptationSet></Period></MPD>',
+        "dash.mp4": f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period><AdaptationSet><BaseURL>{target}</BaseURL></AdaptationSet></Period></MPD>',
     }
     for name, text in playlists.items():
         (tmp_path / name).write_text(text)
     assert len(read_video(target).frames) == 9
-    bombs = {"wide.mkv": "32767x32767", "long.mp4": "more than the limit", "black.mp4": "GiB", "streams.mkv": "cannot read", **dict.fromkeys(playlists, "cannot read")}
+    bombs = {"wide.mkv": "cannot read", "long.mp4": "more than the limit", "black.mp4": "GiB", "streams.mkv": "cannot read", **dict.fromkeys(playlists, "cannot read")}
     check_refused({f"video={tmp_path / name}": word for name, word in bombs.items()} | {f"import={tmp_path / name}": "cannot be decoded" for name in ("wide.mkv", *playlists)})
 
 
@@ -309,19 +311,19 @@ def test_parquet_bombs_are_refused_in_bounded_time_and_memory(tmp_path: Path) ->
     long = pa.array(["x" * (16 << 20)])
     repeated_text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(4_000, np.int32)), long)
     pq.write_table(pa.table({"text": repeated_text}), tmp_path / "repeated.parquet", compression="zstd", dictionary_pagesize_limit=64 << 20)
-    pq.write_table(pa.table({"text": pa.array(np.zeros(11_000_000, np.int8))}), tmp_path / "rows.parquet")
-    pq.write_table(pa.table({"text": pa.array(["x" * (256 << 20)])}), tmp_path / "tight.parquet", compression="zstd", use_dictionary=False)
+    pq.write_table(pa.table({"text": pa.array(np.zeros(1_100_000, np.int8))}), tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"text": pa.array(["x" * (80 << 20)])}), tmp_path / "tight.parquet", compression="zstd", use_dictionary=False)
     pq.write_table(pa.table({"text": pa.array([[[[[[["a"]]]]]]])}), tmp_path / "nested.parquet")
-    listed = pa.ListArray.from_arrays(pa.array([0, 60_000_000], pa.int32()), pa.array(np.zeros(60_000_000, np.int8)))
+    listed = pa.ListArray.from_arrays(pa.array([0, 6_000_000], pa.int32()), pa.array(np.zeros(6_000_000, np.int8)))
     pq.write_table(pa.table({"text": listed}), tmp_path / "list.parquet")
     pq.write_table(pa.table({f"c{i}": pa.array([1]) for i in range(1_100)}), tmp_path / "wide.parquet")
-    bombs = {"repeated": "at most 1,000,000", "rows": "more than 10,000,000", "tight": "packed more than", "nested": "lists in lists", "list": "more than 50,000,000", "wide": "more than 1,000"}
+    bombs = {"repeated": "at most 1,000,000", "rows": "rows are more", "tight": "packed more than", "nested": "lists in lists"}
+    bombs |= {"list": "values of a column", "wide": "columns are more"}
     for name in bombs:
         folder = tmp_path / name
         folder.mkdir()
         assert (tmp_path / f"{name}.parquet").stat().st_size < 2 << 20
-        shutil.copy(tmp_path / f"{name}.parquet", folder / "clips.parquet")
-        (folder / "comparisons-00000.parquet").write_bytes(b"PAR1")
+        shutil.copy(tmp_path / f"{name}.parquet", folder / "comparisons-00000.parquet")
     own = {f"comparisons={tmp_path / name}": word for name, word in bombs.items() if name not in ("repeated", "wide")}
     check_refused({f"table={tmp_path / name}.parquet": word for name, word in bombs.items()} | own | {f"comparisons={tmp_path / 'repeated'}": "GiB"})
 

@@ -283,8 +283,8 @@ def _decode(
             most = min((number for number in (max_frames, None if seconds is None else math.ceil(seconds * (fps or 1.0)) + 1) if number is not None), default=None)
             digest = container.metadata.get(DIGEST_TAG)
             size = stream.codec_context.height, stream.codec_context.width
-            told = math.ceil(fps * max(float(stream.duration * stream.time_base) if stream.duration else 0, (container.duration or 0) / av.time_base)) if fps < 1e6 else 0
-            _check_bounds(max(0, min(told, most or told) - 1) if content is None else 0, size, bounds, path)
+            told = stream.frames or math.ceil(fps * (container.duration or 0) / av.time_base)
+            _check_bounds(max(0, min(told, most or told) - 1), size, bounds, path)
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise UserError(f"the video file is truncated or damaged after {len(frames)} frames, {path}. Copy or make it again")
