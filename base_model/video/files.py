@@ -268,10 +268,12 @@ def _decode(
     sizes: set[tuple[int, ...]] = set()
     reformatter = VideoReformatter()
     decoding = {"err_detect": "crccheck+explode", "max_pixels": str(min(bounds.pixels, FRAME_PIXELS))}
-    options = {**decoding, "format_whitelist": FORMATS, "protocol_whitelist": "file", "max_streams": str(MOST_STREAMS), "enable_drefs": "0"}
+    options = {**decoding, "format_whitelist": FORMATS, "protocol_whitelist": "file", "max_streams": str(MOST_STREAMS + 1), "enable_drefs": "0"}
     kept = 0
     try:
         with av.open(str(path) if content is None else io.BytesIO(content), format=kind, options=options) as container:
+            if len(container.streams) > MOST_STREAMS:  # a demuxer that met one too many either fails or leaves the rest out
+                raise UserError(f"there are more than {MOST_STREAMS} streams, {path}. Give a video")
             stream = next((each for each in container.streams.video if each.codec_context is not None), None)
             if stream is None:
                 raise UserError(f"the file has no video stream that can be decoded, {path}. Give a video")
