@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import DupFd
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 import torch
@@ -100,7 +100,11 @@ class InProcess:
                 self._child = None  # a fork of the process that began it: its child is not ours to ask
             if self._child is not None and not self._child.is_alive():
                 self._end()
-            return self._asked(request)
+            try:
+                return self._asked(request)
+            except BaseException:  # Ctrl-C: an answer that is still to come must not be taken for the next one's
+                self._end()
+                raise
 
     def _asked(self, request: Request) -> object:
         if self._child is None:
@@ -147,24 +151,19 @@ class _Child:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.owner, self._calls = os.getpid(), 0
-        self._question, self._answer = os.memfd_create("safety-question"), os.memfd_create("safety-answer")
         self._wire, theirs = context.Pipe()
-        self.end = weakref.finalize(self, _end, os.getpid(), None, self._wire, (self._question, self._answer))
-        self._process = context.Process(
-            target=_work,
-            args=(each, limits.memory, torch.get_num_threads(), theirs, DupFd(self._question), DupFd(self._answer)),
-            name=f"safety-{each.id}",
-            daemon=True,
-        )
+        self._process = context.Process(target=_work, args=(each, limits.memory, torch.get_num_threads(), theirs), name=f"safety-{each.id}", daemon=True)
         try:
             self._process.start()
         except BaseException:
-            self.end()
+            self._wire.close()
             raise
         finally:
             theirs.close()
-        self.end.detach()
-        self.end = weakref.finalize(self, _end, os.getpid(), self._process, self._wire, (self._question, self._answer))
+        self._question, self._answer = os.memfd_create("safety-question"), os.memfd_create("safety-answer")
+        self.end = weakref.finalize(self, _end, self.owner, self._process, self._wire, (self._question, self._answer))
+        for file in (self._question, self._answer):
+            send_handle(self._wire, file, self._process.pid)
 
     def is_alive(self) -> bool:
         return self._process.is_alive()
@@ -208,7 +207,7 @@ class _Child:
 
 def _end(owner: int, process: Any, wire: Connection, files: Sequence[int]) -> None:
     """Kills the process, if it is this one's, and lets go of what led to it."""
-    if process is not None and owner == os.getpid():
+    if owner == os.getpid():
         with suppress(Exception):
             process.kill()
             process.join(5)
@@ -296,11 +295,11 @@ def _ruling_heard(said: Any) -> Ruling:
 # In the filter's process
 
 
-def _work(each: Any, memory: int | None, threads: int, wire: Connection, question: Any, answer: Any) -> None:
-    """Answers calls until the other side hangs up."""
+def _work(each: Any, memory: int | None, threads: int, wire: Connection) -> None:
+    """Answers calls until the other side hangs up; call 0 is whether the filter could be built."""
     _settle(memory, threads)
-    asked, said = question.detach(), answer.detach()
-    number, out = 0, _attempt(lambda: each.build() and [] if isinstance(each, Late) else [])
+    asked, said = recv_handle(wire), recv_handle(wire)
+    number, out = 0, _attempt(lambda: _build(each))
     while True:
         _write(said, [json.dumps({"call": number} | ({"failure": out.text} if isinstance(out, Failure) else {"answer": _said(out)})).encode()])
         os.write(wire.fileno(), b"!")
@@ -308,6 +307,12 @@ def _work(each: Any, memory: int | None, threads: int, wire: Connection, questio
         if len(call) < 8:
             return
         number, out = int.from_bytes(call, "little"), _attempt(lambda: put(each, _unpacked(asked)))
+
+
+def _build(each: Any) -> list[object]:
+    if isinstance(each, Late):
+        each.build()
+    return []
 
 
 def _attempt(function: Callable[[], object]) -> object:

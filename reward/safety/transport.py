@@ -76,7 +76,7 @@ def put(each: Any, request: Request) -> object:
 
 def failure_of(error: BaseException) -> Failure:
     try:
-        text = str(error)
+        text = " ".join(str(error).split())
     except Exception:  # an error that cannot even be told
         text = "no message"
     return Failure(f"{type(error).__name__}: {text}"[:200])

@@ -184,6 +184,22 @@ def test_threads_that_ask_at_once_get_their_own_answers(runner: SafetyRunner) ->
     assert len(found) == 4 and all(text.endswith(f"prompt {number}") for number, text in found.items())
 
 
+def test_an_answer_nobody_waited_for_is_not_taken_for_the_next_one(runner: SafetyRunner) -> None:
+    def interrupted(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    first = words(runner.check_videos(CLIPS[:1], ["a"], 12.0)[0])
+    before = signal.signal(signal.SIGALRM, interrupted)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            runner.check_videos(CLIPS[1:2], ["sleep 1"], 12.0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    then = words(runner.check_videos(CLIPS[:1], ["a"], 12.0)[0])
+    assert then[1:] == first[1:] and then[0] != first[0]
+
+
 PARENT = """
     import sys, torch
     from reward.safety.contract import SafetyRunner
