@@ -20,7 +20,7 @@ Letters: B clips.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import NormalDist
 from typing import Any
 
@@ -28,6 +28,9 @@ import torch
 from torch import Tensor
 
 from align.advantage import Advantage, Groups, grouping, leave_one_out
+
+Correct = Callable[[float, float], float]
+"""The share of clips that a filter calls violating, and how many clips that rests on -> the share that violates."""
 
 
 def metrics(policies: Iterable[str]) -> dict[str, str]:
@@ -39,7 +42,7 @@ def metrics(policies: Iterable[str]) -> dict[str, str]:
     for policy in policies:
         found[f"constraint/{policy}/lambda"] = f"Price of the policy {policy}, its Lagrange multiplier."
         found[f"constraint/{policy}/cost"] = f"Running mean of the cost of {policy}, what its multiplier compares with its target."
-        found[f"constraint/{policy}/bound"] = f"Upper confidence bound of the cost of {policy}, which is compared instead where one is asked for; else the running mean."
+        found[f"constraint/{policy}/bound"] = f"What is compared with the target of {policy}: the running mean, its upper confidence bound, or the corrected rate."
         found[f"constraint/{policy}/all_violating"] = f"Share of prompts whose clips all violate {policy}: there a 0/1 cost would teach nothing."
     return found
 
@@ -63,7 +66,8 @@ class Multiplier:
     target)]+, with a proportional and a derivative part too, for both are 0 there.
 
     warm_up: so many first updates only measure, while lambda stays at `initial`. confidence (above 0.5): compare the `upper_bound` of the running mean, which
-    weighs about count (1 + decay) / (1 - decay) clips, instead of the mean; costs must then be in [0, 1]. Known failures: a rate of 1/(decay's memory) or more
+    weighs about count (1 + decay) / (1 - decay) clips, instead of the mean; costs must then be in [0, 1]. correct: compare what it makes of the running mean and
+    that number of clips, where a filter's errors are known; the bound, too, is then its affair. Known failures: a rate of 1/(decay's memory) or more
     swings. Clips of one prompt are not independent, so the bound is then too tight. A bound that lies above the target even at no violation drives lambda to
     its cap: judge more clips, or lengthen the decay. Raises ValueError for settings that make no sense.
     """
@@ -83,6 +87,7 @@ class Multiplier:
         derivative: float = 0.0,
         warm_up: int = 0,
         confidence: float | None = None,
+        correct: Correct | None = None,
     ) -> None:
         self.target = limit / 4 if target is None else target
         if not 0 < self.target <= limit:
@@ -91,6 +96,9 @@ class Multiplier:
             raise ValueError(f"multiplier of {policy}: needs 0 < floor <= initial <= cap, rate > 0 and 0 <= decay < 1")
         if min(proportional, derivative, warm_up) < 0 or not (confidence is None or 0.5 < confidence < 1):
             raise ValueError(f"multiplier of {policy}: needs proportional, derivative and warm_up of at least 0, and a confidence above 0.5 and below 1 (or none)")
+        if correct is not None and confidence is not None:
+            raise ValueError(f"multiplier of {policy}: correct and confidence: a corrected rate brings its own bound. Give one of them")
+        self.correct = correct
         self.policy, self.limit, self.rate, self.decay = policy, limit, rate, decay
         self.proportional, self.derivative, self.warm_up, self.confidence = proportional, derivative, warm_up, confidence
         self._bounds = math.log(floor), math.log(cap)
@@ -107,9 +115,11 @@ class Multiplier:
 
     @property
     def bound(self) -> float:
-        """What is compared with the target: the running mean cost, or its upper confidence bound. nan before the first known cost."""
+        """What is compared with the target: the running mean cost, its upper confidence bound, or what it is corrected to. nan before the first known cost."""
         if self.cost is None:
             return math.nan
+        if self.correct is not None:
+            return self.correct(self.cost, 1 / self._thinness)
         return self.cost if self.confidence is None else upper_bound(self.cost, 1 / self._thinness, self.confidence)
 
     def update(self, cost: Tensor) -> None:

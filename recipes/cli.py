@@ -82,6 +82,7 @@ COMMANDS = {
     "check": Command("recipes.check", "Check an RL configuration before its first expensive second: rushes check CONFIG.yaml [--recipe NAME].", ("file",)),
     "evaluate": Command("recipes.evaluate", "Compare models on the same prompts and seeds; write the report."),
     "compare": Command("recipes.compare", "Say which of two runs makes the better clips, blind: rushes compare RUN_A RUN_B [--by judge|guard|people].", ("run_a", "run_b")),
+    "audit": Command("recipes.audit", "Draw clips that people look at to find out how good the safety filters are: rushes audit FOLDER --clips STORE.", ("folder",)),
     "safety-report": Command("recipes.safety_report", "Say what people found of a safety filter, with intervals: rushes safety-report FOLDER.", ("folder",)),
     "bench": Command("recipes.bench", "Measure something: rushes bench NAME [--quick]."),
 }

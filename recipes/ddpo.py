@@ -153,7 +153,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     policy = feedback.guided(model, cfg.sampler, train_empty=p.train_empty)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     schedule = warmup_cosine(optimizer, p.iterations * p.updates, warmup=2)
-    multiplier, watch = feedback.limits_of(cfg)
+    multiplier, watch = feedback.limits_of(cfg, assess)
     feedback.register(run, model, optimizer, multiplier, watch)
     run.register("schedule", schedule)
     statistics = PromptStatistics(buffer_size=p.statistics_buffer, min_count=min(p.group_size, p.statistics_buffer))

@@ -194,7 +194,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
     policy = feedback.guided(model, cfg.sampler)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
-    multiplier, watch = feedback.limits_of(cfg)
+    multiplier, watch = feedback.limits_of(cfg, assess)
     multiplier = None if ranked.train else multiplier
     feedback.register(run, model, optimizer, multiplier, watch)
     tested = HeldOutPairs(p, model, ranked.val, run)

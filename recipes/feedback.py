@@ -6,6 +6,7 @@ Letters: B clips, N prompts, G clips a prompt.
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +22,7 @@ from align import selfcheck
 from align.advantage import Advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Share
-from align.constraints import Multiplier, all_violating, constrained_advantage, gate
+from align.constraints import Correct, Multiplier, all_violating, constrained_advantage, gate
 from align.kernels import ODE, Gaussian, Kernel
 from align.run import Run, derived_seed
 from align.trajectory import Trajectory, replay, rollout
@@ -43,7 +44,10 @@ from reward.latent import LatentMixture
 from reward.mirror import swap_sides
 from reward.mixture import Mixture, Term
 from reward.model import Calibrated, CalibratedScorer
+from reward.safety.audit import latest_review, load_audit
 from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate, costs
+from reward.safety.correction import UNKNOWN, Corrected, by_audit, by_error_rates
+from reward.safety.measure import ErrorRates
 
 Gather = Callable[[Iterable[Any]], list[Any]]  # `Run.gather`
 
@@ -53,6 +57,7 @@ METRICS = {
     "reward": "Reward model's pessimistic score (mean minus spread, standardised) of the rollout's clips; unknown scores left out.",
     "violation_rate": "Share of the rollout's clips the safety filters block, before any filter is applied; clips no filter could judge left out.",
     "cost": "Mean graded cost of the rollout's clips, in [0, 1]: 0.5 where the filter's limit is.",
+    "limited_rate": "Violation rate that the multiplier compares with its target: a running mean of what the filters say, corrected where people audited them.",
     "multiplier": "Weight lambda of the safety cost in the advantage.",
     "all_violating": "Share of prompts whose clips all violate.",
     "error_share": "Share of clips whose reward is unknown, or whose cost though the filters looked; they are masked.",
@@ -74,7 +79,15 @@ class SafetyLimit(BaseConfig):
     """The limit on flashing that reviewers set, and how RL is held to it."""
 
     limit: Annotated[float, Field(gt=0, le=1)] = 0.02
-    """Largest share of violating clips that may be reported. The multiplier aims at a quarter of it."""
+    """Largest share of violating clips that may be reported."""
+    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share that the multiplier aims at; none means a quarter of the limit."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] | None = None
+    """Compare an upper bound of this confidence with the target, in place of the rate; none means the rate itself."""
+    audit: Path | None = None
+    """Folder of an audit of this policy's clips (`rushes audit`), read when a run begins or resumes: the rate that people would find is compared, not what the filters say."""
+    error_rates: tuple[Count, Count, Count, Count] | None = None
+    """The same by what is known of the filters from before: hits of so many violating clips, rejections of so many harmless ones. Not together with `audit`."""
     rate: Positive = 0.15
     """Step of the multiplier, in log space."""
     initial: Annotated[float, Field(ge=1e-3)] = 1.0
@@ -88,6 +101,16 @@ class SafetyLimit(BaseConfig):
     def _initial_is_below_the_cap(self) -> SafetyLimit:
         if self.initial > self.cap:
             raise ValueError(f"initial is {self.initial:g}, above the cap of {self.cap:g}. Raise cap or lower initial")
+        return self
+
+    @model_validator(mode="after")
+    def _aims_within_the_limit(self) -> SafetyLimit:
+        if self.target is not None and self.target > self.limit:
+            raise ValueError(f"target is {self.target:g}, above the limit of {self.limit:g}. Lower target")
+        if self.audit is not None and self.error_rates is not None:
+            raise ValueError("audit and error_rates: both correct the rate. Give one of them")
+        if self.error_rates is not None and (self.error_rates[0] > self.error_rates[1] or self.error_rates[2] > self.error_rates[3]):
+            raise ValueError("error_rates: hits and rejections are of so many. Give hits, violating, rejections, harmless")
         return self
 
 
@@ -227,6 +250,7 @@ def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | No
         "reward": float(seen.reward.nanmean()),
         "violation_rate": seen.violation_rate,
         "cost": float(seen.cost.nanmean()),
+        "limited_rate": math.nan if multiplier is None else multiplier.bound,
         "multiplier": 0.0 if multiplier is None else multiplier.value,
         "all_violating": all_violating(seen.violates == 1, group_size) if seen.looked_at else float("nan"),
         "error_share": float(seen.unknown.float().mean()),
@@ -334,12 +358,46 @@ def check_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Condit
     check_first_velocity(model, x_t, t, cond, u_old, prior)
 
 
-def limits_of(cfg: Setting) -> tuple[Multiplier | None, GuardWatch]:
+def limits_of(cfg: Setting, assess: Assessor) -> tuple[Multiplier | None, GuardWatch]:
     """The multiplier (none in an unconstrained run) and the watch over what must not change."""
-    watch = GuardWatch(cfg.guards, drop=cfg.guard_drop, limit=cfg.safety.limit if cfg.constrained else 1.0)
+    safety, watch = cfg.safety, GuardWatch(cfg.guards, drop=cfg.guard_drop, limit=cfg.safety.limit if cfg.constrained else 1.0)
     if not cfg.constrained:
         return None, watch
-    return Multiplier(FLASHING, limit=cfg.safety.limit, rate=cfg.safety.rate, initial=cfg.safety.initial, cap=cfg.safety.cap), watch
+    correct = correction_of(safety, assess.runner.clip_filters)
+    multiplier = Multiplier(
+        FLASHING,
+        limit=safety.limit,
+        target=safety.target,
+        rate=safety.rate,
+        initial=safety.initial,
+        cap=safety.cap,
+        confidence=None if correct else safety.confidence,
+        correct=correct,
+    )
+    return multiplier, watch
+
+
+def correction_of(safety: SafetyLimit, clip_filters: str) -> Correct | None:
+    """What the multiplier compares in place of the share of blocked clips; None where nothing is known of the filters' errors.
+
+    Raises UserError for an audit that says nothing of these filters, and for error rates that tell nothing.
+    """
+
+    def compared(found: Corrected) -> float:
+        return found.upper if safety.confidence else found.rate if math.isfinite(found.rate) else 1.0
+
+    confidence = safety.confidence or 0.95
+    if safety.error_rates is not None:
+        rates = ErrorRates(*safety.error_rates)
+        if by_error_rates(0, 1, rates) == UNKNOWN:
+            raise UserError(f"safety.error_rates: filters that are right in {rates[0]} of {rates[1]} and {rates[2]} of {rates[3]} clips tell nothing. Audit the policy's own clips")
+        return lambda share, clips: compared(by_error_rates(share * clips, clips, rates, confidence=confidence))
+    if safety.audit is None:
+        return None
+    review = latest_review(load_audit(safety.audit), clip_filters, FLASHING)
+    if review is None:
+        raise UserError(f"no wave of clips of the filters {clip_filters} was read, {safety.audit}. Draw one with `rushes audit {safety.audit} --clips STORE` and have it read")
+    return lambda share, clips: compared(by_audit(share * clips, clips, review, confidence=confidence))
 
 
 def register(run: Run, model: LatentVideoModel, optimizer: Any, multiplier: Multiplier | None, watch: GuardWatch) -> None:

@@ -187,7 +187,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
     policy = feedback.guided(model, cfg.sampler, train_empty=p.train_empty)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
-    multiplier, watch = feedback.limits_of(cfg)
+    multiplier, watch = feedback.limits_of(cfg, assess)
     feedback.register(run, model, optimizer, multiplier, watch)
     batch = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
     G, clips = p.group_size, p.prompts * p.group_size

@@ -171,7 +171,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     critic = Critic(model.latents.channels, pool.text.shape[-1], width=p.critic_width, seed=cfg.seed).to(run.device)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     critic_optimizer = build_optimizer(critic, "adamw", lr=p.critic_lr, weight_decay=0.0)
-    multiplier, watch = feedback.limits_of(cfg)
+    multiplier, watch = feedback.limits_of(cfg, assess)
     feedback.register(run, model, optimizer, multiplier, watch)
     run.register("critic", critic)
     run.register("critic_optimizer", critic_optimizer)

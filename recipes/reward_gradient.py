@@ -168,7 +168,7 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     times = sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)  # [K+1]
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
-    multiplier, watch = feedback.limits_of(cfg)
+    multiplier, watch = feedback.limits_of(cfg, assess)
     feedback.register(run, model, optimizer, multiplier, watch)
     sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
     clips = p.prompts * p.group_size

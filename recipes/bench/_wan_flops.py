@@ -15,7 +15,7 @@ class Product(NamedTuple):
 
     flops: int
     gradients: int  # factors with a gradient: 0, 1 or 2
-    in_block: bool  # whether checkpointing computes it a second time
+    in_block: bool  # where checkpointing computes it a second time
 
 
 class StepFlops(NamedTuple):
@@ -23,18 +23,19 @@ class StepFlops(NamedTuple):
 
     forward: int
     backward: int
-    recomputed: int  # the blocks' forward pass, where activations are checkpointed
+    recomputed: int  # the forward pass of the blocks whose activations are checkpointed
 
     @property
     def model(self) -> int:
         return self.forward + self.backward
 
 
-def step_flops(config: Mapping[str, Any], tokens: int, *, text_tokens: int, lora_rank: int = 0, clips: int = 1, checkpointed: bool = False) -> StepFlops:
-    """A training step over `clips` clips of `tokens` tokens each. lora_rank: of adapters on the attention projections under a frozen base; 0 trains every weight."""
+def step_flops(config: Mapping[str, Any], tokens: int, *, text_tokens: int, lora_rank: int = 0, clips: int = 1, checkpointed: int = 0) -> StepFlops:
+    """A training step over `clips` clips of `tokens` tokens. lora_rank: of adapters on the attention projections, base frozen; 0 trains all. checkpointed: how many blocks."""
     found = list(_products(config, tokens, text_tokens, lora_rank))
     forward, backward = sum(p.flops for p in found), sum(p.flops * p.gradients for p in found)
-    return StepFlops(clips * forward, clips * backward, clips * sum(p.flops for p in found if p.in_block) if checkpointed else 0)
+    in_blocks = sum(p.flops for p in found if p.in_block)
+    return StepFlops(clips * forward, clips * backward, clips * in_blocks * checkpointed // config["num_layers"])
 
 
 def _products(config: Mapping[str, Any], n: int, text: int, rank: int) -> Iterator[Product]:

@@ -43,6 +43,7 @@ from base_model.networks.attention import Backend, attention_backend
 from base_model.networks.dit import DiTConfig
 from base_model.networks.packing import Segments
 from base_model.paths import add_noise
+from base_model.recompute import recompute_blocks
 from base_model.times import sampling_times, stratified_logit_normal
 from base_model.types import ClipShape, Conditioning
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
@@ -62,7 +63,7 @@ TORCHS = "torch's choice"
 
 class Config(Bench):
     parts: tuple[Part, ...] = PARTS
-    """What is measured, in turn; `variants` are further rows of SFT (compiled blocks, no checkpointing, another attention)."""
+    """What is measured, in turn; `variants` are further rows of SFT (compiled blocks, fewer of them checkpointed, another attention)."""
     repeats: Count = 3
     """Measured steps of a row."""
     warmups: Count = 2
@@ -307,7 +308,7 @@ class Way:
 
     train: Literal["lora", "full"]
     attention: str | None = None
-    checkpointing: bool = True
+    checkpointing: float = 1.0  # share of the blocks
     compiled: bool = False
     adapters: Literal["float32", "bfloat16"] | None = None
     frames: int | None = None  # another length of the clip
@@ -319,16 +320,19 @@ class Way:
 
 LORA, FULL = Way("lora", adapters="float32"), Way("full")
 MAIN = (replace(LORA, attention="flash"), replace(LORA, attention="cudnn"), replace(FULL, attention="cudnn"))
+CUDNN_LORA, CUDNN_FULL = MAIN[1], MAIN[2]
 FURTHER = (
-    replace(LORA, attention="cudnn", frames=17),
-    replace(LORA, attention="cudnn", frames=17, checkpointing=False),
-    replace(FULL, attention="cudnn", frames=17, checkpointing=False),
-    replace(LORA, attention="cudnn", adapters="bfloat16"),
-    replace(LORA, attention="cudnn", adapters="bfloat16", checkpointing=False),
-    replace(LORA, attention="cudnn", compiled=True),
-    replace(FULL, attention="cudnn", compiled=True),
+    replace(CUDNN_FULL, compiled=True, checkpointing=0.0),
+    replace(CUDNN_FULL, compiled=True, checkpointing=0.5),
+    replace(CUDNN_FULL, checkpointing=0.5),
+    replace(CUDNN_LORA, compiled=True, checkpointing=0.0),
+    replace(CUDNN_LORA, checkpointing=0.5),
+    replace(CUDNN_FULL, compiled=True),
+    replace(CUDNN_LORA, compiled=True, checkpointing=0.0, adapters="bfloat16"),
+    replace(CUDNN_FULL, checkpointing=0.0),
+    replace(CUDNN_LORA, frames=17),
+    replace(CUDNN_LORA, frames=17, checkpointing=0.0),
     replace(LORA, attention="efficient"),
-    replace(LORA, attention="cudnn", adapters="bfloat16", checkpointing=False, compiled=True),
 )
 
 
@@ -343,8 +347,7 @@ def sft(cfg: Config, s: Sizes, notebook: Notebook, *, part: Part, ways: Sequence
 def sft_step(cfg: Config, s: Sizes, clip: ClipShape, way: Way) -> Row:
     """Seconds and FLOPs of a step: draw noise and a time, forward, backward, clip the gradient, step the optimizer."""
     network = random_transformer(s.wan, device=s.device, dtype=s.dtype)
-    if way.checkpointing:
-        network.enable_gradient_checkpointing()
+    checkpointed = recompute_blocks(network, way.checkpointing) if way.checkpointing else 0
     if way.compiled:
         torch._dynamo.reset()
         network.compile_repeated_blocks()
@@ -374,7 +377,7 @@ def sft_step(cfg: Config, s: Sizes, clip: ClipShape, way: Way) -> Row:
         step()
         first = wait(s.device) - began
         seconds = seconds_of(step, s.device, warmups=cfg.warmups - 1, repeats=cfg.repeats)
-    flops = step_flops(s.wan, tokens_of(clip), text_tokens=s.text_tokens, lora_rank=cfg.rank if way.train == "lora" else 0, checkpointed=way.checkpointing)
+    flops = step_flops(s.wan, tokens_of(clip), text_tokens=s.text_tokens, lora_rank=cfg.rank if way.train == "lora" else 0, checkpointed=checkpointed)
     found, peak = speed(flops.model, seconds, s.device), peak_of(s.device)
     again = (flops.model + flops.recomputed) / found["seconds"]
     return {
@@ -414,14 +417,14 @@ def detail(video: Tensor) -> Tensor:
 
 def rl(cfg: Config, s: Sizes, notebook: Notebook) -> None:
     for clip in s.rl:
-        told = {"clip": str(clip), "tokens": tokens_of(clip), "attention": TORCHS, "checkpointing": True, "group_size": GROUP, "steps": STEPS, "guidance": GUIDANCE}
+        told = {"clip": str(clip), "tokens": tokens_of(clip), "attention": TORCHS, "checkpointing": 1.0, "group_size": GROUP, "steps": STEPS, "guidance": GUIDANCE}
         notebook.row("rl", "GRPO update", partial(rl_update, cfg, s, clip), **told)
 
 
 def rl_update(cfg: Config, s: Sizes, clip: ClipShape) -> Row:
     """Means over the steps that may take the noise, which GRPO draws with equal chances; an update that is not counted comes first."""
     transformer = random_transformer(s.wan, device=s.device, dtype=s.dtype)
-    transformer.enable_gradient_checkpointing()
+    recompute_blocks(transformer)
     network = add_lora(transformer, rank=cfg.rank, alpha=cfg.rank, targets=TARGETS)
     model = CountedWan(network, random_vae(s.vae, device=s.device, dtype=s.dtype), encoder_of(s))
     p = Policy(prompts=1, group_size=GROUP, same_noise=True, lora_rank=cfg.rank, lr=1e-4)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, sqrt
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -69,6 +69,23 @@ class Candidate(_Record):
         if (self.pool == "blocked") != bool(self.policies) or len(set(self.policies)) < len(self.policies):
             raise ValueError("a blocked clip names the policies it was blocked for, once each, and a passed one none")
         return self
+
+
+def candidate_of(clip_id: str, decision: Mapping[str, Any], *, kind: str = "") -> Candidate | None:
+    """A clip by what is stored of its decision (`contract.to_json`). None where the filters did not decide: people see what is under review or in error anyway."""
+    rulings = decision.get("rulings", [])
+    if decision.get("verdict") not in ("allow", "block") or not rulings:
+        return None
+    blocked = decision["verdict"] == "block"
+    return Candidate(
+        clip_id=clip_id,
+        pool="blocked" if blocked else "passed",
+        score=max((each["score"] for each in rulings if each["score"] is not None), default=float(blocked)),
+        filter_version=", ".join(sorted({each["filter"] for each in rulings})),
+        policy_version=rulings[0]["policy_version"],
+        policies=tuple(sorted({each["policy"] for each in rulings if each["verdict"] == "block"})),
+        kind=kind,
+    )
 
 
 class Entry(Candidate):
@@ -390,6 +407,13 @@ def review_of(audit: Audit, version: str, code: str = ANY, *, kind: str | None =
         groups[first.pool, place].append(Cell(len(entries), reviewed, tuple(counts)))
     blocked, passed = (tuple(group_of(groups[key]) for key in sorted(groups) if key[0] == pool) for pool in ("blocked", "passed"))
     return Review(blocked, passed)
+
+
+def latest_review(audit: Audit, version: str, code: str = ANY) -> Review | None:
+    """`review_of` the newest wave that tells something of every group. None where there is none: what was found of an earlier policy's clips is not said of a later one's."""
+    waves = sorted({entry.wave for entry in audit.entries if entry.filter_version == version}, reverse=True)
+    reviews = (review_of(Audit(tuple(entry for entry in audit.entries if entry.wave == wave), audit.readings, ()), version, code) for wave in waves)
+    return next((review for review in reviews if all(group.reviewed for group in (*review.blocked, *review.passed) if group.size)), None)
 
 
 def blocked_for(audit: Audit, version: str, code: str = ANY) -> tuple[Group, ...]:

@@ -206,6 +206,11 @@ class SafetyRunner:
             {"filter": each.id, "version": each.version, "threshold": each.threshold, "policies": list(each.policies), "policy_version": self._policy.version} for each in filters
         ]
 
+    @property
+    def clip_filters(self) -> str:
+        """What looks at clips, with versions: "degenerate 1, flash 2"."""
+        return ", ".join(sorted(f"{each.filter.id} {each.filter.version}" for each in self._video_filters))
+
     def close(self) -> None:
         """Ends the threads and processes of the filters; they are begun anew when they are asked again."""
         for each in self._asked:

@@ -1,6 +1,7 @@
 """The violation rate that a limit is about, out of what a filter says: corrected by what people found, clipped to [0, 1], with an upper bound for the dual update.
 
-    raw * precision / recall                            where clips of the policy as it is now were audited
+    raw * precision / recall                            where clips of the policy as it is now were audited, some of them blocked
+    raw + (1 - raw) * leak rate                         where none of the audited clips was blocked, so that nothing is known of precision: all blocked clips count
     (raw + spec - 1) / (sens + spec - 1)                where the filter's errors are known from before (Rogan & Gladen 1978)
 
 The first needs no more than that precision and recall are still those of the audit; the second takes sensitivity and specificity for properties of the filter, which they are
@@ -30,24 +31,29 @@ class Corrected(NamedTuple):
 UNKNOWN = Corrected(math.nan, 1.0)
 
 
-def by_audit(blocked: int, clips: int, review: Review, *, confidence: float = 0.95, seed: int = 0, draws: int = DRAWS) -> Corrected:
+def by_audit(blocked: float, clips: float, review: Review, *, confidence: float = 0.95, seed: int = 0, draws: int = DRAWS) -> Corrected:
     """raw * precision / recall of `blocked` of `clips`, with precision and recall of an audit of this policy's clips.
 
-    precision / recall = (TP / N_blocked) / (TP / (TP + M)) = (TP + M) / N_blocked, which is known also where no blocked clip violates. Unknown where the audit
-    has no blocked clip, or a group that nobody reviewed. Raises ValueError for counts that cannot be.
+    precision / recall = (TP / N_blocked) / (TP / (TP + M)) = (TP + M) / N_blocked, which is known also where no blocked clip violates. Where the audit has no blocked clip,
+    raw + (1 - raw) M / N_passed. Unknown where it has no passed one, or a group that nobody reviewed. Raises ValueError for counts that cannot be.
     """
     _check(blocked, clips)
-    size = sum(group.size for group in review.blocked)
+    size, let_pass = (sum(group.size for group in groups) for groups in (review.blocked, review.passed))
     pools = [groups for groups in (review.blocked, review.passed) if groups]
-    if not clips or not size or not review.passed or any(group.size and not group.reviewed for groups in pools for group in groups):
+    if not clips or not let_pass or any(group.size and not group.reviewed for groups in pools for group in groups):
         return UNKNOWN
     rng = np.random.default_rng(seed)
+    raw = blocked / clips
+    if not size:
+        leak = drawn_totals(review.passed, rng, draws).sum(1) / let_pass  # [D]
+        drawn = _raw(blocked, clips, rng, draws)  # [D]
+        return _bounded(raw + (1 - raw) * float(totals_of(review.passed).sum()) / let_pass, drawn + (1 - drawn) * leak, confidence)
     violating = sum(float(totals_of(groups).sum()) for groups in pools)
     found = np.sum([drawn_totals(groups, rng, draws).sum(1) for groups in pools], axis=0)  # [D]
-    return _bounded(blocked / clips * violating / size, _raw(blocked, clips, rng, draws) * found / size, confidence)
+    return _bounded(raw * violating / size, _raw(blocked, clips, rng, draws) * found / size, confidence)
 
 
-def by_error_rates(blocked: int, clips: int, rates: ErrorRates, *, confidence: float = 0.95, seed: int = 0, draws: int = DRAWS) -> Corrected:
+def by_error_rates(blocked: float, clips: float, rates: ErrorRates, *, confidence: float = 0.95, seed: int = 0, draws: int = DRAWS) -> Corrected:
     """Rogan-Gladen of `blocked` of `clips`, with the filter's stored sensitivity and specificity. Unknown where these are, or do not exceed 1 together.
 
     Draws of rates that tell nothing count as all violating. Fewer blocked clips than the stored specificity allows leave a rate of 0; the bound is then, as at any time, at
@@ -63,17 +69,17 @@ def by_error_rates(blocked: int, clips: int, rates: ErrorRates, *, confidence: f
     return Corrected(found.rate, max(found.upper, none_in(clips, confidence)))
 
 
-def none_in(clips: int, confidence: float) -> float:
+def none_in(clips: float, confidence: float) -> float:
     """Upper bound of a rate of which `clips` showed nothing: 1 - (1 - confidence)^(1 / n), exact; 1 % for 300 at 95 %."""
     return float(1 - (1 - confidence) ** (1 / clips))
 
 
-def _check(blocked: int, clips: int) -> None:
+def _check(blocked: float, clips: float) -> None:
     if not 0 <= blocked <= clips:
-        raise ValueError(f"{blocked} blocked of {clips} clips")
+        raise ValueError(f"{blocked:g} blocked of {clips:g} clips")
 
 
-def _raw(blocked: int, clips: int, rng: np.random.Generator, draws: int) -> Array:
+def _raw(blocked: float, clips: float, rng: np.random.Generator, draws: int) -> Array:
     return rng.beta(blocked + 0.5, clips - blocked + 0.5, draws)
 
 

@@ -40,6 +40,23 @@ def test_the_target_is_a_quarter_of_the_limit_unless_given() -> None:
     assert edge.value == 1.0 and edge.limit == 0.02 and edge.target == 0.02
 
 
+def test_a_corrected_rate_is_compared_in_place_of_the_running_mean() -> None:
+    seen: list[tuple[float, float]] = []
+
+    def doubled(share: float, clips: float) -> float:
+        seen.append((share, clips))
+        return 2 * share
+
+    corrected, plain = (Multiplier("flash", limit=0.5, target=0.5, decay=0.5, correct=correct) for correct in (doubled, None))
+    for multiplier in (corrected, plain):
+        multiplier.update(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        multiplier.update(torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]))
+    assert corrected.bound == 0.5 and plain.bound == 0.25 and corrected.value == 1.0 > plain.value
+    assert seen[0] == (0.25, 4.0) and seen[-1] == (0.25, pytest.approx(1 / (0.25 / 4 + 0.25 / 8)))
+    with pytest.raises(ValueError, match="Give one of them"):
+        Multiplier("flash", limit=0.5, confidence=0.9, correct=doubled)
+
+
 def test_a_multiplier_and_its_policy_settle_on_the_known_saddle_point() -> None:
     """maximise -(x - 2)^2 / 2 subject to sigmoid(x) <= 0.3: x* = logit 0.3, lambda* = (2 - x*) / (0.3 * 0.7)."""
     x, multiplier = 2.0, flash(limit=0.3, target=0.3, rate=0.05, decay=0.5)

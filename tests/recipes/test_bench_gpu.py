@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from base_model.errors import UserError
 from base_model.families.wan import T2V_1_3B, WanVideoModel, random_transformer
 from base_model.lora import add_lora
+from base_model.recompute import recompute_blocks
 from recipes import cli
 from recipes.bench import gpu
 from recipes.bench._wan_flops import step_flops
@@ -54,7 +55,7 @@ def test_every_part_has_rows_and_every_row_is_told_as_it_is_measured(said: tuple
     noted = {row["attention"]: row["note"] for row in rows if row["note"]}
     assert set(noted) == {"cudnn", "efficient", "varlen"} and all(note.startswith("not supported here") for note in noted.values())
     steps = [row for row in rows if row["what"] == "SFT step" and row["seconds"]]
-    assert {row["train"] for row in steps} == {"lora", "full"} and {row["checkpointing"] for row in steps} == {True, False}
+    assert {row["train"] for row in steps} == {"lora", "full"} and {row["checkpointing"] for row in steps} == {0.0, 0.5, 1.0}
 
 
 def test_an_update_of_a_group_costs_a_clip_at_most_eight_forward_passes(said: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
@@ -73,12 +74,11 @@ def test_packed_and_padded_clips_come_out_as_they_do_alone(said: tuple[dict[str,
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_flops_in_closed_form_are_those_torch_counts(rank: int, checkpointed: bool) -> None:
+@pytest.mark.parametrize("checkpointed", [0, 1, 2])
+def test_flops_in_closed_form_are_those_torch_counts(rank: int, checkpointed: int) -> None:
     sizes = gpu.toy()
     network = random_transformer(sizes.wan, device=sizes.device, dtype=torch.float32).requires_grad_(True)
-    if checkpointed:
-        network.enable_gradient_checkpointing()
+    assert recompute_blocks(network, checkpointed / 2) == checkpointed
     model = WanVideoModel(add_lora(network, rank=rank, alpha=rank, targets=gpu.TARGETS) if rank else network, encoder=gpu.encoder_of(sizes))
     cond, x = model.encode_text(["a", "b"]), torch.randn(2, 16, 2, 4, 6)
     with sdpa_kernel(SDPBackend.MATH):
@@ -88,7 +88,7 @@ def test_flops_in_closed_form_are_those_torch_counts(rank: int, checkpointed: bo
             u.square().mean().backward()
     found = step_flops(sizes.wan, 12, text_tokens=sizes.text_tokens, lora_rank=rank, clips=2, checkpointed=checkpointed)
     assert found.forward == forward.get_total_flops() and found.backward + found.recomputed == backward.get_total_flops()
-    assert (found.recomputed > 0) == checkpointed
+    assert (found.recomputed > 0) == (checkpointed > 0)
 
 
 def test_flops_at_full_size_are_those_of_the_packing_bench() -> None:

@@ -106,15 +106,15 @@ def run_rl(recipe: str, out: Path, *, constrained: bool, runner: SafetyRunner | 
     if recipe == "ddpo":
         cfg = ddpo.Config(**common, policy=ddpo.Policy(iterations=14, prompts=3, group_size=8, micro_batch=12, lr=1e-2, updates=2, evaluate_every=20, save_every=20))
         run = Run(out, cfg, seed=0, resume=False, metrics=ddpo.METRICS, quiet=True)
-        ddpo.train(cfg, run, model, assess, held_out(out / "held_out", texts))
+        ddpo.train(cfg, run, model.to(run.device), assess, held_out(out / "held_out", texts))
     elif recipe == "grpo":
         settings = grpo.Config(**common, policy=grpo.Policy(iterations=14, prompts=3, group_size=8, micro_batch=12, lr=1e-2, first_steps=3, evaluate_every=20, save_every=20))
         run = Run(out, settings, seed=0, resume=False, metrics=grpo.METRICS, quiet=True)
-        grpo.train(settings, run, model, assess, held_out(out / "held_out", texts))
+        grpo.train(settings, run, model.to(run.device), assess, held_out(out / "held_out", texts))
     else:
         forward = nft.Config(**common, policy=nft.Policy(iterations=14, prompts=3, group_size=8, micro_batch=12, lr=1e-2, updates=2, evaluate_every=20, save_every=20))
         run = Run(out, forward, seed=0, resume=False, metrics=nft.METRICS, quiet=True)
-        nft.train(forward, run, model, assess, held_out(out / "held_out", texts))
+        nft.train(forward, run, model.to(run.device), assess, held_out(out / "held_out", texts))
     return read_metrics(out)
 
 
@@ -150,7 +150,7 @@ def test_the_first_ratio_is_exactly_one_on_any_number_of_cores(tmp_path: Path, t
         model.network.requires_grad_(False)
         cfg = ddpo.Config(out=tmp_path, prompt_pool=6, policy=ddpo.Policy(iterations=1, prompts=3, group_size=8, micro_batch=8))
         run = Run(tmp_path, cfg, seed=0, resume=False, metrics=ddpo.METRICS, quiet=True)
-        ddpo.train(cfg, run, model, Assessor(BRIGHT, safety_runner(), 12.0), HeldOut(texts, model.encode_text(texts), cfg.sampler, None, 0, tmp_path / "held_out"))
+        ddpo.train(cfg, run, model.to(run.device), Assessor(BRIGHT, safety_runner(), 12.0), HeldOut(texts, model.encode_text(texts), cfg.sampler, None, 0, tmp_path / "held_out"))
         assert read_metrics(tmp_path)[0]["ratio"] == 1.0, "in every micro-batch, not in the first alone"
     finally:
         torch.set_num_threads(before)

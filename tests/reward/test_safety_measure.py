@@ -216,11 +216,18 @@ def test_a_corrected_rate_is_at_least_0_at_most_1_and_unknown_is_never_safe() ->
     nothing = by_audit(0, 100, Review((group(10, 10, 0),), (group(10_000, 100, 0),)))
     assert nothing.rate == 0 and nothing.upper > 0.01, "no miss among 100 is not no miss"
     empty = group(0, 0, 0)
-    for unknown in (Review((), (group(9, 9, 0),)), Review((empty,), (group(9, 9, 0),)), Review((group(9, 9, 1),), ()), Review((group(9, 9, 1),), (group(9, 0, 0),))):
+    for unknown in (Review((), ()), Review((empty,), (empty,)), Review((), (group(9, 0, 0),)), Review((group(9, 9, 1),), ()), Review((group(9, 9, 1),), (group(9, 0, 0),))):
         assert math.isnan(by_audit(1, 10, unknown).rate) and by_audit(1, 10, unknown).upper == 1
     assert by_audit(0, 0, review).upper == 1 and UNKNOWN.upper == 1
     with pytest.raises(ValueError, match="11 blocked of 10"):
         by_audit(11, 10, review)
+
+
+def test_where_an_audit_has_no_blocked_clip_all_blocked_ones_count_and_the_leaked_ones_too() -> None:
+    review = Review((), (group(200, 200, 10),))
+    found = by_audit(20, 1_000, review)
+    assert found.rate == pytest.approx(0.02 + 0.98 * 0.05) and found.rate < found.upper < 0.1
+    assert by_audit(0, 1_000, Review((), (group(200, 200, 0),))).rate == 0 and by_audit(0, 1_000, Review((group(0, 0, 0),), (group(5_000, 100, 0),))).upper > 0.01
 
 
 def test_stored_error_rates_correct_a_raw_rate() -> None:

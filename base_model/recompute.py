@@ -1,0 +1,31 @@
+"""Gradient checkpointing of a share of a transformer's blocks: memory for time, as finely as the memory asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from base_model.errors import UserError
+
+
+def recompute_blocks(network: Any, share: float = 1.0) -> int:
+    """From now on a backward pass computes the activations of `share` of the repeated blocks of a diffusers transformer again, evenly spread; those of the others are kept.
+
+    Returns how many that are. Call it before peft wraps the network. Raises ValueError for a share outside [0, 1], UserError for a network that does not checkpoint.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share of the blocks lies in [0, 1], not {share}")
+    kinds = set(getattr(network, "_repeated_blocks", None) or ())
+    blocks = [module for module in network.modules() if type(module).__name__ in kinds]
+    if not blocks or not getattr(network, "_supports_gradient_checkpointing", False):
+        raise UserError(f"{type(network).__name__} has no blocks to compute again. Train it without gradient checkpointing")
+    chosen = {id(block) for k, block in enumerate(blocks) if int((k + 1) * share + 1e-9) > int(k * share + 1e-9)}
+
+    def run(block: nn.Module, *args: Any) -> Tensor:
+        found: Tensor = checkpoint(block, *args, use_reentrant=False) if id(block) in chosen else block(*args)
+        return found
+
+    network.enable_gradient_checkpointing(run)
+    return len(chosen)
