@@ -209,7 +209,7 @@ MEASURED = """
     from reward.importers.tables import columns, typed_rows
 
     files.KEPT_BYTES = 64 << 20
-    parquet.MOST_ROWS, parquet.MOST_VALUES = 1_000_000, 5_000_000
+    parquet.MOST_ROWS, parquet.MEMORY = 1_000_000, 300 << 20
 
     def table(path):
         return [record.text("text") for record in typed_rows(path, columns("text"), set())]
@@ -313,11 +313,11 @@ def test_parquet_bombs_are_refused_in_bounded_time_and_memory(tmp_path: Path) ->
     pq.write_table(pa.table({"text": pa.array(np.zeros(1_100_000, np.int8))}), tmp_path / "rows.parquet")
     pq.write_table(pa.table({"text": pa.array(["x" * (80 << 20)])}), tmp_path / "tight.parquet", compression="zstd", use_dictionary=False)
     pq.write_table(pa.table({"text": pa.array([[[[[[["a"]]]]]]])}), tmp_path / "nested.parquet")
-    listed = pa.ListArray.from_arrays(pa.array([0, 6_000_000], pa.int32()), pa.array(np.zeros(6_000_000, np.int8)))
+    listed = pa.ListArray.from_arrays(pa.array([0, 40_000_000], pa.int32()), pa.array(np.zeros(40_000_000, np.int64)))
     pq.write_table(pa.table({"text": listed}), tmp_path / "list.parquet")
     pq.write_table(pa.table({f"c{i}": pa.array([1]) for i in range(1_100)}), tmp_path / "wide.parquet")
     bombs = {"repeated": "at most 1,000,000", "rows": "rows are more", "tight": "packed more than", "nested": "lists in lists"}
-    bombs |= {"list": "values of a column", "wide": "columns are more"}
+    bombs |= {"list": "of size", "wide": "columns are more"}
     for name in bombs:
         folder = tmp_path / name
         folder.mkdir()
