@@ -39,12 +39,15 @@ from recipes.provenance import Export, credentials_of, export, origin_of
 from recipes.stack import Stack, frame_shape, load_stack, sample_stack, stack_lineage
 from recipes.visual import Prepared, Visual, head_frames, prepare
 from recipes.weights import file_hash
-from reward.safety.contract import SafetyRunner, allowed, to_json
+from reward.safety.contract import PromptFilter, SafetyRunner, VideoFilter, allowed, to_json
 from reward.safety.policy import load_policy
+from reward.safety.process import InProcess
 from reward.safety.prompt import WordFilter
+from reward.safety.transport import Limits
 from reward.safety.video import DegenerateFilter, FlashFilter
 
 BYTES_A_TOKEN = 40_000
+ISOLATED = Limits(seconds=60.0, memory=8 << 30)
 """What denoising and decoding hold at once for one token of 4 frames of 8x8 pixels, about."""
 Side = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 
@@ -113,10 +116,13 @@ class Request:
     seed: int
 
 
-def safety_runner(filters: Filters = NONE) -> SafetyRunner:
-    """Every filter that needs no weights, and those that are named, under the shipped policy."""
+def safety_runner(filters: Filters = NONE, *, isolated: bool = False) -> SafetyRunner:
+    """Every filter that needs no weights, and those that are named, under the shipped policy. isolated: each in a process of its own, with a limit on memory."""
     policy = load_policy()
-    return SafetyRunner([WordFilter(policy), FlashFilter(policy), DegenerateFilter(policy), *load_filters(filters, policy)], policy)
+    chosen: list[PromptFilter | VideoFilter] = [WordFilter(policy), FlashFilter(policy), DegenerateFilter(policy), *load_filters(filters, policy)]
+    if not isolated:
+        return SafetyRunner(chosen, policy)
+    return SafetyRunner(chosen, policy, limits={each.id: ISOLATED for each in chosen}, transport=InProcess)
 
 
 def latent_shape(model: LatentVideoModel, clip: ClipShape) -> tuple[int, int, int, int]:
