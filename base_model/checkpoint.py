@@ -181,6 +181,24 @@ def _what_it_is(start: bytes, path: Path) -> str:
     return f"not a safetensors file, {path}. Weights are read from safetensors only"
 
 
+def check_runs_no_code(folder: Path) -> None:
+    """Raises UserError where a published model in `folder` asks for code of its own to be run (`auto_map` of any configuration), or is an adapter, which leads elsewhere.
+
+    Loaders are told not to run such code anyway; a folder that asks for it is not what it says it is.
+    """
+    for path in sorted(folder.glob("*.json")):
+        if path.name == "adapter_config.json":
+            raise UserError(f"the folder holds an adapter and not a whole model, {path}. Give the model itself, or merge the adapter into it")
+        if path.name.endswith("config.json") and _names_code(read_json(path, "the model's configuration")):
+            raise UserError(f"the model asks for code of its own to be run (auto_map), {path}. Only classes of transformers are loaded: give a checkpoint of one of them")
+
+
+def _names_code(value: Any) -> bool:
+    """Whether `auto_map` stands anywhere in it."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (isinstance(value, dict) and "auto_map" in value) or any(_names_code(part) for part in parts)
+
+
 def fingerprint(network: nn.Module) -> str:
     """sha256 of the names, shapes and 64 values of every parameter: tells two revisions of a model apart in a moment, whatever folder they are in."""
     digest = hashlib.sha256()

@@ -84,7 +84,7 @@ def footage_cases(folder: Path, clip: ClipShape, fps: float) -> list[Case]:
         raise UserError(f"no video files, {folder}. Give --footage a folder with {', '.join(FOOTAGE)}")
     cases = []
     for file in files:
-        decoded = read_video(file)
+        decoded = read_video(file, seconds=(clip.frames + 1) / fps)
         video = resample_fps(from_uint8(decoded.frames), decoded.fps, fps)[: clip.frames]
         cases.append(Case(file.stem, cover(video, clip.height, clip.width), "a video", fps))
     return cases

@@ -39,6 +39,17 @@ class Whisker:
     high: float
 
 
+@dataclass(frozen=True)
+class Bar:
+    """One share with its interval in a chart of bars."""
+
+    label: str
+    look: str
+    mean: float
+    low: float
+    high: float
+
+
 def line_chart(series: Sequence[Series], *, name: str, x_label: str, percent: bool = False, limit: float | None = None, logarithmic: bool = False) -> str:
     """Lines over a common x axis that starts at zero. Long noisy series are drawn thin, with their running mean on top.
 
@@ -90,6 +101,40 @@ def interval_chart(rows: Sequence[Whisker], *, name: str, percent: bool = False,
         )
     said = "; ".join(f"{row.label} {number(row.mean, percent)}, from {number(row.low, percent)} to {number(row.high, percent)}" for row in rows)
     return _svg(width, height, name, f"{name} with 95 % intervals. {said}.", body)
+
+
+def bar_chart(groups: Sequence[tuple[str, Sequence[Bar], float]], *, name: str) -> str:
+    """Lying bars of shares with whiskers. groups: (label, bars one below the other, where a dashed mark stands: what the share should be)."""
+    if not groups:
+        raise ValueError(f"{name}: nothing to draw")
+    width, left, line, gap = 560, 96, 17, 12
+    reach = ticks(0.0, max([bar.high for _, bars, _ in groups for bar in bars] + [mark for *_, mark in groups]))
+
+    def across(value: float) -> float:
+        return left + (width - left - 20) * value / (reach[-1] or 1.0)
+
+    body, said, y = [], [], 8.0
+    for label, bars, mark in groups:
+        tall = line * max(1, len(bars))
+        body.append(f'<text class="name" x="{left - 10}" y="{y + tall / 2 + 4:.1f}" text-anchor="end">{escape(label)}</text>')
+        for bar in bars:
+            tip = f"{label}, {bar.label}: {number(bar.mean, True)} [{number(bar.low, True)}, {number(bar.high, True)}]"
+            middle = y + line / 2
+            body.append(
+                f'<g class="{escape(bar.look)}"><title>{escape(tip)}</title>'
+                f'<rect class="bar" x="{left}" y="{y + 2:.1f}" width="{across(bar.mean) - left:.1f}" height="{line - 4}"/>'
+                f'<line class="whisker" x1="{across(bar.low):.1f}" x2="{across(bar.high):.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/></g>'
+            )
+            said.append(tip)
+            y += line
+        body.append(f'<line class="limit" x1="{across(mark):.1f}" x2="{across(mark):.1f}" y1="{y - tall - 2:.1f}" y2="{y + 2:.1f}"/>')
+        y += gap
+    marks = [
+        f'<line class="grid" x1="{across(tick):.1f}" x2="{across(tick):.1f}" y1="4" y2="{y:.1f}"/>'
+        f'<text class="tick" x="{across(tick):.1f}" y="{y + 16:.1f}" text-anchor="middle">{number(tick, True)}</text>'
+        for tick in reach
+    ]
+    return _svg(width, round(y + 26), name, f"{name} with 95 % intervals, a mark where each should be. {'; '.join(said)}.", [*marks, *body])
 
 
 def ticks(low: float, high: float, *, most: int = 5) -> list[float]:

@@ -65,6 +65,7 @@ COMMANDS = {
     "temporal": Command("recipes.temporal", "Make a video model of an image model: keyframes, or the frames between them."),
     "sft": Command("recipes.sft", "Fine-tune a base model on curated prompt-video pairs."),
     "generate": Command("recipes.generate", "Make clips of prompts and keep them in a clip store."),
+    "verify": Command("recipes.verify", "Say what a clip's C2PA manifest tells, and whether it holds: rushes verify FILE.", ("file",)),
     "import-rankings": Command("recipes.import_rankings", "Read preferences in a public format: rushes import-rankings FORMAT FILE.", ("format", "file")),
     "export-rankings": Command("recipes.export_rankings", "Write rankings in a public format: rushes export-rankings FORMAT FOLDER FILE.", ("format", "folder", "file")),
     "reward-model": Command("recipes.reward_model", "Learn a reward model from ranked clips."),

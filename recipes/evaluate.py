@@ -2,6 +2,7 @@
 
     rushes evaluate --models '{base: base, sft: runs/sft, rl: runs/ddpo}' --runs '{rl: runs/ddpo}' --out runs/evaluate
     rushes evaluate --models '{base: base, sft: runs/sft}' --world --out runs/world
+    rushes evaluate --models '{base: base, rl: runs/nft}' --bias --out runs/bias
 
 All filters are off while clips are made: the runner only says what it would have done, and decides which clips the page may play.
 """
@@ -29,6 +30,7 @@ from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, load_codec, load_tiny
 from base_model.video.files import write_atomic
+from recipes.bias import Audit, audit_bias
 from recipes.doctor import hardware
 from recipes.feedback import Setting
 from recipes.filters import Filters
@@ -113,6 +115,10 @@ class Config(BaseConfig):
     """Measures what the models keep track of as well: things out of sight, a collision, depth under a panning camera, a thing over ten seconds (`recipes/world.py`)."""
     world_scenes: Count = 40
     """Unseen scenes of each event, for `world`."""
+    bias: bool = False
+    """Audits bias instead (`recipes/bias.py`): what models show where prompts leave an attribute open. Ends with status 3 where a margin agreed before is exceeded."""
+    audit: Audit = Audit()
+    """What the bias audit asks, and its margins."""
     filters: Filters = Filters()
     """Safety filters beside those that need no weights."""
 
@@ -391,7 +397,12 @@ def _readings(cfg: Config, found: Evaluation) -> dict[str, Any]:
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
-    """`resume` changes nothing: a report is made anew."""
+    """`resume` changes nothing: a report is made anew. Raises `recipes.bias.Blocked` where a bias audit blocks."""
+    if cfg.bias and cfg.captions:
+        raise UserError("captions and bias: a bias audit has prompts of its own. Give one of them")
+    if cfg.bias:
+        networks = {} if cfg.audit.stores else {name: network_lineage(network_file(path)) for name, path in cfg.models.items()}
+        return audit_bias(cfg.audit, cfg.out, networks, generator(cfg.models, cfg.sampler), cfg.sampler, cfg.seed + EVALUATION_SEED)
     started = time.monotonic()
     with PeakMemory() as memory:
         results = report(cfg, lambda: {"wall_seconds": time.monotonic() - started, "peak_memory_bytes": memory.sample(), "commands": [f"rushes evaluate --out {cfg.out}"]})

@@ -35,15 +35,19 @@ from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny
 from base_model.types import ClipShape, Conditioning
 from base_model.video.store import ClipRow, ClipStore, NewClip, request_key
 from recipes.filters import NONE, Filters, load_filters
+from recipes.provenance import Export, credentials_of, export, origin_of
 from recipes.stack import Stack, frame_shape, load_stack, sample_stack, stack_lineage
 from recipes.visual import Prepared, Visual, head_frames, prepare
 from recipes.weights import file_hash
-from reward.safety.contract import SafetyRunner, allowed, to_json
+from reward.safety.contract import PromptFilter, SafetyRunner, VideoFilter, allowed, to_json
 from reward.safety.policy import load_policy
+from reward.safety.process import InProcess
 from reward.safety.prompt import WordFilter
+from reward.safety.transport import Limits
 from reward.safety.video import DegenerateFilter, FlashFilter
 
 BYTES_A_TOKEN = 40_000
+ISOLATED = Limits(seconds=60.0, memory=8 << 30)
 """What denoising and decoding hold at once for one token of 4 frames of 8x8 pixels, about."""
 Side = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 
@@ -97,6 +101,8 @@ class Config(BaseConfig):
     """How clips are denoised."""
     visual: Visual = Visual()
     """What clips are made from beside their text."""
+    export: Export = Export()
+    """Signed copies (`recipes/provenance.py`); `rushes verify FILE` reads them."""
     filters: Filters = Filters()
     """Safety filters beside those that need no weights."""
 
@@ -110,10 +116,13 @@ class Request:
     seed: int
 
 
-def safety_runner(filters: Filters = NONE) -> SafetyRunner:
-    """Every filter that needs no weights, and those that are named, under the shipped policy."""
+def safety_runner(filters: Filters = NONE, *, isolated: bool = False) -> SafetyRunner:
+    """Every filter that needs no weights, and those that are named, under the shipped policy. isolated: each in a process of its own, with a limit on memory."""
     policy = load_policy()
-    return SafetyRunner([WordFilter(policy), FlashFilter(policy), DegenerateFilter(policy), *load_filters(filters, policy)], policy)
+    chosen: list[PromptFilter | VideoFilter] = [WordFilter(policy), FlashFilter(policy), DegenerateFilter(policy), *load_filters(filters, policy)]
+    if not isolated:
+        return SafetyRunner(chosen, policy)
+    return SafetyRunner(chosen, policy, limits={each.id: ISOLATED for each in chosen}, transport=InProcess)
 
 
 def latent_shape(model: LatentVideoModel, clip: ClipShape) -> tuple[int, int, int, int]:
@@ -295,6 +304,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         raise UserError("stack and visual: a stack makes clips from text alone. Give one of them")
     started = time.monotonic()
     check_can_write(cfg.out)
+    signer = credentials_of(cfg.export) if cfg.export.folder else None
     model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(cfg.filters), ClipStore(cfg.out)
     requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
     check_memory(cfg.sampler, len(requests), cfg.visual.seconds)
@@ -309,9 +319,12 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         sampling, given = visual_sampling(cfg.visual, prepared), prepared.key
     rows = fill_store(store, model, requests, lineage=lineage, sampler=cfg.sampler, runner=runner, sampling=sampling, given=given)
     made = [row for row in rows if row is not None]
+    origin = origin_of(cfg.model) if cfg.stack is None else {"stack": lineage}
+    signed = {"signed": [str(file) for file in export(cfg.export, store, made, origin, signer)]} if signer else {}
     return {
         "store": str(cfg.out),
         "clips": [str(store.preview_path(row.clip_id)) for row in made],
+        **signed,
         "blocked_prompts": runner.counts["prompt.checked"] - runner.counts["prompt.allow"],
         "safety": dict(runner.counts),
         "wall_seconds": round(time.monotonic() - started, 2),

@@ -24,7 +24,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from align.config import Config as BaseConfig
@@ -41,7 +41,7 @@ from recipes.statistics import bootstrap_prompts
 from reward.agreement import Pair, pairs_of, scorer_accuracy
 from reward.cache import FeatureCache, feature_key
 from reward.calibration import brier, expected_calibration_error, fit_platt, log_loss
-from reward.comparisons import Clip, Comparisons, Prompt, RankingEvent, load_comparisons
+from reward.comparisons import Clip, Prompt, RankingEvent, load_comparisons
 from reward.importers.safesora import HARMS
 from reward.licences import standing
 from reward.ranking import bradley_terry
@@ -100,7 +100,7 @@ class Config(BaseConfig):
     """Folder or hub id of a CLIP, SigLIP, X-CLIP, VideoMAE or V-JEPA 2 checkpoint; empty means the shipped video VAE, a safetensors file another one."""
     cache: Path = Path("runs/features")
     """Folder of features: what an encoder said of a clip is never computed twice."""
-    seconds: Positive = 1.0
+    seconds: Annotated[float, Field(gt=0, le=60)] = 1.0
     """How long a window is, about."""
     pairs: str = "harmlessness"
     """Dimension of pairs in which the preferred clip is the safer one."""
@@ -132,6 +132,20 @@ class Config(BaseConfig):
     """Weight decay."""
     save_every: Count = 1000
     """Steps between checkpoints."""
+
+    @field_validator("policies")
+    @classmethod
+    def _named_once(cls, policies: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(policies)) < len(policies):
+            raise ValueError(f"a policy is named twice in {', '.join(policies)}")
+        return policies
+
+    @field_validator("shares")
+    @classmethod
+    def _shares_are_a_whole(cls, shares: tuple[float, float, float]) -> tuple[float, float, float]:
+        if abs(sum(shares) - 1) > 1e-9:
+            raise ValueError(f"shares add up to 1, and these to {sum(shares):g}")
+        return shares
 
 
 # Labels
@@ -167,23 +181,31 @@ class Data:
         return [each for each in self.clips.values() if self.split[each.prompt_id] == name]
 
 
-def tagged(events: Sequence[RankingEvent], data: Comparisons) -> dict[str, Labelled]:
-    """Clips with tags of kind "tag", as the importer of SafeSora-Label writes them: harms found or not, and safe or unsafe. A harm that the data are silent about is not judged."""
-    found: dict[str, Labelled] = {}
+def tagged(events: Sequence[RankingEvent]) -> dict[str, Labelled]:
+    """Clips with tags of kind "tag", as the importer of SafeSora-Label writes them: harms found or not, and safe or unsafe. What no tag speaks of is not judged, nor is what as
+    many people say as deny."""
+    of: dict[str, list[RankingEvent]] = {}
     for event in events:
-        if event.kind != "tag" or event.dimension not in ("safety", "harm"):
-            continue
-        (clip_id,) = event.clip_ids
-        old = found.get(clip_id, Labelled(clip_id, event.prompt_id))
-        labels, unsafe = dict(old.labels), old.unsafe
-        if event.dimension == "safety":
-            unsafe = float("unsafe" in event.flags)
-        else:
-            labels |= labels_of_harms(event.flags)
+        if event.kind == "tag" and event.dimension in ("safety", "harm") and len(event.clip_ids) == 1 and not event.skipped_reason:
+            of.setdefault(event.clip_ids[0], []).append(event)
+    found = {}
+    for clip_id, some in of.items():
+        said: dict[str, list[float]] = {}
+        for event in some:
+            for key, value in (labels_of_harms(event.flags) if event.dimension == "harm" else safety_of(event.flags)).items():
+                said.setdefault(key, []).append(value)
+        shares = {key: sum(values) / len(values) for key, values in said.items()}
+        labels = {key: float(share > 0.5) for key, share in shares.items() if share != 0.5}
+        unsafe = labels.pop("unsafe", math.nan)
         if unsafe == 0:
             labels = {**dict.fromkeys(CODES_OF_HARMS.values(), 0.0), **labels}
-        found[clip_id] = Labelled(clip_id, event.prompt_id, labels, unsafe, licence=event.licence, source=event.source_dataset)
+        found[clip_id] = Labelled(clip_id, some[0].prompt_id, labels, unsafe, licence=some[0].licence, source=some[0].source_dataset)
     return found
+
+
+def safety_of(flags: Sequence[str]) -> dict[str, float]:
+    """Whether anything is violated; nothing where the tag says neither."""
+    return {"unsafe": 1.0} if "unsafe" in flags else {"unsafe": 0.0} if "safe" in flags else {}
 
 
 def labels_of_harms(flags: Sequence[str]) -> dict[str, float]:
@@ -241,7 +263,7 @@ def load_data(cfg: Config, policy: Policy) -> Data:
     prompts: dict[str, Prompt] = {}
     pairs: list[RankingEvent] = []
     if told:
-        clips |= tagged(told.events, told)
+        clips |= tagged(told.events)
         pairs = [event for event in told.events if event.kind in ("pair", "rank") and event.dimension == cfg.pairs and not event.skipped_reason and cfg.pair_weight]
         prompts |= told.prompts
     for folder in cfg.audits:

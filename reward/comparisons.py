@@ -27,11 +27,13 @@ from typing import Any, TypeVar, get_type_hints
 from base_model.checkpoint import atomic_write, disk_errors
 from base_model.errors import UserError
 from base_model.video.store import ClipRow
+from reward.parquet import batches, open_parquet
 from reward.splits import SPLITS, assign_splits, components_of
 
 KINDS = ("pair", "rank", "best", "likert", "tag")
 CHOICES = ("A", "B", "tie", "both_bad", "both_good", "invalid")
 MOST_CLIPS = 127  # of an answer: ranks are int8
+MOST_BYTES = 1 << 30  # of a table in memory
 
 
 @dataclass(frozen=True)
@@ -385,13 +387,19 @@ def _parquet(rows: Sequence[Any], cls: type[Any]) -> bytes:
 def _read_table(path: Path, schema: Any) -> list[dict[str, Any]]:
     """The rows of a file, in the types of the schema. Raises UserError where it is missing, damaged, or has other columns or values that do not fit them."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        with open_parquet(path) as file:
+            found, taken = [], 0
+            for batch in batches(file):
+                found.append(batch)
+                taken += batch.nbytes
+                if taken > MOST_BYTES:
+                    raise ValueError(f"more than {MOST_BYTES >> 30} GiB")
+            table = pa.Table.from_batches(found, file.schema_arrow)
     except FileNotFoundError as error:
         raise UserError(f"no such file, {path}. Give a folder written by the rankings stage or exported from the label app") from error
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         raise UserError(f"not a parquet file that can be read, {path}: {_one_line(error)}. Export the data again") from error
     names = table.column_names
     unknown, missing = sorted(set(names) - set(schema.names)), sorted(set(schema.names) - set(names))

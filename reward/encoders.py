@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from base_model.checkpoint import check_is_safetensors, read_json
+from base_model.checkpoint import check_is_safetensors, check_runs_no_code, read_json
 from base_model.errors import UserError
 
 Dtype = Literal["float32", "float16"]
@@ -327,16 +327,17 @@ def load_network(network_class: Any, folder: Path, what: str = "encoder") -> Any
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    config = read_json(folder / "config.json", f"the {what}'s configuration")
-    if _brings_code(config):
-        raise UserError(f"the {what}'s configuration names code of its own (auto_map), {folder / 'config.json'}. Code of a checkpoint is never run: give one without")
+    read_json(folder / "config.json", f"the {what}'s configuration")  # transformers takes a missing one for the defaults of the class, billions of weights
+    check_runs_no_code(folder)
     weights = sorted(folder.glob("*.safetensors"))
     for path in weights:
         check_is_safetensors(path)
     if not weights:
         raise UserError(f"no weights as safetensors, {folder}. Give a checkpoint that has them, or convert it where you trust its source")
     try:
-        network, told = network_class.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True)
+        network, told = network_class.from_pretrained(
+            str(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load the {what}, {folder}: {str(error).partition(chr(10))[0]}. Restore its files or download it again") from error
     if told["missing_keys"]:
@@ -345,17 +346,11 @@ def load_network(network_class: Any, folder: Path, what: str = "encoder") -> Any
     return network
 
 
-def _brings_code(value: Any) -> bool:
-    """Whether `auto_map` stands anywhere in it."""
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return (isinstance(value, Mapping) and "auto_map" in value) or any(_brings_code(part) for part in parts)
-
-
 def _load_tokenizer(folder: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the encoder's tokenizer, {folder}: {str(error).partition(chr(10))[0]}. Restore its files or download it again") from error
 

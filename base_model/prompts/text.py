@@ -54,7 +54,9 @@ def _minilm() -> tuple[Any, Any]:
 
     disable_progress_bar()
     folder = str(get_model_path())
-    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+    return tokenizer, model.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -29,6 +29,12 @@ DIGEST_TAG = "RUSHES_SHA256"
 CONTAINERS = ((4, b"ftyp", "mp4"), (0, b"\x1aE\xdf\xa3", "matroska"))  # where their first bytes stand, and what PyAV calls them
 CODECS = ("h264", "hevc", "vp9", "av1", "ffv1")
 """What `decode_video` decodes."""
+FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,gif,ivf,mxf,mpegvideo,h264,hevc,wav"
+"""Containers that `read_video` opens, as ffmpeg calls them: they hold what they play. Playlists and scripts, which lead to other files and hosts, are not among them,
+whatever their files are called."""
+MOST_STREAMS = 32
+FRAME_PIXELS = 1 << 26  # 8192 x 8192
+KEPT_BYTES = 2 << 30
 
 
 class Video(NamedTuple):
@@ -43,6 +49,10 @@ class Bounds(NamedTuple):
 
     frames: int
     pixels: int
+
+
+LOCAL = Bounds(frames=100_000, pixels=1 << 34)
+"""The most that `read_video` decodes: minutes of work, whatever a file of a few kilobytes says of itself."""
 
 
 def digest_of(frames: NDArray[np.uint8]) -> str:
@@ -106,7 +116,7 @@ def read_video(path: str | Path, *, max_frames: int | None = None, seconds: floa
 
     max_frames, seconds: nothing is decoded behind so many frames, or behind the first frame after so many seconds.
     shrink: what becomes of each frame [H,W,3] as it is decoded, so that a long clip of large frames never lies in memory whole.
-    Raises UserError where the file is missing, is no video, is truncated or damaged, or holds no frame.
+    Raises UserError where the file is missing, is no video (a playlist is none), is truncated or damaged, holds no frame, more than `LOCAL`, or more than fits into `KEPT_BYTES`.
     """
     path = Path(path)
     _require_file(path)
@@ -248,29 +258,35 @@ def _decode(
     seconds: float | None = None,
     content: bytes | None = None,
     kind: str | None = None,
-    bounds: Bounds | None = None,
+    bounds: Bounds = LOCAL,
 ) -> tuple[list[NDArray[np.uint8]], float, str | None]:
-    """(frames, fps, the digest the file carries) of the file at `path`, or of `content`, which is of that `kind`."""
+    """(frames, fps, the digest the file carries) of the file at `path`, or of `content`, which is of that `kind` and one of `CODECS`."""
     import av
     from av.video.reformatter import VideoReformatter
 
     frames: list[Frame] = []
     sizes: set[tuple[int, ...]] = set()
     reformatter = VideoReformatter()
-    options = {"err_detect": "crccheck+explode", **({"max_pixels": str(bounds.pixels)} if bounds else {})}
+    decoding = {"err_detect": "crccheck+explode", "max_pixels": str(min(bounds.pixels, FRAME_PIXELS))}
+    options = {**decoding, "format_whitelist": FORMATS, "protocol_whitelist": "file", "max_streams": str(MOST_STREAMS + 1), "enable_drefs": "0"}
+    kept = 0
     try:
         with av.open(str(path) if content is None else io.BytesIO(content), format=kind, options=options) as container:
+            if len(container.streams) > MOST_STREAMS:  # a demuxer that met one too many either fails or leaves the rest out
+                raise UserError(f"there are more than {MOST_STREAMS} streams, {path}. Give a video")
             stream = next((each for each in container.streams.video if each.codec_context is not None), None)
             if stream is None:
                 raise UserError(f"the file has no video stream that can be decoded, {path}. Give a video")
-            if bounds and stream.codec_context.codec.canonical_name not in CODECS:
+            if kind and stream.codec_context.codec.canonical_name not in CODECS:
                 raise UserError(f"the clip is encoded as {stream.codec_context.codec.canonical_name}, {path}. Give one of {', '.join(CODECS)}")
             stream.codec_context.thread_count = 1
-            stream.codec_context.options = options
+            stream.codec_context.options = decoding
             fps = float(stream.average_rate or stream.guessed_rate or 0)
             most = min((number for number in (max_frames, None if seconds is None else math.ceil(seconds * (fps or 1.0)) + 1) if number is not None), default=None)
             digest = container.metadata.get(DIGEST_TAG)
-            _check_bounds(0, (stream.codec_context.height, stream.codec_context.width), bounds, path)
+            size = stream.codec_context.height, stream.codec_context.width
+            told = stream.frames or math.ceil(fps * (container.duration or 0) / av.time_base)
+            _check_bounds(max(0, min(told, most or told) - 1), size, bounds, path)
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise UserError(f"the video file is truncated or damaged after {len(frames)} frames, {path}. Copy or make it again")
@@ -279,6 +295,9 @@ def _decode(
                     pixels = _rgb(frame, reformatter)
                     sizes.add(pixels.shape)
                     frames.append(shrink(pixels) if shrink else pixels)
+                    kept += frames[-1].nbytes
+                    if kept > KEPT_BYTES:
+                        raise UserError(f"{len(frames)} frames of {size[1]}x{size[0]} are more than {KEPT_BYTES >> 30} GiB, {path}. Cut the clip or make it smaller")
                     if len(frames) == most:
                         return frames, fps or 1.0, digest
     except (av.error.FFmpegError, OSError) as error:
@@ -291,9 +310,9 @@ def _decode(
     return frames, fps or 1.0, digest
 
 
-def _check_bounds(before: int, size: tuple[int, int], bounds: Bounds | None, path: Path | str) -> None:
+def _check_bounds(before: int, size: tuple[int, int], bounds: Bounds, path: Path | str) -> None:
     """Raises UserError where one frame of [H,W] more is too many."""
-    if bounds and (before >= bounds.frames or (before + 1) * size[0] * size[1] > bounds.pixels):
+    if before >= bounds.frames or (before + 1) * size[0] * size[1] > bounds.pixels:
         limit = f"{bounds.frames} frames and {bounds.pixels} pixels of all frames together"
         raise UserError(f"frame {before + 1} of {size[1]}x{size[0]} is more than the limit of {limit}, {path}. Give a shorter or smaller clip")
 

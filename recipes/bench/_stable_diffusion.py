@@ -79,8 +79,9 @@ def load(folder: Path) -> StableDiffusion:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet").to(memory_format=torch.channels_last)
-    vae, text = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False), CLIPTextModel.from_pretrained(folder / "text_encoder").requires_grad_(False)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True).requires_grad_(False)
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True).requires_grad_(False)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     return StableDiffusion(unet, vae, text, tokenizer, DDIMScheduler.from_pretrained(folder / "scheduler"))
 

@@ -259,8 +259,8 @@ def _segment(frames: Array, side: int) -> tuple[list[tuple[str, _Blob]], Array]:
     least = _LEAST_AREA * side * side
     counts = np.stack([(label == k).sum((1, 2)) for k in range(len(_NAMES))])  # [6,T]
     present = [k for k in range(len(_NAMES)) if (counts[k] >= least).mean() >= _LEAST_PRESENCE / 2]
-    masks = {k: _drop_specks(label == k, least / 3) for k in present}
-    blobs = [(_NAMES[k], _blob(frames, background, masks, k, least)) for k in present]
+    masks = {k: mask for k in present if (mask := _drop_specks(label == k, least / 3)).any()}
+    blobs = [(_NAMES[k], _blob(frames, background, masks, k, least)) for k in masks]
     return blobs, background
 
 

@@ -26,13 +26,13 @@ COLORS: dict[str, tuple[float, float, float]] = {
 MOTIONS = ("left", "right", "up", "down", "up_right", "down_left", "bounce", "orbit", "grow", "shrink", "still")
 SPLITS = ("train", "eval")
 
-_SHAPE_WORDS = {
+SHAPE_WORDS = {
     "circle": ("circle", "disc", "ball"),
     "triangle": ("triangle", "wedge"),
     "bar": ("bar", "plank"),
     "pillar": ("pillar", "column"),
 }
-_COLOR_WORDS = {
+COLOR_WORDS = {
     "red": ("red", "crimson"),
     "green": ("green", "emerald"),
     "blue": ("blue", "cobalt"),
@@ -224,7 +224,7 @@ def swap_attribute(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple
 def _one(thing: Thing, rng: np.random.Generator, held_out: bool) -> str:
     v, p = motion_words(thing, rng, held_out)
     template = _pick(_ONE + _ONE_HELD_OUT if held_out else _ONE, rng)
-    color, shape = _word(_COLOR_WORDS[thing.color], rng), _word(_SHAPE_WORDS[thing.shape], rng)
+    color, shape = _word(COLOR_WORDS[thing.color], rng), _word(SHAPE_WORDS[thing.shape], rng)
     return template.format(n=_noun(color, shape), c=color, s=shape, v=v, p=p)
 
 
@@ -237,7 +237,7 @@ def _two(a: Thing, b: Thing, rng: np.random.Generator, held_out: bool) -> str:
 
 def name(thing: Thing, rng: np.random.Generator) -> str:
     """Colour and shape in words of the vocabulary: "an emerald disc"."""
-    return _noun(_word(_COLOR_WORDS[thing.color], rng), _word(_SHAPE_WORDS[thing.shape], rng))
+    return _noun(_word(COLOR_WORDS[thing.color], rng), _word(SHAPE_WORDS[thing.shape], rng))
 
 
 def _noun(color: str, shape: str) -> str:

@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from base_model.errors import UserError
+from reward.parquet import batches, open_parquet, rows_of
 
 T = TypeVar("T")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 ADVICE = "Mend or remove that row"
 ROWS_AT_ONCE = 32  # of a parquet file, which may hold whole videos
+LONGEST_TEXT = 1_000_000  # characters
+MOST_UNPACKED = 1 << 30  # bytes of a gzipped file
 
 
 class Columns(NamedTuple):
@@ -60,8 +63,8 @@ class Record:
         value = self.value(name)
         if value is None:
             return ""
-        if not isinstance(value, str):
-            raise self.wrong(name, "a text")
+        if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+            raise self.wrong(name, f"a text of at most {LONGEST_TEXT:,} characters" if isinstance(value, str) else "a text")
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -180,9 +183,12 @@ def _json_rows(path: Path, known: Columns, unknown: set[str]) -> Iterator[Record
     content = _bytes(path)
     if content.startswith(b"\x1f\x8b"):
         try:
-            content = gzip.decompress(content)
+            with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+                content = file.read(MOST_UNPACKED + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"not a whole gzip file: {error}, {path}. Download it again") from error
+        if len(content) > MOST_UNPACKED:
+            raise UserError(f"more than {MOST_UNPACKED >> 30} GiB are packed into {path}. Split the file")
     text = _text(content, path)
     if text.lstrip().startswith("["):
         values: Iterator[Any] = iter(_json(text, str(path)))
@@ -199,15 +205,14 @@ def _json_rows(path: Path, known: Columns, unknown: set[str]) -> Iterator[Record
 
 def _parquet_rows(path: Path, known: Columns, unknown: set[str]) -> Iterator[Record]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     row = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             names = file.schema_arrow.names
             _check_header(names, known, unknown, path)
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[name for name in names if name in known.required | known.optional]):
-                for values in batch.to_pylist():
+            for batch in batches(file, [name for name in names if name in known.required | known.optional], rows=ROWS_AT_ONCE):
+                for values in rows_of(batch):
                     row += 1
                     yield Record(values, f"row {row}, {path}")
     except (OSError, ValueError, ArithmeticError, MemoryError, pa.ArrowException) as error:

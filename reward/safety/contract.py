@@ -3,29 +3,28 @@
     allow < review < error < block
 
 The decision about a prompt or a clip is the worst of its rulings, so a block stays a block whatever else fails. Only `allow` is served, stored as good
-or trained on as good. A filter that raises, hangs, answers with nan, with too few rulings or for other policies than it declared has erred; so have an
+or trained on as good. A filter that raises, hangs, dies, answers with nan, with too few rulings, twice on one policy or for other policies than it declared has erred; so have an
 empty list of filters and a clip without frames or with pixels that are no numbers.
 
-Filters run in this process, in a worker thread with a time limit. A filter that never gives the interpreter back cannot be timed out here.
+Each filter is asked through a transport of its own (`transport.py`): a worker thread by default, a process of its own with a limit on memory if asked for (`process.py`).
 """
 
 from __future__ import annotations
 
 import math
-import queue
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from base_model.errors import GuardStop
 from reward.safety.policy import Action, Policy
+from reward.safety.transport import Failure, InThread, Limits, Request, Transport, Unreadable, failure_of
 
 RUNNER_ID = "runner"
 INPUT_POLICY = "input"  # the code of rulings about an input no filter could judge
@@ -168,27 +167,41 @@ def to_json(decision: Decision) -> dict[str, object]:
 
 
 class SafetyRunner:
-    """Asks every filter, checks what comes back, and counts.
+    """Asks filters, checks what comes back, and counts.
 
-    filters: any mix of `PromptFilter` and `VideoFilter`; anything else is a ValueError. timeout: seconds a filter may take for one batch.
+    filters: any mix of `PromptFilter` and `VideoFilter`; anything else is a ValueError. limits: of filters by their ids; the others have `timeout` seconds for one batch.
+    transport: `InThread`, or `InProcess` of `process.py`, or any function of a filter and its limits. clock: seconds, by which a late answer is no answer.
     `counts` holds plain numbers under names such as `clip.checked`, `clip.block`, `clip.P17.block`, `clip.error: flash: timed out`; a run that resumes puts the
     saved ones back with `counts.update(...)`.
     """
 
-    def __init__(self, filters: Sequence[PromptFilter | VideoFilter], policy: Policy, *, timeout: float = 60.0) -> None:
-        for each in filters:
-            if not isinstance(each, PromptFilter | VideoFilter):
+    def __init__(
+        self,
+        filters: Sequence[PromptFilter | VideoFilter],
+        policy: Policy,
+        *,
+        timeout: float = 60.0,
+        limits: Mapping[str, Limits] | None = None,
+        transport: Callable[[SafetyFilter, Limits], Transport] = InThread,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        kinds = [(isinstance(each, PromptFilter), isinstance(each, VideoFilter)) for each in filters]
+        for each, kind in zip(filters, kinds, strict=True):
+            if not any(kind):
                 raise ValueError(f"{type(each).__name__} is neither a prompt filter nor a video filter")
-        self._prompt_filters = [each for each in filters if isinstance(each, PromptFilter)]
-        self._video_filters = [each for each in filters if isinstance(each, VideoFilter)]
-        self._policy = policy
-        self._timeout = timeout
-        self._worker = _Worker()
+        limits = limits or {}
+        unknown = sorted(set(limits) - {each.id for each in filters})
+        if unknown:
+            raise ValueError(f"limits for {unknown[0]}, which is no filter here")
+        asked = [_Asked(each, chosen := limits.get(each.id, Limits(timeout)), transport(each, chosen)) for each in filters]
+        self._prompt_filters = [each for each, (reads, _) in zip(asked, kinds, strict=True) if reads]
+        self._video_filters = [each for each, (_, looks) in zip(asked, kinds, strict=True) if looks]
+        self._asked, self._policy, self._clock = asked, policy, clock
         self.counts: Counter[str] = Counter()
 
     def lineage(self) -> list[dict[str, object]]:
         """Filter ids, versions, thresholds and the policy version, for the record of a run."""
-        filters: list[SafetyFilter] = [*self._prompt_filters, *(each for each in self._video_filters if not isinstance(each, PromptFilter))]
+        filters = [each.filter for each in (*self._prompt_filters, *(each for each in self._video_filters if each not in self._prompt_filters))]
         return [
             {"filter": each.id, "version": each.version, "threshold": each.threshold, "policies": list(each.policies), "policy_version": self._policy.version} for each in filters
         ]
@@ -196,59 +209,95 @@ class SafetyRunner:
     @property
     def clip_filters(self) -> str:
         """What looks at clips, with versions: "degenerate 1, flash 2"."""
-        return ", ".join(sorted(f"{each.id} {each.version}" for each in self._video_filters))
+        return ", ".join(sorted(f"{each.filter.id} {each.filter.version}" for each in self._video_filters))
+
+    def close(self) -> None:
+        """Ends the threads and processes of the filters; they are begun anew when they are asked again."""
+        for each in self._asked:
+            each.transport.close()
 
     def check_prompts(self, prompts: Sequence[str]) -> list[Decision]:
-        """One decision a prompt."""
-        rulings: list[list[Ruling]] = [[] for _ in prompts]
-        for each in self._prompt_filters:
-            _extend(rulings, self._ask(each, lambda each=each: each.check_prompts(list(prompts)), len(prompts)))  # type: ignore[misc]
-        return self._count("prompt", [self._decide(each, "no prompt filter is configured") for each in rulings])
+        """One decision a prompt, by all filters: for training and audits."""
+        return self._prompts(prompts, cascade=False)
 
     def check_videos(self, video: Tensor, prompts: Sequence[str], fps: float) -> list[Decision]:
-        """video [B,T,3,H,W] in [0,1] with B prompts -> B decisions. Raises ValueError where the numbers of clips and prompts differ."""
+        """video [B,T,3,H,W] in [0,1] with B prompts -> B decisions, by all filters: for training and audits. Raises ValueError where the numbers of clips and prompts differ."""
+        return self._videos(video, prompts, fps, cascade=False)
+
+    def cascade_prompts(self, prompts: Sequence[str]) -> list[Decision]:
+        """The same verdicts, for serving: filters are asked from the fastest so far to the slowest, and a blocked prompt is shown to no further one, so its decision lacks the
+        rulings of those. Costs need all rulings: use `check_prompts` for them."""
+        return self._prompts(prompts, cascade=True)
+
+    def cascade_videos(self, video: Tensor, prompts: Sequence[str], fps: float) -> list[Decision]:
+        """What `cascade_prompts` is to `check_prompts`."""
+        return self._videos(video, prompts, fps, cascade=True)
+
+    def _prompts(self, prompts: Sequence[str], *, cascade: bool) -> list[Decision]:
+        rulings = self._run(self._prompt_filters, [[] for _ in prompts], lambda rows: Request([prompts[i] for i in rows]), cascade)
+        return self._count("prompt", [self._decide(each, "no prompt filter is configured") for each in rulings])
+
+    def _videos(self, video: Tensor, prompts: Sequence[str], fps: float, *, cascade: bool) -> list[Decision]:
         if video.ndim == 0 or len(video) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts for a video tensor of shape {list(video.shape)}")
-        faults = _faults(video, fps)
-        rulings = [[self._input_error(fault)] if fault else [] for fault in faults]
-        good = [i for i, fault in enumerate(faults) if not fault]
-        if good:
-            clips, texts = video.detach()[good] if len(good) < len(video) else video.detach(), [prompts[i] for i in good]
-            for each in self._video_filters:
-                answers = self._ask(each, lambda each=each: each.check_videos(clips.clone(), list(texts), fps), len(good))  # type: ignore[misc]
-                for i, answer in zip(good, answers, strict=True):
-                    rulings[i].extend(answer)
+        video, faults = video.detach(), _faults(video, fps)
+
+        def request(rows: list[int]) -> Request:
+            return Request([prompts[i] for i in rows], video[rows] if len(rows) < len(video) else video, fps)
+
+        rulings = self._run(self._video_filters, [[self._input_error(fault)] if fault else [] for fault in faults], request, cascade)
         return self._count("clip", [self._decide(each, "no video filter is configured") for each in rulings])
 
-    def _ask(self, each: SafetyFilter, call: Callable[[], object], count: int) -> list[list[Ruling]]:
+    def _run(self, filters: Sequence[_Asked], rulings: list[list[Ruling]], request: Callable[[list[int]], Request], cascade: bool) -> list[list[Ruling]]:
+        """Adds the rulings of the filters to those that are there. A row that begins with a ruling, an error about the input, is shown to no filter."""
+        rows = [i for i, begun in enumerate(rulings) if not begun]
+        for each in sorted(filters, key=lambda each: each.pace()) if cascade else filters:
+            if rows:
+                for i, answer in zip(rows, self._ask(each, request(rows), len(rows)), strict=True):
+                    rulings[i].extend(answer)
+            if cascade:
+                rows = [i for i in rows if all(ruling.verdict != Verdict.BLOCK for ruling in rulings[i])]
+        return rulings
+
+    def _ask(self, asked: _Asked, request: Request, count: int) -> list[list[Ruling]]:
         """The filter's rulings, with an error ruling wherever it did not answer as it should."""
-        start = time.perf_counter()
+        each, start = asked.filter, self._clock()
         try:
-            answer = self._worker.call(call, self._timeout)
-        except _TimedOut:
-            self._worker = _Worker()
-            answer = _Failure(f"timed out after {self._timeout:g} s")
-        seconds = time.perf_counter() - start
-        if not isinstance(answer, _Failure) and not (isinstance(answer, list | tuple) and len(answer) == count):
-            answer = _Failure(f"wrong number of answers, {len(answer)} for {count}" if isinstance(answer, list | tuple) else f"answered with a {type(answer).__name__}")
-        if isinstance(answer, _Failure):
+            answer = asked.transport.ask(request)
+        except Exception as error:  # a transport should not, and must not end the run
+            answer = failure_of(error)
+        seconds = self._clock() - start
+        asked.seconds, asked.items = asked.seconds + seconds, asked.items + count
+        if not isinstance(answer, Failure) and not (isinstance(answer, list | tuple) and len(answer) == count):
+            answer = Failure(f"wrong number of answers, {len(answer)} for {count}" if isinstance(answer, list | tuple) else f"answered with a {_type(answer)}")
+        if isinstance(answer, Failure):
             return [self._errors(each, each.policies, answer.text, seconds) for _ in range(count)]
-        return [self._checked(each, rulings, seconds) for rulings in answer]
+        checked = [self._checked(each, rulings, seconds) for rulings in answer]
+        most = asked.limits.seconds + asked.limits.starting  # the first answer of a process holds its start
+        if not seconds <= most:  # the transport should have seen to it
+            late = self._errors(each, each.policies, f"answered after more than {most:g} s", seconds)
+            return [[ruling for ruling in rulings if ruling.verdict == Verdict.BLOCK] + late for rulings in checked]
+        return checked
 
     def _checked(self, each: SafetyFilter, rulings: object, seconds: float) -> list[Ruling]:
         """Rulings about one clip: stamped, with an error for each that is missing or makes no sense. A block is kept in any case."""
         if not isinstance(rulings, list | tuple):
-            return self._errors(each, each.policies, f"answered with a {type(rulings).__name__}", seconds)
+            return self._errors(each, each.policies, f"answered with a {_type(rulings)}", seconds)
         kept: list[Ruling] = []
+        ruled: set[str] = set()
         for ruling in rulings:
             if not isinstance(ruling, Ruling):
-                kept += self._errors(each, each.policies, f"a ruling is a {type(ruling).__name__}", seconds)
+                kept += self._errors(each, each.policies, f"a ruling is a {_type(ruling)}", seconds)
                 continue
-            fault = self._fault(each, ruling)
-            if not fault or ruling.verdict == Verdict.BLOCK:
+            fault = _malformed(ruling) or self._fault(each, ruling) or ("ruled twice on one policy" if ruling.policy in ruled else "")
+            if ruling.verdict is Verdict.BLOCK and _malformed(ruling):
+                ruling = self._bare_block(each, ruling)
+            if not fault or ruling.verdict is Verdict.BLOCK:
                 kept.append(replace(ruling, policy_version=self._policy.version, seconds=seconds))
             if fault:
-                kept += self._errors(each, (ruling.policy,), fault, seconds)
+                kept += self._errors(each, (ruling.policy,) if isinstance(ruling.policy, str) else each.policies, fault, seconds)
+            else:
+                ruled.add(ruling.policy)
         missing = [code for code in each.policies if code not in {ruling.policy for ruling in kept}]
         if missing or not kept:
             kept += self._errors(each, missing or (INPUT_POLICY,), "a ruling is missing", seconds)
@@ -256,17 +305,20 @@ class SafetyRunner:
 
     def _fault(self, each: SafetyFilter, ruling: Ruling) -> str:
         """What is wrong with a ruling, or an empty string."""
-        if not isinstance(ruling.verdict, Verdict):
-            return "the verdict is unknown"
         if ruling.policy not in each.policies:
             return "a ruling on a policy the filter did not declare"
         if ruling.policy not in self._policy:
             return "the policy is unknown"
-        if ruling.verdict != Verdict.ERROR and not (isinstance(ruling.score, float | int) and 0 <= ruling.score <= 1):
+        if ruling.verdict != Verdict.ERROR and not 0 <= ruling.score <= 1:
             return "the score is no probability"
         if ruling.verdict == Verdict.ALLOW and not ruling.score < ruling.threshold and self._policy.action(ruling.policy) != "allow":
             return "an allow with a score at or above the threshold"
         return ""
+
+    def _bare_block(self, each: SafetyFilter, ruling: Ruling) -> Ruling:
+        """What can be kept of a block whose other fields make no sense."""
+        policy = ruling.policy if isinstance(ruling.policy, str) else INPUT_POLICY
+        return Ruling(Verdict.BLOCK, policy, math.nan, (Reason(f"{each.id}: blocked, without a reason that can be read"),), each.id, each.version, each.threshold)
 
     def _errors(self, each: SafetyFilter, codes: Iterable[str], text: str, seconds: float) -> list[Ruling]:
         reason = (Reason(f"{each.id}: {text}"),)
@@ -287,56 +339,45 @@ class SafetyRunner:
         return decisions
 
 
-@dataclass(frozen=True)
-class _Failure:
-    text: str
+@dataclass(eq=False)
+class _Asked:
+    """A filter, the way to it, and the time it took so far."""
+
+    filter: SafetyFilter
+    limits: Limits
+    transport: Transport
+    seconds: float = 0.0
+    items: int = 0
+
+    def pace(self) -> float:
+        """Seconds a prompt or clip; 0 before the first."""
+        return self.seconds / max(self.items, 1)
 
 
-class _Call(NamedTuple):
-    function: Callable[[], object]
-    answer: queue.SimpleQueue[object]  # its own, so that an interrupted wait leaves nothing for the next caller
+def _type(value: object) -> str:
+    """The name of its type; of what a process could not carry over, its type there."""
+    return value.type if isinstance(value, Unreadable) else type(value).__name__
 
 
-class _TimedOut(Exception):
-    pass
+def _malformed(ruling: Ruling) -> str:
+    """Which field of a ruling is not of its type, or an empty string: a filter may put anything there."""
+    if not isinstance(ruling.verdict, Verdict):
+        return "the verdict is unknown"
+    if not isinstance(ruling.score, float | int):
+        return "the score is no probability"
+    if not isinstance(ruling.threshold, float | int):
+        return "the threshold is no number"
+    if not all(isinstance(text, str) for text in (ruling.policy, ruling.filter_id, ruling.filter_version)):
+        return "a policy, an id or a version is no text"
+    if not (isinstance(ruling.reasons, tuple) and all(map(_is_reason, ruling.reasons))):
+        return "the reasons are none"
+    return ""
 
 
-class _Worker:
-    """One daemon thread that runs calls in turn. After a timeout it is left behind; it ends when its call does, and its answer is heard by nobody."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def call(self, function: Callable[[], object], timeout: float) -> object:
-        """The function's answer, or a `_Failure` for anything it raised. Raises _TimedOut."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=_serve, args=(self._calls,), name="safety-filter", daemon=True)
-            self._thread.start()
-        call = _Call(function, queue.SimpleQueue())
-        self._calls.put(call)
-        try:
-            return call.answer.get(timeout=timeout)
-        except queue.Empty:
-            self._calls.put(None)
-            raise _TimedOut from None
-
-    def __del__(self) -> None:
-        self._calls.put(None)
-
-
-def _serve(calls: queue.SimpleQueue[_Call | None]) -> None:
-    while (call := calls.get()) is not None:
-        try:
-            call.answer.put(call.function())
-        except BaseException as error:  # a filter may raise anything, SystemExit included
-            call.answer.put(_Failure(f"{type(error).__name__}: {error}"[:200]))
-        del call
-
-
-def _extend(rulings: list[list[Ruling]], answers: list[list[Ruling]]) -> None:
-    for mine, answer in zip(rulings, answers, strict=True):
-        mine.extend(answer)
+def _is_reason(reason: object) -> bool:
+    if not (isinstance(reason, Reason) and isinstance(reason.text, str) and isinstance(reason.start, float | int | None) and isinstance(reason.end, float | int | None)):
+        return False
+    return reason.span is None or (isinstance(reason.span, tuple) and len(reason.span) == 2 and all(isinstance(place, int) for place in reason.span))
 
 
 def _faults(video: Tensor, fps: float) -> list[str]:

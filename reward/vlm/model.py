@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from base_model.checkpoint import fingerprint
+from base_model.checkpoint import check_runs_no_code, fingerprint
 from base_model.errors import UserError
 from base_model.lora import add_lora
 from base_model.quantize import to_nf4
@@ -68,11 +68,15 @@ def load_base(name: str | Path, *, revision: str = "", dtype: Precision = "float
 
     pin = revision or None
     try:
-        family = AutoConfig.from_pretrained(name, revision=pin).model_type
+        if Path(name).is_dir():
+            check_runs_no_code(Path(name))
+        family = AutoConfig.from_pretrained(name, revision=pin, trust_remote_code=False).model_type
         if family not in FAMILIES:
             raise UserError(f"the base {name} is of the family {family}; the vision-language reward takes {', '.join(FAMILIES)}. Choose another base")
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=pin)
-        whole, found = AutoModelForImageTextToText.from_pretrained(name, revision=pin, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=pin, trust_remote_code=False)
+        whole, found = AutoModelForImageTextToText.from_pretrained(
+            name, revision=pin, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(f"cannot load the base {name}: {reason}. Give a folder with the model and its tokenizer, or a hub id with HF_HUB_OFFLINE=0") from error

@@ -35,6 +35,7 @@ from recipes.safety_train import (
     main,
     planted,
     table_of,
+    tagged,
     votes_of,
 )
 from recipes.shapes.prompts import make_prompts
@@ -152,6 +153,19 @@ def test_a_harm_the_data_are_silent_about_is_not_judged() -> None:
     labels = labels_of_harms(("violence", "unknown:racism", "unknown:crime", "contraband"))
     assert labels["P05"] == 1 and labels["P01"] == 0 and labels["P11"] == 1 and "P08" not in labels
     assert set(labels_of_harms(())) == set(CODES_OF_HARMS.values()) and not any(labels_of_harms(()).values())
+
+
+def tag(clip_id: str, dimension: str, *flags: str, who: str = "ann", **more: Any) -> RankingEvent:
+    return RankingEvent(f"{clip_id} {dimension} {who}", "t", "p", who, (clip_id,), (None,), dimension, "tag", flags=flags, **more)
+
+
+def test_a_tag_that_says_neither_safe_nor_unsafe_says_nothing_and_a_majority_decides() -> None:
+    events = [tag("a", "safety", "blurred"), tag("b", "safety", "safe"), tag("c", "safety", "unsafe"), tag("d", "safety", "safe", skipped_reason="did not load")]
+    events += [tag("e", "harm", "violence"), tag("e", "harm", who="bea"), tag("f", "harm", "violence"), tag("f", "harm", "violence", who="bea"), tag("f", "harm", who="cy")]
+    found = tagged(events)
+    assert found["a"].labels == {} and math.isnan(found["a"].unsafe) and "d" not in found
+    assert found["b"].unsafe == 0 and set(found["b"].labels.values()) == {0.0} and found["c"].unsafe == 1 and found["c"].labels == {}
+    assert "P05" not in found["e"].labels and found["e"].labels["P01"] == 0 and found["f"].labels["P05"] == 1
 
 
 def bright(i: int, shade: float) -> Tensor:
@@ -308,6 +322,13 @@ def test_what_is_missing_is_named(dataset: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as error:
             main(config(dataset, tmp_path / "out", **changes))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", [["--shares", "[0.5,0.5,0.5]"], ["--policies", "[P17,P17]"], ["--recall", "0"], ["--seconds", "1e9"], ["--policies", "[Ω]"]])
+def test_settings_that_cannot_be_are_one_line(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rushes(["safety-train", "--shapes", "20", "--out", str(tmp_path / "o"), "--cache", str(tmp_path / "c"), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words[0].removeprefix("--") in line and "bug" not in line
 
 
 def test_a_clip_that_cannot_be_looked_at_is_named(audit: Path, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_what_is_no_encoder_is_refused_in_one_line(folders: dict[str, Path], tmp
     mute = Path(shutil.copytree(folders["siglip"], tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*")))
     coded = changed(folders["clip"], tmp_path / "coded", "config.json", vision_config={"auto_map": {"AutoModel": "x.Y"}})
     cases = [
-        (coded, "names code of its own"),
+        (coded, "code of its own"),
         (tmp_path / "none", "no encoder .*HF_HUB_OFFLINE"),
         (bert, f"family 'bert' is not known.* Give one of {', '.join(tiny.FAMILIES)}"),
         (pickled, "refused to open a pickled checkpoint"),

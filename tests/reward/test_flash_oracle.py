@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from recipes.bench._flash_oracle import CELLS, Clip, changes_in_a_second, general_changes, generate, grey, is_hazard, red_changes
 from reward.safety.contract import Verdict
 from reward.safety.policy import load_policy
 from reward.safety.video import FlashFilter
-from tests.reward.flash_oracle import CELLS, Clip, changes_in_a_second, general_changes, generate, grey, is_hazard, red_changes
 
 FILTER = FlashFilter(load_policy())
 

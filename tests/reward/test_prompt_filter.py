@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from recipes.bench._evasion import BUILT_WITH, Variant, harmless_variants, variants
+from recipes.bench._held_out_evasion import HELD_OUT
 from reward.safety.contract import Ruling, SafetyRunner, Verdict, to_json
 from reward.safety.policy import Policy, load_policy
 from reward.safety.prompt import LONGEST_PROMPT, WordFilter
 from reward.safety.words import languages, word_list
-from tests.reward.evasion import BUILT_WITH, Variant, harmless_variants, variants
-from tests.reward.held_out_evasion import HELD_OUT
 
 POLICY = load_policy()
 FILTER = WordFilter(POLICY)

@@ -93,14 +93,14 @@ class Qwen3Guard:
             reason = (Reason(f"{self.id}: it named no category of its list but {strange[0][:40]!r}"),)
             return [Ruling(Verdict.ERROR, code, float("nan"), reason, self.id, self.version, self.threshold) for code in self.policies]
         codes = {code for name in named for code in CATEGORIES[name]}
-        return [self._rule(code, tier, score, ", ".join(named), code in codes, bool(codes)) for code in self.policies]
+        return [self._rule(code, tier, score, ", ".join(named), codes) for code in self.policies]
 
-    def _rule(self, code: str, tier: str, score: float, named: str, is_named: bool, any_named: bool) -> Ruling:
-        """What was named gets the tier, or, where nothing of ours was, everything is for people."""
-        if any_named and not is_named:
+    def _rule(self, code: str, tier: str, score: float, named: str, codes: set[str]) -> Ruling:
+        """What was named gets the tier; where nothing of ours was, everything is for people."""
+        if codes and code not in codes:
             return Ruling(Verdict.ALLOW, code, 0.0, (), self.id, self.version, self.threshold)
-        most = self._hits[code] if tier == "Unsafe" and is_named else Verdict.REVIEW
-        verdict = min(self._hits[code], most) if is_named else most
+        hit = self._hits[code] if codes else Verdict.REVIEW
+        verdict = hit if tier == "Unsafe" else min(hit, Verdict.REVIEW)
         return Ruling(verdict, code, score, (Reason(f"{tier}: {named}, {score:.3f}"),), self.id, self.version, self.threshold)
 
     def label_probabilities(self, begin: Sequence[int]) -> tuple[float, float, float]:

@@ -315,3 +315,8 @@ def test_what_is_cut_is_called_cut_after_the_autoencoder_too_and_what_is_whole_i
         assert np.mean([each is False for each in cut]) >= 0.95, out
     whole = [each for clip in (DEMO_CLIP, ClipShape(13, 24, 48)) for each in after(draw(make_prompts(60, seed=6, split="eval"), 6, clip))]
     assert np.mean([each is True for each in whole]) >= 0.9
+
+
+def test_specks_of_noise_have_no_colour_that_is_nothing() -> None:
+    noise = torch.rand(60, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert all(np.isfinite(reading.rgb).all() for frame in noise for reading in read(frame[None])), "a colour of which only specks are there is no object, and no warning"

@@ -100,7 +100,7 @@ NOT_WHOLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights as safetensors"),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "cannot read the guard's configuration"),
     "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "the guard's (tokenizer|processor)"),
-    "code of its own": (add_code, "names code of its own"),
+    "code of its own": (add_code, "code of its own"),
 }
 
 

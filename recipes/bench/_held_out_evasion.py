@@ -1,11 +1,11 @@
-"""Other ways to hide a word: written when the filter was finished, run once, and never used to change it. Do not mend the filter by this file; write new ways into `evasion.py`."""
+"""Other ways to hide a word: written when the filter was finished, run once, and never used to change it. Do not mend the filter by this file: new ways go into `_evasion.py`."""
 
 from __future__ import annotations
 
 import random
 import unicodedata
 
-from tests.reward.evasion import Transformation, clusters
+from recipes.bench._evasion import Transformation, clusters
 
 
 def _bidi(word: str, rng: random.Random) -> str:

@@ -104,7 +104,7 @@ def _ends(rng: np.random.Generator) -> tuple[float, float]:
 
 def _phase(rng: np.random.Generator, frames: int, fps: float) -> Array:
     rate = float(rng.choice([3, 3.5, 4, rng.uniform(2.5, 5)]))
-    return rate * np.arange(frames) / fps + float(rng.choice([0, rng.random()])) + 1e-9
+    return np.asarray(rate * np.arange(frames) / fps + float(rng.choice([0, rng.random()])) + 1e-9, np.float64)
 
 
 def _square(rng: np.random.Generator, frames: int, fps: float) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Listed words in disguise, made from the lists of every script; the ways to hide that the prompt filter was built with. `held_out_evasion.py` has others."""
+"""Listed words in disguise, made from the lists of every script; the ways to hide that the prompt filter was built with. `_held_out_evasion.py` has others."""
 
 from __future__ import annotations
 
