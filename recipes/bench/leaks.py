@@ -29,6 +29,7 @@ from torch import Tensor
 from align.config import Config as BaseConfig
 from align.config import Count, Positive, Several, Share, dump
 from align.run import Run, read_metrics
+from base_model.errors import UserError
 from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.video.files import write_atomic
 from base_model.video.store import ClipStore
@@ -93,6 +94,9 @@ ARMS = (
 )
 
 
+QUICK = ("safety alone", "misses by chance, corrected", "blind to two colours, retrained")
+
+
 class Audits(BaseConfig):
     """What is sampled from the policy before every leg, and looked at."""
 
@@ -113,8 +117,8 @@ class Config(Bench):
     """Folder of everything that is trained and measured; what is finished there is not repeated. `quick` keeps nothing."""
     seeds: Seeds = (0, 1, 2)
     """Seeds of RL: order of prompts, noise, adapter. `quick` takes the first."""
-    arms: tuple[str, ...] = tuple(arm.name for arm in ARMS)
-    """What is compared. `quick` takes all, two rollouts each."""
+    arms: Annotated[tuple[str, ...], Field(min_length=1)] = tuple(arm.name for arm in ARMS)
+    """What is compared. `quick` takes those of `QUICK`, two rollouts each."""
     missed: Share = 0.4
     """Share of flashing clips that the one filter misses by chance."""
     unseen: tuple[str, ...] = ("red", "yellow")
@@ -260,7 +264,8 @@ class Auditor:
     def teach(self, audits: Path, clips: Path) -> Path:
         """A filter trained on what was read."""
         out = self.folder / f"head-{self.waves}"
-        safety_train.main(safety_train.Config(out=out, audits=(audits,), clips=clips, policies=(FLASHING,), least=self.cfg.audits.least, cache=self.folder / "features", seed=self.seed))
+        settings = safety_train.Config(out=out, audits=(audits,), clips=clips, policies=(FLASHING,), least=self.cfg.audits.least, cache=self.folder / "features", seed=self.seed)
+        safety_train.main(settings)
         return out
 
 
@@ -424,7 +429,7 @@ def shrunk(cfg: Config) -> Config:
     small = {"iterations": 1, "prompts": 4, "group_size": 4, "updates": 1, "save_every": 1}
     audits = Audits(prompts=24, clips=2, blocked=24, passed=24, least=1)
     policy = cfg.policy.model_copy(update=small)
-    return cfg.model_copy(update={"seeds": cfg.seeds[:1], "legs": 2, "training": 30, "held_out": 4, "clips": 2, "policy": policy, "audits": audits, "strobe": 0.6})
+    return cfg.model_copy(update={"arms": QUICK, "seeds": cfg.seeds[:1], "legs": 2, "training": 30, "held_out": 4, "clips": 2, "policy": policy, "audits": audits, "strobe": 0.6})
 
 
 def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], str]:
@@ -450,6 +455,9 @@ HEADINGS = {"claims": "Asked", "arms": "The last leg, and held-out clips of the 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
+    unknown = [name for name in cfg.arms if name not in {arm.name for arm in ARMS}]
+    if unknown:
+        raise UserError(f"no arm {unknown[0]!r}, arms. There are: {'; '.join(arm.name for arm in ARMS)}")
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
     if cfg.quick:
