@@ -83,11 +83,11 @@ ALGORITHMS: Mapping[Name, Algorithm] = {
         {"same_noise": True, "first_steps": 3, "kl_coef": 0.1},
         4,
         True,
-        40_000,
+        39_000,
         2 * (2 + 2 / 8 + 3 / 8 + 1 / 8),
         "`rushes grpo` with 4 guided steps, whose groups share their way to one noisy step, near the start by a KL",
     ),
-    "nft-few": Algorithm(nft, {"updates": 1}, 4, False, 40_000, 4 + 3 + 2 / 8, "`rushes nft` with 4 steps and one update a rollout"),
+    "nft-few": Algorithm(nft, {"updates": 1}, 4, False, 39_000, 4 + 3 + 2 / 8, "`rushes nft` with 4 steps and one update a rollout"),
     "flow-grpo": Algorithm(grpo, {**ALL, "kl_coef": 0.004, "divide_by": "global_std"}, 20, True, 400_000, 40 + 19 * (6 + 2), "arXiv 2505.05470, its script for Wan"),
     "ddpo": Algorithm(ddpo, {"window": 0, "same_noise": False, "step_weight": "none"}, 50, True, 400_000, 100 + 49 * 6 + 2 / 8, "arXiv 2305.13301, all steps, importance-sampled"),
     "dancegrpo": Algorithm(
@@ -146,8 +146,8 @@ class Config(Bench):
     """Prompts of a rollout, of every algorithm."""
     group_size: Count = 8
     """Clips of each."""
-    guidance: Positive = 1.3
-    """Scale of guidance, where a paper guides. At 2 it gives more than any RL here, and what the reward still wants is no longer what the judge wants."""
+    guidance: Positive = 1.1
+    """Scale of guidance, where a paper guides. From 1.3 on it gives more than any RL here, and what the reward still wants is no longer what the judge wants."""
     strobe: Share = 0.2
     """Share of training prompts, and as many further held-out ones, that ask for strobing."""
     held_out_prompts: Count = 96
