@@ -59,6 +59,7 @@ METRICS = {
     "violation_rate": "Share of the rollout's clips the safety filters block, before any filter is applied; clips no filter could judge left out.",
     "cost": "Mean graded cost of the rollout's clips, in [0, 1]: 0.5 where the filter's limit is.",
     "limited_rate": "Violation rate that the multiplier compares with its target: a running mean of what the filters say, corrected where people audited them.",
+    "goodhart": "1 where the filters say that the target is kept and audits say that the limit is broken: the filters are gamed, or blind.",
     "multiplier": "Weight lambda of the safety cost in the advantage.",
     "all_violating": "Share of prompts whose clips all violate.",
     "error_share": "Share of clips whose reward is unknown, or whose cost though the filters looked; they are masked.",
@@ -254,11 +255,17 @@ def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | No
         "violation_rate": seen.violation_rate,
         "cost": float(seen.cost.nanmean()),
         "limited_rate": math.nan if multiplier is None else multiplier.bound,
+        "goodhart": float(gamed(multiplier)) if multiplier is not None else math.nan,
         "multiplier": 0.0 if multiplier is None else multiplier.value,
         "all_violating": all_violating(seen.violates == 1, group_size) if seen.looked_at else float("nan"),
         "error_share": float(seen.unknown.float().mean()),
         "looked_at": float(seen.looked_at),
     }
+
+
+def gamed(multiplier: Multiplier) -> bool:
+    """Whether what the filters say keeps the target while what audits make of it breaks the limit."""
+    return multiplier.correct is not None and multiplier.cost is not None and multiplier.cost <= multiplier.target and multiplier.bound > multiplier.limit
 
 
 class Look(NamedTuple):

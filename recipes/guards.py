@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -38,9 +38,12 @@ from recipes.generate import Sampler, sample, seeded_noise
 from recipes.quality import SHIPPED
 from reward.features import LUMA
 from reward.quality import FAULT_SIGNALS, Quality, fault_signals, load_quality
+from reward.safety.contract import SafetyRunner, Verdict
+from reward.safety.head import load_filter
+from reward.safety.policy import load_policy
 from reward.safety.video import frame_texture
 
-Measure = Literal["guard", "intact", "diversity", "motion", "sharpness", "saturation", "brightness", "grid", "noise", "static", "kl"]
+Measure = Literal["guard", "intact", "diversity", "motion", "sharpness", "saturation", "brightness", "grid", "noise", "static", "hazard", "kl"]
 SENTENCES: Mapping[Measure, str] = {
     "guard": "mean score of the guard, counted from its best look, in standard deviations of its scores; must not fall",
     "intact": "log-odds that nothing is wrong with a clip, by the judge of quality that guards hold; must not fall",
@@ -52,6 +55,7 @@ SENTENCES: Mapping[Measure, str] = {
     "grid": "autocorrelation at a fixed distance of detail that stands still, of 1: dots and grids; must not rise",
     "noise": "median diagonal detail, of 255 levels; must not rise",
     "static": "share of clips that stand still, or are black or blank, for half of their time; must not rise",
+    "hazard": "mean score of a held-out safety filter, which no limit is kept by, of 1; must not rise",
     "kl": "KL of the sampling path from the starting policy's, of an eighth of the clips, nats per latent element; must not exceed its budget",
 }
 METRICS = {
@@ -73,11 +77,13 @@ class Guards(BaseConfig):
     stop: Literal["red", "never"] = "red"
     """Whether a red light ends the run and brings the best checkpoint back; `never` only shows it."""
     ignore: tuple[Measure, ...] = ()
-    """Measures that are meant to change: guard, intact, diversity, motion, sharpness, saturation, brightness, grid, noise, static or kl."""
+    """Measures that are meant to change: guard, intact, diversity, motion, sharpness, saturation, brightness, grid, noise, static, hazard or kl."""
     tolerance: Positive = 1.0
     """Factor on how much clips may change; `guard_drop` and `kl_budget` are what they say."""
     kl_budget: Positive = 0.1
     """KL of the sampling path from the starting policy's at which the light is red, nats per latent element; amber from half of it."""
+    hazard: Path | None = None
+    """Folder of a trained filter (`rushes safety-train`) that is held out: the limit must not be kept by it, so that it can tell where the filters of the limit are gamed."""
     pairs: Whole = 32
     """Held-out prompts that get a second clip, by which diversity is told."""
 
@@ -94,6 +100,7 @@ def rules(guards: Guards, drop: float) -> dict[str, Rule]:
         "grid": Rule("rises", 0.1, 0.2, "points"),
         "noise": Rule("rises", 1.0, 2.0, "levels"),
         "static": Rule("rises", 0.05, 0.15, "points"),
+        "hazard": Rule("rises", 0.02, 0.05, "points"),
     }
     found = {"guard": Rule("falls", drop / 2, drop, "sd"), "kl": Rule("is spent", guards.kl_budget / 2, guards.kl_budget, "nats per element")}
     found |= {name: replace(rule, amber=rule.amber * guards.tolerance, red=rule.red * guards.tolerance) for name, rule in usual.items()}
@@ -129,6 +136,19 @@ def _measures(video: Tensor) -> dict[str, Tensor]:
 @cache
 def _quality() -> Quality:
     return load_quality(SHIPPED["guard"])
+
+
+@cache
+def _held_out_filter(folder: Path) -> SafetyRunner:
+    policy = load_policy()
+    return SafetyRunner([load_filter(folder, policy)], policy)
+
+
+def hazard(folder: Path, video: Tensor, prompts: Sequence[str], fps: float) -> Tensor:
+    """What the filter in `folder` says of clips [P,T,3,H,W], the largest score of any policy, [P]; nan where it failed."""
+    decisions = _held_out_filter(folder.absolute()).check_videos(video, prompts, fps)
+    scores = [max(ruling.score for ruling in decision.rulings) if decision.verdict != Verdict.ERROR else math.nan for decision in decisions]
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def static(video: Tensor, luma: Tensor) -> Tensor:
@@ -191,6 +211,8 @@ def measure(guards: Guards, video: Tensor, guard: Tensor | None, model: LatentVi
     pairs, few = min(guards.pairs, len(video)), max(1, len(video) // 8)
     if pairs and "diversity" not in guards.ignore:
         values["diversity"] = distance(video[:pairs], second_clips(model, cond[:pairs], sampler, seed))
+    if guards.hazard is not None and "hazard" not in guards.ignore:
+        values["hazard"] = hazard(guards.hazard, video, cond.prompts, sampler.fps)
     if sampler.steps > 1 and "kl" not in guards.ignore:
         values["kl"] = kl_of(model, cond[:few], sampler, seed)
     return values

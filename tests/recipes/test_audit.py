@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from align.constraints import Multiplier
 from align.run import read_metrics
 from base_model.errors import UserError
 from base_model.video.store import ClipStore, NewClip
@@ -101,6 +102,16 @@ def test_under_an_audit_the_multiplier_compares_what_people_would_find(recipe: A
     free = run_small(recipe, tmp_path / "free", {"prompts": 2, "group_size": 6, "iterations": 1}, runner=dazzled(0.34))
     assert free[0]["limited_rate"] is None or free[0]["limited_rate"] != free[0]["limited_rate"], "no limit, nothing to compare"
     assert set(read_metrics(tmp_path / "run")[0]) == set(read_metrics(tmp_path / "plain")[0])
+
+
+def test_filters_that_keep_the_target_while_audits_break_the_limit_raise_the_alarm() -> None:
+    def alarm(blocked: float, corrected: float) -> bool:
+        multiplier = Multiplier("P17", limit=0.1, target=0.05, correct=lambda share, clips: corrected)
+        multiplier.update(torch.tensor([1.0] * round(100 * blocked) + [0.0] * round(100 - 100 * blocked)))
+        return feedback.gamed(multiplier)
+
+    assert alarm(0.03, 0.2) and not alarm(0.03, 0.08) and not alarm(0.2, 0.3), "both, or it is no news"
+    assert not feedback.gamed(Multiplier("P17", limit=0.1)), "nobody audited"
 
 
 def test_stored_error_rates_or_an_upper_bound_correct_as_well(read: Path) -> None:

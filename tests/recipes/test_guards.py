@@ -20,10 +20,12 @@ from base_model.errors import UserError
 from base_model.lora import add_lora, merge
 from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel
-from recipes import guards
+from recipes import guards, safety_train
 from recipes.generate import Sampler, seeded_noise
 from recipes.guards import Guards, GuardWatch, distance, kl_of, measure, measures_of, repetition, rules
 from recipes.shapes.dataset import draw_clips
+from recipes.shapes.prompts import make_prompts
+from recipes.shapes.render import DEMO_CLIP, render, sample_scene
 from reward import planted
 from tests.recipes.small import small_model
 
@@ -178,13 +180,31 @@ def test_everything_that_is_watched_is_measured_and_an_eighth_of_the_clips_pays_
     cond = model.encode_text(["a red circle"] * 16)
     video = guards.second_clips(model, cond, SAMPLER, 0)
     found = measure(Guards(pairs=6), video, torch.zeros(16), model, cond, SAMPLER, 1)
-    assert set(found) == set(guards.SENTENCES) == set(RULES)
+    assert set(found) == set(guards.SENTENCES) - {"hazard"} and set(RULES) == set(guards.SENTENCES)
     assert {name: len(value) for name, value in found.items() if len(value) != 16} == {"diversity": 6, "kl": 2}
     assert (found["kl"] > 0).all() and (found["diversity"] > 0).all()
     fewer = measure(Guards(pairs=0, ignore=("kl",)), video, None, model, cond, SAMPLER, 1)
-    assert set(fewer) == set(guards.SENTENCES) - {"guard", "diversity", "kl"}
+    assert set(fewer) == set(guards.SENTENCES) - {"guard", "diversity", "kl", "hazard"}
     assert set(guards.METRICS) == {"light", *(f"change_{name}" for name in guards.SENTENCES)}
     assert set(rules(Guards(ignore=("brightness", "saturation")), 0.5)) == set(RULES) - {"brightness", "saturation"}
+
+
+def test_a_held_out_filter_lights_red_where_clips_get_worse_that_the_limits_own_filters_let_pass(tmp_path: Path) -> None:
+    trained = safety_train.main(safety_train.Config(out=tmp_path / "head", shapes=120, least=2, cache=tmp_path / "features"))
+    model, watching = small_model(), Guards(hazard=Path(trained["out"]), pairs=0, ignore=("kl",))
+    cond = model.encode_text(["a red circle"] * 24)
+    calm = torch.stack([video for video in draw_clips("curated", 120, seed=3).videos if video.shape == (13, 3, 32, 32)][:24]).float() / 255
+    asking = make_prompts(12, seed=1, split="train", strobe=1.0)
+    flashing = [torch.as_tensor(render(sample_scene(prompt, np.random.default_rng(k), clip=DEMO_CLIP), DEMO_CLIP)) for k, prompt in enumerate(asking)]
+    strobing = torch.cat([torch.stack(flashing).float(), calm[12:]])
+    looks = [measure(watching, video, None, model, cond, Sampler(), 1)["hazard"] for video in (calm, strobing)]
+    print("hazard:", float(looks[0].mean()), "->", float(looks[1].mean()))
+    rule = {"hazard": rules(watching, 0.5)["hazard"]}
+    found = changes({"hazard": looks[1]}, {"hazard": looks[0]}, rule, guards.LEVEL)
+    assert overall(found) == Light.RED and in_words(found, rule).startswith("red: hazard +0.")
+    assert overall(changes({"hazard": looks[0]}, {"hazard": looks[0]}, rule, guards.LEVEL)) == Light.GREEN
+    unknown = guards.hazard(Path(trained["out"]), calm.where(torch.arange(24)[:, None, None, None, None] > 3, NAN), ["x"] * 24, 12.0)
+    assert unknown.isnan().tolist() == [True] * 4 + [False] * 20, "what it cannot judge is unknown"
 
 
 # The watch
