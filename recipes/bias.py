@@ -472,7 +472,8 @@ def loaded(folder: Path, fps: float) -> Score:
 
 
 def audit_bias(cfg: Audit, out: Path, networks: Mapping[str, str], generate: Generate, sampler: Sampler, seed: int, filters: Filters = NONE) -> dict[str, Any]:
-    """networks: name -> sha256 of the network, the first is what was there before. filters: whose gaps are told, beside those that need no weights. Writes plan, rows and page into `out`; raises Blocked, then, where a margin is exceeded."""
+    """networks: name -> sha256 of the network, the first is what was there before. filters: whose gaps are told, beside those that need no
+    weights. Writes plan, rows and page into `out`; raises Blocked, then, where a margin is exceeded."""
     if not networks and not cfg.stores:
         raise UserError("models: nothing to audit. Give at least one: --models '{base: base}'")
     if (cfg.labels is None) != (not cfg.stores):

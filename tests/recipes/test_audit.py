@@ -136,7 +136,7 @@ def test_a_few_readings_correct_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     few = tmp_path / "few.csv"
     few.write_text("\n".join([header, *(some[0] for some in of.values())]) + "\n")
     run(capsys, tmp_path / "audit", "--answers", few, "--reader", "ann")
-    with pytest.raises(UserError, match="no wave of clips of the filters dazzle 1 was read, .*: 30 blocked and 30 passed clips, or all where there are fewer"):
+    with pytest.raises(UserError, match=r"no wave of clips of the filters dazzle 1 was read, .*: 30 blocked and 30 passed clips, or all where there are fewer"):
         feedback.correction_of(SafetyLimit(audit=tmp_path / "audit"), "dazzle 1")
     run(capsys, tmp_path / "audit", "--answers", drawn["table"], "--reader", "ann")
     assert feedback.correction_of(SafetyLimit(audit=tmp_path / "audit"), "dazzle 1") is not None
