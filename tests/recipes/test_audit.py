@@ -142,6 +142,18 @@ def test_a_few_readings_correct_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     assert feedback.correction_of(SafetyLimit(audit=tmp_path / "audit"), "dazzle 1") is not None
 
 
+def test_a_table_names_files_that_are_there_and_what_is_none_is_one_line(read: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (read / "wave-0.csv").open(newline="") as file:
+        assert all(Path(row["file"]).is_file() for row in csv.DictReader(file)), "the store has no previews"
+    (tmp_path / "long.csv").write_text(f"clip_id,file,said,policies\nc,{'x' * 200_000},violating,P17\n")
+    for words, told in (
+        (["--answers", tmp_path / "long.csv", "--reader", "ann"], "not a wave's table"),
+        (["--clips", tmp_path / "clips", "--network", tmp_path / "nowhere"], "no such network"),
+    ):
+        assert cli.main(["audit", *map(str, [read, *words])]) == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_tells_nothing_of_these_filters_is_refused(read: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no wave of clips of the filters flash 2 was read"):
         feedback.correction_of(SafetyLimit(audit=read), "flash 2")

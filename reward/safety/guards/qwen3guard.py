@@ -47,8 +47,8 @@ LEAST_MASS = 0.5
 
 
 class Qwen3Guard:
-    """A `PromptFilter`. Raises ValueError, and so becomes an error of the runner, for logits that are not finite and for answers outside its three words. A prompt longer than what the
-    model was made to read is an error of that prompt."""
+    """A `PromptFilter`. Raises ValueError, and so becomes an error of the runner, for logits that are not finite and for answers outside its three words. A prompt longer than what
+    the model was made to read is an error of that prompt."""
 
     id, threshold = "qwen3guard", 0.5
     policies = tuple(sorted({code for codes in CATEGORIES.values() for code in codes}))
