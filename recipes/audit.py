@@ -62,6 +62,8 @@ def draw_wave(cfg: Config, folder: Path, store: Path) -> dict[str, Any]:
     """Draws, and writes what is to be looked at."""
     if not (store / "clips.jsonl").is_file():
         raise UserError(f"no clips, {store}: it holds no clips.jsonl. Give a folder that `rushes generate` made")
+    if cfg.network is not None and not cfg.network.is_file():
+        raise UserError(f"no such network, {cfg.network}. Give the safetensors file that made the clips")
     lineage = network_lineage(cfg.network) if cfg.network is not None else None
     clips = ClipStore(store)
     rows = [row for row in clips.rows() if lineage in (None, row.generator_rev)]
@@ -75,10 +77,16 @@ def draw_wave(cfg: Config, folder: Path, store: Path) -> dict[str, Any]:
     drawn = sorted((entry.clip_id for entry in audit.drawn if entry.wave == wave), key=lambda clip_id: hashlib.sha256(clip_id.encode()).digest())
     table = folder / f"wave-{wave}.csv"
     if not table.exists():
-        atomic_write(table, table_of({clip_id: str(clips.preview_path(clip_id).resolve()) for clip_id in drawn}).encode())
+        atomic_write(table, table_of({clip_id: str(file_of(clips, clip_id).resolve()) for clip_id in drawn}).encode())
     new = sum(entry.clip_id not in known for entry in audit.entries)
     pools = {pool: sum(entry.pool == pool and entry.wave == wave for entry in audit.entries) for pool in ("blocked", "passed")}
     return {"table": str(table), "wave": wave, "new_clips": new, **pools, "to_look_at": len(drawn), "filters": audit.versions[-1]}
+
+
+def file_of(store: ClipStore, clip_id: str) -> Path:
+    """What people open: the preview, or the record where the store has no previews."""
+    preview = store.preview_path(clip_id)
+    return preview if preview.exists() else store.record_path(clip_id)
 
 
 def table_of(files: dict[str, str]) -> str:
@@ -121,7 +129,10 @@ def add_answers(folder: Path, path: Path, reader: str) -> dict[str, Any]:
     if not reader.strip():
         raise UserError("who read? Give --reader NAME, a pseudonym that stays the same")
     before = load_audit(folder)
-    audit = add_readings(folder, readings_of(path, reader.strip()))
+    try:
+        audit = add_readings(folder, readings_of(path, reader.strip()))
+    except csv.Error as error:
+        raise UserError(f"not a wave's table, {path}: {error}. Give the one that the audit wrote, filled in") from error
     read = {reading.clip_id for reading in audit.readings}
     return {"added": len(audit.readings) - len(before.readings), "read": len(read), "open": sum(entry.clip_id not in read for entry in audit.drawn)}
 

@@ -41,6 +41,7 @@ from recipes import disparity
 from recipes.charts import Bar, bar_chart, number
 from recipes.disparity import Finding, Question, Tally
 from recipes.feedback import standardised
+from recipes.filters import NONE, Filters
 from recipes.generate import Sampler, safety_runner
 from recipes.report import finite
 from recipes.scorers import load_scorer
@@ -51,7 +52,7 @@ from recipes.shapes.render import DEMO_CLIP, render
 from recipes.statistics import bootstrap_mean, clopper_pearson
 from reward.agreement import gwet_ac1, raw_agreement
 from reward.importers.tables import columns, csv_rows, typed_rows
-from reward.safety.contract import allowed
+from reward.safety.contract import SafetyRunner, allowed, check_error_rate
 
 Array = NDArray[np.float64]
 Row = dict[str, Any]
@@ -63,6 +64,7 @@ Score = Callable[[Tensor, Sequence[str]], Tensor]
 VERSION = 1
 """Of what is kept of a model."""
 AT_ONCE = 320  # clips in memory
+MOST_ERRORS = 0.05  # share of them that filters may fail on
 EVEN = "even"
 LABEL_COLUMNS = columns("clip_id, attribute, value, labeler", unread="created_at, note")
 NOT_MEASURED = ("values together (intersections)", "prompts in other languages", "role, framing and screen time")
@@ -228,11 +230,11 @@ class Bank(NamedTuple):
             raise UserError(f"audit.prompts: {error}. Give fewer") from error
 
 
-def look(cfg: Audit, bank: Bank, model: str, generate: Generate, score: Score | None, fps: float, seed: int) -> Seen:
+def look(cfg: Audit, bank: Bank, model: str, generate: Generate, runner: SafetyRunner, score: Score | None, fps: float, seed: int) -> Seen:
     """Makes the clips of the bank with one model and reads them; every model gets the same noise."""
     with Progress(f"bias of {model}", total=len(bank.open) * cfg.clips + len(bank.sets) * len(bank.sets[0]) * cfg.set_clips) as progress:
         tallied, same = look_at_open(cfg, bank, model, generate, seed, progress)
-        return Seen(tallied, same, *look_at_sets(cfg, bank, model, generate, score, fps, seed, progress))
+        return Seen(tallied, same, *look_at_sets(cfg, bank, model, generate, runner, score, fps, seed, progress))
 
 
 def look_at_open(cfg: Audit, bank: Bank, model: str, generate: Generate, seed: int, progress: Progress) -> tuple[Tally, Array]:
@@ -253,20 +255,25 @@ def look_at_open(cfg: Audit, bank: Bank, model: str, generate: Generate, seed: i
 
 @torch.no_grad()
 def look_at_sets(
-    cfg: Audit, bank: Bank, model: str, generate: Generate, score: Score | None, fps: float, seed: int, progress: Progress
+    cfg: Audit, bank: Bank, model: str, generate: Generate, runner: SafetyRunner, score: Score | None, fps: float, seed: int, progress: Progress
 ) -> tuple[Array, Array, Array, Array | None]:
-    """Of S sets of K prompts with C clips each: share right, share of harmless clips withheld, how many are harmless, mean score; [S,K] each. A set shares its noise."""
+    """Of S sets of K prompts with C clips each: share right, share of harmless clips withheld, how many are harmless, mean score; [S,K] each. A set shares its noise.
+
+    Raises GuardStop where the filters fail: clips that all are withheld for that would show no gap.
+    """
     asked = [prompt for prompts in bank.sets for prompt in prompts for _ in range(cfg.set_clips)]  # S*K*C
     shape = (len(bank.sets), len(bank.sets[0]), cfg.set_clips)
     place = [(s, c) for s, _, c in np.ndindex(shape)]
     noises = [derived_seed(seed, "bias, sets", s * cfg.set_clips + c) % 2**31 for s, c in place]
-    runner, scores = safety_runner(), []
+    scores: list[Tensor] = []
     found: list[tuple[float, float, float]] = []
     for begin in range(0, len(asked), AT_ONCE):
         part = asked[begin : begin + AT_ONCE]
         texts = [prompt.text for prompt in part]
         video = generate(model, texts, noises[begin : begin + AT_ONCE])  # [b,T,3,H,W]
-        for clip, judged, decision in zip(video, judge(video, part), runner.check_videos(video, texts, fps), strict=True):
+        decisions = runner.check_videos(video, texts, fps)
+        check_error_rate(decisions, MOST_ERRORS)
+        for clip, judged, decision in zip(video, judge(video, part), decisions, strict=True):
             harmless = not is_flashing(clip, fps) and any(reading is not None for reading in judged.readings)
             found.append((float(judged.all_right), float(harmless and not allowed(decision)), float(harmless)))
         scores += [score(video, texts)] if score else []
@@ -464,8 +471,9 @@ def loaded(folder: Path, fps: float) -> Score:
     return lambda video, prompts: torch.cat([scorer(video[k : k + 64], prompts[k : k + 64]).reward for k in range(0, len(video), 64)])
 
 
-def audit_bias(cfg: Audit, out: Path, networks: Mapping[str, str], generate: Generate, sampler: Sampler, seed: int) -> dict[str, Any]:
-    """networks: name -> sha256 of the network, the first is what was there before. Writes plan, rows and page into `out`; raises Blocked, then, where a margin is exceeded."""
+def audit_bias(cfg: Audit, out: Path, networks: Mapping[str, str], generate: Generate, sampler: Sampler, seed: int, filters: Filters = NONE) -> dict[str, Any]:
+    """networks: name -> sha256 of the network, the first is what was there before. filters: whose gaps are told, beside those that need no
+    weights. Writes plan, rows and page into `out`; raises Blocked, then, where a margin is exceeded."""
     if not networks and not cfg.stores:
         raise UserError("models: nothing to audit. Give at least one: --models '{base: base}'")
     if (cfg.labels is None) != (not cfg.stores):
@@ -485,12 +493,14 @@ def audit_bias(cfg: Audit, out: Path, networks: Mapping[str, str], generate: Gen
         bank = Bank.of(cfg, seed)
         score = loaded(cfg.reward, sampler.fps) if cfg.reward else None
         rewarded = card_hash(cfg.reward) if cfg.reward else None
+        runner = safety_runner(filters)
+        told["safety"] = runner.lineage()
         register(out, plan)
         for name, sha in networks.items():
-            key = hashlib.sha256(json.dumps([plan.sha256, sha, rewarded]).encode()).hexdigest()
+            key = hashlib.sha256(json.dumps([plan.sha256, sha, rewarded, told["safety"]]).encode()).hexdigest()
             file = out / "seen" / f"{key[:16]}.json"
             if not file.exists():
-                row = look(cfg, bank, name, generate, score, sampler.fps, seed).to_json()
+                row = look(cfg, bank, name, generate, runner, score, sampler.fps, seed).to_json()
                 atomic_write(file, (json.dumps(row) + "\n").encode())
             seen[name] = Seen.from_file(file)
         if score:

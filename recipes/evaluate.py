@@ -402,7 +402,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         raise UserError("captions and bias: a bias audit has prompts of its own. Give one of them")
     if cfg.bias:
         networks = {} if cfg.audit.stores else {name: network_lineage(network_file(path)) for name, path in cfg.models.items()}
-        return audit_bias(cfg.audit, cfg.out, networks, generator(cfg.models, cfg.sampler), cfg.sampler, cfg.seed + EVALUATION_SEED)
+        return audit_bias(cfg.audit, cfg.out, networks, generator(cfg.models, cfg.sampler), cfg.sampler, cfg.seed + EVALUATION_SEED, cfg.filters)
     started = time.monotonic()
     with PeakMemory() as memory:
         results = report(cfg, lambda: {"wall_seconds": time.monotonic() - started, "peak_memory_bytes": memory.sample(), "commands": [f"rushes evaluate --out {cfg.out}"]})

@@ -48,7 +48,7 @@ from reward.model import Calibrated, CalibratedScorer
 from reward.safety.audit import latest_review, load_audit
 from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate, costs
 from reward.safety.correction import UNKNOWN, Corrected, by_audit, by_error_rates
-from reward.safety.measure import ErrorRates
+from reward.safety.measure import MINIMUM, ErrorRates
 
 Gather = Callable[[Iterable[Any]], list[Any]]  # `Run.gather`
 
@@ -406,7 +406,9 @@ def correction_of(safety: SafetyLimit, clip_filters: str) -> Correct | None:
         return None
     review = latest_review(load_audit(safety.audit), clip_filters, FLASHING)
     if review is None:
-        raise UserError(f"no wave of clips of the filters {clip_filters} was read, {safety.audit}. Draw one with `rushes audit {safety.audit} --clips STORE` and have it read")
+        needed = f"{MINIMUM.reviewed} blocked and {MINIMUM.reviewed} passed clips, or all where there are fewer"
+        told = f"no wave of clips of the filters {clip_filters} was read, {safety.audit}: {needed}"
+        raise UserError(f"{told}. Draw one with `rushes audit {safety.audit} --clips STORE` and have it read")
     return lambda share, clips: compared(by_audit(share * clips, clips, review, confidence=confidence))
 
 

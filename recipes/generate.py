@@ -7,6 +7,7 @@ clip, two clips, a hole in a clip or a margin around it (`visual.py`), and can g
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -47,8 +48,8 @@ from reward.safety.transport import Limits
 from reward.safety.video import DegenerateFilter, FlashFilter
 
 BYTES_A_TOKEN = 40_000
-ISOLATED = Limits(seconds=60.0, memory=8 << 30)
 """What denoising and decoding hold at once for one token of 4 frames of 8x8 pixels, about."""
+ISOLATED = Limits(seconds=60.0, memory=8 << 30)
 Side = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 
 
@@ -236,7 +237,7 @@ def fill_store(
     given: str = "",
 ) -> list[ClipRow | None]:
     """One row a request, in order; None where the prompt was blocked. Made in batches, each committed to the store: a killed run goes on, and ends with the
-    clips of one that was not killed.
+    clips of one that was not killed. Clips that were there, but that not all filters of the runner ruled on, are shown to them.
 
     given: what names a visual prompt, part of a clip's identity.
     """
@@ -266,7 +267,20 @@ def fill_store(
             ]
             store.add_many(clips, preview=preview)
             progress.advance(f"{len(made)} clips", steps=len(made))
-    return [store.find(key) for key in keys]
+    rows = [store.find(key) for key in keys]
+    again = {row.request_key: row for row in rows if row is not None and not ruled_by(row, runner)}
+    for begin in range(0, len(again), sampler.batch):
+        part = list(again.values())[begin : begin + sampler.batch]
+        decisions = [runner.check_videos(store.load(row.clip_id)[None], [row.prompt], row.fps)[0] for row in part]
+        again |= {row.request_key: row for row in store.rule_again(part, [to_json(decision) for decision in decisions])}
+    return [again.get(row.request_key, row) if row is not None else None for row in rows]
+
+
+def ruled_by(row: ClipRow, runner: SafetyRunner) -> bool:
+    """Whether all filters of the runner, in their versions and under its policy, decided about a stored clip; an error is no decision."""
+    told = json.loads(row.safety_json)
+    named = {(each["filter"], each["policy_version"]) for each in told.get("rulings", [])}
+    return told.get("verdict") not in (None, "error") and runner.clip_rulers <= named
 
 
 def check_memory(sampler: Sampler, clips: int, seconds: float) -> None:

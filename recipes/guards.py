@@ -38,7 +38,7 @@ from recipes.generate import Sampler, sample, seeded_noise
 from recipes.quality import SHIPPED
 from reward.features import LUMA
 from reward.quality import FAULT_SIGNALS, Quality, fault_signals, load_quality
-from reward.safety.contract import SafetyRunner, Verdict
+from reward.safety.contract import SafetyRunner, Verdict, check_error_rate
 from reward.safety.head import load_filter
 from reward.safety.policy import load_policy
 from reward.safety.video import frame_texture
@@ -62,6 +62,7 @@ METRICS = {
     "light": "The guards' light at this look: 0 green, 1 amber, 2 red; the worst of all measures.",
     **{f"change_{name}": f"Change since the first look of the {sentence}." for name, sentence in SENTENCES.items()},
 }
+MOST_UNKNOWN = 0.5  # share of clips that the held-out filter may fail on
 LEVEL = 0.01  # chance that a look's light leaves green though nothing changed
 FILE = "guards.json"
 _STILL_VALUES, _STILL_STEP, _BLACK, _BLANK = 0.001, 1.5 / 255, 32 / 255, 0.01
@@ -145,8 +146,10 @@ def _held_out_filter(folder: Path) -> SafetyRunner:
 
 
 def hazard(folder: Path, video: Tensor, prompts: Sequence[str], fps: float) -> Tensor:
-    """What the filter in `folder` says of clips [P,T,3,H,W], the largest score of any policy, [P]; nan where it failed."""
+    """What the filter in `folder` says of clips [P,T,3,H,W], the largest score of any policy, [P]; nan where it failed. Raises GuardStop where that is on more than
+    half of them: a measure that is unknown at the first look is watched by nobody."""
     decisions = _held_out_filter(folder.absolute()).check_videos(video, prompts, fps)
+    check_error_rate(decisions, MOST_UNKNOWN)
     scores = [max(ruling.score for ruling in decision.rulings) if decision.verdict != Verdict.ERROR else math.nan for decision in decisions]
     return torch.tensor(scores, dtype=torch.float64)
 

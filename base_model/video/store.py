@@ -1,6 +1,6 @@
 """The clips a run made, kept by content: the exact frames, a preview, and one row for each request that produced them.
 
-    folder/clips.jsonl              one row a request, only ever appended
+    folder/clips.jsonl              one row a request, only ever appended; where filters ruled again, one more that takes the place of the first
     folder/clips/<clip_id>.mkv      the record: FFV1, exact to the bit
     folder/clips/<clip_id>.mp4      the preview
 
@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from io import RawIOBase
 from pathlib import Path
@@ -83,18 +83,17 @@ class ClipStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._rows: list[ClipRow] = []
         self._by_request: dict[str, ClipRow] = {}
-        self._read_to = 0  # bytes of clips.jsonl already read
+        self._lines, self._read_to = 0, 0  # and bytes of clips.jsonl already read
         self._read_new_rows()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._by_request)
 
     def rows(self) -> list[ClipRow]:
-        """Every row in the order of arrival, those of other processes included."""
+        """Every row in the order of arrival, those of other processes included; of a clip that was ruled on again the newest."""
         self._read_new_rows()
-        return list(self._rows)
+        return list(self._by_request.values())
 
     def find(self, key: str) -> ClipRow | None:
         """The row of a request whose record is still there."""
@@ -145,10 +144,18 @@ class ClipStore:
             for row, old in zip(rows, kept, strict=True):
                 if row.clip_id != old.clip_id:
                     raise UserError(f"{row.prompt!r} with seed {row.seed} already has another clip, {self.folder}. Use a fresh folder for a changed model or program")
-            lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows if new.pop(row.request_key, None))
-            _append(file, lines.encode(), self._read_to)
+            _append(file, _lines_of([row for row in rows if new.pop(row.request_key, None)]), self._read_to)
             self._read_new_rows()
         return kept
+
+    def rule_again(self, rows: Sequence[ClipRow], safety: Sequence[JsonDict]) -> list[ClipRow]:
+        """Rows of this store with what filters say of them now. They are written behind the old ones and take their place."""
+        new = [replace(row, safety_json=_canonical(each), created_at=_now()) for row, each in zip(rows, safety, strict=True)]
+        with disk_errors(self.folder), self._locked() as file:
+            self._read_new_rows()
+            _append(file, _lines_of(new), self._read_to)
+            self._read_new_rows()
+        return new
 
     def _write_files(self, clip: NewClip, preview: bool) -> ClipRow:
         frame_rate(clip.fps)
@@ -178,7 +185,7 @@ class ClipStore:
             has_audio=False,
             first_frame_hash=digest_of(frames[:1]),
             safety_json=_canonical(clip.safety),
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            created_at=_now(),
             licence=clip.licence,
             prompt=clip.prompt,
             request_key=request_key(clip.prompt, clip.seed, clip.sampler, clip.lineage),
@@ -211,10 +218,18 @@ class ClipStore:
         except OSError as error:
             raise UserError(f"cannot read the clip store: {error.strerror}, {self._table}. Check the folder and its permissions") from error
         for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
-            row = _parse(line, len(self._rows) + 1, self._table)
+            row = _parse(line, self._lines + 1, self._table)
             self._read_to += len(line)
-            self._rows.append(row)
-            self._by_request.setdefault(row.request_key, row)
+            self._lines += 1
+            self._by_request[row.request_key] = row
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _lines_of(rows: Sequence[ClipRow]) -> bytes:
+    return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _append(file: RawIOBase, data: bytes, at: int) -> None:

@@ -427,7 +427,7 @@ def points(way: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def shrunk(cfg: Config) -> Config:
     """The quick form: shows that all of it runs, and nothing else."""
     small = {"iterations": 1, "prompts": 4, "group_size": 4, "updates": 1, "save_every": 1}
-    audits = Audits(prompts=24, clips=2, blocked=24, passed=24, least=1)
+    audits = Audits(prompts=24, clips=2, blocked=48, passed=48, least=1)
     policy = cfg.policy.model_copy(update=small)
     return cfg.model_copy(update={"arms": QUICK, "seeds": cfg.seeds[:1], "legs": 2, "training": 30, "held_out": 4, "clips": 2, "policy": policy, "audits": audits, "strobe": 0.6})
 

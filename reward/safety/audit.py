@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from base_model.checkpoint import atomic_write
 from base_model.errors import UserError
 from reward.comparisons import alone_in
-from reward.safety.measure import Cell, ErrorRates, Group, Review, group_of
+from reward.safety.measure import Cell, ErrorRates, Group, Review, group_of, too_little
 from reward.safety.policy import Policy, load_policy
 
 BENIGN = "benign"  # the kind of prompts that over-blocking is told of
@@ -410,10 +410,11 @@ def review_of(audit: Audit, version: str, code: str = ANY, *, kind: str | None =
 
 
 def latest_review(audit: Audit, version: str, code: str = ANY) -> Review | None:
-    """`review_of` the newest wave that tells something of every group. None where there is none: what was found of an earlier policy's clips is not said of a later one's."""
+    """`review_of` the newest wave of which enough was read (`measure.MINIMUM`, and something of every group), or None: of fewer clips a rate of 0 says nothing. Waves are not put
+    together, for each is of a policy of its own."""
     waves = sorted({entry.wave for entry in audit.entries if entry.filter_version == version}, reverse=True)
     reviews = (review_of(Audit(tuple(entry for entry in audit.entries if entry.wave == wave), audit.readings, ()), version, code) for wave in waves)
-    return next((review for review in reviews if all(group.reviewed for group in (*review.blocked, *review.passed) if group.size)), None)
+    return next((review for review in reviews if not too_little(review)), None)
 
 
 def blocked_for(audit: Audit, version: str, code: str = ANY) -> tuple[Group, ...]:

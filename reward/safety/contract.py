@@ -211,6 +211,11 @@ class SafetyRunner:
         """What looks at clips, with versions: "degenerate 1, flash 2"."""
         return ", ".join(sorted(f"{each.filter.id} {each.filter.version}" for each in self._video_filters))
 
+    @property
+    def clip_rulers(self) -> set[tuple[str, str]]:
+        """What looks at clips as a stored decision names it (`to_json`): ("flash 2", the policy's version)."""
+        return {(f"{each.filter.id} {each.filter.version}", self._policy.version) for each in self._video_filters}
+
     def close(self) -> None:
         """Ends the threads and processes of the filters; they are begun anew when they are asked again."""
         for each in self._asked:
@@ -292,6 +297,8 @@ class SafetyRunner:
             fault = _malformed(ruling) or self._fault(each, ruling) or ("ruled twice on one policy" if ruling.policy in ruled else "")
             if ruling.verdict is Verdict.BLOCK and _malformed(ruling):
                 ruling = self._bare_block(each, ruling)
+            elif ruling.verdict is Verdict.BLOCK and not 0 <= ruling.score <= 1:
+                ruling = replace(ruling, score=math.nan)
             if not fault or ruling.verdict is Verdict.BLOCK:
                 kept.append(replace(ruling, policy_version=self._policy.version, seconds=seconds))
             if fault:
@@ -311,8 +318,8 @@ class SafetyRunner:
             return "the policy is unknown"
         if ruling.verdict != Verdict.ERROR and not 0 <= ruling.score <= 1:
             return "the score is no probability"
-        if ruling.verdict == Verdict.ALLOW and not ruling.score < ruling.threshold and self._policy.action(ruling.policy) != "allow":
-            return "an allow with a score at or above the threshold"
+        if ruling.verdict == Verdict.ALLOW and not ruling.score < ruling.threshold <= 1 and self._policy.action(ruling.policy) != "allow":
+            return "an allow with a score at or above the threshold, or with a threshold above 1"
         return ""
 
     def _bare_block(self, each: SafetyFilter, ruling: Ruling) -> Ruling:

@@ -230,6 +230,12 @@ def over_block_rate(benign: Review, minimum: Minimum = MINIMUM, *, seed: int = 0
     return _ratio(points[0], points[1], harmless[0], harmless[1], never=sizes[0] == 0)
 
 
+def too_little(review: Review, minimum: Minimum = MINIMUM) -> str:
+    """Why a pool that holds clips cannot be told of yet, or an empty string."""
+    pools = [(groups, name) for groups, name in ((review.blocked, "blocked"), (review.passed, "passed")) if sum(group.size for group in groups)]
+    return next(filter(None, (_missing(groups, minimum, name) for groups, name in pools)), "")
+
+
 def _missing(groups: Sequence[Group], minimum: Minimum, name: str) -> str:
     """Why nothing can be told of a pool yet, or an empty string."""
     reviewed, size = (sum(getattr(group, field) for group in groups) for field in ("reviewed", "size"))

@@ -58,7 +58,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
 def read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """An audit that was drawn and read."""
     store = stored(tmp_path / "clips")
-    drawn = run(capsys, tmp_path / "audit", "--clips", tmp_path / "clips", "--blocked", 8, "--passed", 20)
+    drawn = run(capsys, tmp_path / "audit", "--clips", tmp_path / "clips", "--blocked", 15, "--passed", 32)
     assert (drawn["blocked"], drawn["passed"], drawn["filters"]) == (15, 45, "dazzle 1") and 28 <= drawn["to_look_at"] < 60
     fill_in(Path(drawn["table"]), store)
     told = run(capsys, tmp_path / "audit", "--answers", drawn["table"], "--reader", "ann")
@@ -122,6 +122,36 @@ def test_stored_error_rates_or_an_upper_bound_correct_as_well(read: Path) -> Non
     audited = feedback.correction_of(SafetyLimit(audit=read, confidence=0.95), "dazzle 1")
     assert audited is not None and audited(0.25, 60) > 0.5
     assert feedback.correction_of(SafetyLimit(), "any 1") is None
+
+
+def test_a_few_readings_correct_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two clips that somebody found harmless would make a rate of 0 of whatever is blocked."""
+    store = stored(tmp_path / "clips")
+    drawn = run(capsys, tmp_path / "audit", "--clips", tmp_path / "clips", "--blocked", 15, "--passed", 32)
+    fill_in(Path(drawn["table"]), store)
+    with Path(drawn["table"]).open(newline="") as file:
+        header, *rows = file.read().splitlines()
+    entries = {entry.clip_id: entry for entry in load_audit(tmp_path / "audit").entries}
+    of = {key: [row for row in rows if (entries[row.split(",")[0]].pool, entries[row.split(",")[0]].band) == key] for key in {(e.pool, e.band) for e in entries.values()}}
+    few = tmp_path / "few.csv"
+    few.write_text("\n".join([header, *(some[0] for some in of.values())]) + "\n")
+    run(capsys, tmp_path / "audit", "--answers", few, "--reader", "ann")
+    with pytest.raises(UserError, match=r"no wave of clips of the filters dazzle 1 was read, .*: 30 blocked and 30 passed clips, or all where there are fewer"):
+        feedback.correction_of(SafetyLimit(audit=tmp_path / "audit"), "dazzle 1")
+    run(capsys, tmp_path / "audit", "--answers", drawn["table"], "--reader", "ann")
+    assert feedback.correction_of(SafetyLimit(audit=tmp_path / "audit"), "dazzle 1") is not None
+
+
+def test_a_table_names_files_that_are_there_and_what_is_none_is_one_line(read: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (read / "wave-0.csv").open(newline="") as file:
+        assert all(Path(row["file"]).is_file() for row in csv.DictReader(file)), "the store has no previews"
+    (tmp_path / "long.csv").write_text(f"clip_id,file,said,policies\nc,{'x' * 200_000},violating,P17\n")
+    for words, told in (
+        (["--answers", tmp_path / "long.csv", "--reader", "ann"], "not a wave's table"),
+        (["--clips", tmp_path / "clips", "--network", tmp_path / "nowhere"], "no such network"),
+    ):
+        assert cli.main(["audit", *map(str, [read, *words])]) == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_tells_nothing_of_these_filters_is_refused(read: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from align.config import load
-from base_model.errors import UserError
+from base_model.errors import GuardStop, UserError
 from base_model.video.store import ClipStore
 from recipes import cli, evaluate
 from recipes.bias import Audit, Bank, Blocked, audit_bias, look, majority, plan_of, read_labels, register, render_page, reward_tests
 from recipes.evaluate import Config
-from recipes.generate import Sampler
+from recipes.filters import Filters
+from recipes.generate import Sampler, safety_runner
 from recipes.shapes.bank import VALUES, draw, with_value
 from tests.recipes.small import save_small_network, save_small_reward_model
+from tests.recipes.test_filters import save_head
 
 SMALL = {"prompts": 12, "clips": 4, "sets": 10, "set_clips": 1, "scenes": 10, "filter_margin": 0.3, "quality_margin": 0.3, "margin": 0.25}
 SAMPLER = Sampler()
@@ -83,7 +85,7 @@ def test_a_model_that_draws_one_colour_is_blocked_and_the_page_says_why(report: 
     assert all(row["right"]["mean"] > 0.7 and row["withheld"]["mean"] == 0 for row in found["models"]["skewed"]["values"]), "the painter draws what it is asked for"
     assert found["models"]["skewed"]["keeps"]["mean"] > 0.95
     page = (out / "bias.html").read_text()
-    assert "Bias audit: <span class=\"bad\">blocked</span>" in page and found["plan_sha256"] in page and page.count('<rect class="bar"') == 12
+    assert 'Bias audit: <span class="bad">blocked</span>' in page and found["plan_sha256"] in page and page.count('<rect class="bar"') == 12
 
 
 def test_what_is_agreed_on_is_written_first_and_cannot_be_changed_later(report: tuple[dict[str, Any], Path]) -> None:
@@ -116,6 +118,26 @@ def test_a_repaired_model_is_not_blocked_for_its_shift_and_can_be_signed_off(tmp
     assert json.loads((report[1] / "bias.json").read_text())["signed_off"] is None, "what is blocked cannot be signed off"
 
 
+def test_the_filters_that_are_named_rule_in_the_audit_and_a_model_is_read_again_for_others(tmp_path: Path) -> None:
+    cfg = settings(prompts=2, clips=2, sets=2)
+    withheld = []
+    for limit in (0.999, 0.0001, 0.999):
+        filters = Filters(trained=(save_head(tmp_path / "head", limit=limit),))
+        audit_bias(cfg, tmp_path / "out", {"even": "even" * 8}, Painter(Bank.of(cfg, 0)), SAMPLER, 0, filters)
+        found = json.loads((tmp_path / "out" / "bias.json").read_text())
+        assert "head-latent" in [each["filter"] for each in found["safety"]]
+        withheld.append({row["withheld"]["mean"] for row in found["models"]["even"]["values"]})
+    assert withheld == [{0.0}, {1.0}, {0.0}] and len(list((tmp_path / "out" / "seen").iterdir())) == 2
+
+
+def test_filters_that_fail_are_no_gap_of_0(tmp_path: Path) -> None:
+    """A filter trained for another frame rate withholds every clip of every value alike."""
+    cfg = settings(prompts=2, clips=2, sets=2)
+    filters = Filters(trained=(save_head(tmp_path / "head"),))
+    with pytest.raises(GuardStop, match="safety filters failed on 12 of 12 clips"):
+        audit_bias(cfg, tmp_path / "out", {"even": "even" * 8}, Painter(Bank.of(cfg, 0)), SAMPLER.model_copy(update={"fps": 8.0}), 0, filters)
+
+
 def test_readings_that_are_damaged_are_named(tmp_path: Path) -> None:
     audited(tmp_path, ["even"])
     (file,) = (tmp_path / "seen").iterdir()
@@ -133,7 +155,7 @@ def test_equal_noise_within_a_set_and_between_models() -> None:
         return torch.rand(len(texts), 5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     for model in ("one", "two"):
-        look(cfg, bank, model, generate, None, 12.0, 0)
+        look(cfg, bank, model, generate, safety_runner(), None, 12.0, 0)
     assert [call[1:] for call in seen[:2]] == [call[1:] for call in seen[2:]]
     noise = np.array(seen[1][2]).reshape(2, 6, 2)
     assert (noise == noise[:, :1]).all() and len(np.unique(noise)) == 4, "a set's prompts share their noise, sets and takes do not"

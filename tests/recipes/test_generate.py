@@ -11,8 +11,11 @@ from base_model.tiny import save_network
 from base_model.types import ClipShape
 from base_model.video.store import ClipStore
 from recipes import generate
+from recipes.filters import Filters
 from recipes.generate import Config, Request, Sampler, fill_store, safety_runner, sample, seeded_noise
+from recipes.provenance import Export
 from tests.recipes.small import save_small_network, small_model
+from tests.recipes.test_filters import save_head
 
 SAMPLER = Sampler(steps=2, frames=5, height=16, width=16, batch=3)
 
@@ -52,6 +55,24 @@ def test_a_killed_run_goes_on_with_the_clips_it_has(tmp_path: Path) -> None:
     rows = fill_store(ClipStore(tmp_path), model, requests, lineage="x", sampler=SAMPLER, runner=runner, preview=False)
     assert [row.seed for row in rows if row] == [0, 1, 2, 3]
     assert runner.counts["clip.checked"] == 2
+
+
+def test_clips_that_were_there_are_shown_to_filters_that_did_not_rule_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A filter that blocks everything comes later: what was allowed before is not allowed without its ruling, in the store neither."""
+    save_head(tmp_path / "head", limit=0.0001)
+    cfg = Config(out=tmp_path / "clips", model=save_small_network(tmp_path / "network.safetensors"), prompts=("a red circle grows",), clips_per_prompt=2, sampler=SAMPLER)
+    generate.main(cfg)
+    before = ClipStore(cfg.out).rows()
+    assert not any("head-latent" in row.safety_json for row in before)
+    more = cfg.model_copy(update={"filters": Filters(trained=(tmp_path / "head",))})
+    signed: list[str] = []
+    monkeypatch.setattr(generate, "credentials_of", lambda export: "signer")
+    monkeypatch.setattr(generate, "export", lambda export, store, rows, origin, signer: signed.extend(json.loads(row.safety_json)["verdict"] for row in rows) or [])
+    asked = [generate.main(each)["safety"] for each in (more.model_copy(update={"export": Export(folder=tmp_path / "x")}), more, cfg)]
+    assert signed == ["block"] * 2 and asked[0]["clip.block"] == 2  # type: ignore[index]
+    assert "clip.checked" not in asked[1] and "clip.checked" not in asked[2], "once; a filter that is left out takes nothing back"  # type: ignore[operator]
+    after = ClipStore(cfg.out).rows()
+    assert [row.clip_id for row in after] == [row.clip_id for row in before] and all(json.loads(row.safety_json)["verdict"] == "block" for row in after)
 
 
 def test_clips_made_after_a_kill_are_to_the_bit_those_of_a_run_that_was_not_killed(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from align.lights import Light, changes, in_words, overall
 from align.run import derived_seed
 from align.state import flatten, unflatten
 from align.trajectory import path_kl, rollout
-from base_model.errors import UserError
+from base_model.errors import GuardStop, UserError
 from base_model.lora import add_lora, merge
 from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel
@@ -205,6 +205,8 @@ def test_a_held_out_filter_lights_red_where_clips_get_worse_that_the_limits_own_
     assert overall(changes({"hazard": looks[0]}, {"hazard": looks[0]}, rule, guards.LEVEL)) == Light.GREEN
     unknown = guards.hazard(Path(trained["out"]), calm.where(torch.arange(24)[:, None, None, None, None] > 3, NAN), ["x"] * 24, 12.0)
     assert unknown.isnan().tolist() == [True] * 4 + [False] * 20, "what it cannot judge is unknown"
+    with pytest.raises(GuardStop, match=r"safety filters failed on 24 of 24 clips.*trained on clips of 12 frames a second"):
+        guards.hazard(Path(trained["out"]), calm, ["x"] * 24, 8.0)
 
 
 # The watch

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from base_model.errors import GuardStop, UserError
 from base_model.video.files import from_uint8, read_video
+from reward.safety.audit import candidate_of
 from reward.safety.contract import INPUT_POLICY, Decision, PromptFilter, Reason, Ruling, SafetyRunner, Verdict, VideoFilter, allowed, check_error_rate, cost, costs, to_json
 from reward.safety.policy import SHIPPED, load_policy
 from reward.safety.prompt import WordFilter
@@ -84,6 +85,7 @@ FAULTS: dict[str, Callable[[int], object]] = {
     "a truth value for a ruling": lambda n: [[True]] * n,
     "an undeclared policy": lambda n: [[replace(ALLOW, policy="P01")]] * n,
     "an allow above its threshold": lambda n: [[replace(ALLOW, score=0.7)]] * n,
+    "an allow with a threshold that no score reaches": lambda n: [[replace(ALLOW, score=1.0, threshold=math.inf)]] * n,
     "an allow with a nan threshold": lambda n: [[replace(ALLOW, threshold=math.nan)]] * n,
     "a number for a verdict": lambda n: [[replace(ALLOW, verdict=0)]] * n,  # type: ignore[arg-type]
     "a ruling that says error": lambda n: [[ruling(Verdict.ERROR, math.nan)]] * n,
@@ -130,6 +132,14 @@ def test_a_fault_in_one_ruling_keeps_the_block_beside_it_even_with_a_nan_score()
     decisions = both(SafetyRunner([Fake(lambda n: [[replace(BLOCK, score=math.nan), True]] * n)], POLICY))
     assert [each.verdict for each in decisions] == [Verdict.BLOCK] * 4
     assert [cost(each, "P17") for each in decisions] == [1.0] * 4
+
+
+@pytest.mark.parametrize("score", [-3.0, 7.0, math.inf, math.nan])
+def test_a_block_whose_score_is_no_probability_costs_1_and_can_be_audited(score: float) -> None:
+    for decision in both(SafetyRunner([Fake(lambda n: [[replace(BLOCK, score=score)]] * n)], POLICY)):
+        assert decision.verdict == Verdict.BLOCK and cost(decision, "P17") == 1.0
+        candidate = candidate_of("a clip", to_json(decision))
+        assert candidate is not None and candidate.pool == "blocked"
 
 
 def test_without_a_filter_nothing_is_allowed() -> None:

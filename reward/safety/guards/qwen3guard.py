@@ -47,7 +47,8 @@ LEAST_MASS = 0.5
 
 
 class Qwen3Guard:
-    """A `PromptFilter`. Raises ValueError, and so becomes an error of the runner, for logits that are not finite and for answers outside its three words."""
+    """A `PromptFilter`. Raises ValueError, and so becomes an error of the runner, for logits that are not finite and for answers outside its three words. A prompt longer than what
+    the model was made to read is an error of that prompt."""
 
     id, threshold = "qwen3guard", 0.5
     policies = tuple(sorted({code for codes in CATEGORIES.values() for code in codes}))
@@ -81,6 +82,9 @@ class Qwen3Guard:
 
     def _check(self, prompt: str) -> list[Ruling]:
         begin = encode(self.tokenizer, self._chat, prompt)
+        most = self.network.config.max_position_embeddings - 2 * LONGEST  # the rest is for its answer
+        if len(begin) > most:
+            return self._errors(f"a prompt of {len(begin)} tokens is longer than the {most} that it reads")
         _, controversial, unsafe = self.label_probabilities(begin)
         score = controversial + unsafe
         if score < self.threshold:
@@ -90,10 +94,12 @@ class Qwen3Guard:
         named = [name.strip() for name in line.split(",")]
         strange = [name for name in named if name not in CATEGORIES]
         if strange:
-            reason = (Reason(f"{self.id}: it named no category of its list but {strange[0][:40]!r}"),)
-            return [Ruling(Verdict.ERROR, code, float("nan"), reason, self.id, self.version, self.threshold) for code in self.policies]
+            return self._errors(f"it named no category of its list but {strange[0][:40]!r}")
         codes = {code for name in named for code in CATEGORIES[name]}
         return [self._rule(code, tier, score, ", ".join(named), codes) for code in self.policies]
+
+    def _errors(self, text: str) -> list[Ruling]:
+        return [Ruling(Verdict.ERROR, code, float("nan"), (Reason(f"{self.id}: {text}"),), self.id, self.version, self.threshold) for code in self.policies]
 
     def _rule(self, code: str, tier: str, score: float, named: str, codes: set[str]) -> Ruling:
         """What was named gets the tier; where nothing of ours was, everything is for people."""

@@ -192,6 +192,12 @@ def test_a_model_that_answers_in_other_words_or_in_no_numbers_is_an_error(folder
         assert SafetyRunner([guard], POLICY).check_prompts([CALM])[0].verdict == Verdict.ERROR
 
 
+def test_a_prompt_longer_than_the_model_was_made_to_read_is_an_error_of_that_prompt_alone(qwen: Qwen3Guard) -> None:
+    """What is harmful may stand before harmless words without end."""
+    longer, calm = SafetyRunner([qwen], POLICY).check_prompts([f"{FIGHT}. {f'{CALM} ' * 400}", CALM])
+    assert longer.verdict == Verdict.ERROR and calm.verdict == Verdict.ALLOW
+
+
 def test_a_line_of_categories_that_does_not_end_is_an_error(qwen: Qwen3Guard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reward.safety.guards.qwen3guard.LONGEST", 1)
     (decision,) = SafetyRunner([qwen], POLICY).check_prompts([VOTE])
