@@ -119,8 +119,13 @@ class Multiplier:
         if self.cost is None:
             return math.nan
         if self.correct is not None:
-            return self.correct(self.cost, 1 / self._thinness)
-        return self.cost if self.confidence is None else upper_bound(self.cost, 1 / self._thinness, self.confidence)
+            return self.correct(self.cost, self.clips)
+        return self.cost if self.confidence is None else upper_bound(self.cost, self.clips, self.confidence)
+
+    @property
+    def clips(self) -> float:
+        """About how many clips the running mean rests on. Raises ZeroDivisionError before the first known cost."""
+        return 1 / self._thinness
 
     def update(self, cost: Tensor) -> None:
         """One dual step from what is limited, violations (0 or 1) or costs [B], of one rollout (all ranks). Unknown costs (nan) are left out; where none is known nothing moves.

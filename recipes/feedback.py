@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -22,7 +23,7 @@ from align import selfcheck
 from align.advantage import Advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Share
-from align.constraints import Correct, Multiplier, all_violating, constrained_advantage, gate
+from align.constraints import Multiplier, all_violating, constrained_advantage, gate
 from align.kernels import ODE, Gaussian, Kernel
 from align.run import Run, derived_seed
 from align.trajectory import Trajectory, replay, rollout
@@ -46,7 +47,7 @@ from reward.mirror import swap_sides
 from reward.mixture import Mixture, Term
 from reward.model import Calibrated, CalibratedScorer
 from reward.safety.audit import latest_review, load_audit
-from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate, costs
+from reward.safety.contract import Decision, SafetyRunner, Verdict, allowed, check_error_rate, costs
 from reward.safety.correction import UNKNOWN, Corrected, by_audit, by_error_rates
 from reward.safety.measure import MINIMUM, ErrorRates
 
@@ -56,7 +57,7 @@ FLASHING = "P17"
 
 METRICS = {
     "reward": "Reward model's pessimistic score (mean minus spread, standardised) of the rollout's clips; unknown scores left out.",
-    "violation_rate": "Share of the rollout's clips the safety filters block, before any filter is applied; clips no filter could judge left out.",
+    "violation_rate": "Share of the rollout's clips the safety filters block, or leave to people for flashing, before any filter is applied; clips no filter could judge left out.",
     "cost": "Mean graded cost of the rollout's clips, in [0, 1]: 0.5 where the filter's limit is.",
     "limited_rate": "Violation rate that the multiplier compares with its target: a running mean of what the filters say, corrected where people audited them.",
     "goodhart": "1 where the filters say that the target is kept and audits say that the limit is broken: the filters are gamed, or blind.",
@@ -165,7 +166,7 @@ class Assessment:
 
     reward: Tensor  # [B]; nan where unknown
     cost: Tensor  # [B] in [0,1], graded; nan where the filters failed, or saw nothing
-    violates: Tensor  # [B] 1 where a filter blocks, else 0; nan where the filters failed, or saw nothing
+    violates: Tensor  # [B] 1 where a filter blocks or withholds for flashing, else 0; nan where the filters failed, or saw nothing
     allowed: Tensor  # [B] bool; only these may be learned from as good
     looked_at: bool = True  # by the filters
 
@@ -222,8 +223,13 @@ class Assessor:
         reward = torch.cat(gather([reward]))
         check_error_rate(decisions, self.max_error_share)
         known = torch.tensor([d.verdict != Verdict.ERROR for d in decisions])
-        blocks = torch.tensor([float(d.verdict == Verdict.BLOCK) for d in decisions])
+        blocks = torch.tensor([float(withheld(d)) for d in decisions])
         return Assessment(reward, costs(decisions, FLASHING), blocks.where(known, torch.nan), torch.tensor([allowed(d) for d in decisions]))
+
+
+def withheld(decision: Decision) -> bool:
+    """Whether a clip counts against the limit: it is blocked, or a filter that is not sure leaves it to people under the policy that is limited."""
+    return decision.verdict == Verdict.BLOCK or any(ruling.policy == FLASHING and ruling.verdict == Verdict.REVIEW for ruling in decision.rulings)
 
 
 def check_known(reward: Tensor, limit: float) -> None:
@@ -264,8 +270,11 @@ def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | No
 
 
 def gamed(multiplier: Multiplier) -> bool:
-    """Whether what the filters say keeps the target while what audits make of it breaks the limit."""
-    return multiplier.correct is not None and multiplier.cost is not None and multiplier.cost <= multiplier.target and multiplier.bound > multiplier.limit
+    """Whether what the filters say keeps the target while the rate that an audit makes of it breaks the limit."""
+    correct, cost = multiplier.correct, multiplier.cost
+    if not isinstance(correct, Correction) or not correct.audited or cost is None or cost > multiplier.target:
+        return False
+    return correct.found(cost * multiplier.clips, multiplier.clips).rate > multiplier.limit
 
 
 class Look(NamedTuple):
@@ -387,21 +396,27 @@ def limits_of(cfg: Setting, assess: Assessor) -> tuple[Multiplier | None, GuardW
     return multiplier, watch
 
 
-def correction_of(safety: SafetyLimit, clip_filters: str) -> Correct | None:
-    """What the multiplier compares in place of the share of blocked clips; None where nothing is known of the filters' errors.
+@dataclass(frozen=True)
+class Correction:
+    """What a multiplier compares in place of the share of blocked clips: the corrected rate, or its upper bound."""
 
-    Raises UserError for an audit that says nothing of these filters, and for error rates that tell nothing.
-    """
+    found: Callable[[float, float], Corrected]  # of blocked clips, of so many
+    bound: bool
+    audited: bool  # by clips of this policy that people read
 
-    def compared(found: Corrected) -> float:
-        return found.upper if safety.confidence else found.rate if math.isfinite(found.rate) else 1.0
+    def __call__(self, share: float, clips: float) -> float:
+        found = self.found(share * clips, clips)
+        return found.upper if self.bound or math.isnan(found.rate) else found.rate
 
-    confidence = safety.confidence or 0.95
+
+def correction_of(safety: SafetyLimit, clip_filters: str) -> Correction | None:
+    """None where nothing is known of the filters' errors. Raises UserError for an audit that says nothing of these filters, and for error rates that tell nothing."""
+    confidence, bound = safety.confidence or 0.95, safety.confidence is not None
     if safety.error_rates is not None:
         rates = ErrorRates(*safety.error_rates)
         if by_error_rates(0, 1, rates) == UNKNOWN:
             raise UserError(f"safety.error_rates: filters that are right in {rates[0]} of {rates[1]} and {rates[2]} of {rates[3]} clips tell nothing. Audit the policy's own clips")
-        return lambda share, clips: compared(by_error_rates(share * clips, clips, rates, confidence=confidence))
+        return Correction(partial(by_error_rates, rates=rates, confidence=confidence), bound, audited=False)
     if safety.audit is None:
         return None
     review = latest_review(load_audit(safety.audit), clip_filters, FLASHING)
@@ -409,7 +424,7 @@ def correction_of(safety: SafetyLimit, clip_filters: str) -> Correct | None:
         needed = f"{MINIMUM.reviewed} blocked and {MINIMUM.reviewed} passed clips, or all where there are fewer"
         told = f"no wave of clips of the filters {clip_filters} was read, {safety.audit}: {needed}"
         raise UserError(f"{told}. Draw one with `rushes audit {safety.audit} --clips STORE` and have it read")
-    return lambda share, clips: compared(by_audit(share * clips, clips, review, confidence=confidence))
+    return Correction(partial(by_audit, review=review, confidence=confidence), bound, audited=True)
 
 
 def register(run: Run, model: LatentVideoModel, optimizer: Any, multiplier: Multiplier | None, watch: GuardWatch) -> None:

@@ -90,8 +90,8 @@ class Config(BaseConfig):
     """Folders of audits; what reviewers said there overrules tags of the same clips."""
     clips: Path | None = None
     """Clip store with the clips of both."""
-    shapes: Whole = 0
-    """Clips of the built-in world drawn in addition, a third of them with planted flashing (P17)."""
+    shapes: Whole | None = None
+    """Clips of the built-in world drawn in addition, a third of them with planted flashing (P17); none means 300 where nothing else is given to learn from."""
     policies: tuple[str, ...] = ()
     """Codes to rule on; none means all that have enough clips."""
     policy: Path | None = None
@@ -253,7 +253,8 @@ def planted(number: int, seed: int) -> tuple[dict[str, Labelled], dict[str, Tens
 
 def load_data(cfg: Config, policy: Policy) -> Data:
     """All labels, split by prompt. Raises UserError where there are none, or where something they need is missing."""
-    if cfg.comparisons is None and not cfg.audits and not cfg.shapes:
+    shapes = cfg.shapes if cfg.shapes is not None else 0 if cfg.comparisons or cfg.audits else 300
+    if cfg.comparisons is None and not cfg.audits and not shapes:
         raise UserError("nothing to learn from, comparisons, audits and shapes. Give --comparisons FOLDER or --audits '[FOLDER]' with --clips STORE, or --shapes 240")
     if (cfg.comparisons or cfg.audits) and cfg.clips is None:
         raise UserError("which clips are the labels about? Give --clips, the store that holds them")
@@ -277,8 +278,8 @@ def load_data(cfg: Config, policy: Policy) -> Data:
     known = [Clip.of(rows[clip_id]) for clip_id in clips]
     fps = one_rate(rows[clip_id].fps for clip_id in clips) if clips else FPS
     drawn: dict[str, Tensor] = {}
-    if cfg.shapes:
-        more, drawn, asked = planted(cfg.shapes, cfg.seed)
+    if shapes:
+        more, drawn, asked = planted(shapes, cfg.seed)
         fps = fps if fps is None or not clips else one_rate([fps, FPS])
         clips, prompts = more | clips, asked | prompts
     if not clips:

@@ -18,8 +18,8 @@ from base_model.video.store import ClipStore, NewClip
 from recipes import audit, cli, feedback, grpo, nft
 from recipes.feedback import SafetyLimit
 from reward.safety.audit import latest_review, load_audit
-from reward.safety.contract import SafetyRunner, to_json
-from reward.safety.correction import by_audit, by_error_rates
+from reward.safety.contract import Decision, Ruling, SafetyRunner, Verdict, to_json
+from reward.safety.correction import Corrected, by_audit, by_error_rates
 from reward.safety.measure import ErrorRates
 from tests.recipes.small import dazzled, run_small
 
@@ -104,14 +104,24 @@ def test_under_an_audit_the_multiplier_compares_what_people_would_find(recipe: A
     assert set(read_metrics(tmp_path / "run")[0]) == set(read_metrics(tmp_path / "plain")[0])
 
 
+def test_what_is_left_to_people_for_flashing_counts_against_the_limit() -> None:
+    def decided(*rulings: tuple[str, Verdict]) -> Decision:
+        return Decision(tuple(Ruling(verdict, code, 0.5, (), "x", "1", 0.5) for code, verdict in rulings))
+
+    assert feedback.withheld(decided(("P17", Verdict.REVIEW), ("Q01", Verdict.ALLOW))) and feedback.withheld(decided(("P05", Verdict.BLOCK)))
+    assert not feedback.withheld(decided(("P17", Verdict.ALLOW), ("Q01", Verdict.REVIEW))), "a blank clip is no violation"
+
+
 def test_filters_that_keep_the_target_while_audits_break_the_limit_raise_the_alarm() -> None:
-    def alarm(blocked: float, corrected: float) -> bool:
-        multiplier = Multiplier("P17", limit=0.1, target=0.05, correct=lambda share, clips: corrected)
+    def alarm(blocked: float, corrected: float, *, bound: bool = False, audited: bool = True) -> bool:
+        correct = feedback.Correction(lambda count, clips: Corrected(corrected, 0.9), bound, audited)
+        multiplier = Multiplier("P17", limit=0.1, target=0.05, correct=correct)
         multiplier.update(torch.tensor([1.0] * round(100 * blocked) + [0.0] * round(100 - 100 * blocked)))
         return feedback.gamed(multiplier)
 
     assert alarm(0.03, 0.2) and not alarm(0.03, 0.08) and not alarm(0.2, 0.3), "both, or it is no news"
-    assert not feedback.gamed(Multiplier("P17", limit=0.1)), "nobody audited"
+    assert not alarm(0.03, 0.0, bound=True), "a bound is what may be, not what was found"
+    assert not alarm(0.03, 0.2, audited=False) and not feedback.gamed(Multiplier("P17", limit=0.1)), "nobody audited"
 
 
 def test_stored_error_rates_or_an_upper_bound_correct_as_well(read: Path) -> None:
