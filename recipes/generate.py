@@ -318,7 +318,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         raise UserError("stack and visual: a stack makes clips from text alone. Give one of them")
     started = time.monotonic()
     check_can_write(cfg.out)
-    signer = credentials_of(cfg.export) if cfg.export.folder else None
+    signer = credentials_of(cfg.export, cfg.out) if cfg.export.folder else None
     model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(cfg.filters), ClipStore(cfg.out)
     requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
     check_memory(cfg.sampler, len(requests), cfg.visual.seconds)

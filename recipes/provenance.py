@@ -24,7 +24,7 @@ class Export(BaseConfig):
     folder: Path | None = None
     """Folder of the signed mp4s; none exports nothing."""
     certificate: Path | None = None
-    """PEM certificate of the signer, those above it behind it. Without one a development certificate is made in the folder, which proves nothing."""
+    """PEM certificate of the signer, those above it behind it. Without one a development certificate is made beside the clip store, which proves nothing."""
     key: Path | None = None
     """PEM key of the certificate, unencrypted. Keep it out of the project's folder; better, sign with a key that never leaves its device."""
 
@@ -35,12 +35,11 @@ class Export(BaseConfig):
         return self
 
 
-def credentials_of(cfg: Export) -> Credentials:
-    """Those that are given, or a development certificate's. Raises UserError where they cannot be used."""
-    assert cfg.folder is not None
+def credentials_of(cfg: Export, store: Path) -> Credentials:
+    """Those that are given, or a development certificate's in the folder of the clip store: what is exported holds no key. Raises UserError where they cannot be used."""
     if cfg.certificate is not None and cfg.key is not None:
         return load_credentials(cfg.certificate, cfg.key)
-    return development_credentials(cfg.folder / "development")
+    return development_credentials(store / "development")
 
 
 def origin_of(network: Path | None) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Where a clip comes from, signed into it: C2PA manifests in mp4 (C2PA 2.x, by `c2pa-python`, the extra `provenance`).
 
-A manifest says what made the clip and is bound to the file's bytes. It proves who signed, as far as the signer's certificate is trusted, and that nothing was changed since. It
-does not survive a re-encode or a remux: `rushes bench provenance` tells what does. A clip without a manifest proves nothing.
+A manifest says what made the clip and is bound to the file's bytes, all but boxes that hold nothing (`free`, `skip`), which the library leaves out. It proves who signed, as far as
+the signer's certificate is trusted, and that what plays was not changed since. It does not survive a re-encode or a remux: `rushes bench provenance` tells what does. A clip
+without a manifest proves nothing.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def test_clips_that_were_there_are_shown_to_filters_that_did_not_rule_on_them(tm
     assert not any("head-latent" in row.safety_json for row in before)
     more = cfg.model_copy(update={"filters": Filters(trained=(tmp_path / "head",))})
     signed: list[str] = []
-    monkeypatch.setattr(generate, "credentials_of", lambda export: "signer")
+    monkeypatch.setattr(generate, "credentials_of", lambda export, store: "signer")
     monkeypatch.setattr(generate, "export", lambda export, store, rows, origin, signer: signed.extend(json.loads(row.safety_json)["verdict"] for row in rows) or [])
     asked = [generate.main(each)["safety"] for each in (more.model_copy(update={"export": Export(folder=tmp_path / "x")}), more, cfg)]
     assert signed == ["block"] * 2 and asked[0]["clip.block"] == 2  # type: ignore[index]

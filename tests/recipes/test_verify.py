@@ -65,7 +65,7 @@ class TestSigned:
             for k, safety in enumerate(({"verdict": "allow"}, {"verdict": "block"}, {"verdict": "review"}, {"verdict": "error"}, {}))
         ]
         cfg = Export(folder=tmp_path / "out")
-        files = export(cfg, store, [*rows, rows[0]], {"model_sha256": "m" * 64}, credentials_of(cfg))
+        files = export(cfg, store, [*rows, rows[0]], {"model_sha256": "m" * 64}, credentials_of(cfg, tmp_path))
         assert [file.stem for file in files] == [rows[0].clip_id] and b"secret" not in files[0].read_bytes()
         found = check_mp4(files[0])
         assert found is not None and dict(found.generation or {}) == {"model_sha256": "m" * 64, "clip_id": rows[0].clip_id, "seed": 0, "sampler": {"steps": 6}}
@@ -93,9 +93,9 @@ class TestSigned:
         words = ["generate", "--out", str(tmp_path / "store"), "--export.folder", str(tmp_path / "out"), "--prompts", "a red circle moves left", "--clips_per_prompt", "2"]
         assert cli.main([*words, "--json"]) == 0
         signed = json.loads(capsys.readouterr().out)["signed"]
-        assert len(signed) == 2
+        assert len(signed) == 2 and {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()} == {".mp4"}, "no key among what goes out"
         for file in signed:
-            found = check_mp4(Path(file), (tmp_path / "out" / "development" / "anchor.pem").read_bytes())
+            found = check_mp4(Path(file), (tmp_path / "store" / "development" / "anchor.pem").read_bytes())
             assert found is not None and found.all_holds and (found.generation or {})["model_sha256"] == origin_of(None)["model_sha256"]
 
     def test_the_bench_reports_what_is_lost_when_clips_are_encoded_again(self) -> None:
@@ -113,4 +113,4 @@ def test_export_needs_a_folder_that_can_be_written(tmp_path: Path) -> None:
     pytest.importorskip("c2pa", reason="the extra `provenance` is not installed")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        credentials_of(Export(folder=tmp_path / "file"))
+        credentials_of(Export(folder=tmp_path / "out"), tmp_path / "file")
