@@ -310,9 +310,14 @@ def test_too_few_violating_clips_are_refused_in_one_line(dataset: Path, tmp_path
     assert line.startswith("rushes: too few clips") and "P17 has" in line
 
 
+def test_clips_are_planted_where_nothing_else_is_given_and_never_added_unasked(dataset: Path, tmp_path: Path) -> None:
+    alone, told = load_data(Config(), POLICY), load_data(config(dataset, tmp_path / "out"), POLICY)
+    assert len(alone.clips) == 300 and {each.source for each in alone.clips.values()} == {"built-in world"} and not told.drawn
+
+
 def test_what_is_missing_is_named(dataset: Path, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"comparisons": None, "clips": None}, "nothing to learn from"),
+        ({"comparisons": None, "clips": None, "shapes": 0}, "nothing to learn from"),
         ({"clips": None}, "which clips are the labels about"),
         ({"clips": tmp_path / "empty"}, "are not in the clip store"),
         ({"policies": ("P99",)}, "unknown policy 'P99'"),
