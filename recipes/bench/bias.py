@@ -397,6 +397,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         remarks = [
             f"Does not hold: {'; '.join(failed)}." if failed else "Everything that is asked holds.",
             "![Shares before and after RL](bias.svg)",
+            "Brown: before RL; blue: after it; dashed: an even share.",
             "![Power and false alarms](bias_power.svg)",
             "One run of RL. Brackets are 95 % intervals; what each number is: [how to read](../README.md#how-to-read-bias).",
         ]
