@@ -81,6 +81,9 @@ class Arm(NamedTuple):
     retrained: bool = False  # and the filter learns from them
     rewarded: bool = True  # else a low cost is all the reward
 
+    def folder(self, seed: int) -> str:
+        return f"{self.name.replace(' ', '-').replace(',', '')}-{seed}"
+
 
 ARMS = (
     Arm("no limit", limited=False),
@@ -321,7 +324,7 @@ def measured(cfg: Config, model: LatentVideoModel, held_out: Sequence[ShapesProm
 
 def kept_climb(cfg: Config, out: Path, reward: Mixture, training: Sequence[ShapesPrompt], held_out: Sequence[ShapesPrompt], arm: Arm, seed: int) -> dict[str, Any]:
     """The same, gone through once for its settings."""
-    folder = out / f"{arm.name.replace(' ', '-').replace(',', '')}-{seed}"
+    folder = out / arm.folder(seed)
     told = {name: dump(getattr(cfg, name)) for name in ("policy", "safety", "audits", "sampler")}
     prompts = {name: [prompt.text for prompt in asked] for name, asked in (("training", training), ("held_out", held_out))}
     settings: Row = {"version": VERSION, "network": network_lineage(None), "arm": arm._asdict(), "seed": seed, "legs": cfg.legs, "clips": cfg.clips, **told, **prompts}
@@ -443,7 +446,7 @@ def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], str]:
     pace = Pace("leaks, rollouts", len(arms) * len(cfg.seeds) * cfg.policy.iterations * cfg.legs)
     for seed in cfg.seeds:
         for arm in arms:
-            fresh = not (out / f"{arm.name.replace(' ', '-').replace(',', '')}-{seed}" / "found.json").exists()
+            fresh = not (out / arm.folder(seed) / "found.json").exists()
             runs.setdefault(arm.name, []).append(kept_climb(cfg, out, reward, training, held_out, arm, seed))
             pace.advance(f"{arm.name}, seed {seed}", cfg.policy.iterations * cfg.legs, fresh=fresh)
     rows = arm_rows(cfg, runs)

@@ -149,7 +149,8 @@ def test_a_few_readings_correct_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(UserError, match=r"no wave of clips of the filters dazzle 1 was read, .*: 30 blocked and 30 passed clips, or all where there are fewer"):
         feedback.correction_of(SafetyLimit(audit=tmp_path / "audit"), "dazzle 1")
     run(capsys, tmp_path / "audit", "--answers", drawn["table"], "--reader", "ann")
-    assert feedback.correction_of(SafetyLimit(audit=tmp_path / "audit"), "dazzle 1") is not None
+    correct = feedback.correction_of(SafetyLimit(audit=tmp_path / "audit"), "dazzle 1")
+    assert correct is not None and correct(0.25, 60) == pytest.approx(0.5, abs=0.05), "a quarter is blocked, and people mind half"
 
 
 def test_a_table_names_files_that_are_there_and_what_is_none_is_one_line(read: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

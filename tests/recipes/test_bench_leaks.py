@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from recipes import cli
@@ -32,9 +34,9 @@ def test_a_forgetful_filter_misses_the_share_it_is_told_to_and_the_same_clips_al
     true = [rulings[0].verdict for rulings in FlashFilter(policy).check_videos(clips, [""] * 120, 12.0)]
     found = [[rulings[0].verdict for rulings in bench.ForgetfulFlash(policy, 0.4).check_videos(part, [""] * len(part), 12.0)] for part in (clips, clips[:7], clips.flip(0))]
     missed = [a == Verdict.BLOCK and b == Verdict.ALLOW for a, b in zip(true, found[0], strict=True)]
-    share = sum(missed) / true.count(Verdict.BLOCK)
-    print("missed:", share, "of", true.count(Verdict.BLOCK))
-    assert true.count(Verdict.BLOCK) > 100 and share == pytest.approx(0.4, abs=0.13)
+    digests = [hashlib.sha256((clip.numpy() * np.float32(255)).round().astype(np.uint8).tobytes()).digest() for clip in clips]
+    assert missed == [a == Verdict.BLOCK and int.from_bytes(digest[:8]) < 0.4 * 2**64 for a, digest in zip(true, digests, strict=True)]
+    assert binomtest(sum(missed), true.count(Verdict.BLOCK), 0.4).pvalue > 0.01 and true.count(Verdict.BLOCK) > 100
     assert found[0][:7] == found[1] and found[0][::-1] == found[2], "which, hangs on the clip alone"
     assert all(b in (a, Verdict.ALLOW) for a, b in zip(true, found[0], strict=True))
 
@@ -75,7 +77,9 @@ def test_the_quick_form_audits_teaches_and_tells_flat_rows(tmp_path: Path, capsy
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert {row["part"] for row in rows} == {"claims", "arms", "way"} and all(set(row) == set(rows[0]) for row in rows)
     arms = {row["arm"]: row for row in rows if row["part"] == "arms"}
-    assert set(arms) == {bench.START, *bench.QUICK} and arms["safety alone"]["limited_rate"] is None and arms["misses by chance, corrected"]["limited_rate"] is not None
+    assert set(arms) == {bench.START, *bench.QUICK} and arms["safety alone"]["limited_rate"] is None
+    first = next(row for row in rows if row["part"] == "way" and row["arm"] == "misses by chance, corrected")
+    assert first["limited_rate"] > first["violation_rate"] > 0, "after one rollout there is no running mean yet: people find more than the filter says"
     assert (tmp_path / "leaks.svg").exists() and any(path.suffix == ".md" for path in tmp_path.iterdir())
 
 

@@ -7,8 +7,7 @@ beat "safe", so at the threshold of 0.5 the same frames are stopped, and a frame
 
     head.safetensors    network.layers.{0,3,6}.{weight,bias}, network.layers.{1,4}.{weight,bias,running_mean,running_var}
 
-It is published as a pickled `safety_filter.pt`, which is refused. Where you trust its source, convert it once:
-`save_file(torch.load("safety_filter.pt", weights_only=True)["model"], "head.safetensors")` (safetensors.torch).
+It is published as a pickled `safety_filter.pt`, which is refused. Where you trust its source, save the tensors under its key `model` as safetensors once.
 
 Checked against the source of cosmos-predict2 and of packages that carry it on: layers, their names, the seven classes and their order, the embedding divided by its length,
 google/siglip-so400m-patch14-384, 2 frames a second. Nothing ran on real weights. Code Apache-2.0, weights under NVIDIA's terms.
