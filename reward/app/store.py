@@ -1,0 +1,170 @@
+"""Where the app keeps what people said: one SQLite file, or PostgreSQL, by the same code.
+
+At any time one transaction writes: on SQLite because it begins IMMEDIATE, on PostgreSQL by an advisory lock. So what a transaction has read does not change before it has
+written, two people
+never get one lease, and the log is one chain. A transaction is on disk before it is acknowledged (`synchronous=FULL`; PostgreSQL's default). Readers never wait.
+
+    folder/app.sqlite3      the database, unless --database names another
+    folder/secret           made at the first start, unless the environment gives one
+    folder/anchor.jsonl     the log's length and hash, about once a second (`log.py`)
+    folder/media/           clips and what is shown instead of them, by content
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
+
+from base_model.errors import UserError
+from reward.app import log, schema
+
+WRITER = 0x52555348  # key of PostgreSQL's advisory lock
+BUSY_SECONDS = 30
+ANCHOR_SECONDS = 1.0
+
+
+def new_id(kind: str) -> str:
+    """A random id: 15 bytes, URL-safe, with a letter of what it is the id of."""
+    return f"{kind}_{secrets.token_urlsafe(15)}"
+
+
+def clock_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Store:
+    """An opened store. database: a SQLAlchemy URL, or none for the SQLite file in `folder`. now: milliseconds since 1970."""
+
+    def __init__(self, folder: Path, database: str | None = None, *, secret: bytes | None = None, now: Callable[[], int] = clock_ms) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.now = folder, now
+        self.url = make_url(database) if database else make_url(f"sqlite:///{(folder / 'app.sqlite3').absolute()}")
+        if self.url.get_backend_name() not in ("sqlite", "postgresql"):
+            raise UserError(f"no store for {self.url.get_backend_name()}, --database. Give postgresql+psycopg://..., or nothing for SQLite")
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self.engine = _engine(self.url, self.is_sqlite)
+        self.secret = secret or _own_secret(folder)
+        self._writer = threading.Lock()
+        self._anchored = (0, 0.0)  # length of the log and when
+
+    @property
+    def media(self) -> Path:
+        return self.folder / "media"
+
+    @property
+    def anchor(self) -> Path:
+        return self.folder / "anchor.jsonl"
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that sees one state of the store and writes nothing."""
+        with self.engine.connect() as db:
+            yield db
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """The one transaction that writes; on disk when the block is left, undone when it raises."""
+        with self._writer, self.engine.connect().execution_options(rushes_writes=True) as db:
+            if not self.is_sqlite:
+                db.execute(select(func.pg_advisory_xact_lock(WRITER)))
+            try:
+                yield db
+            except BaseException:
+                db.rollback()
+                raise
+            db.commit()
+            self._anchor(db)
+
+    def log(self, db: Connection, actor: str, kind: str, subject: str, body: Mapping[str, Any] | None = None) -> str:
+        """Adds an event to the log in the transaction that it tells of. actor: a pseudonym."""
+        return log.append(db, at=self.now(), actor=actor, kind=kind, subject=subject, body=body or {})
+
+    def _anchor(self, db: Connection, *, now: bool = False) -> None:
+        if not now and time.monotonic() - self._anchored[1] < ANCHOR_SECONDS:
+            return
+        last = db.execute(select(schema.event.c.seq, schema.event.c.hash, schema.event.c.at).order_by(schema.event.c.seq.desc()).limit(1)).first()
+        db.rollback()
+        length = last.seq if last else 0
+        if last and length > self._anchored[0]:
+            with open(self.anchor, "ab", buffering=0) as file:
+                file.write(log.Anchor(last.seq, last.hash, last.at).line(self.secret).encode())
+        self._anchored = (length, time.monotonic())
+
+    def verify_log(self) -> dict[str, Any]:
+        """`log.verify` of this store against its anchors."""
+        anchors = log.read_anchors(self.anchor, self.secret)
+        with self.reading() as db:
+            return log.verify(db, anchors)
+
+    def close(self) -> None:
+        with self._writer, self.engine.connect() as db:
+            self._anchor(db, now=True)
+        self.engine.dispose()
+
+
+def open_store(folder: Path, database: str | None = None, *, secret: bytes | None = None, now: Callable[[], int] = clock_ms) -> Store:
+    """Opens a store, made or brought to the newest schema where needed. Raises UserError where it cannot be reached or is of a newer version."""
+    from reward.app.migrations import upgrade
+
+    store = Store(folder, database, secret=secret, now=now)
+    try:
+        upgrade(store.engine)
+    except DBAPIError as error:
+        raise UserError(
+            f"cannot open the store, {store.url.render_as_string(hide_password=True)}: {' '.join(str(error.orig).split())}. Check that the server runs and the database is there"
+        ) from error
+    return store
+
+
+def _engine(url: Any, is_sqlite: bool) -> Engine:
+    if not is_sqlite:
+        return create_engine(url, pool_size=16, max_overflow=32, pool_pre_ping=True)
+    engine = create_engine(url, pool_size=16, max_overflow=32, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
+
+    @event.listens_for(engine, "connect")
+    def _settings(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions begin where we say so
+        cursor = connection.cursor()
+        for each in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-65536", "temp_store=MEMORY"):
+            cursor.execute(f"PRAGMA {each}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def _begin(db: Connection) -> None:
+        db.exec_driver_sql("BEGIN IMMEDIATE" if db.get_execution_options().get("rushes_writes") else "BEGIN")
+
+    return engine
+
+
+def _own_secret(folder: Path) -> bytes:
+    """The secret in the folder, made where there is none; only its owner may read it."""
+    path = folder / "secret"
+    if not path.exists():
+        made = folder / f"secret.{os.getpid()}"
+        made.write_text(secrets.token_hex(32))
+        made.chmod(0o600)
+        try:
+            os.link(made, path)
+        except FileExistsError:
+            pass  # another process was first
+        finally:
+            made.unlink()
+    return bytes.fromhex(path.read_text().strip())
+
+
+def is_alive(store: Store) -> bool:
+    try:
+        with store.reading() as db:
+            return db.execute(text("SELECT 1")).scalar() == 1
+    except DBAPIError:
+        return False
