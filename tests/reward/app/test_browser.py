@@ -22,7 +22,8 @@ HOSTILE = """<!doctype html><body><form id=f method=post enctype=text/plain acti
 const told = [];
 (async () => {{
   for (const mode of ["no-cors", "cors"]) {{
-    try {{ await fetch("{address}/api/account/sessions/end", {{method: "POST", mode, credentials: "include", headers: {{"content-type": "text/plain"}}, body: "{{}}"}}); }} catch (error) {{ told.push(String(error)); }}
+    const asked = {{method: "POST", mode, credentials: "include", headers: {{"content-type": "text/plain"}}, body: "{{}}"}};
+    await fetch("{address}/api/account/sessions/end", asked).catch((error) => told.push(String(error)));
   }}
   document.title = "tried";
 }})();
