@@ -52,7 +52,7 @@ def environment(folder: Path, python: Path | None) -> Path:
 def served(python: Path, folder: Path, port: int) -> Iterator[httpx2.Client]:
     """A server of its own with an empty SQLite store in `folder`, and a client with its first user's token. Raises UserError where it does not start."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = [python.parent / "label-studio", "start", "--no-browser", "--port", str(port), "--data-dir", folder.absolute()]
+    words = [str(python.parent / "label-studio"), "start", "--no-browser", "--port", str(port), "--data-dir", str(folder.absolute())]
     user = ["--username", "bench@example.org", "--password", "a long password", "--user-token", TOKEN]
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen([*words, *user], stdout=log, stderr=log, env={**os.environ, **QUIET, "PYTHONPATH": "", "BASE_DATA_DIR": str(folder.absolute())})

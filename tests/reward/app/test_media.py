@@ -1,0 +1,82 @@
+"""Files of clips over HTTP: what ranges give, and what leads nowhere."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+from starlette.testclient import TestClient
+
+from reward.app.media import path_of, send
+from reward.app.security import Denied
+from reward.app.store import Store
+
+CLIP = "ab" * 32
+CONTENT = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def client(store: Store) -> TestClient:
+    """A route that sends whatever it is asked for."""
+    path = path_of(store, CLIP)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(CONTENT)
+    app = FastAPI()
+    app.add_exception_handler(Denied, lambda request, error: JSONResponse({"detail": str(error)}, error.status))  # type: ignore[attr-defined]
+
+    @app.get("/{clip}")
+    def media(request: Request, clip: str) -> Response:
+        return send(request, store, clip)
+
+    return TestClient(app)
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "content"),
+    [
+        (None, 200, CONTENT),
+        ("bytes=0-9", 206, CONTENT[:10]),
+        ("bytes=10000-", 206, CONTENT[10_000:]),
+        ("bytes=-7", 206, CONTENT[-7:]),
+        ("bytes=5-5", 206, CONTENT[5:6]),
+        ("bytes=0-99999999", 206, CONTENT),
+        ("bytes=0-1,4-5", 200, CONTENT),
+        ("bytes=0-," * 20_000, 200, CONTENT),
+        ("bytes=99999999-", 416, None),
+    ],
+)
+def test_one_range_is_served_and_several_are_the_whole_file(client: TestClient, asked: str | None, status: int, content: bytes | None) -> None:
+    began = time.perf_counter()
+    answer = client.get(f"/{CLIP}", headers={"range": asked} if asked else {})
+    assert time.perf_counter() - began < 1
+    assert answer.status_code == status
+    assert content is None or answer.content == content
+    assert answer.headers.get("accept-ranges") == "bytes" or status == 416
+
+
+@pytest.mark.parametrize("asked", ["bytes=9-3", "bytes=x-y", "pages=1-2", "bytes", "bytes=--1", "bytes=\x80-"])
+def test_a_range_that_is_none_gives_the_whole_file_or_an_error_and_no_part_that_was_not_asked_for(client: TestClient, asked: str) -> None:
+    answer = client.get(f"/{CLIP}", headers={"range": asked.encode("latin-1")})
+    assert answer.status_code in (400, 416) or (answer.status_code == 200 and answer.content == CONTENT)
+
+
+@pytest.mark.parametrize("name", ["../secret", "..%2fsecret", "%2e%2e%2fsecret", "AB" * 32, "ab" * 31, "ab" * 33, f"{CLIP}%00", f"{CLIP}\n", "ａｂ" * 32, "/etc/passwd"])
+def test_a_name_that_is_no_digest_leads_nowhere(store: Store, client: TestClient, name: str) -> None:
+    with pytest.raises(ValueError, match="is no digest"):
+        path_of(store, name)
+
+
+def test_links_and_missing_files_are_not_followed(store: Store, client: TestClient) -> None:
+    other = "cd" * 32
+    path = path_of(store, other)
+    path.parent.mkdir(parents=True)
+    path.symlink_to(store.folder / "secret")
+    assert client.get(f"/{other}").status_code == 404
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.symlink_to(store.folder)
+    (store.folder / path.name).write_bytes(b"outside")
+    assert client.get(f"/{other}").status_code == 404
+    assert client.get(f"/{'ef' * 32}").json() == {"detail": "this clip cannot be shown: its file is not there"}
