@@ -7,7 +7,6 @@ import itertools
 import os
 import shutil
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,10 @@ import pytest
 from sqlalchemy import create_engine, insert, text
 from starlette.testclient import TestClient
 
+from base_model.errors import UserError
 from base_model.video.files import mp4_bytes
+from recipes.bench._postgres import postgres as server
+from recipes.bench._postgres import programs
 from reward.app import people, security
 from reward.app.media import path_of
 from reward.app.schema import clip, project, prompt
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 PASSWORD = "correct horse battery"
-POSTGRES = next((folder for folder in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True) if (folder / "initdb").exists()), None)
 STORES = ("sqlite", "postgresql")
 
 
@@ -60,25 +61,14 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a real server of our own, without a database: on a socket in a temporary folder, gone with it."""
-    if POSTGRES is None:
-        pytest.skip("no PostgreSQL server is installed: apt-get install postgresql")
-    root = Path(os.environ.get("TMPDIR", "/tmp")) / f"rushes-pg-{os.getpid()}"  # a socket's path is at most 107 bytes long
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(mode=0o755)
-    as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-    if as_user:
-        shutil.chown(root, "postgres", "postgres")
-    run = {"check": True, "capture_output": True, "cwd": "/"}
-    subprocess.run([*as_user, POSTGRES / "initdb", "-D", root / "data", "-A", "trust", "-U", "rushes", "--no-sync", "--locale=C.UTF-8"], **run)
-    options = f"-k {root} -c listen_addresses= -c shared_buffers=64MB -c max_connections=200"
-    subprocess.run([*as_user, POSTGRES / "pg_ctl", "-D", root / "data", "-o", options, "-l", root / "log", "-w", "start"], **run)
+def postgres() -> Iterator[str]:
+    """The URL of a real server of our own, without a database."""
     try:
-        yield f"postgresql+psycopg://rushes@/{{}}?host={root}"
-    finally:
-        subprocess.run([*as_user, POSTGRES / "pg_ctl", "-D", root / "data", "-m", "immediate", "stop"], **run)
-        shutil.rmtree(root)
+        programs()
+    except UserError as error:
+        pytest.skip(str(error))
+    with server(sync=False) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
