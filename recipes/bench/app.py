@@ -1,7 +1,9 @@
 """Does the labeling app answer a hundred labelers at once, and lose nothing?
 
-A server process of its own (`rushes app serve`) and simulated labelers that do what a browser does: ask for the next task, load its page's data, fetch every clip by range, think, answer. Thinking
-times are exponential; without thinking the same shows how much the server does at most. Both stores commit to disk before they acknowledge. In the full form Label Studio's API is measured
+A server process of its own (`rushes app serve`) and simulated labelers that do what a browser does: ask for the next task, load its page's data, fetch every clip by range,
+think, answer. Thinking
+times are exponential; without thinking the same shows how much the server does at most. Both stores commit to disk before they acknowledge. In the full form Label Studio's
+API is measured
 beside it, one client after the other, import, next task and answer of both in turn.
 
 "next task" is from the request for a lease to the task's data, both requests; "submit" until the answer is acknowledged.
@@ -280,7 +282,8 @@ def _quantiles(name: str, seconds: Sequence[float]) -> Row:
 
 
 def beside(cfg: Config) -> list[Row]:
-    """Import, next task and answer of one client, ours and the peer's in turn. A peer's kept connection waits 40 ms for an acknowledgement at every answer: one connection a request, beside it."""
+    """Import, next task and answer of one client, ours and the peer's in turn. A peer's kept connection waits 40 ms for an acknowledgement at every answer: one connection a
+    request, beside it."""
     python = peer.environment(cfg.out / "label-studio", cfg.python)
     with tempfile.TemporaryDirectory(prefix="rushes-bench-") as place, contextlib.ExitStack() as stack:
         ours = Path(place) / "ours"
