@@ -86,7 +86,7 @@ def seed_store(store: Store, labelers: int, tasks: int) -> tuple[str, list[str]]
     project_id, now = new_id("j"), store.now()
     with store.writing() as db:
         db.execute(insert(schema.project), {"id": project_id, "name": "bench", "state": "open", "settings": settings.model_dump(mode="json"), "created_at": now})
-        db.execute(insert(schema.prompt), [{"project_id": project_id, "prompt_id": f"p{i}", "text": f"a red circle moves to the left, {i}", "lang": "en", "kind": ""} for i in range(tasks)])
+        db.execute(insert(schema.prompt), [_prompt(project_id, i) for i in range(tasks)])
         digests = [f"{number:064x}" for number in range(TAKES * tasks)]
         db.execute(insert(schema.clip), [_clip(project_id, digest, f"p{number // TAKES}", now) for number, digest in enumerate(digests)])
         cookies, agreed = [], {"consent": {project_id: security.sha256(settings.consent)}}
@@ -106,6 +106,10 @@ def seed_store(store: Store, labelers: int, tasks: int) -> tuple[str, list[str]]
 
 
 MIXTURE = {"active": 0.7, "random": 0.3, "gold": 0.0, "repeat": 0.0, "mirrored": 0.0}
+
+
+def _prompt(project_id: str, number: int) -> Row:
+    return {"project_id": project_id, "prompt_id": f"p{number}", "text": f"a red circle moves to the left, {number}", "lang": "en", "kind": ""}
 
 
 def _clip(project_id: str, digest: str, prompt_id: str, now: int) -> Row:
@@ -316,7 +320,7 @@ def import_ours(store: Store, tasks: int) -> float:
     began = time.perf_counter()
     with store.writing() as db:
         db.execute(insert(schema.project), {"id": project_id, "name": "import", "state": "open", "settings": {"labeling": {"takes": 2}}, "created_at": now})
-        db.execute(insert(schema.prompt), [{"project_id": project_id, "prompt_id": f"p{i}", "text": f"prompt {i}", "lang": "en", "kind": ""} for i in range(tasks)])
+        db.execute(insert(schema.prompt), [_prompt(project_id, i) for i in range(tasks)])
         db.execute(insert(schema.clip), [_clip(project_id, f"f{number:063x}", f"p{number // 2}", now) for number in range(2 * tasks)])
         labeling.make_tasks(store, db, project_id, security.Actor("system", "system", "", {}, {}, "", ""))
     return time.perf_counter() - began
