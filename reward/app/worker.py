@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 from base_model.errors import UserError
@@ -74,10 +75,8 @@ class Worker:
 
 
 def _hush(pipe: Any) -> None:
-    try:
+    with suppress(OSError):  # what was still to be written to a process that is gone
         pipe.close()
-    except OSError:
-        pass  # what was still to be written to a process that is gone
 
 
 def _begun() -> subprocess.Popen[bytes]:
