@@ -280,10 +280,10 @@ def may_see(actor: Actor, project_id: str) -> ColumnElement[bool]:
 def counts(db: Connection, actor: Actor, project_id: str) -> dict[str, int]:
     """Open items by queue, of those that exist for somebody. A second reading counts where it came from: nobody is told of it."""
     rows = db.execute(
-        select(item.c.queue, item.c.why["queue"].as_string(), func.count())
+        select(item.c.queue, item.c.why["queue"].as_string().label("shown_as"), func.count())
         .join(clip, clip.c.id == item.c.clip)
         .where(item.c.project_id == project_id, item.c.state == "open", may_see(actor, project_id))
-        .group_by(item.c.queue, item.c.why["queue"].as_string())
+        .group_by(item.c.queue, "shown_as")
     ).all()
     found: dict[str, int] = {}
     for queue, shown_as, number in rows:
@@ -719,7 +719,8 @@ def restate(store: Store, db: Connection, clip_id: str) -> None:
     row = db.execute(select(clip.c.state, clip.c.verdict).where(clip.c.id == clip_id)).one()
     if row.verdict != "allow" or row.state not in ("live", "withdrawn"):
         return
-    stands = violates(standing(db, [clip_id]).get(clip_id, []))
+    reviews = standing(db, [clip_id]).get(clip_id)
+    stands = violates(reviews) if reviews else False
     if row.state == "live" and stands:
         withdraw(store, db, clip_id, "standing", by="system")
     elif row.state == "withdrawn" and stands is False and _withdrawn_by_review(db, clip_id):
