@@ -21,6 +21,7 @@ not wait: a clip that was allowed and is called violating is withdrawn from labe
 from __future__ import annotations
 
 import hashlib
+import heapq
 import hmac
 import random
 from collections.abc import Collection, Iterator, Sequence
@@ -30,7 +31,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, insert, literal, or_, select, update
 
 from base_model.errors import UserError
 from reward.app import exposure, log
@@ -46,6 +47,7 @@ AUDITS = ("blocked", "random", "stratified")
 ORDINARY = (*AUDITS, "review", "disagreement", "errors", "flagged")
 SENIORS = ("appeals", "escalation")
 QUEUES = (*ORDINARY, "second", *SENIORS)
+VERDICTS = ("allow", "review", "error", "block")
 LEVELS = {"edges": ("edges.jpg",), "sheet": ("sheet.jpg",), "light": ("light.jpg",), "sharp": ("clip.mp4",)}
 """What each level of revealing lets through; `blur.jpg` needs none."""
 SKIPS = {
@@ -267,29 +269,43 @@ def _chunks(ids: list[str], size: int) -> Iterator[list[str]]:
 # Who may see what
 
 
+def open_queues(actor: Actor, project_id: str) -> tuple[str, ...]:
+    """Queues of which somebody sees what is not restricted."""
+    roles = actor.roles_in(project_id)
+    if SENIOR in roles:
+        return QUEUES
+    return tuple(each for each in QUEUES if each not in SENIORS) if REVIEWER in roles else ()
+
+
 def may_see(actor: Actor, project_id: str) -> ColumnElement[bool]:
     """The condition on `clip` and `item` for what exists for somebody."""
-    roles = actor.roles_in(project_id)
-    queues = [each for each in QUEUES if each not in SENIORS] if roles & {REVIEWER, SENIOR} else []
-    if SENIOR in roles:
-        queues += SENIORS
-    open_to_all = and_(clip.c.state.in_(("live", "withdrawn")), item.c.queue.in_(queues))
-    return or_(open_to_all, clip.c.state == "restricted") if CHILD_SAFETY in roles else open_to_all
+    open_to_all = and_(clip.c.state.in_(("live", "withdrawn")), item.c.queue.in_(open_queues(actor, project_id)))
+    return or_(open_to_all, clip.c.state == "restricted") if actor.has(CHILD_SAFETY, project_id) else open_to_all
 
 
 def counts(db: Connection, actor: Actor, project_id: str) -> dict[str, int]:
     """Open items by queue, of those that exist for somebody. A second reading counts where it came from: nobody is told of it."""
-    rows = db.execute(
-        select(item.c.queue, item.c.why["queue"].as_string().label("shown_as"), func.count())
-        .join(clip, clip.c.id == item.c.clip)
-        .where(item.c.project_id == project_id, item.c.state == "open", may_see(actor, project_id))
-        .group_by(item.c.queue, "shown_as")
-    ).all()
+    mine, child_safety = open_queues(actor, project_id), actor.has(CHILD_SAFETY, project_id)
+    whole = _open_by_queue(db, project_id)
+    restricted, deleted = (_open_by_queue(db, project_id, state) for state in ("restricted", "deleted"))
     found: dict[str, int] = {}
-    for queue, shown_as, number in rows:
-        name = shown_as if queue == "second" else queue
-        found[name] = found.get(name, 0) + number
+    for queue, shown_as in whole:
+        key, name = (queue, shown_as), shown_as or queue
+        number = (whole[key] - restricted.get(key, 0) - deleted.get(key, 0)) * (queue in mine) + restricted.get(key, 0) * child_safety
+        if number:
+            found[name] = found.get(name, 0) + number
     return {queue: found[queue] for queue in QUEUES if queue in found}
+
+
+def _open_by_queue(db: Connection, project_id: str, state: str | None = None) -> dict[tuple[str, str], int]:
+    """(queue, what it shows itself as) -> open items, of all clips or of those in a state. Most clips are in no such state, so they are the ones looked up."""
+    found: dict[tuple[str, str], int] = {}
+    for queues, shown_as in ((tuple(each for each in QUEUES if each != "second"), literal("")), (("second",), item.c.why["queue"].as_string())):
+        rows = select(item.c.queue, shown_as.label("shown_as"), func.count()).where(item.c.project_id == project_id, item.c.queue.in_(queues), item.c.state == "open")
+        if state is not None:
+            rows = rows.join(clip, clip.c.id == item.c.clip).where(clip.c.project_id == project_id, clip.c.verdict.in_(VERDICTS), clip.c.state == state)
+        found |= {(queue, name): number for queue, name, number in db.execute(rows.group_by(item.c.queue, "shown_as"))}
+    return found
 
 
 def shown_queue(row: Any) -> str:
@@ -366,35 +382,43 @@ def next_reading(store: Store, actor: Actor, project_id: str, queue: str) -> str
 
 def _choose(db: Connection, actor: Actor, project_id: str, queue: str, settings: Reviewing) -> Row[Any] | None:
     """The first item that may be this person's; a mild one where the last ones were hard and one is there."""
-    mild = exposure.hard_in_a_row(db, actor.person_id, project_id, settings.most_severe_in_a_row)
-    first: Row[Any] | None = None
     without = set(personal_of(actor).without)
-    for row in _offers(db, actor, project_id, queue):
-        if actor.pseudonym in row.why.get("not", ()) or without & set(row.why.get("policies", ())) or (row.queue == "second" and row.why["queue"] != queue):
-            continue
-        if not mild or row.severity < HARD:
-            return row
-        first = first if first is not None else row
-    return first
+    rounds = (True, False) if exposure.hard_in_a_row(db, actor.person_id, project_id, settings.most_severe_in_a_row) else (False,)
+    for mild in rounds:
+        for row in _offers(db, actor, project_id, queue, mild):
+            for_another = actor.pseudonym in row.why.get("not", ()) or (row.queue == "second" and row.why["queue"] != queue)
+            if not for_another and not without & set(row.why.get("policies", ())):
+                return row
+    return None
 
 
-def _offers(db: Connection, actor: Actor, project_id: str, queue: str, page: int = 200, most: int = 20_000) -> Iterator[Row[Any]]:
-    """Open items of a queue in their order, those of clips left out that this person has read, holds or has given back."""
+def _offers(db: Connection, actor: Actor, project_id: str, queue: str, mild: bool) -> Iterator[Row[Any]]:
+    """Open items of a queue in their order, second readings among them, those of clips left out that this person has read, holds or has given back. mild: no hard ones."""
+    both = [_open_items(db, actor, project_id, each, mild) for each in (queue, "second")]
+    return heapq.merge(*both, key=lambda row: (row.place, row.id))
+
+
+def _open_items(db: Connection, actor: Actor, project_id: str, queue: str, mild: bool, page: int = 100) -> Iterator[Row[Any]]:
     theirs = select(reading.c.id).where(reading.c.person_id == actor.person_id)
-    read = exists(theirs.where(reading.c.clip == item.c.clip, reading.c.state.in_(("open", "decided"))))
+    read = exists(theirs.where(reading.c.clip == item.c.clip, reading.c.project_id == project_id, reading.c.state.in_(("open", "decided"))))
     given_back = exists(theirs.where(reading.c.item_id == item.c.id, reading.c.state == "skipped"))
     found = (
         select(item)
         .join(clip, clip.c.id == item.c.clip)
-        .where(item.c.project_id == project_id, item.c.queue.in_((queue, "second")), item.c.state == "open", may_see(actor, project_id), ~read, ~given_back)
+        .where(item.c.project_id == project_id, item.c.queue == queue, item.c.state == "open", may_see(actor, project_id), ~read, ~given_back)
         .order_by(item.c.place, item.c.id)
         .limit(page)
     )
-    for offset in range(0, most, page):
-        rows = db.execute(found.offset(offset)).all()
+    if mild:
+        found = found.where(item.c.severity < HARD)
+    after: Row[Any] | None = None
+    while True:
+        here = found if after is None else found.where(item.c.place >= after.place, or_(item.c.place > after.place, item.c.id > after.id))
+        rows = db.execute(here).all()
         yield from rows
         if len(rows) < page:
             return
+        after = rows[-1]
 
 
 def _take(store: Store, db: Connection, actor: Actor, row: Row[Any], settings: Reviewing) -> str:
@@ -638,7 +662,14 @@ def settle(store: Store, db: Connection, project_id: str) -> int:
         .join(item, item.c.id == review.c.item_id)
         .join(reading, reading.c.id == review.c.reading_id)
         .join(clip, clip.c.id == review.c.clip)
-        .where(item.c.project_id == project_id, item.c.state == "full", reading.c.state == "decided", review.c.at <= until, review.c.id.not_in(select(withdrawal.c.ref)))
+        .where(
+            item.c.project_id == project_id,
+            item.c.queue.in_(QUEUES),
+            item.c.state == "full",
+            reading.c.state == "decided",
+            review.c.at <= until,
+            review.c.id.not_in(select(withdrawal.c.ref)),
+        )
         .order_by(review.c.at, review.c.id)
     ).all()
     for row in due:

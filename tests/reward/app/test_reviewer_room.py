@@ -22,6 +22,7 @@ from reward.app.web import make_app
 from tests.reward.app.conftest import PASSWORD, Client, add_clips, add_member, add_project, film
 
 CHROMIUM = "/usr/bin/chromium"
+CLIP = "document.getElementById('clip')"
 HTML = {"accept": "text/html"}
 
 
@@ -128,7 +129,11 @@ def test_what_is_anothers_is_not_there(store: Store) -> None:
         answers += [client.post(f"/api/reading/{reading_id}/skip", json={"reason": "stop"}), client.post(f"/api/reading/{reading_id}/suspect")]
         assert {answer.status_code for answer in answers} == {404}, login
     out = Client(store, "out")
-    assert {out.get(f"/api/review/{project_id}").status_code, out.post(f"/api/review/{project_id}/draw").status_code, out.get(f"/api/review/{project_id}/decisions").status_code} == {404}
+    assert {
+        out.get(f"/api/review/{project_id}").status_code,
+        out.post(f"/api/review/{project_id}/draw").status_code,
+        out.get(f"/api/review/{project_id}/decisions").status_code,
+    } == {404}
     assert {Client(store).get(f"/review-media/{reading_id}/clip.mp4").status_code, Client(store).get(f"/api/review/{project_id}").status_code} == {401}
     assert ada.get(f"/api/reading/{reading_id}").status_code == 200
 
@@ -159,7 +164,7 @@ def test_a_file_that_is_gone_is_said_to_be_gone_and_flashing_counts_as_not_check
 
 def test_every_page_renders_with_hostile_text_made_harmless(store: Store) -> None:
     project_id, _ = room(store, takes=2)
-    evil = "<script>alert(1)</script>\u202egpj.exe\u200b{{ 7*7 }}\" onload=\"x"
+    evil = '<script>alert(1)</script>\u202egpj.exe\u200b{{ 7*7 }}" onload="x'
     with store.writing() as db:
         db.execute(update(prompt).values(text=evil))
     for login, roles in (("ada", ("reviewer", "senior")), ("kim", ("child_safety",)), ("led", ("lead", "senior"))):
@@ -177,7 +182,13 @@ def test_every_page_renders_with_hostile_text_made_harmless(store: Store) -> Non
     tom = Client(store, "tom")
     appealed = tom.get(f"/reading/{taken(tom, project_id, 'appeals')}", headers=HTML).text
     assert appealed.count("&lt;script&gt;") >= 3 and "<script>alert" not in appealed
-    for client, path in ((ada, f"/review/{project_id}"), (ada, f"/review/{project_id}/decisions"), (led, f"/review/{project_id}/decisions"), (ada, f"/reading/{reading_id}"), (ada, "/")):
+    for client, path in (
+        (ada, f"/review/{project_id}"),
+        (ada, f"/review/{project_id}/decisions"),
+        (led, f"/review/{project_id}/decisions"),
+        (ada, f"/reading/{reading_id}"),
+        (ada, "/"),
+    ):
         answer = client.get(path, headers=HTML)
         assert answer.status_code == 200 and "<main" in answer.text, path
     assert Client(store, "kim").get(f"/review/{project_id}", headers=HTML).status_code == 200
@@ -299,7 +310,7 @@ def test_no_sharp_byte_is_sent_before_its_reveal_and_one_key_hides_and_pauses(st
     assert set(media_of(page)) == {"blur.jpg", "edges.jpg"}
     page.keyboard.press("5")
     until(page, "document.getElementById('clip').readyState >= 2")
-    assert page.evaluate("(() => { const clip = document.getElementById('clip'); return [clip.paused, clip.muted, clip.videoWidth, clip.currentTime, getComputedStyle(clip).filter]; })()") == [
+    assert page.evaluate(f"(clip => [clip.paused, clip.muted, clip.videoWidth, clip.currentTime, getComputedStyle(clip).filter])({CLIP})") == [
         True, True, 128, 0, "grayscale(1)",
     ]  # fmt: skip
     with store.reading() as db:
@@ -311,7 +322,7 @@ def test_no_sharp_byte_is_sent_before_its_reveal_and_one_key_hides_and_pauses(st
     page.keyboard.press("Space")
     until(page, "document.getElementById('clip').currentTime > 0.1")
     page.keyboard.press("Escape")
-    hidden = "(() => { const clip = document.getElementById('clip'); return [clip.paused, clip.hidden, document.getElementById('still').hidden, document.getElementById('cover').hidden]; })()"
+    hidden = f"[{CLIP}.paused, {CLIP}.hidden, document.getElementById('still').hidden, document.getElementById('cover').hidden]"
     assert page.evaluate(hidden) == [True, True, True, False]
     page.locator("[name=rationale]").focus()
     page.keyboard.press("5")
@@ -434,7 +445,8 @@ def test_no_page_has_a_serious_violation_for_who_cannot_see_or_use_a_mouse(store
                 until(page, "document.getElementById('clip').readyState >= 2")
             found = [each for each in Axe().run(page).response["violations"] if each["impact"] in ("serious", "critical")]
             assert found == [], [(each["id"], [node["html"] for node in each["nodes"]]) for each in found]
-            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{path} is wider than the screen"
+            wide = "[...document.querySelectorAll('main *')].filter(each => each.getBoundingClientRect().right > innerWidth + 1).map(each => each.outerHTML.slice(0, 80))"
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{path} is wider than the screen: {page.evaluate(wide)}"
             if folder := os.environ.get("SCREENSHOTS"):
                 name = path.strip("/").replace("/", "-").replace(project_id, "room").replace(first, "decided").replace(second, "open")
                 page.screenshot(path=f"{folder}/{name}-{scheme}.png", full_page=True)

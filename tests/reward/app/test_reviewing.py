@@ -453,7 +453,11 @@ def test_an_open_reading_ends_when_somebody_else_suspects_child_safety(store: St
     assert isinstance(reading_id, str)
     reviewing.reveal_level(store, ada, reading_id, "sharp")
     _flags(store, project_id, clip_id, actor(store, "lab", "labeler"))
-    for attempt in (lambda: reviewing.reveal_level(store, ada, reading_id, "light"), lambda: reviewing.decide(store, ada, reading_id, decision()), lambda: reviewing.suspect(store, ada, reading_id)):
+    for attempt in (
+        lambda: reviewing.reveal_level(store, ada, reading_id, "light"),
+        lambda: reviewing.decide(store, ada, reading_id, decision()),
+        lambda: reviewing.suspect(store, ada, reading_id),
+    ):
         with pytest.raises(Denied) as told:
             attempt()
         assert told.value.status == 404
@@ -462,7 +466,13 @@ def test_an_open_reading_ends_when_somebody_else_suspects_child_safety(store: St
 
 @pytest.mark.parametrize(
     ("said", "policies", "becomes"),
-    [("not_violating", (), "live"), ("violating", ("P04",), "restricted"), ("violating", ("P01",), "withdrawn"), ("cannot_tell", (), "restricted"), ("borderline", ("P04",), "restricted")],
+    [
+        ("not_violating", (), "live"),
+        ("violating", ("P04",), "restricted"),
+        ("violating", ("P01",), "withdrawn"),
+        ("cannot_tell", (), "restricted"),
+        ("borderline", ("P04",), "restricted"),
+    ],
 )
 def test_only_the_child_safety_role_ends_a_restriction(store: Store, said: str, policies: tuple[str, ...], becomes: str) -> None:
     project_id, clip_id, _, kim = restricted_by(store, _flags)
@@ -615,7 +625,7 @@ def audited(store: Store, passed: int = 60, blocked: int = 20, **plan: int) -> t
 
 
 def test_a_wave_has_the_probabilities_of_the_audit_and_the_database_keeps_them(each_store: Store, tmp_path: Path) -> None:
-    project_id, clips = audited(each_store)
+    project_id, _ = audited(each_store)
     lead = actor(each_store, "lead", "lead")
     assert auditing.draw(each_store, project_id, lead) == {"blocked_pool": 20, "passed_pool": 60, "blocked": 10, "random": 4, "stratified": 26}
     with pytest.raises(UserError, match="no clip"):
@@ -659,7 +669,9 @@ def test_what_reviewers_said_is_what_an_audit_by_hand_would_hold(each_store: Sto
             reviewing.decide(each_store, who, reading_id, decision("violating", "P17") if bad else decision())
             codes = ("P17",) if bad else ()
             final = queue_ == "escalation"
-            said.append(Reading(clip_id=digests[clip_id], reader=who.pseudonym, said="violating" if bad else "not_violating", policies=codes, final=final, policy_version=policy_version()))
+            said.append(
+                Reading(clip_id=digests[clip_id], reader=who.pseudonym, said="violating" if bad else "not_violating", policies=codes, final=final, policy_version=policy_version())
+            )
         settled(each_store, project_id)
 
     for queue_ in reviewing.AUDITS:
