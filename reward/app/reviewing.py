@@ -24,6 +24,7 @@ import hashlib
 import heapq
 import hmac
 import random
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -286,24 +287,22 @@ def may_see(actor: Actor, project_id: str) -> ColumnElement[bool]:
 def counts(db: Connection, actor: Actor, project_id: str) -> dict[str, int]:
     """Open items by queue, of those that exist for somebody. A second reading counts where it came from: nobody is told of it."""
     mine, child_safety = open_queues(actor, project_id), actor.has(CHILD_SAFETY, project_id)
-    whole = _open_by_queue(db, project_id)
-    restricted, deleted = (_open_by_queue(db, project_id, state) for state in ("restricted", "deleted"))
-    found: dict[str, int] = {}
-    for queue, shown_as in whole:
-        key, name = (queue, shown_as), shown_as or queue
-        number = (whole[key] - restricted.get(key, 0) - deleted.get(key, 0)) * (queue in mine) + restricted.get(key, 0) * child_safety
-        if number:
-            found[name] = found.get(name, 0) + number
-    return {queue: found[queue] for queue in QUEUES if queue in found}
+    hidden = db.execute(select(clip.c.id).where(clip.c.project_id == project_id, clip.c.verdict.in_(VERDICTS), clip.c.state == "restricted")).scalars().all()
+    restricted: Counter[tuple[str, str]] = Counter()
+    for some in _chunks(list(hidden), 500):  # few clips are restricted, so they are looked up, and not every item's clip
+        restricted.update(_open_by_queue(db, project_id, item.c.clip.in_(some)))
+    found: Counter[str] = Counter()
+    for (queue, shown_as), number in _open_by_queue(db, project_id).items():
+        apart = restricted[queue, shown_as]
+        found[shown_as or queue] += (number - apart) * (queue in mine) + apart * child_safety
+    return {queue: found[queue] for queue in QUEUES if found[queue]}
 
 
-def _open_by_queue(db: Connection, project_id: str, state: str | None = None) -> dict[tuple[str, str], int]:
-    """(queue, what it shows itself as) -> open items, of all clips or of those in a state. Most clips are in no such state, so they are the ones looked up."""
+def _open_by_queue(db: Connection, project_id: str, *conditions: ColumnElement[bool]) -> dict[tuple[str, str], int]:
+    """(queue, what it shows itself as where that is another) -> open items."""
     found: dict[tuple[str, str], int] = {}
     for queues, shown_as in ((tuple(each for each in QUEUES if each != "second"), literal("")), (("second",), item.c.why["queue"].as_string())):
-        rows = select(item.c.queue, shown_as.label("shown_as"), func.count()).where(item.c.project_id == project_id, item.c.queue.in_(queues), item.c.state == "open")
-        if state is not None:
-            rows = rows.join(clip, clip.c.id == item.c.clip).where(clip.c.project_id == project_id, clip.c.verdict.in_(VERDICTS), clip.c.state == state)
+        rows = select(item.c.queue, shown_as.label("shown_as"), func.count()).where(item.c.project_id == project_id, item.c.queue.in_(queues), item.c.state == "open", *conditions)
         found |= {(queue, name): number for queue, name, number in db.execute(rows.group_by(item.c.queue, "shown_as"))}
     return found
 
