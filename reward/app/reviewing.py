@@ -132,6 +132,8 @@ class Personal(_Strict):
     hold: bool = False
     """Whether what was revealed shows only while a key or the button is held."""
     speed: Literal["0.25", "0.5", "1"] = "1"
+    keys: bool = True
+    """Whether single letters and digits are commands; Esc and Ctrl Enter always are."""
     without: Codes = ()
     """Policies of which no items are given to this person, as far as it is known beforehand."""
 
@@ -691,7 +693,10 @@ def _take_effect(store: Store, db: Connection, row: Row[Any]) -> None:
         if row.queue != "escalation":
             _pass_on(store, db, row, "escalation", {"reviews": [each for each in (row.source, row.id) if each and _is_review(db, each)]})
     elif (row.queue in ORDINARY and row.source is None) or row.queue == "flagged":
-        if (row.verdict == "allow" and row.said == "violating") or chosen_for_second(store, row.item_id, settings_of(db, row.project_id).reviewing.second_share):
+        unsure = row.queue == "flagged" and row.said == "cannot_tell"
+        if unsure and row.verdict == "allow":  # flagged and not judged: labelers wait until it is
+            withdraw(store, db, row.clip, row.id, by="system")
+        if unsure or (row.verdict == "allow" and row.said == "violating") or chosen_for_second(store, row.item_id, settings_of(db, row.project_id).reviewing.second_share):
             shown = {**row.why, "queue": row.queue}
             place = row.wave + random.random() if row.wave is not None else None
             _pass_on(store, db, row, "second", shown, place=place)
@@ -745,7 +750,7 @@ def withdraw(store: Store, db: Connection, clip_id: str, review_id: str, *, by: 
 
 
 def restate(store: Store, db: Connection, clip_id: str) -> None:
-    """Gives an allowed clip back to the labelers where a review withdrew it and what stands now does not call it violating."""
+    """Gives an allowed clip back to the labelers where a review withdrew it, what stands now does not call it violating, and nobody is asked about it any more."""
     row = db.execute(select(clip.c.state, clip.c.verdict).where(clip.c.id == clip_id)).one()
     if row.verdict != "allow" or row.state not in ("live", "withdrawn"):
         return
@@ -753,9 +758,14 @@ def restate(store: Store, db: Connection, clip_id: str) -> None:
     stands = violates(reviews) if reviews else False
     if row.state == "live" and stands:
         withdraw(store, db, clip_id, "standing", by="system")
-    elif row.state == "withdrawn" and stands is False and _withdrawn_by_review(db, clip_id):
+    elif row.state == "withdrawn" and stands is False and not _is_asked_about(db, clip_id) and _withdrawn_by_review(db, clip_id):
         db.execute(update(clip).where(clip.c.id == clip_id).values(state="live"))
         store.log(db, "system", "clip live again", clip_id)
+
+
+def _is_asked_about(db: Connection, clip_id: str) -> bool:
+    again = ("second", "disagreement", *SENIORS)
+    return db.execute(select(item.c.id).where(item.c.clip == clip_id, item.c.queue.in_(again), item.c.state != "closed")).first() is not None
 
 
 def _withdrawn_by_review(db: Connection, clip_id: str) -> bool:

@@ -248,14 +248,16 @@ def review_draw(project_id: str, me: Overseer, store: StoreOf) -> Done:
 
 @pages.view("/review/{project_id}/decisions", "review_decisions.html")
 def review_decisions(project_id: str, me: Reader, store: StoreOf) -> Decisions:
-    """The newest decisions that have taken effect, without pictures."""
+    """The newest decisions that have taken effect, without pictures, and of clips that nobody else is asked about any more."""
+    waits = item.alias()
+    still_read = select(waits.c.id).where(waits.c.clip == review.c.clip, waits.c.state != "closed").exists()  # who saw what the first one said is no blind reader
     with store.reading() as db:
         rows = db.execute(
             select(review, item.c.queue, item.c.why, clip.c.verdict, person.c.pseudonym)
             .join(item, item.c.id == review.c.item_id)
             .join(clip, clip.c.id == review.c.clip)
             .join(person, person.c.id == review.c.person_id)
-            .where(review.c.project_id == project_id, item.c.state == "closed", clip.c.state.in_(("live", "withdrawn")), review.c.id.not_in(select(withdrawal.c.ref)))
+            .where(review.c.project_id == project_id, item.c.state == "closed", clip.c.state.in_(("live", "withdrawn")), review.c.id.not_in(select(withdrawal.c.ref)), ~still_read)
             .order_by(review.c.at.desc(), review.c.id)
             .limit(LONGEST_DECISIONS)
         ).all()

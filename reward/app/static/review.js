@@ -15,7 +15,7 @@ function settings(form) {
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     const told = new FormData(form);
-    const body = { start: told.get("start"), size: told.get("size"), speed: told.get("speed"), grey: told.has("grey"), hold: told.has("hold"), without: told.getAll("without") };
+    const body = { start: told.get("start"), size: told.get("size"), speed: told.get("speed"), grey: told.has("grey"), hold: told.has("hold"), keys: told.has("keys"), without: told.getAll("without") };
     try {
       await ask(`/api/review/${form.dataset.project}/settings`, body);
       window.rushes.say("Kept.");
@@ -50,7 +50,7 @@ function afterwards(data) {
   undo.addEventListener("click", back);
   next.addEventListener("click", on);
   document.addEventListener("keydown", (event) => {
-    if (event.key.toLowerCase() === "z" && !undo.hidden && !event.ctrlKey && !event.metaKey) back();
+    if (data.keys && event.key.toLowerCase() === "z" && !undo.hidden && !event.ctrlKey && !event.metaKey) back();
   });
   next.focus();
 }
@@ -256,7 +256,7 @@ function judge(data) {
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") { event.preventDefault(); return hide(); }
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); return send(); }
-    if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target)) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target) || !data.keys) return;
     if (event.key in KEYS) { event.preventDefault(); if (!event.repeat) show(KEYS[event.key]); return; }
     if (event.key === " " && level === "sharp" && !event.target.matches("button, input, summary")) { event.preventDefault(); return toggle(); }
     const act = keys[event.key.toLowerCase()];

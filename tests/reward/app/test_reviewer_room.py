@@ -386,7 +386,7 @@ def test_held_to_reveal_it_shows_only_while_the_key_is_down_and_a_flashing_clip_
     facts.write_bytes(facts.read_bytes().replace(b'"allow"', b'"block"'))
     add_member(store, "ada", "reviewer", project_id=project_id)
     ada = Client(store, "ada")
-    personal = {"start": "text", "hold": True, "grey": False, "size": "small", "speed": "1", "without": []}
+    personal = {"start": "text", "hold": True, "grey": False, "size": "small", "speed": "1", "keys": True, "without": []}
     assert ada.post(f"/api/review/{project_id}/settings", json=personal).status_code == 200
     reading_id = taken(ada, project_id)
     page = page_of(browser, served, "ada")
@@ -403,6 +403,37 @@ def test_held_to_reveal_it_shows_only_while_the_key_is_down_and_a_flashing_clip_
     assert page.evaluate("document.getElementById('clip').paused")
     page.context.close()
     assert page.wrong == []
+
+
+def test_single_keys_can_be_turned_off_and_the_panic_key_cannot(store: Store, served: Served, browser: Any) -> None:
+    project_id, _ = room(store, takes=1)
+    add_member(store, "ada", "reviewer", project_id=project_id)
+    ada = Client(store, "ada")
+    ada.post(f"/api/review/{project_id}/settings", json={"keys": False})
+    page = page_of(browser, served, "ada")
+    page.goto(f"/reading/{taken(ada, project_id)}")
+    until(page, "document.getElementById('still').naturalWidth > 0")
+    page.keyboard.press("5")
+    page.keyboard.press("v")
+    page.wait_for_timeout(200)
+    assert set(media_of(page)) == {"blur.jpg"} and not page.locator("[value=violating]").is_checked()
+    page.keyboard.press("Escape")
+    assert page.locator("#cover").is_visible()
+    page.context.close()
+
+
+def test_a_decision_is_not_listed_while_somebody_is_asked_about_the_same_clip(store: Store) -> None:
+    project_id, _ = room(store, takes=1, second_share=1.0)
+    for login, role in (("ada", "reviewer"), ("bob", "reviewer"), ("sue", "senior")):
+        add_member(store, login, role, project_id=project_id)
+    sue = Client(store, "sue")
+    for number, login in enumerate(("ada", "bob")):
+        client = Client(store, login)
+        client.post(f"/api/reading/{taken(client, project_id)}/decide", json=said(f"decision-{number}"))
+        now = store.now()
+        store.now = lambda now=now: now + 20_000
+        sue.post(f"/api/review/{project_id}/next", json={"queue": "flagged"})
+        assert len(sue.get(f"/api/review/{project_id}/decisions").json()["decisions"]) == 2 * number
 
 
 def test_a_draft_survives_a_reload_and_a_reading_that_is_over_says_so(store: Store, served: Served, browser: Any) -> None:

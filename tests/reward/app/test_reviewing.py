@@ -516,6 +516,23 @@ def test_a_flag_is_an_item_at_once_once_and_not_for_who_raised_it(each_store: St
         assert db.execute(select(item.c.state).where(item.c.queue == "flagged")).scalars().all() == ["closed"]
 
 
+def test_a_flagged_clip_that_nobody_can_judge_is_kept_from_labelers_until_a_senior_has_said(store: Store) -> None:
+    project_id = add_project(store, **NEVER)
+    (clip_id,) = add_clips(store, project_id, prompts=("a",), takes=1, files=False)
+    lab = actor(store, "lab", "labeler")
+    with store.writing() as db:
+        reviewing.flag(store, db, clip=clip_id, policies=["P05"], source="a_1", by=lab)
+    read(store, actor(store, "ada", "reviewer"), project_id, "flagged", decision("cannot_tell"))
+    settled(store, project_id)
+    assert (state(store, clip_id), waiting(store, project_id)) == ("withdrawn", ["second"])
+    read(store, actor(store, "bob", "reviewer"), project_id, "flagged", decision())
+    settled(store, project_id)
+    assert (state(store, clip_id), waiting(store, project_id)) == ("withdrawn", ["escalation"])
+    read(store, actor(store, "sue", "senior"), project_id, "escalation", decision())
+    settled(store, project_id)
+    assert (state(store, clip_id), waiting(store, project_id)) == ("live", [])
+
+
 # What was seen
 
 
