@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, insert, literal, or_, select, update
 
 from base_model.errors import UserError
@@ -83,6 +83,15 @@ class Mark(_Strict):
         return self
 
 
+def _can_be_kept(text: str) -> str:
+    """Raises ValueError for what no database keeps: NUL, and halves of characters."""
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("a text holds no NUL and no half characters")
+    return text
+
+
+Written = Annotated[str, AfterValidator(_can_be_kept), Field(max_length=4_000)]
+"""What a person wrote."""
 Codes = Annotated[tuple[Annotated[str, Field(max_length=8)], ...], Field(max_length=32)]
 
 
@@ -99,7 +108,7 @@ class Decision(_Strict):
     temporal: bool = False
     """The harm shows only over time (flag T)."""
     marks: Annotated[tuple[Mark, ...], Field(max_length=50)] = ()
-    rationale: Annotated[str, Field(min_length=1, max_length=4_000)]
+    rationale: Annotated[Written, Field(min_length=1)]
     confidence: Annotated[int, Field(ge=1, le=5)] | None = None
     escalate: bool = False
     """A senior should look, too."""
@@ -517,7 +526,7 @@ class Draft(_Strict):
     severity: Annotated[int, Field(ge=0, le=4)] | None = None
     temporal: bool = False
     marks: Annotated[tuple[Mark, ...], Field(max_length=50)] = ()
-    rationale: Annotated[str, Field(max_length=4_000)] = ""
+    rationale: Written = ""
     confidence: Annotated[int, Field(ge=1, le=5)] | None = None
     escalate: bool = False
     ruling: Literal["uphold", "overturn", "refer"] | None = None

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, select
 from reward.app import auditing, exposure, media, reviewing
 from reward.app.access import AUDITOR, LEAD, REVIEWERS, SENIOR, StoreOf, may
 from reward.app.exposure import Rest
-from reward.app.reviewing import SENIORS, SKIPS, Decision, Draft, Level, Personal, Queue, Skip
+from reward.app.reviewing import SENIORS, SKIPS, Decision, Draft, Level, Personal, Queue, Skip, Written
 from reward.app.schema import clip, item, person, project, prompt, reveal, review, withdrawal
 from reward.app.security import Actor, Denied
 from reward.app.settings import settings_of
@@ -25,6 +25,7 @@ Reviewer = Annotated[Actor, Depends(may(*REVIEWERS))]
 Senior = Annotated[Actor, Depends(may(SENIOR))]
 Overseer = Annotated[Actor, Depends(may(SENIOR, LEAD))]
 Reader = Annotated[Actor, Depends(may(SENIOR, LEAD, AUDITOR))]
+ReviewId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
 
 TITLES = {
     "blocked": ("Blocked, drawn at random", "Was it right to block these?"),
@@ -273,8 +274,8 @@ def review_decisions(project_id: str, me: Reader, store: StoreOf) -> Decisions:
 
 
 class Appeal(BaseModel):
-    review_id: Annotated[str, Field(max_length=40)]
-    reason: Annotated[str, Field(min_length=1, max_length=4_000)]
+    review_id: ReviewId
+    reason: Annotated[Written, Field(min_length=1)]
 
 
 @pages.action("/review/{project_id}/appeal")
@@ -414,7 +415,7 @@ def reading_decide(reading_id: str, body: Decision, me: Reviewer, store: StoreOf
 
 
 class Undone(BaseModel):
-    review_id: Annotated[str, Field(max_length=40)]
+    review_id: ReviewId
 
 
 @pages.action("/reading/undo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
@@ -200,6 +201,38 @@ def test_a_project_that_is_not_there_is_404_for_who_holds_every_project(store: S
     answers = [ada.get("/api/review/none"), ada.post("/api/review/none/next", json={"queue": "review"}), ada.post("/api/review/none/draw")]
     answers += [ada.post("/api/review/none/appeal", json={"review_id": "x", "reason": "y"})]
     assert {answer.status_code for answer in answers} == {404}
+
+
+NASTY = ["\0", "a\0b", "\ud800", "\u202e", "x" * 5_000, "", " ", "'; DROP TABLE review; --", None, 5, [], {}, True, 1e400, "🧵" * 3_000]
+
+
+def test_whatever_is_sent_is_answered_and_is_never_a_bug(each_store: Store) -> None:
+    project_id = add_project(each_store)
+    clips = add_clips(each_store, project_id, takes=1, verdicts=("review",), files=False)
+    with each_store.writing() as db:
+        reviewing.queue_imported(each_store, db, project_id, clips)
+    add_member(each_store, "ada", "reviewer", "senior", "lead")
+    ada = Client(each_store, "ada")
+    reading_id = taken(ada, project_id)
+    bodies = {
+        f"/api/reading/{reading_id}/decide": said(severity=1, policies=[], marks=[], confidence=1, ruling=None),
+        f"/api/reading/{reading_id}/draft": {"said": None, "policies": [], "rationale": "x", "marks": [], "severity": 1},
+        f"/api/reading/{reading_id}/reveal": {"level": "light"},
+        f"/api/reading/{reading_id}/skip": {"reason": "stop"},
+        "/api/reading/undo": {"review_id": "x"},
+        f"/api/review/{project_id}/next": {"queue": "review"},
+        f"/api/review/{project_id}/appeal": {"review_id": "x", "reason": "y"},
+        f"/api/review/{project_id}/settings": {"start": "blur", "without": []},
+    }
+    for path, body in bodies.items():
+        for name in body:
+            for value in (*NASTY, *([each] for each in NASTY)):
+                content = json.dumps({**body, name: value})
+                answer = ada.post(path, content=content, headers={"content-type": "application/json"})
+                assert answer.status_code in (200, 404, 409, 422), (path, name, value, answer.text)
+    for path in ("/api/review/a%00b", "/api/reading/%00", f"/review-media/{reading_id}%00/blur.jpg", f"/api/reading/{'x' * 3_000}", "/api/reading/%ff%fe"):
+        assert ada.get(path).status_code == 404
+    assert ada.post("/api/review/%00/next", json={"queue": "review"}).status_code == 404
 
 
 def test_leaving_is_not_counted_and_a_break_says_until_when(store: Store) -> None:
