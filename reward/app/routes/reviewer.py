@@ -186,6 +186,7 @@ def review_room(project_id: str, me: Reviewer, store: StoreOf) -> Room:
         found = exposure_of(store, db, me, project_id)
         few = reviewing.reviewers_left(db, project_id) < 2
     queues = [QueueSeen(queue=queue, title=title, about=about, open=waiting.get(queue, 0)) for queue, (title, about) in TITLES.items() if queue not in SENIORS or queue in waiting]
+    queues.sort(key=lambda each: not each.open)
     senior = me.has(SENIOR, project_id)
     return Room(
         project_id=project_id,
