@@ -184,6 +184,9 @@ class Guarded:
                 message["headers"] += [(name.lower().encode(), value.encode()) for name, value in HEADERS.items() if name.lower().encode() not in held]
             await send(message)
 
+        if "\0" in scope["path"]:  # PostgreSQL has no text with it: no id is one
+            await JSONResponse({"detail": "there is nothing here"}, 404)(scope, receive, with_headers)
+            return
         try:
             check_origin(request.method, request.headers, request.headers.get("host", ""))
         except Denied as error:
