@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -119,7 +118,7 @@ def test_others_reach_it_with_tls_and_a_secret_or_not_at_all(
 
 @pytest.mark.parametrize("url", ["https://", "rank.example.org", "https://a.org/app", "https://me@a.org", "https://a.org?x", "https://a.org:port", "https://[::1", "ftp://a.org"])
 def test_a_public_address_is_a_host_with_tls(url: str) -> None:
-    with pytest.raises(UserError, match="https://rank.example.org"):
+    with pytest.raises(UserError, match=r"https://rank\.example\.org"):
         public_host(url)
 
 
