@@ -2,6 +2,9 @@
 
     rushes app serve                                   on this machine alone; prints a link by which the first lead joins
     rushes app invite --roles '[labeler]' --project P  a link for one more person
+    rushes app import RUN --project P                  clips of a clip store into a project, made where there is none of that name; tasks are made of them
+    rushes app export FOLDER --project P               what people said, as `rushes reward-model` and other tools read it
+    rushes app backup FOLDER                           a copy of the store while it is used
     rushes app verify-log                              whether anybody changed what was written down
 
 Other machines reach it through a proxy that has TLS: `--public_url https://...`, and the environment variable RUSHES_APP_SECRET, of 32 characters or more, signs the log's anchors.
@@ -12,11 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -32,7 +36,7 @@ from reward.judges.exchange import is_loopback
 if TYPE_CHECKING:
     from reward.app.store import Store
 
-Action = Literal["serve", "invite", "verify-log"]
+Action = Literal["serve", "invite", "import", "export", "backup", "verify-log"]
 SECRET = "RUSHES_APP_SECRET"
 SHORTEST_SECRET = 32
 CONNECTIONS = 4096
@@ -45,7 +49,7 @@ class Config(BaseConfig):
     action: Action | None = None
     """What to do."""
     folder: Path | None = None
-    """Folder that an action reads or writes."""
+    """Folder that an action reads or writes: of the run to import, of the export, of the backup."""
     out: Path = Path("runs/app")
     """Folder of the store: database, media, anchors of the log."""
     database: str | None = None
@@ -63,9 +67,21 @@ class Config(BaseConfig):
     stop_seconds: Count = 30
     """Seconds that requests have to be answered in once the server is told to stop."""
     project: str = "*"
-    """Name or id of the project that is invited to; "*" is every project."""
+    """Name or id of the project that is invited to, imported into or exported; "*" invites to every project."""
     roles: tuple[str, ...] = ("lead",)
     """Roles of who is invited: labeler, reviewer, senior, child_safety, lead, auditor."""
+    run: str = ""
+    """What the imported clips are called together; nothing means the folder's name."""
+    format: str = "parquet"
+    """What is exported: parquet, jsonl, videoalign, label-studio, trl, demonstrations."""
+    dimension: str | None = None
+    """Only answers in this dimension; none means all."""
+    gold: bool = False
+    """Whether answers to gold tasks are exported, too. Their planted clips are in no clip store, so nothing can learn from them."""
+    clips: Path | None = None
+    """Clip store with the records of demonstrated clips: these are then exported as the pairs that `rushes sft` learns from."""
+    with_secret: bool = False
+    """Whether a backup holds the secret that signs the log's anchors. Keep such a backup as you would a key."""
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
@@ -73,6 +89,9 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     actions: dict[str, Callable[[Config], dict[str, Any]]] = {
         "serve": serve,
         "invite": invite,
+        "import": import_clips,
+        "export": export,
+        "backup": back_up,
         "verify-log": verify_log,
     }
     if cfg.action is None:
@@ -246,16 +265,114 @@ def verify_log(cfg: Config) -> dict[str, Any]:
         return store.verify_log()
 
 
-def project_called(store: Store, name: str) -> str:
-    """The id of a project. name: its name or id. Raises UserError where there is none."""
+def import_clips(cfg: Config) -> dict[str, Any]:
+    """What was imported, and how many tasks were made of it."""
+    source = needed(cfg.folder, "which run? Write rushes app import FOLDER --project NAME")
+    if cfg.project == "*":
+        raise UserError("which project? Give --project; one that is not there is made")
+    with opened(cfg) as store:
+        return fill_project(store, cfg.project, source, cfg.run or source.resolve().name)
+
+
+def export(cfg: Config) -> dict[str, Any]:
+    """What went into the folder, and what did not."""
+    from reward.app import exporting
+
+    target = needed(cfg.folder, "where to? Write rushes app export FOLDER --project NAME")
+    kind = next((kind for kind in exporting.FORMATS if kind == cfg.format), None)
+    if kind is None:
+        raise UserError(f"unknown format {cfg.format!r}, --format. There are: {', '.join(exporting.FORMATS)}")
+    with opened(cfg) as store:
+        project_id = project_called(store, cfg.project)
+        if kind == "demonstrations" and cfg.clips is not None:
+            return {"folder": str(target), "pairs": save_demonstrations(exporting.export_pairs(store, project_id, by="system"), cfg.clips, target)}
+        if kind == "parquet":
+            written = exporting.export_rankings(store, project_id, target, by="system", dimension=cfg.dimension, gold=cfg.gold)
+        else:
+            written = exporting.export(store, project_id, kind, target, by="system", dimension=cfg.dimension, gold=cfg.gold)
+    return {"path": str(written.path), "rows": written.rows, "answers": written.answers, "sha256": written.sha256, "left_out": dict(written.left_out)}
+
+
+def save_demonstrations(pairs: Sequence[tuple[str, str]], clips: Path, folder: Path) -> int:
+    """Writes the pairs that `recipes/sft.py` learns from: captions, and the exact frames out of the clip store. Raises UserError where a record is not there."""
+    from base_model.video.files import to_uint8
+    from base_model.video.store import ClipStore
+    from recipes.pairs import save_pairs
+    from recipes.shapes.dataset import ClipSet
+
+    records = ClipStore(clips)
+    videos = [torch_frames(to_uint8(records.load(clip_id))) for _, clip_id in pairs]
+    save_pairs(folder, ClipSet(tuple(text for text, _ in pairs), tuple(videos)))
+    return len(pairs)
+
+
+def torch_frames(frames: Any) -> Any:
+    """uint8 [T,H,W,3] -> [T,3,H,W]."""
+    import torch
+
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+
+
+def back_up(cfg: Config) -> dict[str, Any]:
+    """The manifest of the backup."""
+    from reward.app.backup import backup
+
+    target = needed(cfg.folder, "where to? Write rushes app backup FOLDER")
+    with opened(cfg) as store:
+        made = backup(store, target, with_secret=cfg.with_secret)
+    if not cfg.with_secret:
+        where = f"the environment variable {SECRET}" if secret_of_environment() else f"{cfg.out / 'secret'}"
+        print(f"the secret that signs the log is not in the backup: keep {where} elsewhere, without it nobody can verify the log", file=sys.stderr, flush=True)
+    return {"folder": str(target), **made}
+
+
+def needed(folder: Path | None, problem: str) -> Path:
+    """The folder. Raises UserError with the problem where none was given."""
+    if folder is None:
+        raise UserError(problem)
+    return folder
+
+
+# What the rooms of the app do for recipes: the only place where recipes call them
+
+
+def fill_project(store: Store, name: str, folder: Path, run: str) -> dict[str, Any]:
+    """Imports a clip store into the project of that name, made where there is none, and makes ranking tasks of its clips."""
+    importing, labeling, leading = (importlib.import_module(f"reward.app.{module}") for module in ("importing", "labeling", "leading"))
+    project_id = find_project(store, name) or leading.make_project(store, name, "system")
+    counts: dict[str, Any] = importing.import_run(store, project_id, folder, run, "system")
+    with store.writing() as db:
+        tasks = labeling.make_tasks(store, db, project_id, system())
+    return {"project": name, **counts, "tasks": tasks}
+
+
+def system() -> Any:
+    """Who acts where no person does."""
+    from reward.app.security import Actor
+
+    return Actor("", "system", "", {}, {}, "", "")
+
+
+def find_project(store: Store, name: str) -> str | None:
+    """The id of a project by its name or id; None where there is none."""
     from sqlalchemy import or_, select
 
     from reward.app.schema import project
 
     with store.reading() as db:
-        rows = db.execute(select(project.c.id, project.c.name).order_by(project.c.name)).all()
         found = db.execute(select(project.c.id).where(or_(project.c.id == name, project.c.name == name))).scalar()
+    return None if found is None else str(found)
+
+
+def project_called(store: Store, name: str) -> str:
+    """The id of a project by its name or id. Raises UserError where there is none."""
+    from sqlalchemy import select
+
+    from reward.app.schema import project
+
+    found = find_project(store, name)
     if found is None:
-        there = ", ".join(row.name for row in rows) or "none yet"
-        raise UserError(f"no project {name!r}, --project. There are: {there}")
-    return str(found)
+        with store.reading() as db:
+            there = list(db.execute(select(project.c.name).order_by(project.c.name)).scalars())
+        raise UserError(f"no project {name!r}, --project. There are: {', '.join(there) or 'none yet'}")
+    return found

@@ -140,20 +140,24 @@ def export(store: Store, project_id: str, kind: Format, folder: Path, *, by: str
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAMES[kind]
+    left_out: Mapping[str, int] = {}
     if kind == "demonstrations":
-        rows, answers, left_out = *_write_demonstrations(store, project_id, path), {}
+        told = _demonstrations(store, project_id)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told), encoding="utf-8")
+        rows = answers = len(told)
     else:
         data = collected(store, project_id, folder / "rankings", dimension=dimension, gold=gold)
         rows, left_out = _write(data, kind, folder / "rankings", path)
         answers = len(data.events)
     written = Written(path, rows, answers, _digest(path), left_out)
-    log_export(store, project_id, kind, written, by)
+    log_export(store, project_id, kind, written.sha256, written.answers, by)
     return written
 
 
-def log_export(store: Store, project_id: str, kind: str, written: Written, by: str) -> None:
+def log_export(store: Store, project_id: str, kind: str, digest: str, answers: int, by: str) -> None:
+    """Writes down what was given out."""
     with store.writing() as db:
-        store.log(db, by, "exported", project_id, {"format": kind, "sha256": written.sha256, "answers": written.answers})
+        store.log(db, by, "exported", project_id, {"format": kind, "sha256": digest, "answers": answers})
 
 
 def _write(data: Comparisons, kind: Format, rankings: Path, path: Path) -> tuple[int, Mapping[str, int]]:
@@ -174,13 +178,12 @@ def _write(data: Comparisons, kind: Format, rankings: Path, path: Path) -> tuple
     return exported.rows, dict(exported.left_out)
 
 
-def _write_demonstrations(store: Store, project_id: str, path: Path) -> tuple[int, int]:
+def _demonstrations(store: Store, project_id: str) -> list[dict[str, str]]:
     clips, _ = _usable(store, project_id)
     rows = [{"text": text, "clip_id": clip_id, "file_name": clips[clip_id].path} for text, clip_id in demonstrated(store, project_id) if clip_id in clips]
     if not rows:
         raise UserError("no demonstrations to export, --project. People accept clips in tasks of that kind")
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return len(rows), len(rows)
+    return rows
 
 
 def without_formulas(text: str) -> str:
@@ -218,26 +221,13 @@ def export_rankings(store: Store, project_id: str, folder: Path, *, by: str, dim
     data = collected(store, project_id, folder, dimension=dimension, gold=gold)
     digest = hashlib.sha256("".join(f"{_digest(file)} {file.name}\n" for file in sorted(folder.glob("*.parquet"))).encode()).hexdigest()
     written = Written(folder, len(data.events), len(data.events), digest, {})
-    log_export(store, project_id, "parquet", written, by)
+    log_export(store, project_id, "parquet", digest, written.answers, by)
     return written
 
 
-def export_pairs(store: Store, project_id: str, clips: Path, folder: Path, *, by: str) -> Written:
-    """Writes the demonstrations as the pairs that `recipes/sft.py` learns from. clips: the clip store with their records. Raises UserError where a record is not there."""
-    from base_model.checkpoint import atomic_write, save_weights
-    from base_model.video.files import to_uint8
-    from base_model.video.store import ClipStore
-
-    live, _ = _usable(store, project_id)
-    said = [(text, clip_id) for text, clip_id in demonstrated(store, project_id) if clip_id in live]
-    if not said:
-        raise UserError("no demonstrations to export, --project. People accept clips in tasks of that kind")
-    records = ClipStore(clips)
-    import torch
-
-    videos = {f"{number:06d}": torch.from_numpy(to_uint8(records.load(clip_id))).permute(0, 3, 1, 2).contiguous() for number, (_, clip_id) in enumerate(said)}
-    save_weights(folder / "videos.safetensors", videos, {})
-    atomic_write(folder / "captions.jsonl", "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text, _ in said).encode())
-    written = Written(folder, len(said), len(said), _digest(folder / "captions.jsonl"), {})
-    log_export(store, project_id, "demonstrations", written, by)
-    return written
+def export_pairs(store: Store, project_id: str, *, by: str) -> list[tuple[str, str]]:
+    """(text, clip) of every demonstration whose clip may be used, logged as given out. Raises UserError where there is none."""
+    rows = _demonstrations(store, project_id)
+    pairs = [(row["text"], row["clip_id"]) for row in rows]
+    log_export(store, project_id, "demonstrations", hashlib.sha256(canonical(pairs).encode()).hexdigest(), len(pairs), by)
+    return pairs
