@@ -50,7 +50,7 @@ class Deletion(BaseModel):
     """The pseudonym of the person, or the id of the clip, once more: so that nobody is deleted by a slip."""
 
 
-@pages.action("/projects/{project_id}/people/{person_id}/delete")
+@pages.action("/projects/{project_id}/lead/people/{person_id}/delete")
 def delete_person(project_id: str, person_id: str, body: Deletion, me: Lead, store: StoreOf) -> Done:
     """Deletes who somebody is: name, login, own words. Answers stay under the pseudonym."""
     with store.reading() as db:
@@ -64,17 +64,17 @@ def delete_person(project_id: str, person_id: str, body: Deletion, me: Lead, sto
         raise UserError("the pseudonym is not the one of this person, confirm. Write it as it stands on the page")
     gone = deleting.delete_person(store, person_id, me.pseudonym)
     left = "" if gone else ". Old bytes leave the database's log once those who read it now have ended"
-    return Done(done=f"{pseudonym} has no name any more{left}", go=f"/projects/{project_id}")
+    return Done(done=f"{pseudonym} has no name any more{left}", go=f"/projects/{project_id}/lead/people")
 
 
-@pages.action("/projects/{project_id}/clips/{clip_id}/delete")
+@pages.action("/projects/{project_id}/lead/clips/{clip_id}/delete")
 def delete_clip(project_id: str, clip_id: str, body: Deletion, me: Deleter, store: StoreOf) -> Done:
     """Deletes the media of a clip for good. One that is restricted can be deleted by the child-safety role alone."""
     restricted, others = me.has(CHILD_SAFETY, project_id), me.has(LEAD, project_id)
     if body.confirm != clip_id:
         raise UserError("the id is not the one of this clip, confirm. Write it as it stands on the page")
     deleting.delete_clip(store, project_id, clip_id, me.pseudonym, restricted=restricted, others=others)
-    return Done(done=f"{clip_id} is deleted", go=f"/projects/{project_id}")
+    return Done(done=f"{clip_id} is deleted")
 
 
 class Kept(BaseModel):
@@ -82,7 +82,7 @@ class Kept(BaseModel):
     """Clips whose media were deleted now."""
 
 
-@pages.action("/projects/{project_id}/retain")
+@pages.action("/projects/{project_id}/lead/retain")
 def retain(project_id: str, me: Lead, store: StoreOf) -> Kept:
     """Deletes the media of clips that were withdrawn longer ago than the project keeps them."""
     return Kept(deleted=deleting.retain(store, project_id, me.pseudonym))
