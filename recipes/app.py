@@ -18,8 +18,12 @@ import fcntl
 import importlib
 import os
 import re
+import shutil
 import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -41,6 +45,9 @@ SECRET = "RUSHES_APP_SECRET"
 SHORTEST_SECRET = 32
 CONNECTIONS = 4096
 """Open at once; a browser holds up to six."""
+FEW = 20
+"""Ranked prompts below which none is held out from learning: accuracy stays unknown."""
+LOOK_SECONDS = 1.0
 NETWORK = ("nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "fuse.sshfs")
 """File systems on which SQLite's locks, and so its files, cannot be relied on."""
 
@@ -331,6 +338,81 @@ def needed(folder: Path | None, problem: str) -> Path:
     if folder is None:
         raise UserError(problem)
     return folder
+
+
+# People who are waited for
+
+
+def have_people_rank(folder: Path, clips: Path, target: Path, wanted: int, *, name: str, port: int) -> dict[str, int]:
+    """Opens the app on a clip store until `wanted` rankings of its clips are there, and writes them into a folder of rankings, made anew. folder: of the app, which keeps them.
+
+    Returns how many rankings of how many people there are. Interrupted, it goes on with what was ranked. Raises UserError where there are not as many tasks.
+    """
+    from reward.app.exporting import SHARES, export_rankings
+    from reward.app.people import first_invitation
+    from reward.app.web import make_app
+
+    cfg = Config(out=folder, port=port, stop_seconds=5)
+    check_installed()
+    with opened(cfg, made=True) as store, alone(cfg), listening(cfg.host, cfg.port) as listener:
+        made = fill_project(store, name, clips, name)
+        project_id, room = project_called(store, name), answers_wanted(store, project_called(store, name))
+        if room < wanted:
+            raise UserError(f"{wanted} rankings are more than the {room} that the clips in {clips} are shown for. Ask for fewer, or make more candidates")
+        here = address(cfg.host, listener.getsockname()[1])
+        token = first_invitation(store, ("lead", "labeler", "reviewer"))
+        said = f"{here}/join/{token}" if token else f"{here}, where whoever joined logs in"
+        print(f"people rank {made['rows']} clips in the app: {said}", file=sys.stderr, flush=True)
+        with in_background(make_app(store), listener, cfg.stop_seconds):
+            wait_for(lambda: len(ranked(store, project_id)), wanted)
+        answers = ranked(store, project_id)
+        if target.exists():
+            shutil.rmtree(target)
+        few = len({prompt_id for prompt_id, _ in answers}) < FEW
+        export_rankings(store, project_id, target, by="system", shares=(1.0, 0.0, 0.0) if few else SHARES)
+    return {"rankings": len(answers), "people": len({who for _, who in answers})}
+
+
+def ranked(store: Store, project_id: str) -> list[tuple[str, str]]:
+    """(prompt, pseudonym) of every ranking that a reward model can learn from."""
+    from reward.app.exporting import told_by
+
+    usable = [event for event in told_by(store, project_id) if not event.is_gold and not event.skipped_reason and sum(rank is not None for rank in event.ranks) > 1]
+    return list({(event.task_id, event.annotator_id, event.is_repeat): (event.prompt_id, event.annotator_id) for event in usable}.values())
+
+
+def answers_wanted(store: Store, project_id: str) -> int:
+    """How many rankings the tasks of a project ask for in all."""
+    from sqlalchemy import func, select
+
+    from reward.app.schema import task
+
+    with store.reading() as db:
+        return int(db.execute(select(func.coalesce(func.sum(task.c.wanted), 0)).where(task.c.project_id == project_id, task.c.kind == "rank")).scalar_one())
+
+
+@contextlib.contextmanager
+def in_background(app: Any, listener: socket.socket, stop_seconds: int) -> Iterator[None]:
+    """Serves in a thread while the block runs."""
+    server = uvicorn().Server(uvicorn_config(app, stop_seconds, CONNECTIONS))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def wait_for(count: Callable[[], int], wanted: int) -> None:
+    """Returns once there are as many; says so whenever there is one more."""
+    before = -1
+    while (now := count()) < wanted:
+        if now != before:
+            print(f"{now} of {wanted} rankings", file=sys.stderr, flush=True)
+            before = now
+        time.sleep(LOOK_SECONDS)
+    print(f"{now} of {wanted} rankings: thank you, it goes on with these", file=sys.stderr, flush=True)
 
 
 # What the rooms of the app do for recipes: the only place where recipes call them

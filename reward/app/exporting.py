@@ -45,6 +45,8 @@ NAMES: dict[Format, str] = {
 }
 """What a file of each format is called."""
 POOL = "people"
+Shares = tuple[float, float, float]
+SHARES: Shares = (0.6, 0.15, 0.25)
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 EARLIEST = (1980, 1, 1, 0, 0, 0)  # the time of every file in a ZIP: what is the same is the same to the byte
 
@@ -77,10 +79,11 @@ def demonstrated(store: Store, project_id: str) -> list[tuple[str, str]]:
     return found
 
 
-def collected(store: Store, project_id: str, folder: Path, *, dimension: str | None = None, gold: bool = False) -> Comparisons:
+def collected(store: Store, project_id: str, folder: Path, *, dimension: str | None = None, gold: bool = False, shares: Shares = SHARES) -> Comparisons:
     """Writes the answers of a project into a folder of rankings, and returns it; answers that are there are kept, and added to.
 
-    gold: also answers to gold tasks, whose planted clips are in no clip store; reliability counts them either way. Raises UserError where there is no answer.
+    gold: also answers to gold tasks, whose planted clips are in no clip store; reliability counts them either way. shares: of prompts to learn from, to calibrate and to test on.
+    Raises UserError where there is no answer.
     """
     from reward.comparisons import write_comparisons
 
@@ -93,7 +96,8 @@ def collected(store: Store, project_id: str, folder: Path, *, dimension: str | N
         raise UserError(f"no answers{f' in the dimension {dimension}' if dimension else ''} to export, --project. Dimensions with answers: {there}")
     asked = dict.fromkeys(clip_id for event in wanted for clip_id in event.clip_ids)
     about = dict.fromkeys(clips[clip_id].prompt_id for clip_id in asked)
-    return write_comparisons(folder, wanted, clips=[clips[each] for each in asked], prompts=[prompts[each] for each in about], annotators=_people(standing, wanted))
+    people = _people(standing, wanted)
+    return write_comparisons(folder, wanted, clips=[clips[each] for each in asked], prompts=[prompts[each] for each in about], annotators=people, shares=shares)
 
 
 def _usable(store: Store, project_id: str) -> tuple[dict[str, Clip], dict[str, Prompt]]:
@@ -216,9 +220,9 @@ def _digest(path: Path) -> str:
 # For training
 
 
-def export_rankings(store: Store, project_id: str, folder: Path, *, by: str, dimension: str | None = None, gold: bool = False) -> Written:
+def export_rankings(store: Store, project_id: str, folder: Path, *, by: str, dimension: str | None = None, gold: bool = False, shares: Shares = SHARES) -> Written:
     """Writes, or adds to, a folder of rankings, and logs it. Raises as `collected`."""
-    data = collected(store, project_id, folder, dimension=dimension, gold=gold)
+    data = collected(store, project_id, folder, dimension=dimension, gold=gold, shares=shares)
     digest = hashlib.sha256("".join(f"{_digest(file)} {file.name}\n" for file in sorted(folder.glob("*.parquet"))).encode()).hexdigest()
     written = Written(folder, len(data.events), len(data.events), digest, {})
     log_export(store, project_id, "parquet", digest, written.answers, by)
