@@ -207,6 +207,8 @@ def opened(cfg: Config, *, made: bool = False) -> Iterator[Store]:
 
     if cfg.database is None:
         check_file_system(cfg.out)
+    elif not cfg.database.startswith("postgresql"):
+        raise UserError("no such database, --database. Give postgresql+psycopg://user@host/name, or nothing for the SQLite file in --out")
     there = (cfg.out / "app.sqlite3").exists() if cfg.database is None else cfg.out.is_dir()
     if not there and not made:
         raise UserError(f"no store of the app, {cfg.out}. Give its folder with --out, or begin one with `rushes app serve`")
@@ -283,13 +285,14 @@ def import_clips(cfg: Config) -> dict[str, Any]:
 
 def export(cfg: Config) -> dict[str, Any]:
     """What went into the folder, and what did not."""
+    from base_model.checkpoint import disk_errors
     from reward.app import exporting
 
     target = needed(cfg.folder, "where to? Write rushes app export FOLDER --project NAME")
     kind = next((kind for kind in exporting.FORMATS if kind == cfg.format), None)
     if kind is None:
         raise UserError(f"unknown format {cfg.format!r}, --format. There are: {', '.join(exporting.FORMATS)}")
-    with opened(cfg) as store:
+    with opened(cfg) as store, disk_errors(target):
         project_id = project_called(store, cfg.project)
         if kind == "demonstrations" and cfg.clips is not None:
             return {"folder": str(target), "pairs": save_demonstrations(exporting.export_pairs(store, project_id, by="system"), cfg.clips, target)}

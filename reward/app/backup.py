@@ -100,7 +100,7 @@ def _head(db: Any) -> log.Anchor | None:
 
 def _copy_sqlite(store: Store, target: Path) -> None:
     """One state of the database, by SQLite's own backup; who writes meanwhile does not wait."""
-    with closing(sqlite3.connect(f"file:{store.folder / SQLITE}?mode=ro", uri=True)) as source, closing(sqlite3.connect(target)) as copy:
+    with closing(sqlite3.connect(f"{Path(str(store.url.database)).absolute().as_uri()}?mode=ro", uri=True)) as source, closing(sqlite3.connect(target)) as copy:
         source.backup(copy)
         copy.execute("PRAGMA journal_mode=DELETE")
 

@@ -55,7 +55,7 @@ def forget(store: Store) -> bool:
             for table in (person_private, private_text, session, api_token, assignment, reading):
                 db.execute(text(f"VACUUM {'FULL ' if table in (person_private, private_text) else ''}{table.name}"))
         return True
-    with closing(sqlite3.connect(store.folder / "app.sqlite3", timeout=PATIENCE)) as db:
+    with closing(sqlite3.connect(str(store.url.database), timeout=PATIENCE)) as db:
         busy, *_ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     return not busy
 

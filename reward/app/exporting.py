@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import io
 import json
+import tempfile
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +48,8 @@ NAMES: dict[Format, str] = {
 POOL = "people"
 Shares = tuple[float, float, float]
 SHARES: Shares = (0.6, 0.15, 0.25)
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
+LONGEST_CELL = 1 << 30
 EARLIEST = (1980, 1, 1, 0, 0, 0)  # the time of every file in a ZIP: what is the same is the same to the byte
 
 
@@ -138,7 +140,7 @@ def _people(standing: Sequence[RankingEvent], wanted: Sequence[RankingEvent]) ->
 
 
 def export(store: Store, project_id: str, kind: Format, folder: Path, *, by: str, dimension: str | None = None, gold: bool = False) -> Written:
-    """Writes one file of that format into the folder, which holds nothing else of ours, and logs who took what. by: a pseudonym.
+    """Writes one file of that format into the folder, over an earlier one, and logs who took what. by: a pseudonym.
 
     Raises UserError where there is nothing to export, or the format has no room for it.
     """
@@ -150,8 +152,9 @@ def export(store: Store, project_id: str, kind: Format, folder: Path, *, by: str
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told), encoding="utf-8")
         rows = answers = len(told)
     else:
-        data = collected(store, project_id, folder / "rankings", dimension=dimension, gold=gold)
-        rows, left_out = _write(data, kind, folder / "rankings", path)
+        with tempfile.TemporaryDirectory(prefix="rushes-rankings-") as rankings:
+            data = collected(store, project_id, Path(rankings), dimension=dimension, gold=gold)
+            rows, left_out = _write(data, kind, Path(rankings), path)
         answers = len(data.events)
     written = Written(path, rows, answers, _digest(path), left_out)
     log_export(store, project_id, kind, written.sha256, written.answers, by)
@@ -192,6 +195,7 @@ def _demonstrations(store: Store, project_id: str) -> list[dict[str, str]]:
 
 def without_formulas(text: str) -> str:
     """A CSV whose cells no spreadsheet takes for formulas: an apostrophe before what begins like one, numbers excepted."""
+    csv.field_size_limit(LONGEST_CELL)
     out = io.StringIO(newline="")
     writer = csv.writer(out)
     writer.writerows([f"'{cell}" if cell.startswith(FORMULA) and not _is_number(cell) else cell for cell in row] for row in csv.reader(io.StringIO(text, newline="")))

@@ -175,8 +175,27 @@ def test_a_store_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert said(["serve", "--out", str(tmp_path / "file" / "app")], capsys)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export"], "where to? Write rushes app export FOLDER --project NAME"),
+        (["export", "x", "--format", "pickle"], "unknown format 'pickle', --format. There are: parquet,"),
+        (["export", "x", "--project", "horses"], "no project 'horses', --project. There are: none yet"),
+        (["import"], "which run? Write rushes app import FOLDER --project NAME"),
+        (["import", "x"], "which project? Give --project"),
+        (["backup"], "where to? Write rushes app backup FOLDER"),
+        (["verify-log", "--database", "sqlite:///elsewhere.sqlite3"], "no such database, --database. Give postgresql+psycopg://"),
+        (["export", "a", "b"], "3 words after app, on the command line. Write rushes app ACTION [FOLDER]"),
+    ],
+)
+def test_what_an_action_lacks_is_said_in_one_line(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_store(tmp_path).close()
+    status, line = said([*words, "--out", str(tmp_path)], capsys)
+    assert status == 2 and line.startswith(f"rushes: {message}") and line.count("\n") == 1
+
+
 def test_the_actions_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     status, line = said([], capsys)
-    assert status == 2 and all(action in line for action in ("serve", "verify-log"))
+    assert status == 2 and all(action in line for action in ("serve", "invite", "import", "export", "backup", "verify-log"))
     check_reach(Config())
     assert json.loads(json.dumps(cli.plain(Config().model_dump())))["port"] == 8012

@@ -34,12 +34,13 @@ def export(project_id: str, format: exporting.Format, me: Reader, store: StoreOf
     """What people said, as a file; what was given out is logged by its hash."""
     if not _one.acquire(blocking=False):
         raise Denied(429, "another export is being made. Try again in a moment")
-    folder = Path(tempfile.mkdtemp(prefix="rushes-export-"))
     try:
-        written = exporting.export(store, project_id, format, folder, by=me.pseudonym, dimension=dimension, gold=gold)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
+        folder = Path(tempfile.mkdtemp(prefix="rushes-export-"))
+        try:
+            written = exporting.export(store, project_id, format, folder, by=me.pseudonym, dimension=dimension, gold=gold)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
     finally:
         _one.release()
     return FileResponse(written.path, filename=written.path.name, headers={"X-SHA256": written.sha256}, background=BackgroundTask(shutil.rmtree, folder))

@@ -149,6 +149,7 @@ def test_a_table_holds_no_formula_that_a_spreadsheet_would_run(store: Store, peo
     path = export(store, project_id, "videoalign", tmp_path / "out", by="system").path
     cells = [cell for row in csv.reader(io.StringIO(path.read_text(), newline="")) for cell in row]
     assert f"'{EVIL}" in cells and not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
+    assert without_formulas("x" * 200_000) == "x" * 200_000 + "\r\n"
     assert without_formulas('a,-1.5\r\n"-x\ny",+2\r\n') == 'a,-1.5\r\n"\'-x\ny",+2\r\n'
 
 
