@@ -358,6 +358,7 @@ def have_people_rank(folder: Path, clips: Path, target: Path, wanted: int, *, na
     cfg = Config(out=folder, port=port, stop_seconds=5)
     check_installed()
     with opened(cfg, made=True) as store, alone(cfg), listening(cfg.host, cfg.port) as listener:
+        print(f"the clips in {clips} are made ready for the app", file=sys.stderr, flush=True)
         made = fill_project(store, name, clips, name)
         project_id, room = project_called(store, name), answers_wanted(store, project_called(store, name))
         if room < wanted:

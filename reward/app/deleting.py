@@ -49,7 +49,11 @@ def delete_person(store: Store, person_id: str, by: str) -> bool:
 
 
 def forget(store: Store) -> bool:
-    """Takes what was deleted out of the store's files; False where a reader held on to it."""
+    """Takes what was deleted out of the store's files; False where a reader held on to it. What a request that was on its way still wrote of a deleted person goes, too."""
+    with store.writing() as db:
+        gone = select(person.c.id).where(person.c.state == "deleted")
+        for table in (private_text, session, api_token):
+            db.execute(delete(table).where(table.c.person_id.in_(gone)))
     if not store.is_sqlite:
         with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
             for table in (person_private, private_text, session, api_token, assignment, reading):
@@ -78,7 +82,7 @@ def delete_clip(store: Store, project_id: str, clip_id: str, by: str, *, restric
 
 
 def retain(store: Store, project_id: str, by: str = "system") -> int:
-    """Deletes the media of clips that were withdrawn longer ago than the project keeps them; returns how many. What an earlier call did not finish is finished."""
+    """Deletes the media of clips that were withdrawn longer ago than the project keeps them; returns how many. What earlier deletions did not finish is finished."""
     with store.writing() as db:
         days = settings_of(db, project_id).retention_days
         gone: Sequence[str] = []
@@ -89,6 +93,7 @@ def retain(store: Store, project_id: str, by: str = "system") -> int:
             _mark(store, db, gone, f"withdrawn more than {days} days ago", by)
         digests = db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "deleted")).scalars().all()
     remove_media(store, digests)
+    forget(store)
     return len(gone)
 
 

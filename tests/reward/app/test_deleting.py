@@ -94,6 +94,18 @@ def test_a_reader_that_does_not_end_is_told_of_and_forgetting_again_succeeds(sto
     assert deleting.forget(store) and not holders(store.folder, [LOGIN])
 
 
+def test_what_a_request_on_its_way_wrote_after_the_deletion_goes_with_the_next_retention(each_store: Store) -> None:
+    store, project_id = each_store, add_project(each_store)
+    person_id, other = add_member(store, LOGIN, "labeler"), add_member(store, "other", "labeler")
+    delete_person(store, person_id, "system")
+    with store.writing() as db:
+        for who in (person_id, other):
+            db.execute(insert(private_text), {"id": new_id("x"), "person_id": who, "text": WORDS, "created_at": 0})
+    retain(store, project_id)
+    with store.reading() as db:
+        assert db.execute(select(private_text.c.person_id)).scalars().all() == [other]
+
+
 def test_who_leads_one_project_deletes_nobody_of_another(store: Store) -> None:
     home, away = add_project(store, "home"), add_project(store, "away")
     both, far = add_member(store, "both", "labeler", project_id=home), add_member(store, "far", "labeler", project_id=away)
