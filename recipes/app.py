@@ -360,9 +360,9 @@ def have_people_rank(folder: Path, clips: Path, target: Path, wanted: int, *, na
     with opened(cfg, made=True) as store, alone(cfg), listening(cfg.host, cfg.port) as listener:
         print(f"the clips in {clips} are made ready for the app", file=sys.stderr, flush=True)
         made = fill_project(store, name, clips, name)
-        project_id, room = project_called(store, name), answers_wanted(store, project_called(store, name))
-        if room < wanted:
-            raise UserError(f"{wanted} rankings are more than the {room} that the clips in {clips} are shown for. Ask for fewer, or make more candidates")
+        project_id, most = project_called(store, name), answers_wanted(store, project_called(store, name))
+        if most < wanted:
+            raise UserError(f"{wanted} rankings are more than the {most} that the clips in {clips} are shown for. Ask for fewer, or make more candidates")
         here = address(cfg.host, listener.getsockname()[1])
         token = first_invitation(store, ("lead", "labeler", "reviewer"))
         said = f"{here}/join/{token}" if token else f"{here}, where whoever joined logs in"
@@ -422,9 +422,14 @@ def wait_for(count: Callable[[], int], wanted: int) -> None:
 # What the rooms of the app do for recipes: the only place where recipes call them
 
 
+def room(module: str) -> Any:
+    """A module of the app."""
+    return importlib.import_module(f"reward.app.{module}")
+
+
 def fill_project(store: Store, name: str, folder: Path, run: str) -> dict[str, Any]:
     """Imports a clip store into the project of that name, made where there is none, and makes ranking tasks of its clips."""
-    importing, labeling, leading = (importlib.import_module(f"reward.app.{module}") for module in ("importing", "labeling", "leading"))
+    importing, labeling, leading = (room(module) for module in ("importing", "labeling", "leading"))
     project_id = find_project(store, name) or leading.make_project(store, name, "system")
     counts: dict[str, Any] = importing.import_run(store, project_id, folder, run, "system")
     with store.writing() as db:

@@ -67,17 +67,22 @@ class Written:
 # What people said
 
 
+def labeling() -> Any:
+    """The labelers' room, which knows what was answered."""
+    return importlib.import_module("reward.app.labeling")
+
+
 def told_by(store: Store, project_id: str) -> list[RankingEvent]:
     """Every answer that stands, of tasks whose clips may all be used."""
     from reward.comparisons import RankingEvent
 
-    rows: Iterable[Any] = importlib.import_module("reward.app.labeling").events_of(store, project_id)
+    rows: Iterable[Any] = labeling().events_of(store, project_id)
     return [row if isinstance(row, RankingEvent) else RankingEvent.of(row) for row in rows]
 
 
 def demonstrated(store: Store, project_id: str) -> list[tuple[str, str]]:
     """(prompt or corrected caption, clip) of every demonstration that stands."""
-    found: list[tuple[str, str]] = importlib.import_module("reward.app.labeling").demonstrations_of(store, project_id)
+    found: list[tuple[str, str]] = labeling().demonstrations_of(store, project_id)
     return found
 
 

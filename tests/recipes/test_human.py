@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from recipes.listening import address
 from recipes.rankings import ruling_of
 from recipes.shapes.prompts import make_prompts
 from recipes.shapes.render import DEMO_CLIP, render, sample_scene
+from reward.app import exporting
 from reward.app.people import first_invitation
 from reward.app.schema import clip, project, prompt, task
 from reward.app.store import Store, new_id
@@ -99,8 +99,9 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             said.append(ready.pop())
         return iter([*said])
 
-    for name, room in (("leading", {"make_project": make_project}), ("importing", {"import_run": import_run}), ("labeling", {"make_tasks": make_tasks, "events_of": events_of})):
-        monkeypatch.setitem(sys.modules, f"reward.app.{name}", SimpleNamespace(**room))
+    made = {"leading": SimpleNamespace(make_project=make_project), "importing": SimpleNamespace(import_run=import_run), "labeling": SimpleNamespace(make_tasks=make_tasks)}
+    monkeypatch.setattr(app, "room", made.__getitem__)
+    monkeypatch.setattr(exporting, "labeling", lambda: SimpleNamespace(events_of=events_of))
     return said
 
 

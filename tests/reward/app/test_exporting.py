@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import json
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from recipes import reward_model
 from recipes.pairs import load_pairs
 from recipes.shapes.prompts import make_prompts
 from recipes.shapes.render import DEMO_CLIP, render, sample_scene
+from reward.app import exporting
 from reward.app.exporting import FORMATS, NAMES, Format, export, export_rankings, without_formulas
 from reward.app.routes import keeping
 from reward.app.schema import clip, event, person, person_private, private_text, prompt
@@ -46,7 +46,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     rows: list[Row] = []
     shown: list[tuple[str, str]] = []
     room = SimpleNamespace(events_of=lambda store, project_id: iter(rows), demonstrations_of=lambda store, project_id: shown, shown=shown)
-    monkeypatch.setitem(sys.modules, "reward.app.labeling", room)
+    monkeypatch.setattr(exporting, "labeling", lambda: room)
     return rows
 
 
@@ -107,7 +107,7 @@ def test_clips_that_are_not_live_are_in_no_export_nor_what_was_said_of_them(
     gone = said[0]["clip_ids"][1]
     with store.writing() as db:
         db.execute(update(clip).where(clip.c.clip_id == gone).values(state=state))
-    sys.modules["reward.app.labeling"].shown += [(PROMPTS[0], gone), (PROMPTS[1], said[-1]["clip_ids"][0])]
+    exporting.labeling().shown += [(PROMPTS[0], gone), (PROMPTS[1], said[-1]["clip_ids"][0])]
     for kind in FORMATS:
         if kind != "videoalign":
             content = _content(export(store, project_id, kind, tmp_path / kind, by="system").path)
@@ -122,7 +122,7 @@ def test_nothing_that_is_exported_names_anybody(store: Store, project_id: str, p
         rows = db.execute(select(person_private)).all()
         names = [each.encode() for row in rows for each in (row.login, row.name, row.password_hash)] + [b"my own words"] + [each.encode() for each in people_of]
     said += answers(store, project_id, people_of, dimension="VQ")
-    sys.modules["reward.app.labeling"].shown.append((PROMPTS[0], said[0]["clip_ids"][0]))
+    exporting.labeling().shown.append((PROMPTS[0], said[0]["clip_ids"][0]))
     for kind in FORMATS:
         content = _content(export(store, project_id, kind, tmp_path / kind, by="system").path)
         assert PROMPTS[0].encode() in content and not [name for name in names if name in content], kind
@@ -158,7 +158,7 @@ def test_readers_of_a_project_download_it_and_what_was_given_out_is_logged(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     said += answers(store, project_id, people_of, dimension="VQ")
-    sys.modules["reward.app.labeling"].shown.append((PROMPTS[0], said[0]["clip_ids"][0]))
+    exporting.labeling().shown.append((PROMPTS[0], said[0]["clip_ids"][0]))
     for role in ("lead", "auditor", "reviewer", "senior", "child_safety"):
         add_member(store, role, role, project_id=project_id)
     for role in ("lead", "auditor"):
@@ -207,7 +207,7 @@ def test_a_reward_model_learns_from_what_was_exported_and_sft_reads_the_demonstr
             told = {"id": new_id("c"), "project_id": project_id, "clip_id": row.clip_id, "prompt_id": row.prompt_id, "run": "test", "row": vars(Clip.of(row))}
             db.execute(insert(clip), {**told, "verdict": "allow", "score": 0.0, "decision": {"verdict": "allow", "rulings": []}, "state": "live", "created_at": store.now()})
     said += answers(store, project_id, people)
-    sys.modules["reward.app.labeling"].shown += [("a caption that somebody mended", rows[0].clip_id), (asked[1].text, rows[3].clip_id)]
+    exporting.labeling().shown += [("a caption that somebody mended", rows[0].clip_id), (asked[1].text, rows[3].clip_id)]
     store_folder = ["--out", str(store.folder), "--project", "shapes"]
 
     def run(*words: str) -> int:
