@@ -47,11 +47,12 @@ ENVIRONMENT = {
 
 
 class Command(NamedTuple):
-    """The module of a command, what it does, in one sentence, and the keys that its first words give; without any a first word is a configuration."""
+    """The module of a command, what it does, in one sentence, the keys that its first words give, those that further words may; without any a first word is a configuration."""
 
     module: str
     help: str
     words: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
 
 
 COMMANDS = {
@@ -86,6 +87,7 @@ COMMANDS = {
     "audit": Command("recipes.audit", "Draw clips that people look at to find out how good the safety filters are: rushes audit FOLDER --clips STORE.", ("folder",)),
     "safety-train": Command("recipes.safety_train", "Learn a clip filter from tags, from reviewers' readings or from planted hazards."),
     "safety-report": Command("recipes.safety_report", "Say what people found of a safety filter, with intervals: rushes safety-report FOLDER.", ("folder",)),
+    "app": Command("recipes.app", "Open the web app in which people rank clips and judge the filters: rushes app ACTION [FOLDER].", ("action",), ("folder",)),
     "bench": Command("recipes.bench", "Measure something: rushes bench NAME [--quick]."),
 }
 
@@ -144,7 +146,7 @@ def _run(words: list[str], flags: set[str]) -> dict[str, Any] | str:
         return _bench(rest, flags)
     module = _import(COMMANDS[name].module, name)
     if "--help" in flags:
-        return _command_help(name, COMMANDS[name].help, module, words=COMMANDS[name].words)
+        return _command_help(name, COMMANDS[name].help, module, words=[*COMMANDS[name].words, *(f"[{word}]" for word in COMMANDS[name].further)])
     from align.config import load
 
     config, overrides = arguments_of(name, rest)
@@ -160,9 +162,10 @@ def arguments_of(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]
     if not keys:
         return (Path(rest[0]), list(rest[1:])) if rest and not rest[0].startswith("-") else (shipped_config(name), list(rest))
     given = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
-    if given and len(given) != len(keys):
-        raise UserError(f"{len(given)} words after {name}, on the command line. Write rushes {name} {' '.join(keys).upper()}")
-    return None, [*(f"--{key}={word}" for key, word in zip(keys, given, strict=False)), *rest[len(given) :]]
+    further = COMMANDS[name].further
+    if given and not len(keys) <= len(given) <= len(keys) + len(further):
+        raise UserError(f"{len(given)} words after {name}, on the command line. Write rushes {name} {' '.join([*keys, *(f'[{word}]' for word in further)]).upper()}")
+    return None, [*(f"--{key}={word}" for key, word in zip([*keys, *further], given, strict=False)), *rest[len(given) :]]
 
 
 def _check_words(rest: Sequence[str]) -> list[str]:

@@ -1,13 +1,14 @@
 """Everything, in order (`rushes demo`): curated data, SFT, takes, rankings by simulated labelers, a reward model and its guard, RL under a safety limit, the report.
 
-Each stage is one recipe with its own folder. A finished stage is not done again, a killed one goes on where it was: run the same command again. With `--clips DIR` the
+Each stage is one recipe with its own folder. A finished stage is not done again, a killed one goes on where it was: run the same command again. With `--human N` the web app
+opens on the takes, and the reward model learns from the first N rankings that people make there. With `--clips DIR` the
 data are real clips with captions; people are then simulated from weight-free signals, and nobody knows what is on screen, so the judge does not apply.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from align.config import Count, Several, Share, Whole, dump, leaves, path_keys
 from base_model.errors import UserError
 from base_model.tiny import load_tiny
 from base_model.video.store import ClipStore
-from recipes import ddpo, evaluate, nft, report, reward_model, sft
+from recipes import app, ddpo, evaluate, nft, report, reward_model, sft
 from recipes.feedback import Feedback, SafetyLimit, StoppedByGuard, check_steps, check_unguided
 from recipes.filters import write_lineage
 from recipes.generate import Request, Sampler, fill_store, network_lineage, safety_runner
@@ -44,6 +45,8 @@ class Config(BaseConfig):
     """Folder with one folder a stage; `report/index.html` is the end."""
     seed: Annotated[int, Field(ge=0, lt=2**40)] = 0
     """Seed of everything."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8012
+    """Port of the web app where people rank (`--human`); 0 takes a free one and says which."""
     stage: Stage = "report"
     """Last stage to do."""
     clips: Path | None = None
@@ -62,6 +65,8 @@ class Config(BaseConfig):
     """Share of prompts that ask for strobing in words the prompt filter lets pass."""
     overlap: Share = 0.4
     """Share of tasks ranked by two or three people."""
+    human: Whole = 0
+    """Rankings by people, in the web app, that are waited for in place of the simulated panel's; the reward model learns from these alone, the guard from simulated labelers."""
     reward_epochs: Whole = 0
     """Passes over the rankings with everything in the reward model learning; a few hundred rankings are too few for any."""
     policy: nft.Policy = nft.Policy(iterations=20)
@@ -127,7 +132,7 @@ def make_candidates(cfg: Config, out: Path) -> dict[str, Any]:
 
 
 def rank_candidates(cfg: Config, out: Path) -> dict[str, Any]:
-    """Two panels of simulated labelers rank what the filters allow; one teaches the reward model, the other the guard."""
+    """Two panels of simulated labelers rank what the filters allow; one teaches the reward model, the other the guard. With `human` people take the place of the first."""
     store = ClipStore(folder(cfg, "candidates"))
     asked = candidate_prompts(cfg)
     shown = served(store.rows())
@@ -139,8 +144,10 @@ def rank_candidates(cfg: Config, out: Path) -> dict[str, Any]:
     counts = {
         f"{name}_events": rank_by_panel(out / name, panel, tasks, shown, prompts, seed=2 * cfg.seed + k, overlap=cfg.overlap, shares=split_shares(cfg))
         for k, (name, panel) in enumerate(PEOPLE.items())
+        if not (cfg.human and name == "reward")
     }
-    return {**counts, "tasks": len(tasks), "served": len(shown), "withheld": len(store.rows()) - len(shown), "labelers": "simulated"}
+    told = {**counts, "tasks": len(tasks), "served": len(shown), "withheld": len(store.rows()) - len(shown), "labelers": "people" if cfg.human else "simulated"}
+    return {**told, "ranked_by": app.have_people_rank(cfg.out / "app", store.folder, out / "reward", cfg.human, name="demo", port=cfg.port)} if cfg.human else told
 
 
 def split_shares(cfg: Config) -> tuple[float, float, float]:
@@ -234,11 +241,20 @@ def write_the_report(cfg: Config, out: Path, memory: PeakMemory, started: float)
             "stages": {stage: done["result"] for stage, done in finished.items()},
             "filtered": withheld_candidates(cfg),
             "commands": [f"rushes demo{command_line(cfg)}"],
-            "notes": ["All rankings come from simulated labelers."],
+            **({"ranked_by": finished["rankings"]["result"]["ranked_by"]} if cfg.human else {}),
+            "notes": [whose_rankings(finished["rankings"]["result"])],
         }
 
     results = evaluate.report(evaluation, told)
     return {key: results[key] for key in ("judge", "judge_gain", "judge_gain_ddpo", "flash_rate", "diversity", "wall_seconds", "peak_memory_bytes")}
+
+
+def whose_rankings(result: Mapping[str, Any]) -> str:
+    """One sentence for the report. result: of the stage `rankings`."""
+    if result["labelers"] == "simulated":
+        return "All rankings come from simulated labelers."
+    said = result["ranked_by"]
+    return f"The reward model learnt from {said['rankings']} rankings by {said['people']} people; the guard learnt from simulated labelers."
 
 
 def withheld_candidates(cfg: Config) -> list[dict[str, Any]]:
@@ -285,7 +301,8 @@ def world_sampler(cfg: Config) -> Sampler:
 
 
 def stages_of(cfg: Config) -> Stages:
-    return Stages(cfg.out, "demo", {key: value for key, value in leaves(dump(cfg)).items() if key not in ("out", "stage")})
+    settings = {key: value for key, value in leaves(dump(cfg)).items() if key not in ("out", "stage", "port")}
+    return Stages(cfg.out, "demo", settings if cfg.human else {key: value for key, value in settings.items() if key != "human"})
 
 
 def command_line(cfg: Config) -> str:
@@ -317,5 +334,3 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         result["report"] = str(folder(cfg, "report") / "index.html")
         result |= done["report"]["result"]
     return {**result, "seconds_of_this_call": round(time.monotonic() - started, 1)}
-
-

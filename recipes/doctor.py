@@ -36,8 +36,8 @@ NEEDED = {
     "httpx2": "asking judges and reward servers",
 }
 OPTIONAL = {
-    "starlette": "`rushes serve-reward` (pip install -e '.[app]')",
-    "uvicorn": "`rushes serve-reward` (pip install -e '.[app]')",
+    "starlette": "`rushes app`, `rushes serve-reward` (pip install -e '.[app]')",
+    "uvicorn": "`rushes app`, `rushes serve-reward` (pip install -e '.[app]')",
     "pytest": "`make test` (pip install -e '.[dev]')",
     "ruff": "`make test` (pip install -e '.[dev]')",
     "mypy": "`make test` (pip install -e '.[dev]')",

@@ -76,8 +76,14 @@ class Curve(NamedTuple):
 
 CURVES = (
     Curve("judge", "Judge, held-out prompts", "share of clips with every attribute right", "Not optimised, not read by any run: the number that counts.", True),
-    Curve("reward", "Reward", "reward model's score", "What RL climbs. It was learnt from rankings by simulated labelers.", False),
-    Curve("guard", "Guard", "second reward model's score", "Other simulated labelers, other seed. Reward up with guard down is reward hacking.", False),
+    Curve("reward", "Reward", "reward model's score", "What RL climbs. Whose rankings it was learnt from stands beside its accuracy, below.", False),
+    Curve(
+        "guard",
+        "Guard",
+        "second reward model's score",
+        "Learnt by simulated labelers that had no part in the reward, another seed. Reward up with guard down is reward hacking.",
+        False,
+    ),
     Curve("kl_per_element", "KL per latent element", "nats per latent element", "Distance of one denoising step from the SFT policy; comparable across sizes."),
     Curve("kl_total", "KL, total", "nats per clip", "The same distance, summed over the latent elements of a clip."),
     Curve("violation_rate", "Violation rate", "share of raw clips that flash", "Before any filter. The dashed line is the reported limit.", True),
@@ -96,7 +102,8 @@ class ReportData:
     `seeds` [the same entries for each seed], `counts` {name: int}, `filtered` [{where, policy, verdict, count, of, examples}],
     `lights` {model: [{iteration, light, said}]}, what the guards of its run said at each look,
     `eye_judge_agreement` {attribute: interval or share}, `judge_accuracy` {on what: {attribute: interval}}, `judge_confusion` {attribute: {drawn: {read: count}}},
-    `world` [{measure, meaning, words, models: {name: interval}}], `stage_seconds` {stage: s}, `commands` [str], `config`, `versions`, `hardware` {name: str}, `notes` [str].
+    `world` [{measure, meaning, words, models: {name: interval}}], `stage_seconds` {stage: s}, `commands` [str], `config`, `versions`, `hardware` {name: str}, `notes` [str],
+    `ranked_by` {people, rankings}, where people ranked what the reward model learnt from.
     An interval is {mean, low, high}, null for what is unknown, or a string that says why not.
     """
 

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive
 from base_model.errors import Interrupted, UserError
 from base_model.prompts.text import TextEncoder
+from recipes.listening import address, listening, uvicorn, uvicorn_config
 from recipes.scorers import card_of, card_rate, check_scorer, load_scorer, tier_of
 from reward.judges.exchange import check_token, is_loopback
 from reward.serving.clips import allowed_roots
@@ -91,7 +91,7 @@ class Config(BaseConfig):
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """Serves until it is told to stop. Raises UserError where it cannot begin, Interrupted when a signal ended it."""
-    uvicorn = _uvicorn()
+    server = uvicorn()
     token = read_token(cfg)
     check_host(cfg.host, token)
     roots = allowed_roots(cfg.allow)
@@ -102,7 +102,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         stopped_by = signal.SIGINT.value
         try:
             with contextlib.suppress(KeyboardInterrupt):
-                uvicorn.Server(uvicorn_config(made, cfg.stop_seconds)).run(sockets=[listener])
+                server.Server(uvicorn_config(made.app(), cfg.stop_seconds, CONNECTIONS)).run(sockets=[listener])
         except Interrupted as error:
             stopped_by = error.exit_status - 128
         finally:
@@ -172,48 +172,10 @@ def check_host(host: str, token: str | None) -> None:
 
 
 @contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens. Raises UserError where the address is taken or not of this machine."""
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, protocol)  # asyncio sends at once what it knows to be TCP; else each answer waits 40 ms for an acknowledgement
-    except OSError as error:
-        raise UserError(f"no address of this machine, --host {host}: {error.strerror or error}. Give one") from error
-    with listener:
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(place)
-            listener.listen(256)
-        except OSError as error:
-            raise UserError(f"cannot listen on {address(host, port)}: {error.strerror or error}. Choose another --port or --host") from error
-        yield listener
-
-
-def address(host: str, port: int) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def uvicorn_config(made: RewardServer, stop_seconds: int) -> Any:
-    """Quiet, without what a proxy may claim and without websockets."""
-    return _uvicorn().Config(
-        made.app(),
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=stop_seconds,
-    )
-
-
-@contextlib.contextmanager
 def in_thread(made: RewardServer) -> Iterator[str]:
     """Serves on a free port of this machine while the block runs, and gives the address: for trying things out."""
     with listening("127.0.0.1", 0) as listener:
-        server = _uvicorn().Server(uvicorn_config(made, 5))
+        server = uvicorn().Server(uvicorn_config(made.app(), 5, CONNECTIONS))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
@@ -222,12 +184,3 @@ def in_thread(made: RewardServer) -> Iterator[str]:
             server.should_exit = True
             thread.join()
             made.close()
-
-
-def _uvicorn() -> Any:
-    try:
-        import starlette  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise UserError(f"serving needs the package {error.name!r}, which is not installed. pip install -e '.[app]'") from error
-    return uvicorn

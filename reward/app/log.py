@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,22 @@ def read_anchors(path: Path, secret: bytes) -> list[Anchor]:
 
 def verify(db: Connection, anchors: list[Anchor]) -> dict[str, Any]:
     """Walks the whole log. Raises UserError naming the first event that is not as it was written, or the anchor that the log does not reach."""
-    expected, prev, wanted = 1, FIRST, {anchor.seq: anchor for anchor in anchors}
+    expected, prev = 1, FIRST
+    wanted: dict[int, Anchor] = {}
+    for anchor in anchors:
+        if wanted.setdefault(anchor.seq, anchor).hash != anchor.hash:
+            raise UserError(f"two anchors differ about event {anchor.seq}. The log was written anew: restore the last backup and compare")
     columns = (event.c.seq, event.c.at, event.c.actor, event.c.kind, event.c.subject, event.c.body, event.c.prev, event.c.hash)
-    for row in db.execution_options(yield_per=5_000).execute(select(*columns).order_by(event.c.seq)):
-        if row.seq != expected:
-            raise UserError(f"event {expected} is missing: the log goes on with {row.seq}. Somebody deleted or moved rows: restore the last backup and compare")
-        if row.prev != prev or row.hash != digest(row.seq, row.at, row.actor, row.kind, row.subject, row.body, row.prev):
-            raise UserError(f"event {row.seq} ({row.kind}) is not as it was written. Somebody changed it: restore the last backup and compare")
-        anchor = wanted.pop(row.seq, None)
-        if anchor is not None and anchor.hash != row.hash:
-            raise UserError(f"event {row.seq} is another one than the anchor says. The log was written anew: restore the last backup and compare")
-        expected, prev = row.seq + 1, row.hash
+    with closing(db.execute(select(*columns).order_by(event.c.seq), execution_options={"yield_per": 5_000})) as rows:
+        for row in rows:
+            if row.seq != expected:
+                raise UserError(f"event {expected} is missing: the log goes on with {row.seq}. Somebody deleted or moved rows: restore the last backup and compare")
+            if row.prev != prev or row.hash != digest(row.seq, row.at, row.actor, row.kind, row.subject, row.body, row.prev):
+                raise UserError(f"event {row.seq} ({row.kind}) is not as it was written. Somebody changed it: restore the last backup and compare")
+            told = wanted.pop(row.seq, None)
+            if told is not None and told.hash != row.hash:
+                raise UserError(f"event {row.seq} is another one than the anchor says. The log was written anew: restore the last backup and compare")
+            expected, prev = row.seq + 1, row.hash
     if wanted:
         longest = max(wanted)
         raise UserError(f"the log ends with event {expected - 1}, an anchor names {longest}. Its end was cut off: restore the last backup and compare")

@@ -79,10 +79,10 @@ def grant(store: Store, db: Connection, person_id: str, project_id: str, roles: 
         security.end_sessions(store, db, person_id)
 
 
-def first_invitation(store: Store) -> str | None:
-    """A token for the first lead, of every project; None once somebody joined. Earlier ones that were not used stop working."""
+def first_invitation(store: Store, roles: Sequence[str] = (LEAD,)) -> str | None:
+    """A token for the first person, the lead of every project; None once somebody joined. Earlier ones that were not used stop working."""
     with store.writing() as db:
         if db.execute(select(person.c.id).limit(1)).first():
             return None
         db.execute(update(invitation).where(invitation.c.used_at.is_(None)).values(revoked_at=store.now()))
-        return invite(store, db, project_id="*", roles=(LEAD,), by="system")
+        return invite(store, db, project_id="*", roles=roles, by="system")

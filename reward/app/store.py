@@ -107,8 +107,10 @@ class Store:
             return log.verify(db, anchors)
 
     def close(self) -> None:
+        """Ends all connections. The log is anchored where this process added to it: who only looked at a changed one does not sign it."""
         with self._writer, self.engine.connect() as db:
-            self._anchor(db, now=True)
+            if self._anchored[1]:
+                self._anchor(db, now=True)
         self.engine.dispose()
 
 

@@ -352,3 +352,10 @@ def test_a_chart_without_a_finite_point_is_a_mistake_of_the_caller() -> None:
         line_chart([Series("RL", "rl", (0.0,), (math.nan,))], name="Reward", x_label="seconds")
     with pytest.raises(ValueError, match="nothing to draw"):
         interval_chart([], name="Judge")
+
+
+def test_the_page_says_whose_rankings_the_reward_model_learned_from() -> None:
+    simulated, people = (render_page(ReportData({**made_up_results(), **more})) for more in ({}, {"ranked_by": {"rankings": 41, "people": 3}}))
+    assert "rankings by <strong>simulated labelers</strong>" in simulated and "from other simulated labelers" in simulated
+    assert "41 rankings by <strong>people</strong> (3 of them)" in people and "how far the people agree with each other" in people
+    assert "not people" not in people and "from other simulated labelers" not in people

@@ -21,7 +21,8 @@ import torch
 from base_model.errors import GuardStop, UserError
 from base_model.prompts.text import TextEncoder
 from recipes import cli
-from recipes.serve_reward import Config, address, check_host, in_thread, listening, main, make_server, read_token
+from recipes.listening import address, listening
+from recipes.serve_reward import Config, check_host, in_thread, main, make_server, read_token
 from reward.judges.exchange import Endpoint, Patience
 from reward.judges.remote import RemoteReward
 from reward.model import load_reward_model

@@ -1,5 +1,5 @@
 """The rooms of the app: each file holds the routes of one, thin over the functions that do the work."""
 
-from reward.app.routes import account, reviewer
+from reward.app.routes import account, keeping, reviewer
 
-ROOMS = (account.pages, reviewer.pages)
+ROOMS = (account.pages, reviewer.pages, keeping.pages)

@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from reward.app.access import ROLES, May, Public, rule_of
 from reward.app.store import Store
 from reward.app.web import HERE, make_app
-from tests.reward.app.conftest import Client, add_member, add_project
+from tests.reward.app.conftest import Client, add_clips, add_member, add_project
 
 HIDDEN = (401, 404)
 
@@ -87,9 +87,17 @@ def _projects(world: World) -> dict[str, str]:
     return {"home": world.home, "away": world.away}
 
 
-OBJECTS: dict[str, Callable[[World], dict[str, str]]] = {"project_id": _projects}
+def _people(world: World) -> dict[str, str]:
+    return {"home": world.clients["labeler"].me.person_id, "away": Client(world.store, "far-labeler").me.person_id}
+
+
+def _clips(world: World) -> dict[str, str]:
+    return {where: add_clips(world.store, project_id, takes=1, files=False)[0] for where, project_id in _projects(world).items()}
+
+
+OBJECTS: dict[str, Callable[[World], dict[str, str]]] = {"project_id": _projects, "person_id": _people, "clip_id": _clips}
 """For every parameter of a path, one id that belongs to `home` and one that does not. A parameter that is not here fails the matrix."""
-FREE = {"token": "no-such-token", "token_id": "k_none", "digest": "0" * 16, "name": "app.css"}
+FREE = {"token": "no-such-token", "token_id": "k_none", "digest": "0" * 16, "name": "app.css", "format": "jsonl"}
 """Parameters that lead to nothing of a project."""
 
 
