@@ -1,7 +1,7 @@
 """What takes long to work out, worked out beside the requests and kept until something happened since.
 
-A page shows what is there: the newest report, with the time it was made at. Where the log has grown since, a thread makes another one; a request waits for it a moment only, so a small
-store shows what holds now and a large one answers at once. One thread works at a time, and rests ten times as long as it worked, so that labelers do not feel it.
+A page shows what is there: the newest report, with the time it was made at. Where the log has grown since, a thread makes another one; a request waits for it a moment only, so
+that a small store shows what holds now and a large one answers at once. One thread works at a time, and rests ten times as long as it worked, so that labelers do not feel it.
 """
 
 from __future__ import annotations
