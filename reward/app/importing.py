@@ -299,7 +299,7 @@ def _add(store: Store, db: Connection, project_id: str, run: str, ready: Sequenc
         for row in db.execute(select(clip.c.id, clip.c.clip_id, clip.c.prompt_id, clip.c.decision, clip.c.state).where(clip.c.project_id == project_id, clip.c.clip_id.in_(ids)))
     }
     prompts = {source.prompt_id for source, *_ in ready}
-    texts = dict(db.execute(select(prompt.c.prompt_id, prompt.c.text).where(prompt.c.project_id == project_id, prompt.c.prompt_id.in_(prompts))).tuples().all())
+    texts = {key: value for key, value in db.execute(select(prompt.c.prompt_id, prompt.c.text).where(prompt.c.project_id == project_id, prompt.c.prompt_id.in_(prompts)))}
     added: list[str] = []
     again: list[str] = []
     for source, said, row in ready:

@@ -219,9 +219,8 @@ def members(store: Store, db: Connection, project_id: str, me: Actor) -> list[Me
     now, leads = store.now(), me.has(LEAD, project_id)
     live = and_(session.c.ended_at.is_(None), session.c.created_at > now - SESSION_MS, session.c.seen_at > now - IDLE_MS)
     people_ids = {row.person_id for row in rows}
-    sessions: dict[str, int] = dict(
-        db.execute(select(session.c.person_id, func.count()).where(live, session.c.person_id.in_(people_ids)).group_by(session.c.person_id)).tuples().all()
-    )
+    held = select(session.c.person_id, func.count()).where(live, session.c.person_id.in_(people_ids)).group_by(session.c.person_id)
+    sessions = {person_id: number for person_id, number in db.execute(held)}
     elsewhere: dict[str, set[str]] = {}
     for person_id, place in db.execute(select(membership.c.person_id, membership.c.project_id).where(membership.c.person_id.in_(people_ids))):
         elsewhere.setdefault(person_id, set()).add(place)

@@ -120,7 +120,7 @@ def columns(lines: Sequence[Line], labels: Sequence[str], *, name: str, every: i
                 tip = f"{label} {line.label}: {_number(line.values[place], False)}"
                 body.append(f'<rect class="{line.look}" x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{top + tall - y:.1f}" rx="1.5"><title>{escape(tip)}</title></rect>')
     totals = "; ".join(f"{line.label}: {_number(sum(line.values), False)} in all, {_number(max(line.values, default=0), False)} at most in an hour" for line in lines)
-    return _svg(WIDTH, top + tall + 30, name, f"{name}. {totals}.", body, "columns")
+    return _svg(WIDTH, top + tall + 30, name, f"{name}. {totals}.", body, "bars")
 
 
 def histogram(counts: Sequence[int], threshold: float, *, name: str, other: float | None = None) -> Markup:

@@ -116,9 +116,11 @@ class People(BaseModel):
 
 def people_of(store: Store, project_id: str) -> People:
     """Agreement and habits. Skipped tasks and answers that were taken back do not count; gold and practice do not count for agreement."""
-    of, recent = 0, deque[RankingEvent](maxlen=MOST_ANSWERS)
+    of = 0
+    recent: deque[RankingEvent] = deque(maxlen=MOST_ANSWERS)
     for event in events_of(store, project_id):
-        of, _ = of + 1, recent.append(event)
+        recent.append(event)
+        of += 1
     return People(answers=len(recent), of=of, dimensions=agreement_of(recent), people=persons_of(recent, lengths_of(store, project_id, recent)))
 
 

@@ -64,13 +64,13 @@ def counts_of(db: Connection, project_id: str, run: str) -> Counted:
     if not counted:
         raise Denied(404, "there is nothing here")
     decided = select(reading.c.id).where(reading.c.item_id == item.c.id, reading.c.state == "decided").exists()
-    waiting = db.execute(select(item.c.queue, func.count()).join(clip, clip.c.id == item.c.clip).where(*mine, item.c.state != "closed", ~decided).group_by(item.c.queue)).tuples()
+    waiting = db.execute(select(item.c.queue, func.count()).join(clip, clip.c.id == item.c.clip).where(*mine, item.c.state != "closed", ~decided).group_by(item.c.queue)).all()
     proposed = db.execute(select(func.count()).where(threshold.c.project_id == project_id, threshold.c.state == "proposed")).scalar_one()
     return Counted(
         clips={verdict: sum(number for said, _, number in counted if said == verdict) for verdict in ("allow", "review", "error", "block")},
         withdrawn=sum(number for _, state, number in counted if state == "withdrawn"),
         filters=_versions(db, mine),
-        open={"items": dict(sorted(waiting)), "proposed thresholds": proposed},
+        open={"items": {queue: number for queue, number in sorted(map(tuple, waiting))}, "proposed thresholds": proposed},
     )
 
 
