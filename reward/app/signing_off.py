@@ -107,8 +107,8 @@ def sign(store: Store, project_id: str, run: str, approved: bool, statement: str
     if hash_of(evidence) != seen:
         raise Denied(409, "what is known of the run has changed. Load the page again")
     with store.writing() as db:
-        last = db.execute(select(event.c.seq, event.c.hash).order_by(event.c.seq.desc()).limit(1)).one()
-        frozen = {**evidence, "log": {"seq": last.seq, "hash": last.hash}}
+        last = db.execute(select(event.c.seq, event.c.hash).order_by(event.c.seq.desc()).limit(1)).first()
+        frozen = {**evidence, "log": {"seq": last.seq, "hash": last.hash} if last else None}
         row = {"id": made, "project_id": project_id, "run": run, "approved": approved, "evidence": frozen, "statement": statement, "person_id": me.pseudonym, "at": store.now()}
         db.execute(insert(signoff), row)
         told = {"project": project_id, "run": sha256(run), "evidence": hash_of(frozen), "statement": sha256(statement)}

@@ -50,11 +50,11 @@ class Standing(BaseModel):
     problem: str
 
 
-def place_of(store: Store, project_id: str, me: Actor) -> Place:
-    """Raises Denied where there is no such project."""
+def place_of(store: Store, project_id: str, me: Actor, *, everywhere: bool = False) -> Place:
+    """Raises Denied where there is no such project. everywhere: whether the page is also of all projects together."""
     roles, anywhere = me.roles_in(project_id), me.roles.get(leading.EVERYWHERE, frozenset())
     with store.reading() as db:
-        name, state = ("Every project", "open") if project_id == leading.EVERYWHERE else leading.project_named(db, project_id)[1:3]
+        name, state = ("Every project", "open") if everywhere and project_id == leading.EVERYWHERE else leading.project_named(db, project_id)[1:3]
     return Place(id=project_id, name=name, state=state, roles=sorted(roles), leads=LEAD in roles, everywhere=bool(anywhere & {LEAD, AUDITOR}))
 
 
@@ -165,7 +165,7 @@ class NewRoles(BaseModel):
 @pages.view("/projects/{project_id}/lead/people", "lead_people.html")
 def people_page(project_id: str, me: Reader, store: StoreOf) -> People:
     """Members with their roles, and invitations. Names are told to leads only."""
-    place = place_of(store, project_id, me)
+    place = place_of(store, project_id, me, everywhere=True)
     with store.reading() as db:
         members, invited = leading.members(store, db, project_id, me), leading.invitations(store, db, project_id)
     return People(place=place, members=members, invitations=invited, roles=MEANING, me=me.person_id)
@@ -174,7 +174,7 @@ def people_page(project_id: str, me: Reader, store: StoreOf) -> People:
 @pages.action("/projects/{project_id}/lead/invitations")
 def invite(project_id: str, body: NewInvitation, request: Request, me: Lead, store: StoreOf) -> MadeInvitation:
     """A link that makes one person a member; it works once and for a week, and is shown this once."""
-    place_of(store, project_id, me)
+    place_of(store, project_id, me, everywhere=True)
     with store.writing() as db:
         token = people.invite(store, db, project_id=project_id, roles=_list(body.roles), by=me.pseudonym)
     scheme = "https" if request.app.state.settings.secure else request.url.scheme
