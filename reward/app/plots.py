@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-WIDTH = 640
+WIDTH = 460
 Scale = Callable[[float], float]
 
 
@@ -37,7 +37,7 @@ class Line:
     values: Sequence[float]
 
 
-def _short(text: str, most: int = 24) -> str:
+def _short(text: str, most: int = 26) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -65,7 +65,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 def intervals(rows: Sequence[Whisker], *, name: str, percent: bool = False, low: float = 0.0, high: float | None = None) -> Markup:
     """Dots with whiskers, a row each, on one scale; a tick where chance would be."""
-    left, right, line = 190, 24, 34
+    left, right, line = 178, 22, 30
     bottom = 10 + line * len(rows)
     ends = [each.high for each in rows if each.high is not None] + [each.mark for each in rows if each.mark is not None]
     starts = [each.low for each in rows if each.low is not None]
@@ -80,14 +80,14 @@ def intervals(rows: Sequence[Whisker], *, name: str, percent: bool = False, low:
         body.append(f'<text class="tick" x="{across(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{_number(tick, percent)}</text>')
     for place, row in enumerate(rows):
         y = 10 + line * (place + 0.5)
-        body.append(f'<text class="name" x="{left - 14}" y="{y + 5:.1f}" text-anchor="end">{escape(_short(row.label))}</text>')
+        body.append(f'<text class="name" x="{left - 10}" y="{y + 5:.1f}" text-anchor="end">{escape(_short(row.label))}</text>')
         if row.mark is not None:
-            body.append(f'<line class="mark" x1="{across(row.mark):.1f}" x2="{across(row.mark):.1f}" y1="{y - 11:.1f}" y2="{y + 11:.1f}"/>')
+            body.append(f'<line class="mark" x1="{across(row.mark):.1f}" x2="{across(row.mark):.1f}" y1="{y - 10:.1f}" y2="{y + 10:.1f}"/>')
         if row.value is None or row.low is None or row.high is None:
             body.append(f'<text class="none" x="{left + 4}" y="{y + 5:.1f}">not measurable yet</text>')
             continue
         body.append(f'<line class="whisker" x1="{across(row.low):.1f}" x2="{across(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        body.append(f'<circle class="dot" cx="{across(row.value):.1f}" cy="{y:.1f}" r="6"><title>{escape(_told(row, percent))}</title></circle>')
+        body.append(f'<circle class="dot" cx="{across(row.value):.1f}" cy="{y:.1f}" r="5"><title>{escape(_told(row, percent))}</title></circle>')
     return _svg(WIDTH, bottom + 26, name, f"{name}, with 95 % intervals. " + "; ".join(_told(row, percent) for row in rows) + ".", body, "intervals")
 
 
@@ -99,7 +99,7 @@ def _told(row: Whisker, percent: bool) -> str:
 
 def columns(lines: Sequence[Line], labels: Sequence[str], *, name: str, every: int = 6) -> Markup:
     """Columns side by side over time; a label under each `every`-th."""
-    left, top, tall = 44, 12, 190
+    left, top, tall = 36, 10, 150
     reach = ticks(0.0, max([1.0, *(value for line in lines for value in line.values)]), most=4)
     step = (WIDTH - left - 8) / max(len(labels), 1)
     wide = max(step * 0.8 / max(len(lines), 1), 1.0)
@@ -125,7 +125,7 @@ def columns(lines: Sequence[Line], labels: Sequence[str], *, name: str, every: i
 
 def histogram(counts: Sequence[int], threshold: float, *, name: str, other: float | None = None) -> Markup:
     """Clips by score from 0 to 1 on a scale of square roots, so that a few clips are seen beside thousands; the threshold as a line, what it blocks in another colour."""
-    left, top, tall = 52, 24, 170
+    left, top, tall = 44, 24, 140
     most = max([1, *counts])
     reach = sorted({0, *(round(most * share) for share in (0.06, 0.25, 0.56, 1.0))})
     step = (WIDTH - left - 16) / max(len(counts), 1)

@@ -231,9 +231,9 @@ class Overview(BaseModel):
 
     def throughput(self) -> Markup:
         assert self.progress is not None
-        labels = [datetime.fromtimestamp(hour / 1000, UTC).strftime("%d %b %H:00") for hour in self.progress.hours]
+        labels = [datetime.fromtimestamp(hour / 1000, UTC).strftime("%d %b, %H:00") for hour in self.progress.hours]
         lines = [plots.Line("answers", "first", self.progress.answers), plots.Line("reviews", "second", self.progress.reviews)]
-        return plots.columns(lines, labels, name="Answers and reviews an hour, UTC", every=8)
+        return plots.columns(lines, labels, name="Answers and reviews an hour, UTC", every=12)
 
     def verdicts(self) -> Markup:
         assert self.progress is not None

@@ -45,7 +45,7 @@ class Agreement(BaseModel):
     def positions(self) -> Markup:
         assert self.told is not None
         rows = [whisker(person.pseudonym, person.first_place, person.chance) for person in self.told.people]
-        return plots.intervals(rows, name="Share of rankings in which the clip shown first was best", percent=True, high=1.0)
+        return plots.intervals(rows, name="Share of rankings in which the clip shown first was best", percent=True)
 
 
 @pages.view("/projects/{project_id}/lead/agreement", "lead_agreement.html")
@@ -226,9 +226,9 @@ class Signoffs(BaseModel):
     signoffs: list[signing_off.Signoff]
 
     def rates(self, evidence: Mapping[str, Any]) -> Markup:
-        rows = [
-            whisker(f"{name}, {row['filter']}", Measured.model_validate(rate)) for row in evidence["rates"] if row["policy"] == quality.ANY for name, rate in row["rates"].items()
-        ]
+        told = [row for row in evidence["rates"] if row["policy"] == quality.ANY]
+        named = [(name if len(told) == 1 else f"{name}, {row['filter']}", rate) for row in told for name, rate in row["rates"].items()]
+        rows = [whisker(name, Measured.model_validate(rate)) for name, rate in named]
         return plots.intervals(rows, name="Rates of the filters", percent=True, high=1.0)
 
 

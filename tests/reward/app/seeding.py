@@ -163,6 +163,9 @@ def _answers(project_id: str, at: int, k: int, ids: tuple[str, ...], taken: int,
         ranks = [1 + sorted(range(k), key=lambda clip: clip + rng.gauss(0, 1.2)).index(clip) for clip in range(k)]
         body = {
             "what": "rank",
+            "all_bad": False,
+            "ok": None,
+            "asked": "",
             "ranks": {"overall": ranks},
             "watch_ms": [rng.randrange(900, 4_000) for _ in range(k)],
             "watched": [1.0] * k,
@@ -224,6 +227,7 @@ def _reading(project_id: str, place: int, ids: tuple[str, ...]) -> dict[str, Any
 
 def _review(project_id: str, place: int, verdict: str, ids: tuple[str, ...], rng: random.Random, now: int) -> dict[str, Any]:
     violating = rng.random() < (0.8 if verdict == "block" else 0.01)
+    said = "violating" if violating else "not_violating"
     return {
         "id": f"v{project_id[-6:]}{place}",
         "project_id": project_id,
@@ -232,8 +236,8 @@ def _review(project_id: str, place: int, verdict: str, ids: tuple[str, ...], rng
         "clip": f"c{project_id[-6:]}{place}",
         "person_id": ids[place % len(ids)],
         "version": 1,
-        "said": "violating" if violating else "not_violating",
-        "body": {"policies": ["P17"] if violating else []},
+        "said": said,
+        "body": {"said": said, "policies": ["P17"] if violating else [], "severity": int(violating), "ruling": None, "restricted": False},
         "rationale": None,
         "policy_version": "2",
         "at": now - rng.randrange(0, 40 * HOUR),
