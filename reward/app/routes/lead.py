@@ -332,12 +332,12 @@ class Exports(BaseModel):
 
 
 FORMS = (
-    ("parquet", "Parquet", "The tables that `rushes reward-model` reads: rankings, clips, prompts and people."),
+    ("parquet", "Parquet", "A ZIP of the tables that `rushes reward-model` reads: rankings, clips, prompts and people."),
     ("jsonl", "JSON Lines", "One answer a line."),
     ("videoalign", "VideoAlign CSV", "Pairs with an answer for each dimension."),
-    ("label_studio", "Label Studio JSON", "Tasks with their annotations."),
+    ("label-studio", "Label Studio JSON", "Tasks with their annotations."),
     ("trl", "TRL preferences", "Chosen and rejected, for preference trainers."),
-    ("demonstrations", "Demonstrations", "Prompt and clip pairs that `rushes sft` reads."),
+    ("demonstrations", "Demonstrations", "Prompt and clip pairs to fine-tune on."),
 )
 
 

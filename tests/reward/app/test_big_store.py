@@ -62,13 +62,16 @@ def test_every_page_takes_less_than_300_ms_with_100_000_clips_and_1_000_000_even
     add_member(store, "ada", "lead", "labeler", "reviewer", "senior")
     times = slowest(store, seeded)
     assert max(times.values()) < LIMIT, times
+    print(kind, "at first", {path: round(1000 * seconds) for path, seconds in times.items()})
     deadline = time.monotonic() + 300  # and once the reports are there, too
     client = Client(store, "ada")
     for path in pages_of(seeded.project_id):
         while time.monotonic() < deadline:
-            told = client.get(f"/api{path}").json()
-            if not isinstance(told, dict) or told.get("standing", {}).get("state", "fresh") in ("fresh", "old", "failed"):
+            answer = client.get(f"/api{path}")
+            told = answer.json() if answer.headers["content-type"] == "application/json" else {}
+            if told.get("standing", {}).get("state", "fresh") in ("fresh", "old", "failed"):
                 break
             time.sleep(1)
     times = slowest(store, seeded)
     assert max(times.values()) < LIMIT, times
+    print(kind, "later", {path: round(1000 * seconds) for path, seconds in times.items()})
