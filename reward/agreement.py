@@ -127,7 +127,10 @@ def gwet_ac1(units: Sequence[Sequence[float]]) -> float:
 
 
 def cohen_kappa(answers: Sequence[tuple[float, float]]) -> float:
-    """Cohen's kappa (1960) of two readers who judged the same things: (p_o - p_e) / (1 - p_e), chance by each one's own shares. nan where both always say one thing, or nothing was judged."""
+    """Cohen's kappa (1960) of two readers who judged the same things: (p_o - p_e) / (1 - p_e), chance by each one's own shares.
+
+    nan where both always say one and the same thing, or nothing was judged.
+    """
     if not answers:
         return float("nan")
     index = {value: i for i, value in enumerate(sorted({value for pair in answers for value in pair}))}
@@ -176,7 +179,7 @@ def _counts(units: Sequence[Sequence[float]]) -> Array:
 
 
 def _tallies(counts: Array) -> Array:
-    """Of every thing what the statistics are sums of, [N,2+2Q]: whether it was judged twice or more, the agreement then; the share of each answer; how often each was given there."""
+    """What the statistics are sums of, [N,2+2Q]: whether a thing was judged twice or more, and the agreement then; the share of each answer; how often each was given there."""
     judged = counts.sum(1)
     several = judged > 1
     agreed = np.where(several, (counts * (counts - 1)).sum(1) / np.maximum(judged * (judged - 1), 1), 0)

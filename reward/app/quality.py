@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import BaseModel
 from sqlalchemy import select
 
+from reward.app.reports import gently
 from reward.app.schema import clip, item
 from reward.app.store import Store
 from reward.safety.policy import load_policy
@@ -118,7 +119,7 @@ def people_of(store: Store, project_id: str) -> People:
     """Agreement and habits. Skipped tasks and answers that were taken back do not count; gold and practice do not count for agreement."""
     of = 0
     recent: deque[RankingEvent] = deque(maxlen=MOST_ANSWERS)
-    for event in events_of(store, project_id):
+    for event in gently(events_of(store, project_id)):
         recent.append(event)
         of += 1
     return People(answers=len(recent), of=of, dimensions=agreement_of(recent), people=persons_of(recent, lengths_of(store, project_id, recent)))
@@ -401,7 +402,7 @@ def scores_of(store: Store, project_id: str) -> dict[tuple[str, str], Scores]:
     thresholds: dict[tuple[str, str], float] = {}
     kept = select(clip.c.clip_id, clip.c.decision).where(clip.c.project_id == project_id, clip.c.state.in_(("live", "withdrawn"))).order_by(clip.c.created_at, clip.c.id)
     with store.reading() as db:
-        for clip_id, decision in db.execution_options(yield_per=2_000).execute(kept):
+        for clip_id, decision in gently(db.execution_options(yield_per=200).execute(kept)):
             for each in decision.get("rulings", []):
                 if each["score"] is not None and each["verdict"] != "error":
                     key = (each["filter"], each["policy"])

@@ -7,9 +7,10 @@ that a small store shows what holds now and a large one answers at once. One thr
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 from weakref import WeakKeyDictionary
@@ -23,6 +24,8 @@ from reward.app.store import Store
 T = TypeVar("T")
 PATIENCE = 0.12  # seconds that a request waits
 REST = 10  # times the duration of the last one
+TURN = 0.0005  # seconds that the thread goes on while a request wants to: of the interpreter, one runs at a time
+BREATH, AFTER = 0.001, 25  # seconds that it sleeps, after so many rows
 State = Literal["fresh", "old", "computing", "failed"]
 
 
@@ -74,8 +77,12 @@ def _work(held: _Held, working: threading.Event, seq: int, at: int, make: Callab
     value, problem = held.value, ""
     try:
         with _turn:
-            begun = time.monotonic()
-            value = make()
+            begun, kept = time.monotonic(), sys.getswitchinterval()
+            sys.setswitchinterval(TURN)
+            try:
+                value = make()
+            finally:
+                sys.setswitchinterval(kept)
     except UserError as error:
         problem = str(error)
     except Exception:
@@ -87,3 +94,11 @@ def _work(held: _Held, working: threading.Event, seq: int, at: int, make: Callab
         held.ended = time.monotonic()
         held.seconds = held.ended - begun
     working.set()
+
+
+def gently(rows: Iterable[T]) -> Iterator[T]:
+    """The rows, with pauses in which requests run: for long loops of a report."""
+    for place, row in enumerate(rows):
+        if place % AFTER == 0:
+            time.sleep(BREATH)
+        yield row

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, func, insert, select
 from base_model.errors import UserError
 from reward.app.log import canonical
 from reward.app.quality import Filters
+from reward.app.reports import gently
 from reward.app.schema import clip, event, item, reading, signoff, threshold
 from reward.app.security import Actor, Denied, sha256
 from reward.app.store import Store, new_id
@@ -87,7 +88,7 @@ def evidence_of(run: str, counted: Counted, filters: Filters) -> dict[str, Any]:
 
 def _versions(db: Connection, mine: Any) -> list[str]:
     found: set[str] = set()
-    for decision in db.execution_options(yield_per=2_000).execute(select(clip.c.decision).where(*mine)).scalars():
+    for (decision,) in gently(db.execution_options(yield_per=200).execute(select(clip.c.decision).where(*mine))):
         found.update(each["filter"] for each in decision.get("rulings", []))
     return sorted(found)
 
