@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: help setup demo test test-slow mutate lint clean
+.PHONY: help setup demo test test-slow mutate lint packages clean
 
 help:
 	@echo "make demo       set up, then run everything: about eight minutes, ends with the path of the report"
@@ -26,11 +26,16 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(OFFLINE) $(BIN)/rushes demo
 
-test: lint
+test: lint packages
 	$(OFFLINE) $(BIN)/python -m pytest -p no:cacheprovider -m "not slow"
 
-test-slow: $(READY)
+test-slow: $(READY) packages
 	$(OFFLINE) $(BIN)/python -m pytest -p no:cacheprovider -m slow
+
+packages:  # what the tests of the app drive; without them they are skipped, with the reason
+	@test -x /usr/bin/chromium -a -d /usr/lib/postgresql || \
+	  (test "$$(id -u)" = 0 && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium postgresql fonts-dejavu-core) || \
+	  echo "chromium and postgresql are not installed, and could not be: apt-get install chromium postgresql"
 
 mutate: $(READY)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutate

@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -126,8 +126,8 @@ def read_video(path: str | Path, *, max_frames: int | None = None, seconds: floa
     return Video(np.stack(frames), fps)
 
 
-def decode_video(content: bytes, name: str, bounds: Bounds) -> Video:
-    """Decodes a clip that came from outside: mp4 or Matroska, told by its first bytes, with one of `CODECS`, from memory, so that no path in it leads anywhere.
+def decode_video(content: bytes, name: str, bounds: Bounds, *, codecs: Sequence[str] = CODECS) -> Video:
+    """Decodes a clip that came from outside: mp4 or Matroska, told by its first bytes, with one of `codecs`, from memory, so that no path in it leads anywhere.
 
     Nothing larger than `bounds` is decoded, whatever the file says of itself: the decoder refuses a frame before it makes room for it. `name` stands in errors.
     Raises UserError where it is no such file, larger than `bounds`, truncated or damaged, or not the lossless clip that its own digest says.
@@ -136,7 +136,7 @@ def decode_video(content: bytes, name: str, bounds: Bounds) -> Video:
     if kind is None:
         raise UserError(f"neither mp4 nor Matroska, {name}. Give a clip in one of them")
     _refuse_truncated_mp4(io.BytesIO(content), len(content), name)
-    frames, fps, digest = _decode(name, content=content, kind=kind, bounds=bounds)
+    frames, fps, digest = _decode(name, content=content, kind=kind, bounds=bounds, codecs=codecs)
     video = np.stack(frames)
     if digest is not None and digest != digest_of(video):
         raise UserError(f"the clip is damaged: its {len(video)} frames are not the ones that were written, {name}. Make it again")
@@ -259,8 +259,9 @@ def _decode(
     content: bytes | None = None,
     kind: str | None = None,
     bounds: Bounds = LOCAL,
+    codecs: Sequence[str] = CODECS,
 ) -> tuple[list[NDArray[np.uint8]], float, str | None]:
-    """(frames, fps, the digest the file carries) of the file at `path`, or of `content`, which is of that `kind` and one of `CODECS`."""
+    """(frames, fps, the digest the file carries) of the file at `path`, or of `content`, which is of that `kind` and one of `codecs`."""
     import av
     from av.video.reformatter import VideoReformatter
 
@@ -277,8 +278,8 @@ def _decode(
             stream = next((each for each in container.streams.video if each.codec_context is not None), None)
             if stream is None:
                 raise UserError(f"the file has no video stream that can be decoded, {path}. Give a video")
-            if kind and stream.codec_context.codec.canonical_name not in CODECS:
-                raise UserError(f"the clip is encoded as {stream.codec_context.codec.canonical_name}, {path}. Give one of {', '.join(CODECS)}")
+            if kind and stream.codec_context.codec.canonical_name not in codecs:
+                raise UserError(f"the clip is encoded as {stream.codec_context.codec.canonical_name}, {path}. Give one of {', '.join(codecs)}")
             stream.codec_context.thread_count = 1
             stream.codec_context.options = decoding
             fps = float(stream.average_rate or stream.guessed_rate or 0)

@@ -44,7 +44,14 @@ def cookie_name(request: Request) -> str:
 
 
 def actor_of(request: Request) -> Actor | None:
-    """Who asks, by token or by session; None for nobody."""
+    """Who asks, by token or by session; None for nobody. Looked up once a request."""
+    if not hasattr(request.state, "actor"):
+        request.state.actor = _look_up(request)
+    found: Actor | None = request.state.actor
+    return found
+
+
+def _look_up(request: Request) -> Actor | None:
     store = store_of(request)
     given = request.headers.get("authorization", "")
     if given:

@@ -22,7 +22,7 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -33,7 +33,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Table, bindparam, insert, select, update
 
 from base_model.errors import UserError
 from reward.app.schema import api_token, membership, person, person_private, session
@@ -150,27 +150,35 @@ def end_sessions(store: Store, db: Connection, person_id: str, *, but: str = "")
 def actor_of_session(store: Store, cookie: str) -> Actor | None:
     now = store.now()
     with store.reading() as db:
-        row = db.execute(
-            select(session, person.c.pseudonym, person.c.state, person.c.settings, person_private.c.name)
-            .join(person, person.c.id == session.c.person_id)
-            .join(person_private, person_private.c.person_id == person.c.id)
-            .where(session.c.id_hash == sha256(cookie))
-        ).first()
-        if row is None or row.ended_at is not None or row.state not in ("active", "paused"):
-            return None
-        if not (now - SESSION_MS < row.created_at and now - IDLE_MS < row.seen_at):
-            return None
-        roles = roles_of(db, row.person_id)
+        rows = db.execute(BY_SESSION, {"hash": sha256(cookie)}).all()
+    if not rows or rows[0].ended_at is not None:
+        return None
+    row = rows[0]
+    if not (now - SESSION_MS < row.created_at and now - IDLE_MS < row.seen_at):
+        return None
     if now - row.seen_at > SEEN_EVERY_MS:
         with store.writing() as db:
             db.execute(update(session).where(session.c.id_hash == row.id_hash).values(seen_at=now))
-    return Actor(row.person_id, row.pseudonym, row.name, roles, row.settings, row.csrf, row.id_hash)
+    return Actor(row.person_id, row.pseudonym, row.name, _roles(rows), row.settings, row.csrf, row.id_hash)
 
 
-def roles_of(db: Connection, person_id: str) -> dict[str, frozenset[str]]:
+def _who(table: Table) -> Any:
+    """What an actor is made of, a row a role, of active and paused people; for a statement built once: every request asks it."""
+    columns = (person.c.pseudonym, person.c.settings, person_private.c.name, membership.c.project_id, membership.c.role)
+    joined = table.join(person, person.c.id == table.c.person_id).join(person_private, person_private.c.person_id == person.c.id)
+    joined = joined.outerjoin(membership, membership.c.person_id == person.c.id)
+    return select(table, *columns).select_from(joined).where(person.c.state.in_(("active", "paused")))
+
+
+BY_SESSION = _who(session).where(session.c.id_hash == bindparam("hash"))
+BY_TOKEN = _who(api_token).where(api_token.c.token_hash == bindparam("hash"))
+
+
+def _roles(rows: Sequence[Any]) -> dict[str, frozenset[str]]:
     found: dict[str, set[str]] = {}
-    for project_id, role in db.execute(select(membership.c.project_id, membership.c.role).where(membership.c.person_id == person_id)):
-        found.setdefault(project_id, set()).add(role)
+    for row in rows:
+        if row.role is not None:
+            found.setdefault(row.project_id, set()).add(row.role)
     return {project_id: frozenset(roles) for project_id, roles in found.items()}
 
 
@@ -189,15 +197,10 @@ def make_token(store: Store, db: Connection, actor: Actor, name: str, days: int)
 
 def actor_of_token(store: Store, secret: str) -> Actor | None:
     with store.reading() as db:
-        row = db.execute(
-            select(api_token, person.c.pseudonym, person.c.state, person.c.settings, person_private.c.name)
-            .join(person, person.c.id == api_token.c.person_id)
-            .join(person_private, person_private.c.person_id == person.c.id)
-            .where(api_token.c.token_hash == sha256(secret))
-        ).first()
-        if row is None or row.revoked_at is not None or row.expires_at <= store.now() or row.state not in ("active", "paused"):
-            return None
-        return Actor(row.person_id, row.pseudonym, row.name, roles_of(db, row.person_id), row.settings, "", "")
+        rows = db.execute(BY_TOKEN, {"hash": sha256(secret)}).all()
+    if not rows or rows[0].revoked_at is not None or rows[0].expires_at <= store.now():
+        return None
+    return Actor(rows[0].person_id, rows[0].pseudonym, rows[0].name, _roles(rows), rows[0].settings, "", "")
 
 
 # Requests

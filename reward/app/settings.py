@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy import Connection, select
 
 from reward.app.schema import project
+from reward.app.security import Denied
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(max_length=20_000)]
@@ -103,6 +104,8 @@ class ProjectSettings(_Strict):
 
 
 def settings_of(db: Connection, project_id: str) -> ProjectSettings:
-    """The settings of a project; what was not set has its default."""
-    held: dict[str, Any] = db.execute(select(project.c.settings).where(project.c.id == project_id)).scalar_one()
+    """The settings of a project; what was not set has its default. Raises Denied, 404, where there is no such project."""
+    held: dict[str, Any] | None = db.execute(select(project.c.settings).where(project.c.id == project_id)).scalar()
+    if held is None:
+        raise Denied(404, "there is nothing here")
     return ProjectSettings.model_validate(held)

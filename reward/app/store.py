@@ -135,7 +135,7 @@ def _engine(url: Any, is_sqlite: bool) -> Engine:
     def _settings(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # transactions begin where we say so
         cursor = connection.cursor()
-        for each in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-65536", "temp_store=MEMORY"):
+        for each in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON", "cache_size=-65536", "temp_store=MEMORY"):
             cursor.execute(f"PRAGMA {each}")
         cursor.close()
 

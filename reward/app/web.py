@@ -27,9 +27,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from base_model.errors import UserError
-from reward.app.access import PUBLIC, actor_of
+from reward.app.access import ANYBODY, PUBLIC, actor_of, may
 from reward.app.security import BODY_BYTES, HEADERS, Actor, Denied, RateLimits, check_origin
-from reward.app.store import Store
+from reward.app.store import Store, is_alive
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
@@ -150,11 +150,13 @@ def make_app(store: Store, settings: AppSettings | None = None) -> FastAPI:
     from reward.app import routes
 
     settings = settings or AppSettings()
-    app = FastAPI(title="Rushes", version="1", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json", generate_unique_id_function=lambda route: route.name)
+    app = FastAPI(title="Rushes", version="1", docs_url=None, redoc_url=None, openapi_url=None, generate_unique_id_function=lambda route: route.name)
     app.state.store, app.state.limits, app.state.settings = store, RateLimits(), settings
     app.state.cookie = "__Host-rushes" if settings.secure else "rushes"
     for room in routes.ROOMS:
-        app.include_router(room.router)
+        app.router.routes.extend(room.router.routes)
+    app.add_api_route("/api/openapi.json", lambda: app.openapi(), include_in_schema=False, dependencies=[Depends(may(*ANYBODY))])
+    app.add_api_route("/api/health", health, dependencies=[Depends(PUBLIC)])
     app.add_api_route("/static/{digest}/{name}", static_file, include_in_schema=False, dependencies=[Depends(PUBLIC)])
     for error in (Denied, HTTPException, RequestValidationError, UserError, DataError):
         app.add_exception_handler(error, _error)
@@ -183,12 +185,21 @@ class Guarded:
                 message["headers"] += [(name.lower().encode(), value.encode()) for name, value in HEADERS.items() if name.lower().encode() not in held]
             await send(message)
 
+        if "\0" in scope["path"]:  # PostgreSQL has no text with it: no id is one
+            await JSONResponse({"detail": "there is nothing here"}, 404)(scope, receive, with_headers)
+            return
         try:
             check_origin(request.method, request.headers, request.headers.get("host", ""))
         except Denied as error:
             await JSONResponse({"detail": str(error)}, error.status)(scope, receive, with_headers)
             return
         await self.app(scope, receive, with_headers)
+
+
+def health(request: Request) -> Response:
+    """Whether the database answers."""
+    alive = is_alive(request.app.state.store)
+    return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
 
 def static_file(digest: str, name: str) -> Response:

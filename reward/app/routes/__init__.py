@@ -1,5 +1,5 @@
 """The rooms of the app: each file holds the routes of one, thin over the functions that do the work."""
 
-from reward.app.routes import account, lead, lead_quality
+from reward.app.routes import account, lead, lead_quality, reviewer
 
-ROOMS = (account.pages, lead.pages, lead_quality.pages)
+ROOMS = (account.pages, lead.pages, lead_quality.pages, reviewer.pages)

@@ -6,25 +6,33 @@ import hashlib
 import itertools
 import os
 import shutil
-import subprocess
+import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from sqlalchemy import create_engine, insert, text
 from starlette.testclient import TestClient
 
+from base_model.errors import UserError
 from base_model.video.files import mp4_bytes
+from recipes.bench._postgres import postgres as server
+from recipes.bench._postgres import programs
 from reward.app import people, security
 from reward.app.media import path_of
 from reward.app.schema import clip, project, prompt
 from reward.app.store import Store, new_id, open_store
 from reward.app.web import AppSettings, make_app
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
 PASSWORD = "correct horse battery"
-POSTGRES = next((folder for folder in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True) if (folder / "initdb").exists()), None)
 STORES = ("sqlite", "postgresql")
 
 
@@ -53,25 +61,14 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a real server of our own, without a database: on a socket in a temporary folder, gone with it."""
-    if POSTGRES is None:
-        pytest.skip("no PostgreSQL server is installed: apt-get install postgresql")
-    root = Path(os.environ.get("TMPDIR", "/tmp")) / f"rushes-pg-{os.getpid()}"  # a socket's path is at most 107 bytes long
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(mode=0o755)
-    as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-    if as_user:
-        shutil.chown(root, "postgres", "postgres")
-    run = {"check": True, "capture_output": True, "cwd": "/"}
-    subprocess.run([*as_user, POSTGRES / "initdb", "-D", root / "data", "-A", "trust", "-U", "rushes", "--no-sync", "--locale=C.UTF-8"], **run)
-    options = f"-k {root} -c listen_addresses= -c shared_buffers=64MB -c max_connections=200"
-    subprocess.run([*as_user, POSTGRES / "pg_ctl", "-D", root / "data", "-o", options, "-l", root / "log", "-w", "start"], **run)
+def postgres() -> Iterator[str]:
+    """The URL of a real server of our own, without a database."""
     try:
-        yield f"postgresql+psycopg://rushes@/{{}}?host={root}"
-    finally:
-        subprocess.run([*as_user, POSTGRES / "pg_ctl", "-D", root / "data", "-m", "immediate", "stop"], **run)
-        shutil.rmtree(root)
+        programs()
+    except UserError as error:
+        pytest.skip(str(error))
+    with server(sync=False) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
@@ -199,3 +196,67 @@ def film(take: int) -> bytes:
     for t in range(13):
         frames[t, 8:24, 2 * t : 2 * t + 6] = [(220, 40, 40), (40, 200, 60), (60, 90, 230), (230, 210, 50), (200, 60, 200), (60, 200, 210)][take % 6]
     return mp4_bytes(frames, 12.0)
+
+
+CHROMIUM = next((path for path in map(Path, ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")) if path.exists()), None)
+FLAGS = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--mute-audio"]
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """Debian's Chromium, which plays H.264."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *(["--no-sandbox"] if os.getuid() == 0 else [])])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def serving(store: Store, settings: AppSettings | None = None) -> Iterator[str]:
+    """The app on a free port of this machine, in a thread; gives its address."""
+    import uvicorn
+
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(make_app(store, settings), http="h11", ws="none", lifespan="off", log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def log_in(page: Page, address: str, login: str) -> None:
+    page.goto(f"{address}/login")
+    page.get_by_label("Login").fill(login)
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Log in").click()
+    page.wait_for_url(f"{address}/")
+
+
+@pytest.fixture
+def page_of(chromium: Browser) -> Iterator[Callable[[str, str], Page]]:
+    """Opens pages that are logged in: page_of(address, login). A page on which a script failed, or the policy of contents was broken, fails the test."""
+    faults: list[str] = []
+    contexts = []
+
+    def make(address: str, login: str, **options: object) -> Page:
+        context = chromium.new_context(base_url=address, **options)  # type: ignore[arg-type]
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" and "status of 4" not in message.text else None)
+        log_in(page, address, login)
+        return page
+
+    yield make
+    for context in contexts:
+        context.close()
+    assert not faults, faults

@@ -1,0 +1,175 @@
+"""Headers, forgery, hosts, sizes and limits of requests (`reward/app/security.py` says why)."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+from sqlalchemy import select, update
+
+from reward.app import people, security
+from reward.app.schema import event, person, session
+from reward.app.security import HEADERS
+from reward.app.store import Store
+from reward.app.web import AppSettings, static_path, visible
+from tests.reward.app.conftest import PASSWORD, Client, add_member, add_project
+from tests.reward.app.test_access import routes_of
+
+LOGIN = {"login": "ada", "password": PASSWORD}
+
+
+def test_every_answer_of_every_route_carries_the_headers(store: Store) -> None:
+    add_member(store, "ada", "lead")
+    ids = {"project_id": {"home": add_project(store)}}
+    client = Client(store, "ada")
+    for route in routes_of(store):
+        if route.path.endswith("/logout"):
+            continue
+        path = route.path
+        for name in route.param_convertors:
+            path = path.replace("{" + name + "}", ids.get(name, {"home": "none"})["home"])
+        answer = client.request(next(iter(route.methods)), path, follow_redirects=False)
+        for name, value in HEADERS.items():
+            assert answer.headers[name] == value, f"{route.path}: {name}"
+    assert client.get("/nowhere").headers["x-content-type-options"] == "nosniff"
+    assert client.get(static_path("app.css")).headers["cache-control"].endswith("immutable")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://127.0.0.1.evil.example"},
+        {"origin": "http://127.0.0.1:8000"},
+    ],
+)
+def test_what_another_sites_page_sends_changes_nothing(store: Store, headers: dict[str, str]) -> None:
+    add_member(store, "ada", "lead")
+    client = Client(store, "ada")
+    for route in routes_of(store):
+        if "POST" in route.methods:
+            path = route.path
+            for name in route.param_convertors:
+                path = path.replace("{" + name + "}", "none")
+            answer = client.post(path, json={}, headers=headers)
+            assert (answer.status_code, answer.json()["detail"]) == (403, "the request comes from another site"), path
+            client = Client(store, "ada") if route.path.endswith("/logout") else client
+    assert Client(store).post("/api/login", json=LOGIN, headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize("token", ["", "wrong"])
+def test_a_sessions_request_needs_the_sessions_token(store: Store, token: str) -> None:
+    add_member(store, "ada", "lead")
+    client = Client(store, "ada")
+    assert client.post("/api/account/sessions/end", headers={"x-csrf": token}).status_code == 403
+    assert client.post("/api/account/sessions/end").status_code == 200
+    other = Client(store, "ada")
+    assert client.post("/api/account/sessions/end", headers={"x-csrf": other.me.csrf}).status_code == 403
+
+
+def test_only_the_names_it_is_served_under_are_answered(store: Store) -> None:
+    for host, status in (("127.0.0.1", 200), ("localhost:8012", 200), ("evil.example", 400), ("127.0.0.1.evil.example", 400)):
+        assert Client(store).get("/login", headers={"host": host}).status_code == status, host
+    assert Client(store, settings=AppSettings(hosts=("rushes.example",))).get("/login", headers={"host": "127.0.0.1"}).status_code == 400
+
+
+def test_the_cookie_is_out_of_reach_of_scripts_and_behind_tls_bound_to_the_host(store: Store) -> None:
+    add_member(store, "ada", "lead")
+    plain = Client(store).post("/api/login", json=LOGIN).headers["set-cookie"]
+    assert plain.startswith("rushes=") and "HttpOnly" in plain and "SameSite=lax" in plain and "Domain" not in plain
+    tls = Client(store, settings=AppSettings(secure=True)).post("/api/login", json=LOGIN).headers["set-cookie"]
+    assert tls.startswith("__Host-rushes=") and "Secure" in tls and "Path=/" in tls and "Domain" not in tls
+
+
+def test_a_cookie_planted_before_the_login_is_worth_nothing_after_it(store: Store) -> None:
+    add_member(store, "ada", "lead")
+    client = Client(store)
+    client.cookies.set("rushes", "planted", domain="127.0.0.1")
+    client.post("/api/login", json=LOGIN).raise_for_status()
+    assert "planted" not in client.cookies.values() or security.actor_of_session(store, "planted") is None
+    with store.reading() as db:
+        held = db.execute(select(session.c.id_hash)).scalars().all()
+    assert held and security.sha256("planted") not in held and not set(client.cookies.values()) & set(held)
+
+
+def test_sessions_end_when_roles_change_or_a_person_is_disabled(store: Store) -> None:
+    person_id = add_member(store, "ada", "labeler")
+    client = Client(store, "ada")
+    with store.writing() as db:
+        people.grant(store, db, person_id, "*", ("lead",), by="system")
+    assert client.get("/api/account").status_code == 401
+    client = Client(store, "ada")
+    with store.writing() as db:
+        db.execute(update(person).where(person.c.id == person_id).values(state="disabled"))
+    assert client.get("/api/account").status_code == 401
+    assert Client(store).post("/api/login", json=LOGIN).status_code == 401
+
+
+def test_logins_are_limited_by_account_and_by_address_and_refusals_are_logged(store: Store) -> None:
+    add_member(store, "ada", "lead")
+    client = Client(store)
+    told = [client.post("/api/login", json={"login": "ada", "password": "wrong"}).status_code for _ in range(12)]
+    assert told == [401] * 10 + [429] * 2
+    assert client.post("/api/login", json=LOGIN).status_code == 429
+    assert Client(store).post("/api/login", json=LOGIN).status_code == 200  # another process: limits are counted in memory
+    with store.reading() as db:
+        assert len(db.execute(select(event.c.seq).where(event.c.kind == "login refused")).all()) == 10
+
+
+def test_an_unknown_login_takes_as_long_as_a_wrong_password(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pwdlib import PasswordHash
+    from pwdlib.hashers.argon2 import Argon2Hasher
+
+    costly = PasswordHash((Argon2Hasher(time_cost=2, memory_cost=8192, parallelism=1),))
+    monkeypatch.setattr(security, "hasher", lambda: costly)
+    security._nobodys_hash.cache_clear()
+    add_member(store, "ada", "lead")
+
+    def seconds(login: str) -> float:
+        taken = []
+        for _ in range(7):
+            began = time.perf_counter()
+            with pytest.raises(security.Denied):
+                security.login(store, login, "wrong password", "")
+            taken.append(time.perf_counter() - began)
+        return statistics.median(taken)
+
+    security._nobodys_hash()
+    ratio = seconds("nobody") / seconds("ada")
+    security._nobodys_hash.cache_clear()
+    assert 0.5 < ratio < 2
+
+
+def test_large_bodies_are_refused_before_they_are_read_whole(store: Store) -> None:
+    add_member(store, "ada", "lead")
+    client = Client(store, "ada")
+    assert client.post("/api/account/tokens", content=b'{"name": "' + b"x" * security.BODY_BYTES + b'"}', headers={"content-type": "application/json"}).status_code == 413
+    nested = b"[" * 100_000 + b"]" * 100_000
+    assert client.post("/api/account/tokens", content=nested, headers={"content-type": "application/json"}).status_code == 400
+    assert client.post("/api/account/tokens", json={"name": "x" * 201}).status_code == 422
+    assert client.post("/api/account/tokens", data={"name": "x"}).status_code == 422
+
+
+def test_static_files_are_found_by_hash_and_nothing_else_is(store: Store) -> None:
+    client = Client(store)
+    good = static_path("app.js")
+    assert client.get(good).status_code == 200
+    digest = good.split("/")[2]
+    for path in (
+        "0" * 16 + "/app.js",
+        f"{digest}/app.css",
+        f"{digest}/..%2fweb.py",
+        f"{digest}/%2e%2e%2fweb.py",
+        f"{digest}//etc/passwd",
+        f"{digest}/app.js%00",
+        f"{digest}/..\\web.py",
+    ):
+        assert client.get(f"/static/{path}").status_code == 404, path
+
+
+def test_text_that_hides_something_is_shown_with_what_it_hides() -> None:
+    assert visible("a\u202eb\u200bc\x1b[31m\n\ttag\U000e0041é日本") == "a‹U+202E›b‹U+200B›c‹U+001B›[31m\n\ttag‹U+E0041›é日本"
