@@ -366,7 +366,8 @@ class Log(BaseModel):
     kind: str
     actor: str
     subject: str
-    length: int
+    length: int | None
+    """Of the whole log; None for who does not read all of it."""
     before: int | None
     """Where an older page begins; None at the end."""
 
@@ -380,23 +381,23 @@ def log_page(
     subject: Annotated[str, Query(max_length=80)] = "",
     before: Annotated[int | None, Query(ge=1, le=2**53)] = None,
 ) -> Log:
-    """Events, newest first. It tells of every project, so only who leads or audits all of them reads it."""
-    if not me.roles.get(leading.EVERYWHERE, frozenset()) & {LEAD, AUDITOR}:
-        raise Denied(404, "there is nothing here")
+    """Events, newest first: all of them for who leads or audits every project, for others those about their own projects themselves."""
+    everywhere = bool(me.roles.get(leading.EVERYWHERE, frozenset()) & {LEAD, AUDITOR})
+    own = [project_id for project_id, roles in me.roles.items() if roles & {LEAD, AUDITOR}]
     with store.reading() as db:
         length = db.execute(select(func.max(event.c.seq))).scalar() or 0
         top = min(before or length + 1, length + 1)
-        chosen = [event.c.seq < top]
+        chosen = [event.c.seq < top] if everywhere else [event.c.seq < top, event.c.subject.in_(own)]
         chosen += [column == wanted for column, wanted in ((event.c.kind, kind), (event.c.actor, actor), (event.c.subject, subject)) if wanted]
         lowest = 0
-        if actor and not (kind or subject):
+        if everywhere and actor and not (kind or subject):
             lowest = max(0, top - WINDOW)  # there is no index of actors: so many events are looked through at a time
             chosen.append(event.c.seq >= lowest)
         rows = db.execute(select(event).where(*chosen).order_by(event.c.seq.desc()).limit(EVENTS)).all()
         kinds = _kinds(db)
     found = [Event(**{name: getattr(row, name) for name in Event.model_fields}) for row in rows]
     older = found[-1].seq if len(found) == EVENTS else lowest or None
-    return Log(events=found, kinds=kinds, kind=kind, actor=actor, subject=subject, length=length, before=older if older and older > 1 else None)
+    return Log(events=found, kinds=kinds, kind=kind, actor=actor, subject=subject, length=length if everywhere else None, before=older if older and older > 1 else None)
 
 
 def _kinds(db: Any) -> list[str]:

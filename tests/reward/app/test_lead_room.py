@@ -119,7 +119,10 @@ def test_a_lead_of_one_project_sees_nothing_of_another_and_an_auditor_changes_no
         assert lead.get(f"/api/projects/{other}/lead{tab}").status_code == 404, tab
         assert auditor.get(f"/api/projects/{mine}/lead{tab}").status_code == 200, tab
     assert [each["name"] for each in lead.get("/api/projects").json()["projects"]] == ["mine"]
-    assert lead.get("/api/log").status_code == 404 and lead.post("/api/projects", json={"name": "third"}).status_code == 404
+    lead.post(f"/api/projects/{mine}/lead/state", json={"state": "open"})
+    assert lead.post(f"/api/projects/{mine}/lead/state", json={"state": "closed"}).status_code == 200
+    assert {each["subject"] for each in lead.get("/api/log").json()["events"]} == {mine} and lead.get("/api/log").json()["length"] is None
+    assert lead.post("/api/projects", json={"name": "third"}).status_code == 404
     for place in (mine, other):
         assert lead.post(f"/api/projects/{place}/lead/people/{bob}/roles", json={"roles": ["labeler"]}).status_code == 404
         assert lead.post(f"/api/projects/{place}/lead/people/{bob}/pause").status_code == 404
