@@ -123,18 +123,90 @@ def gwet_ac1(units: Sequence[Sequence[float]]) -> float:
     p_e = sum_q pi_q (1 - pi_q) / (Q - 1), with pi_q the mean share of answer q in a unit. Unlike alpha and kappa it does not fall to nothing where nearly all answers
     are the same. Units with a single answer count in pi_q. nan where nothing was judged twice; 1 where everybody gave one and the same answer.
     """
-    values = sorted({value for unit in units for value in unit})
-    if not any(len(unit) > 1 for unit in units):
+    return _ac1(_tallies(_counts(units)).sum(0))
+
+
+def cohen_kappa(answers: Sequence[tuple[float, float]]) -> float:
+    """Cohen's kappa (1960) of two readers who judged the same things: (p_o - p_e) / (1 - p_e), chance by each one's own shares.
+
+    nan where both always say one and the same thing, or nothing was judged.
+    """
+    if not answers:
         return float("nan")
-    if len(values) == 1:
-        return 1.0
-    counts = np.array([[unit.count(value) for value in values] for unit in map(list, units) if unit], dtype=float)  # [N,Q]
-    judged = counts.sum(1)  # [N]
+    index = {value: i for i, value in enumerate(sorted({value for pair in answers for value in pair}))}
+    table = np.zeros((len(index), len(index)))
+    for first, second in answers:
+        table[index[first], index[second]] += 1
+    table /= table.sum()
+    chance = float(table.sum(0) @ table.sum(1))
+    return float("nan") if chance >= 1 else float((np.trace(table) - chance) / (1 - chance))
+
+
+def fleiss_kappa(units: Sequence[Sequence[float]]) -> float:
+    """Fleiss' kappa (1971, "Measuring nominal scale agreement among many raters"), also where things were judged by different numbers of people.
+
+    Things judged once are left out. nan where everybody gave one and the same answer, or nothing was judged twice.
+    """
+    return _fleiss(_tallies(_counts(units)).sum(0))
+
+
+def agreement_of_pairs(pairs: Sequence[Pair], clusters: Mapping[str, str], *, seed: int = 0, draws: int = 200) -> dict[str, Interval]:
+    """Raw agreement ("raw"), Fleiss' kappa ("kappa") and Gwet's AC1 ("ac1") of {worse, tie, better}, with a bootstrap over clusters of prompts; each pair enters in both orders,
+    as in `alpha_of_pairs`."""
+    names = sorted({clusters[pair.prompt_id] for pair in pairs})
+    counts = np.array([[list(pair.votes.values()).count(answer) for answer in (-1, 0, 1)] for pair in pairs], dtype=float).reshape(-1, 3)
+    place = {name: i for i, name in enumerate(names)}
+    rows = np.array([place[clusters[pair.prompt_id]] for pair in pairs], dtype=np.int64)
+    kept = np.flatnonzero(counts.sum(0) + counts[:, ::-1].sum(0))
+    sums = np.zeros((len(names), 2 + 2 * len(kept)))
+    for order in (counts, counts[:, ::-1]):
+        np.add.at(sums, rows, _tallies(order[:, kept]))
+    chosen = np.random.default_rng(seed).integers(max(len(sums), 1), size=(draws, len(sums)))
+    drawn = [sums[some].sum(0) for some in chosen]
+    return {name: _with_interval(statistic, sums.sum(0), drawn) for name, statistic in (("raw", _raw), ("kappa", _fleiss), ("ac1", _ac1))}
+
+
+def _with_interval(statistic: Callable[[Array], float], whole: Array, drawn: Sequence[Array]) -> Interval:
+    samples = [statistic(each) for each in drawn]
+    low, high = np.nanpercentile(samples, [2.5, 97.5]) if np.isfinite(samples).any() else (float("nan"), float("nan"))
+    return Interval(statistic(whole), float(low), float(high))
+
+
+def _counts(units: Sequence[Sequence[float]]) -> Array:
+    """How often each answer was given about each thing, [N,Q]; things without an answer are left out."""
+    values = sorted({value for unit in units for value in unit})
+    return np.array([[unit.count(value) for value in values] for unit in map(list, units) if unit], dtype=float).reshape(-1, len(values))
+
+
+def _tallies(counts: Array) -> Array:
+    """What the statistics are sums of, [N,2+2Q]: whether a thing was judged twice or more, and the agreement then; the share of each answer; how often each was given there."""
+    judged = counts.sum(1)
     several = judged > 1
-    agreed = float(((counts * (counts - 1)).sum(1)[several] / (judged * (judged - 1))[several]).mean())
-    share = (counts / judged[:, None]).mean(0)  # [Q]
-    chance = float((share * (1 - share)).sum() / (len(values) - 1))
-    return (agreed - chance) / (1 - chance)
+    agreed = np.where(several, (counts * (counts - 1)).sum(1) / np.maximum(judged * (judged - 1), 1), 0)
+    return np.column_stack([several, agreed, counts / np.maximum(judged, 1)[:, None], counts * several[:, None]])
+
+
+def _raw(sums: Array) -> float:
+    return float(sums[1] / sums[0]) if sums[0] else float("nan")
+
+
+def _ac1(sums: Array) -> float:
+    shares = np.split(sums[2:], 2)[0]
+    if not sums[0]:
+        return float("nan")
+    if len(shares) == 1:
+        return 1.0
+    share = shares / shares.sum()
+    chance = float((share * (1 - share)).sum() / (len(share) - 1))
+    return (_raw(sums) - chance) / (1 - chance)
+
+
+def _fleiss(sums: Array) -> float:
+    totals = np.split(sums[2:], 2)[1]
+    if not sums[0] or (totals > 0).sum() < 2:
+        return float("nan")
+    chance = float(((totals / totals.sum()) ** 2).sum())
+    return (_raw(sums) - chance) / (1 - chance)
 
 
 def raw_agreement(units: Sequence[Sequence[float]]) -> float:

@@ -20,6 +20,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from pydantic import BaseModel
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -157,7 +158,7 @@ def make_app(store: Store, settings: AppSettings | None = None) -> FastAPI:
     app.add_api_route("/api/openapi.json", lambda: app.openapi(), include_in_schema=False, dependencies=[Depends(may(*ANYBODY))])
     app.add_api_route("/api/health", health, dependencies=[Depends(PUBLIC)])
     app.add_api_route("/static/{digest}/{name}", static_file, include_in_schema=False, dependencies=[Depends(PUBLIC)])
-    for error in (Denied, HTTPException, RequestValidationError, UserError):
+    for error in (Denied, HTTPException, RequestValidationError, UserError, DataError):
         app.add_exception_handler(error, _error)
     app.add_exception_handler(Exception, _bug)
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=BODY_BYTES)
@@ -225,6 +226,8 @@ def _told(error: Exception) -> tuple[int, str, Mapping[str, str] | None]:
         return 422, f"{'.'.join(str(part) for part in first['loc'][1:]) or 'the request'}: {first['msg']}", None
     if isinstance(error, HTTPException):
         return error.status_code, str(error.detail), error.headers
+    if isinstance(error, DataError):
+        return 422, "the request holds what cannot be stored: a NUL, or a number that is too large", None
     return (error.status if isinstance(error, Denied) else 422), str(error), None
 
 

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 
 from reward.agreement import (
+    agreement_of_pairs,
     alpha_of_pairs,
     cluster_bootstrap,
+    cohen_kappa,
+    fleiss_kappa,
+    gwet_ac1,
     krippendorff_alpha,
     pairs_of,
     person_by_person,
+    raw_agreement,
     scorer_accuracy,
     three_way_agreement,
     tie_share,
@@ -110,3 +115,30 @@ def test_alpha_over_pairs_does_not_depend_on_which_clip_comes_first() -> None:
             mirrored.append(RankingEvent(f"{i}{name}", "t", f"p{i}", name, ("c", "b", "a"), ranks))
     found, other = alpha_of_pairs(pairs_of(events), clusters), alpha_of_pairs(pairs_of(mirrored), clusters)
     assert found == pytest.approx(other) and found.low < found.mean < found.high and 0 < found.mean < 1
+
+
+# Fleiss (1971), as retold in Fleiss, Levin & Paik, "Statistical methods for rates and proportions": fourteen raters, ten subjects, five categories; kappa 0.210
+FOURTEEN = [
+    [0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1],
+    [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7],
+]  # fmt: skip
+
+
+def test_kappas_of_published_tables() -> None:
+    units = [[float(category) for category, count in enumerate(row) for _ in range(count)] for row in FOURTEEN]
+    assert fleiss_kappa(units) == pytest.approx(0.210, abs=5e-4)
+    grants = [(1.0, 1.0)] * 20 + [(1.0, 0.0)] * 5 + [(0.0, 1.0)] * 10 + [(0.0, 0.0)] * 15  # two readers of fifty grant proposals: kappa 0.40
+    assert cohen_kappa(grants) == pytest.approx(0.4)
+    assert math.isnan(cohen_kappa([])) and math.isnan(cohen_kappa([(1.0, 1.0)])) and math.isnan(fleiss_kappa([[1.0], [0.0]]))
+
+
+def test_agreement_of_pairs_is_that_of_their_units_in_both_orders() -> None:
+    rng = np.random.default_rng(3)
+    events = [event(who, tuple(int(r) for r in rng.integers(1, 4, 3)), prompt) for prompt in "abcdefgh" for who in ("ann", "bob", "cat")[: 2 + int(prompt > "d")]]
+    pairs = pairs_of(events)
+    units = [[sign * float(vote) for vote in pair.votes.values()] for pair in pairs for sign in (1, -1)]
+    found = agreement_of_pairs(pairs, {prompt: prompt for prompt in "abcdefgh"})
+    for name, statistic in (("raw", raw_agreement), ("kappa", fleiss_kappa), ("ac1", gwet_ac1)):
+        assert found[name].mean == pytest.approx(statistic(units)), name
+        assert found[name].low <= found[name].mean <= found[name].high
+    assert all(math.isnan(value) for each in agreement_of_pairs([], {}).values() for value in each)
