@@ -281,7 +281,7 @@ def _taken(db: Connection, actor: Actor, answer_id: str, row: Row[Any], body: Ma
 
 def _feedback(db: Connection, row: Row[Any], body: Mapping[str, Any]) -> Feedback:
     """What was expected, by place, and what was done to the clips."""
-    rows = dict(db.execute(select(clip.c.id, clip.c.row).where(clip.c.id.in_(row.clips))).tuples().all())
+    rows = dict(db.execute(select(clip.c.id, clip.c.row).where(clip.c.id.in_(row.clips))).all())
     notes = [""] * len(row.clips)
     for at, each in enumerate(row.clips):
         fault = fault_of(rows[each])

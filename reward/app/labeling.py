@@ -141,12 +141,13 @@ def events_of(store: Store, project_id: str) -> Iterator[RankingEvent]:
     """Every answer about rankings that stands, one row for each of its dimensions. Practice, and tasks with a clip that was withdrawn, restricted or deleted since, are left
     out."""
     with store.reading() as db:
-        digests = dict(db.execute(select(clip.c.id, clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "live")).tuples().all())
+        digests = dict(db.execute(select(clip.c.id, clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "live")).all())
         names = [dimension.name for dimension in settings_of(db, project_id).labeling.dimensions]
         wanted = live_answers().where(answer.c.project_id == project_id, task.c.kind.in_(("rank", "gold"))).order_by(answer.c.at, answer.c.id)
-        for row in db.execution_options(yield_per=2_000).execute(wanted):
-            if all(each in digests for each in row.clips):
-                yield from _events(row, tuple(digests[each] for each in row.clips), names)
+        with db.execution_options(yield_per=2_000).execute(wanted) as found:
+            for row in found:
+                if all(each in digests for each in row.clips):
+                    yield from _events(row, tuple(digests[each] for each in row.clips), names)
 
 
 def _events(row: Row[Any], digests: tuple[str, ...], names: Sequence[str]) -> Iterator[RankingEvent]:
@@ -193,8 +194,8 @@ def demonstrations_of(store: Store, project_id: str) -> list[tuple[str, str]]:
     be shown now."""
     with store.reading() as db:
         rows = db.execute(live_answers().where(answer.c.project_id == project_id, task.c.kind == "demonstration").order_by(answer.c.at, answer.c.id)).all()
-        texts = dict(db.execute(select(prompt.c.prompt_id, prompt.c.text).where(prompt.c.project_id == project_id)).tuples().all())
-        digests = dict(db.execute(select(clip.c.id, clip.c.clip_id).where(clip.c.project_id == project_id, servable())).tuples().all())
+        texts = dict(db.execute(select(prompt.c.prompt_id, prompt.c.text).where(prompt.c.project_id == project_id)).all())
+        digests = dict(db.execute(select(clip.c.id, clip.c.clip_id).where(clip.c.project_id == project_id, servable())).all())
         found: list[tuple[str, str]] = []
         for row in rows:
             body = row.body
