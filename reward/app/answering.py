@@ -190,7 +190,7 @@ def submit(store: Store, actor: Actor, assignment_id: str, given: Answer) -> Tak
         _check_questions([each.name for each in labeling.dimensions], given.ranks, given.all_bad, usable, k)
         _check_watched(given, usable, k, labeling)
         before = (row.draft or {}).get("before_prompt")
-        if blind_dimensions(labeling) and before is None and not given.all_bad and len(usable) > 1:
+        if 0 < len(blind_dimensions(labeling)) < len(labeling.dimensions) and before is None and not given.all_bad and len(usable) > 1:
             raise Denied(422, "answer what comes before the prompt first")
         if before is not None and not given.all_bad and any(list(given.ranks.get(name, ())) != ranks for name, ranks in before.items() if ranks):
             raise Denied(422, "what was said before the prompt was shown stays as it was")
@@ -367,10 +367,11 @@ def _watching(row: Row[Any], given: Watching) -> dict[str, Any]:
 
 def _keep_text(store: Store, db: Connection, actor: Actor, text: str) -> str | None:
     """The id of a text in the table that can be emptied; None for an empty one."""
-    if not text.strip():
+    text = text.replace("\0", "").strip()
+    if not text:
         return None
     text_id = new_id("x")
-    db.execute(insert(private_text), {"id": text_id, "person_id": actor.person_id, "text": text.strip(), "created_at": store.now()})
+    db.execute(insert(private_text), {"id": text_id, "person_id": actor.person_id, "text": text, "created_at": store.now()})
     return text_id
 
 
