@@ -161,9 +161,9 @@ export class Player extends EventTarget {
   _watch(ms) {
     if (document.visibilityState !== "visible") return;
     for (const [video, i] of this._good()) {
-      if (!this.visible.has(i)) continue;
       const [from, to] = [this._last[i], video.currentTime];
       this._last[i] = to;
+      if (!this.visible.has(i)) continue;
       if (this.playing && !over(video)) this.ms[i] += Math.min(ms, 1000 * MOST_GAP);
       const first = to >= from && to - from < MOST_GAP * this.rate ? from : to;
       for (let bin = part(first, video); bin <= part(to, video); bin++) this.seen[i][bin] = 1;

@@ -37,9 +37,9 @@ const key = (id) => `undo ${now.view.project_id} ${id}`;
 
 // A task is made ready: its elements load before they are shown
 
-async function prepare(assignmentId) {
+async function prepare(assignmentId, left = null) {
   const view = await ask(`/api/assignments/${assignmentId}`);
-  const held = view.draft || {};
+  const held = left || view.draft || {};
   const said = { step: 0, ranks: {}, allBad: false, broken: [], unsafe: {}, likert: {}, confidence: "", comment: "", accepted: {}, best: null, caption: null, ...held.said };
   if (view.prompt !== null && view.work === "rank") said.step = Math.max(said.step, view.dimensions.findIndex((each) => each.sees_prompt));
   const takes = view.clips.map((clip) => take(view, clip));
@@ -322,10 +322,11 @@ async function undo() {
   const last = sessionStorage.getItem(key("answer"));
   if (!last) return heard("There is nothing to undo");
   try {
-    const told = await ask(`/api/answers/${last}/undo`, {});
+    const { id, left } = JSON.parse(last);
+    const told = await ask(`/api/answers/${id}/undo`, {});
     sessionStorage.removeItem(key("answer"));
     await store();
-    const task = await prepare(told.go.split("/").pop());
+    const task = await prepare(told.go.split("/").pop(), left);
     task.answerId = newId();
     show(task);
     store();
@@ -349,13 +350,15 @@ function save() {
   now.saving = setTimeout(store, DRAFT_MS, now);
 }
 
+function draftOf({ said, player, answerId, spent, began }) {
+  return { said, answerId, spent: Math.round(spent + performance.now() - began), seen: player.seen.map((each) => [...each]), ms: player.ms.map(Math.round) };
+}
+
 async function store(task = now) {
   clearTimeout(task.saving);
   task.saving = null;
-  const { said, player, answerId } = task;
-  const draft = { said, answerId, spent: Math.round(task.spent + performance.now() - task.began), seen: player.seen.map((each) => [...each]), ms: player.ms.map(Math.round) };
   try {
-    await ask(`/api/assignments/${task.view.assignment_id}/draft`, { draft });
+    await ask(`/api/assignments/${task.view.assignment_id}/draft`, { draft: draftOf(task) });
   } catch (error) {
     if (task === now && !sending) wrong(error.message);
   }
@@ -474,7 +477,7 @@ async function send(where, body) {
   try {
     now.sent ??= [where, body]; // what is sent again after a broken connection is the same
     const told = await ask(`/api/assignments/${now.view.assignment_id}/${now.sent[0]}`, now.sent[1]);
-    sessionStorage.setItem(key("answer"), told.answer_id);
+    sessionStorage.setItem(key("answer"), JSON.stringify({ id: told.answer_id, left: draftOf(now) }));
     now.player.pause();
     if (told.feedback) await explain(told.feedback);
     if (told.standing !== "fine") return leave();

@@ -62,8 +62,6 @@ def test_consent_comes_first_and_the_room_says_what_is_next(store: Store) -> Non
     ann.post(f"/api{mine['go']}/answer", json=an_answer(3).model_dump(mode="json")).raise_for_status()
     told = ann.get(f"/api{room}").json()
     assert (told["done"], told["today"], told["left_for_me"]) == (1, 1, 199)
-    now = store.now()
-    store.now = lambda: now + 3 * 3_600_000 if (now + 3 * 3_600_000) // 86_400_000 == now // 86_400_000 else now
     with store.writing() as db:
         db.execute(update(person).values(state="paused"))
     assert "You are paused" in ann.get(room, headers=HTML).text and ann.post(f"/api{room}/next", json={}).status_code == 403
@@ -214,7 +212,7 @@ def test_tasks_are_ranked_undone_and_flagged_by_keyboard_alone(store: Store, bro
         page = opened(browser, address, "ann")
         press = page.keyboard.press
         for label in ("Rank clips", "I have read this and take part", "Begin"):
-            page.wait_for_selector(f"text={label}")
+            page.wait_for_selector(f"text='{label}'")
             for _ in range(30):
                 press("Tab")
                 if label in page.evaluate("document.activeElement.innerText"):
@@ -339,7 +337,8 @@ def test_practice_is_explained_and_examples_are_chosen(store: Store, browser: An
     with served(store) as address:
         page = opened(browser, address, "ann")
         page.goto(f"/projects/{project_id}/label")
-        page.click("text=Begin with practice")
+        assert page.inner_text("[data-next=rank]") == "Begin with practice"
+        page.click("[data-next=rank]")
         wait_for_task(page)
         page.keyboard.press("x")
         page.keyboard.press("Enter")
@@ -348,7 +347,7 @@ def test_practice_is_explained_and_examples_are_chosen(store: Store, browser: An
         assert "Not as expected" in told and "as it was made" in told and told.count("on purpose") >= 3
         page.keyboard.press("Enter")
         page.wait_for_url("**/label")
-        page.click("text=Choose examples")
+        page.click("[data-next=demonstration]")
         wait_for_task(page)
         for each in ("y", "ArrowRight", "n", "ArrowRight", "1"):
             page.keyboard.press(each)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_all_clips_play_in_step_seek_in_step_and_come_in_ranges(screen: Callable
     first = page.evaluate(STATE)
     spreads = page.evaluate(SPREAD, 2500)
     second = page.evaluate(STATE)
-    assert all(each["ready"] >= 2 and each["width"] == 128 and each["muted"] for each in second)
+    assert all(each["ready"] >= 2 and each["width"] > 0 and each["muted"] for each in second)
     assert all(after["frames"] > before["frames"] + 5 for before, after in zip(first, second, strict=True)), "decoded frames advance"
     assert len(spreads) > 10 and max(spreads) <= FRAME, "one clock"
     page.keyboard.press(" ")
@@ -147,7 +148,8 @@ def test_in_one_place_only_the_clip_that_is_seen_counts_as_watched(screen: Calla
     page.wait_for_timeout(2500)
     for key in ("1", "Tab", "2", "Enter"):
         page.keyboard.press(key)
-    assert "of clip B you have seen 0 %" in page.inner_text("#wrong")
+    told = re.fullmatch(r"Watch every clip first: of clip B you have seen (\d+) %\.", page.inner_text("#wrong"))
+    assert told and int(told[1]) <= 40
     assert page.locator(".take.current").get_attribute("aria-label").startswith("Clip B")
     page.wait_for_timeout(1500)
     page.keyboard.press("Enter")
@@ -158,7 +160,7 @@ def test_a_clip_that_does_not_load_says_so_and_can_only_be_called_broken(screen:
     page = screen((1.0, None, 1.0))
     gone = page.locator(".take", has_text="does not load")
     gone.wait_for()
-    assert gone.locator(".ranks button:enabled").count() == 0 and gone.get_by_text("Broken").is_enabled()
+    assert gone.locator(".ranks button:enabled").count() == 0 and gone.get_by_role("button", name="is broken").is_enabled()
     page.wait_for_timeout(2200)
     for place in range(3):
         page.keyboard.press(str(place + 1))
