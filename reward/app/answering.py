@@ -255,7 +255,8 @@ def _record(store: Store, actor: Actor, assignment_id: str, given: Answer | Demo
             if sent.person_id != actor.person_id or sent.body["asked"] != asked or _withdrawn(db, given.id):
                 raise Denied(409, "an answer with this id is there already, and it is another one")
             return _taken(db, actor, sent.id, row, sent.body)
-        choosing.renew(store, db, row)
+        if row.state != "open":
+            choosing.renew(store, db, row)
         settings = settings_of(db, row.project_id)
         made = {**body(db, row, settings), "asked": asked, "guideline_version": settings.guideline_version, "app_version": version("rushes")}
         if not isinstance(given, Skip):
@@ -267,15 +268,17 @@ def _record(store: Store, actor: Actor, assignment_id: str, given: Answer | Demo
         if not row.repeat:
             choosing.count(db, row.task_id, **({"answered": 1} if state == "answered" else {"taken": -1}))
         store.log(db, actor.pseudonym, state, row.id, {"answer": given.id, "version": last + 1, "body": sha256(canonical(made))})
-        if row.purpose in ("gold", "repeat", "mirrored"):
+        if row.purpose in attention.CHECKS:
             attention.look_at(store, db, actor, row.project_id)
         return _taken(db, actor, given.id, row, made)
 
 
 def _taken(db: Connection, actor: Actor, answer_id: str, row: Row[Any], body: Mapping[str, Any]) -> Taken:
-    standing = attention.standing_of(attention.checks_of(db, actor.person_id, row.project_id), settings_of(db, row.project_id).labeling)
-    if attention.is_paused(db, actor.person_id):
-        standing = "paused"
+    """What the page is told; how somebody stands is said where it may have changed, after a check."""
+    standing: Standing = "fine"
+    if row.purpose in attention.CHECKS:
+        standing = attention.standing_of(attention.checks_of(db, actor.person_id, row.project_id), settings_of(db, row.project_id).labeling)
+        standing = "paused" if attention.is_paused(db, actor.person_id) else standing
     return Taken(answer_id=answer_id, assignment_id=row.id, standing=standing, feedback=_feedback(db, row, body) if row.kind == "practice" and body["what"] == "rank" else None)
 
 

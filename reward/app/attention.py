@@ -23,6 +23,7 @@ LEAST_TO_WARN, LEAST_TO_PAUSE = 3, 6
 MOST_TURNED = 1 / 3
 """Share of the pairs of a repeat that may be the other way round."""
 PAUSED = "paused for care"
+CHECKS = ("gold", "repeat", "mirrored")
 Standing = Literal["fine", "warned", "paused"]
 Ranks = Sequence[int | None]
 
@@ -65,7 +66,7 @@ def checks_of(db: Connection, person_id: str, project_id: str) -> list[bool]:
     """The last checks of a person, the newest first, since the last pause."""
     pseudonym = select(person.c.pseudonym).where(person.c.id == person_id).scalar_subquery()
     since = db.execute(select(func.max(event.c.at)).where(event.c.subject == pseudonym, event.c.kind == PAUSED)).scalar() or 0
-    wanted = live_answers().where(answer.c.person_id == person_id, answer.c.project_id == project_id, answer.c.at > since, assignment.c.purpose.in_(("gold", "repeat", "mirrored")))
+    wanted = live_answers().where(answer.c.person_id == person_id, answer.c.project_id == project_id, answer.c.at > since, assignment.c.purpose.in_(CHECKS))
     found = (row.body.get("ok") for row in db.execute(wanted.order_by(answer.c.at.desc()).limit(2 * WINDOW)))
     return [ok for ok in found if ok is not None][:WINDOW]
 

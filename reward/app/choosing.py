@@ -10,6 +10,7 @@ worthwhile task, or any, and never one that the person has had, but as a repeat.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -173,10 +174,10 @@ def _again(db: Connection, mine: Sequence[Row[Any]], rng: random.Random) -> Row[
 def _lease(store: Store, db: Connection, actor: Actor, project_id: str, task_id: str, order: Sequence[int], purpose: str, settings: Labeling, *, repeat: int = 0) -> str:
     now = store.now()
     values = {"purpose": purpose, "shown_order": list(order), "issued_at": now, "lease_until": now + settings.lease_minutes * 60_000, "state": "open"}
-    slot = 0 if repeat else free_slot(db, task_id)
-    if slot is None:
-        raise RuntimeError(f"task {task_id} is open and has no slot")
-    before = db.execute(select(assignment.c.id).where(assignment.c.task_id == task_id, assignment.c.person_id == actor.person_id, assignment.c.repeat == repeat)).scalar()
+    held = db.execute(select(assignment.c.id, assignment.c.person_id, assignment.c.slot, assignment.c.state, assignment.c.repeat).where(assignment.c.task_id == task_id)).all()
+    live = {row.slot for row in held if row.repeat == 0 and row.state in LIVE}
+    slot = 0 if repeat else next(slot for slot in itertools.count() if slot not in live)  # an open task has one left
+    before = next((row.id for row in held if row.person_id == actor.person_id and row.repeat == repeat), None)
     if before:
         db.execute(update(assignment).where(assignment.c.id == before).values(**values, slot=slot))
     assignment_id = before or new_id("a")

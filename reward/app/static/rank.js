@@ -485,6 +485,7 @@ async function send(where, body) {
     await goOn();
   } catch (error) {
     if (error.status) now.sent = null;
+    if (error.status === 403) return leave(); // the room says why
     wrong(error.message);
   } finally {
     sending = false;
