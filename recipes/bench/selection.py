@@ -29,8 +29,9 @@ from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.shapes.eye import Perception
 from recipes.shapes.labelers import REWARD_PANEL, rank
+from reward.asking import Candidate, Given, Mix, next_tasks
 from reward.ranking import pair_outcomes, tie_parameter
-from reward.selection import METHODS, Candidate, Given, Method, Mix, best_first, laplace_posterior, next_tasks, prior
+from reward.selection import METHODS, Method, best_first, laplace_posterior, prior
 
 VERSION = 1
 """Of what a curve means. One more wherever that changes: what was kept before is then refused, not read."""

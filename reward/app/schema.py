@@ -154,7 +154,7 @@ task = Table(
     Column("answered", Integer, nullable=False),
     Column("priority", Float, nullable=False),  # the most worthwhile first
     Column("shuffle", Float, nullable=False),  # uniform in [0, 1): where the random floor draws from
-    Column("state", String(8), nullable=False),  # open, full, closed
+    Column("state", String(8), nullable=False),  # open, full, held (a clip may not be shown now), closed
     Column("created_at", BigInteger, nullable=False),
     Index(None, "project_id", "kind", "state", "priority"),
     Index(None, "project_id", "kind", "state", "shuffle"),
@@ -168,7 +168,7 @@ assignment = Table(
     Column("task_id", ID, ForeignKey("task.id"), nullable=False),
     Column("person_id", ID, ForeignKey("person.id"), nullable=False),
     Column("slot", Integer, nullable=False),  # 0 .. wanted - 1: two people never hold one slot of a task
-    Column("purpose", String(10), nullable=False),  # active, random, gold, repeat, mirrored, practice, demonstration
+    Column("purpose", String(16), nullable=False),  # active, random, gold, repeat, mirrored, practice, demonstration
     Column("repeat", Integer, nullable=False),  # 0, or which repetition for this person
     Column("shown_order", JSON, nullable=False),  # shown_order[i]: place on the screen of clip i
     Column("issued_at", BigInteger, nullable=False),

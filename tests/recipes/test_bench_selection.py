@@ -16,8 +16,9 @@ from recipes import cli
 from recipes.bench import _pool, selection
 from recipes.bench._people import panel_worth
 from recipes.shapes.labelers import REWARD_PANEL, utility
+from reward.asking import Given
 from reward.model import INPUTS
-from reward.selection import METHODS, Given
+from reward.selection import METHODS
 
 TOY = ["--prompts", "6", "--held_out", "5", "--clips", "4", "--sizes", "[2]", "--rankings", "[24, 24]", "--candidates", "20", "--seeds", "[0, 1]"]
 

@@ -12,20 +12,17 @@ import torch
 from scipy import integrate, optimize
 from torch import Tensor
 
+from reward.asking import Candidate, Given, Mix, next_tasks
 from reward.ranking import davidson_luce, weak_orders
 from reward.selection import (
     METHODS,
-    Candidate,
-    Given,
     Method,
-    Mix,
     Posterior,
     best_first,
     d_optimal,
     expected_information,
     fisher_information,
     laplace_posterior,
-    next_tasks,
     prior,
     ranking_log_probs,
     variance_information,

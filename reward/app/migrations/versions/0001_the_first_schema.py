@@ -240,7 +240,7 @@ def upgrade() -> None:
         sa.Column("task_id", sa.String(length=40), nullable=False),
         sa.Column("person_id", sa.String(length=40), nullable=False),
         sa.Column("slot", sa.Integer(), nullable=False),
-        sa.Column("purpose", sa.String(length=10), nullable=False),
+        sa.Column("purpose", sa.String(length=16), nullable=False),
         sa.Column("repeat", sa.Integer(), nullable=False),
         sa.Column("shown_order", sa.JSON(), nullable=False),
         sa.Column("issued_at", sa.BigInteger(), nullable=False),
