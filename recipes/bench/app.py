@@ -48,7 +48,8 @@ StoreKind = Literal["sqlite", "postgresql"]
 START_SECONDS = 60.0
 TAKES = 4
 REMARKS = (
-    "One server process, its database and the simulated labelers share the machine. Milliseconds; `next_task` is two requests, the lease and the task's data. `server_cpu_share`: of one core.",
+    "One server process, its database and the simulated labelers share the machine. Milliseconds; `next_task` is two requests, the lease and the task's data. "
+    "`server_cpu_share`: of one core.",
     "`lost`: acknowledged answers that are not in the store; `duplicated`: answers, or answered leases, that are there twice, and leases given to two.",
 )
 
@@ -308,7 +309,8 @@ def beside(cfg: Config) -> list[Row]:
             pairs = list(zip(_answer_ours(mine, project_id, cfg.peer_tasks), peer.answer_tasks(their, theirs_project, cfg.peer_tasks), strict=True))
             rows.append(_ratio(f"next task, {said}", [a for (a, _), _ in pairs], [b for _, (b, _) in pairs]))
             rows.append(_ratio(f"submit, {said}", [a for (_, a), _ in pairs], [b for _, (_, b) in pairs]))
-            mine.close(), their.close()
+            mine.close()
+            their.close()
         return rows
 
 
