@@ -87,9 +87,14 @@ def _projects(world: World) -> dict[str, str]:
     return {"home": world.home, "away": world.away}
 
 
-OBJECTS: dict[str, Callable[[World], dict[str, str]]] = {"project_id": _projects}
+def _people(world: World) -> dict[str, str]:
+    """People who ask nothing themselves, so that their roles and sessions may end."""
+    return {"home": add_member(world.store, "worker", "labeler", project_id=world.home), "away": add_member(world.store, "far-worker", "labeler", project_id=world.away)}
+
+
+OBJECTS: dict[str, Callable[[World], dict[str, str]]] = {"project_id": _projects, "person_id": _people}
 """For every parameter of a path, one id that belongs to `home` and one that does not. A parameter that is not here fails the matrix."""
-FREE = {"token": "no-such-token", "token_id": "k_none", "digest": "0" * 16, "name": "app.css"}
+FREE = {"invitation_id": "i_none", "proposal_id": "h_none", "token": "no-such-token", "token_id": "k_none", "digest": "0" * 16, "name": "app.css"}
 """Parameters that lead to nothing of a project."""
 
 
