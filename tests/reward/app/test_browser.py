@@ -62,8 +62,8 @@ def test_a_page_of_another_origin_cannot_act_for_who_is_logged_in(store: Store, 
             page.route(f"{origin}**", lambda route: route.fulfill(body=HOSTILE.format(address=address), content_type="text/html"))
             page.goto(origin)
             page.wait_for_function("document.title === 'tried'")
-            page.evaluate("document.getElementById('f').submit()")
-            page.wait_for_load_state()
+            with page.expect_navigation():
+                page.evaluate("document.getElementById('f').submit()")
         page.goto(f"{address}/account")
         assert page.locator("tbody tr").count() == 2
         page.close(), other.close()
