@@ -199,20 +199,28 @@ def film(take: int) -> bytes:
 
 
 CHROMIUM = next((path for path in map(Path, ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")) if path.exists()), None)
-FLAGS = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--mute-audio"]
+FLAGS = [
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--mute-audio",
+    "--autoplay-policy=no-user-gesture-required",
+]
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
+def browser() -> Iterator[Browser]:
     """Debian's Chromium, which plays H.264."""
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *(["--no-sandbox"] if os.getuid() == 0 else [])])
-        yield browser
-        browser.close()
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *(["--no-sandbox"] if os.getuid() == 0 else [])])
+        yield started
+        started.close()
 
 
 @contextmanager
@@ -242,13 +250,13 @@ def log_in(page: Page, address: str, login: str) -> None:
 
 
 @pytest.fixture
-def page_of(chromium: Browser) -> Iterator[Callable[[str, str], Page]]:
+def page_of(browser: Browser) -> Iterator[Callable[[str, str], Page]]:
     """Opens pages that are logged in: page_of(address, login). A page on which a script failed, or the policy of contents was broken, fails the test."""
     faults: list[str] = []
     contexts = []
 
     def make(address: str, login: str, **options: object) -> Page:
-        context = chromium.new_context(base_url=address, **options)  # type: ignore[arg-type]
+        context = browser.new_context(base_url=address, **options)  # type: ignore[arg-type]
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: faults.append(str(error)))

@@ -30,10 +30,10 @@ const told = [];
 </script>"""
 
 
-def test_somebody_joins_by_an_invitation_logs_out_and_in_again(store: Store, chromium: Browser) -> None:
+def test_somebody_joins_by_an_invitation_logs_out_and_in_again(store: Store, browser: Browser) -> None:
     token = people.first_invitation(store)
     with serving(store) as address:
-        page = chromium.new_page(base_url=address)
+        page = browser.new_page(base_url=address)
         page.goto(f"/join/{token}")
         page.get_by_label("Login").fill("Ada")
         page.get_by_label("Your name").fill("Ada <b>L.</b>")
@@ -53,11 +53,11 @@ def test_somebody_joins_by_an_invitation_logs_out_and_in_again(store: Store, chr
         page.close()
 
 
-def test_a_page_of_another_origin_cannot_act_for_who_is_logged_in(store: Store, chromium: Browser) -> None:
+def test_a_page_of_another_origin_cannot_act_for_who_is_logged_in(store: Store, browser: Browser) -> None:
     add_member(store, "ada", "lead")
     with serving(store) as address:
-        log_in(other := chromium.new_page(), address, "ada")
-        log_in(page := chromium.new_page(), address, "ada")
+        log_in(other := browser.new_page(), address, "ada")
+        log_in(page := browser.new_page(), address, "ada")
         for origin in ("http://evil.example/", "http://localhost:9/"):
             page.route(f"{origin}**", lambda route: route.fulfill(body=HOSTILE.format(address=address), content_type="text/html"))
             page.goto(origin)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,18 +11,12 @@ from sqlalchemy import func, insert, select, update
 from reward.app import labeling, planting
 from reward.app.schema import answer, assignment, clip, item, person, project, task
 from reward.app.store import Store, new_id
-from tests.reward.app.browser import PHONE, chromium, opened, served
-from tests.reward.app.conftest import Client, add_clips, add_member, add_project
+from tests.reward.app.browser import PHONE, opened
+from tests.reward.app.conftest import Client, add_clips, add_member, add_project, serving
 from tests.reward.app.test_labeling import NO_CHECKS, an_answer
 
 HTML = {"accept": "text/html"}
 SHORT = {**NO_CHECKS, "takes": 3, "least_watched": 0}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
 
 
 def a_room(store: Store, *, prompts: int = 3, files: bool = False, name: str = "horses", **settings: Any) -> str:
@@ -208,7 +201,7 @@ def by_place(store: Store, row: Any, name: str = "overall") -> list[int | None]:
 def test_tasks_are_ranked_undone_and_flagged_by_keyboard_alone(store: Store, browser: Any) -> None:
     project_id = a_room(store, prompts=5, files=True)
     add_member(store, "ann", "labeler", project_id=project_id)
-    with served(store) as address:
+    with serving(store) as address:
         page = opened(browser, address, "ann")
         press = page.keyboard.press
         for label in ("Rank clips", "I have read this and take part", "Begin"):
@@ -265,7 +258,7 @@ def test_a_draft_comes_back_and_a_second_tab_or_a_double_click_adds_nothing(stor
     project_id = a_room(store, prompts=2, files=True)
     ann = a_labeler(store, "ann", project_id)
     go = ann.post(f"/api/projects/{project_id}/label/next", json={}).json()["go"]
-    with served(store) as address:
+    with serving(store) as address:
         page = opened(browser, address, "ann")
         page.goto(go)
         wait_for_task(page)
@@ -291,7 +284,7 @@ def test_a_draft_comes_back_and_a_second_tab_or_a_double_click_adds_nothing(stor
 def test_chips_are_dragged_into_their_places_with_the_mouse(store: Store, browser: Any) -> None:
     project_id = a_room(store, files=True)
     ann = a_labeler(store, "ann", project_id)
-    with served(store) as address:
+    with serving(store) as address:
         page = opened(browser, address, "ann")
         page.goto(ann.post(f"/api/projects/{project_id}/label/next", json={}).json()["go"])
         mine = wait_for_task(page)
@@ -310,7 +303,7 @@ def test_chips_are_dragged_into_their_places_with_the_mouse(store: Store, browse
 def test_a_phone_in_portrait_ranks_by_touch_and_nothing_is_wider_than_it(store: Store, browser: Any) -> None:
     project_id = a_room(store, files=True, takes=6, prompts=2, likert=True, confidence=True)
     ann = a_labeler(store, "ann", project_id)
-    with served(store) as address:
+    with serving(store) as address:
         page = opened(browser, address, "ann", viewport=PHONE, has_touch=True, is_mobile=True)
         page.goto(ann.post(f"/api/projects/{project_id}/label/next", json={}).json()["go"])
         mine = wait_for_task(page)
@@ -334,7 +327,7 @@ def test_practice_is_explained_and_examples_are_chosen(store: Store, browser: An
     with store.writing() as db:
         labeling.make_demonstrations(store, db, project_id, as_actor())
     a_labeler(store, "ann", project_id)
-    with served(store) as address:
+    with serving(store) as address:
         page = opened(browser, address, "ann")
         page.goto(f"/projects/{project_id}/label")
         assert page.inner_text("[data-next=rank]") == "Begin with practice"
@@ -377,7 +370,7 @@ def test_axe_finds_no_serious_violation_on_any_page_of_the_room(store: Store, br
             if each["impact"] in ("serious", "critical"):
                 found.append(f"{where}: {each['id']} {each['nodes'][0]['html'][:160]}")
 
-    with served(store) as address:
+    with serving(store) as address:
         page = opened(browser, address, "ann", color_scheme=scheme, bypass_csp=True)
         page.goto(room)
         look(page, "consent")
@@ -417,7 +410,7 @@ def test_text_from_outside_is_shown_and_never_run(store: Store, browser: Any) ->
     with store.writing() as db:
         labeling.make_tasks(store, db, project_id, as_actor())
     add_member(store, "ann", "labeler", project_id=project_id)
-    with served(store) as address:
+    with serving(store) as address:
         page = opened(browser, address, "ann")
         page.on("dialog", lambda dialog: page.problems.append("a script ran"))
         page.goto(f"/projects/{project_id}/label")

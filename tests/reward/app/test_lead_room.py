@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from sqlalchemy import update
 
 from reward.app import leading, quality
 from reward.app.schema import clip
 from reward.app.store import Store
-from reward.app.web import make_app
-from tests.reward.app.conftest import PASSWORD, Client, add_clips, add_member, add_project
+from tests.reward.app.conftest import PASSWORD, Client, add_clips, add_member, add_project, serving
 from tests.reward.app.seeding import seed_store
 
-CHROMIUM = Path("/usr/bin/chromium")
 HTML = {"accept": "text/html"}
 TABS = ("", "/people", "/agreement", "/filters", "/thresholds", "/signoffs", "/import", "/exports", "/settings")
 
@@ -236,34 +229,6 @@ def test_a_nul_in_a_request_is_refused_in_words(each_store: Store) -> None:
 # In a browser
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    sync = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.exists():
-        pytest.skip("no Chromium is installed: apt-get install chromium")
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-    with sync.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
-        yield browser
-        browser.close()
-
-
-@contextmanager
-def served(store: Store) -> Iterator[str]:
-    """The address of an app on a port of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(make_app(store), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
-
-
 def page_of(browser: Any, address: str, login: str, errors: list[str], **how: Any) -> Any:
     page = browser.new_context(**how).new_page()
     page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
@@ -276,15 +241,15 @@ def page_of(browser: Any, address: str, login: str, errors: list[str], **how: An
     return page
 
 
-def test_a_lead_sets_up_invites_and_agrees_with_a_senior_on_a_threshold_in_a_browser(store: Store, chromium: Any) -> None:
+def test_a_lead_sets_up_invites_and_agrees_with_a_senior_on_a_threshold_in_a_browser(store: Store, browser: Any) -> None:
     project_id = add_project(store)
     add_clips(store, project_id, files=False, verdicts=("allow", "block", "review", "error"))
     add_member(store, "ada", "lead", project_id=project_id)
     add_member(store, "sam", "senior", project_id=project_id)
     get(Client(store, "ada"), f"/projects/{project_id}/lead/thresholds")
     errors: list[str] = []
-    with served(store) as address:
-        lead = page_of(chromium, address, "ada", errors)
+    with serving(store) as address:
+        lead = page_of(browser, address, "ada", errors)
         lead.get_by_role("link", name="Lead the project").click()
         lead.get_by_role("link", name="Settings").click()
         lead.get_by_label("Takes").fill("3")
@@ -306,7 +271,7 @@ def test_a_lead_sets_up_invites_and_agrees_with_a_senior_on_a_threshold_in_a_bro
         lead.get_by_role("button", name="Propose it").click()
         lead.get_by_role("button", name="Take it back").wait_for()
         assert lead.get_by_role("button", name="Approve").count() == 0
-        senior = page_of(chromium, address, "sam", errors, viewport={"width": 360, "height": 740})
+        senior = page_of(browser, address, "sam", errors, viewport={"width": 360, "height": 740})
         senior.get_by_role("link", name="Thresholds").click()
         senior.get_by_role("button", name="Approve").click()
         senior.get_by_role("link", name="As YAML").wait_for()
@@ -314,14 +279,14 @@ def test_a_lead_sets_up_invites_and_agrees_with_a_senior_on_a_threshold_in_a_bro
     assert errors == []
 
 
-def test_every_page_is_free_of_serious_faults_of_access_on_a_phone_in_the_dark(store: Store, chromium: Any) -> None:
+def test_every_page_is_free_of_serious_faults_of_access_on_a_phone_in_the_dark(store: Store, browser: Any) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     project_id = add_project(store)
     add_clips(store, project_id, files=False, verdicts=("allow", "block", "review", "error"))
     add_member(store, "ada", "lead")
     client, errors = Client(store, "ada"), []
-    with served(store) as address:
-        page = page_of(chromium, address, "ada", errors, viewport={"width": 360, "height": 740}, color_scheme="dark")
+    with serving(store) as address:
+        page = page_of(browser, address, "ada", errors, viewport={"width": 360, "height": 740}, color_scheme="dark")
         for path in ("/projects", "/log", *(f"/projects/{project_id}/lead{tab}" for tab in TABS), f"/projects/{project_id}/lead/thresholds?choice=P17+flash+3&new=0.3"):
             get(client, path)
             page.goto(address + path)
@@ -331,15 +296,15 @@ def test_every_page_is_free_of_serious_faults_of_access_on_a_phone_in_the_dark(s
     assert errors == []
 
 
-def test_numbers_come_up_to_date_by_themselves(store: Store, chromium: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_come_up_to_date_by_themselves(store: Store, browser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     project_id = add_project(store)
     add_member(store, "ada", "lead")
     go = threading.Event()
     kept = leading.progress_of
     monkeypatch.setattr(leading, "progress_of", lambda *told: (go.wait(20), kept(*told))[1])
     errors: list[str] = []
-    with served(store) as address:
-        page = page_of(chromium, address, "ada", errors)
+    with serving(store) as address:
+        page = page_of(browser, address, "ada", errors)
         page.goto(f"{address}/projects/{project_id}/lead")
         assert "being worked out" in page.locator(".standing").inner_text()
         go.set()

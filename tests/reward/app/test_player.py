@@ -15,8 +15,8 @@ from reward.app import choosing, labeling
 from reward.app.media import path_of
 from reward.app.schema import clip
 from reward.app.store import Store
-from tests.reward.app.browser import chromium, opened, served
-from tests.reward.app.conftest import add_clips, add_project
+from tests.reward.app.browser import opened
+from tests.reward.app.conftest import add_clips, add_project, serving
 from tests.reward.app.test_labeling import NO_CHECKS, as_labeler
 
 FPS, SECONDS = 12.0, 4
@@ -35,12 +35,6 @@ SPREAD = """(ms) => new Promise((done) => {
   };
   look();
 })"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
 
 
 def moving(seconds: float, colour: int) -> bytes:
@@ -70,7 +64,7 @@ def screen(store: Store, browser: Any) -> Iterator[Callable[..., Any]]:
         with store.writing() as db:
             labeling.make_tasks(store, db, project_id, ann)
         assignment_id = choosing.next_assignment(store, ann, project_id).assignment_id
-        address = served(store)
+        address = serving(store)
         page = opened(browser, address.__enter__(), "ann", **options)
         closing.extend([page.context.close, lambda: address.__exit__(None, None, None)])
         page.made, page.answers = made, []

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from reward.app.store import Store
 from reward.app.web import make_app
 from tests.reward.app.conftest import PASSWORD, Client, add_clips, add_member, add_project, film
 
-CHROMIUM = "/usr/bin/chromium"
 CLIP = "document.getElementById('clip')"
 HTML = {"accept": "text/html"}
 
@@ -275,19 +273,6 @@ class Served:
     def close(self) -> None:
         self._server.should_exit = True
         self._thread.join(10)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if not Path(CHROMIUM).exists():
-        pytest.skip("no Chromium is installed: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
