@@ -93,6 +93,8 @@ class SafetyLimit(BaseConfig):
     """The same by what is known of the filters from before: hits of so many violating clips, rejections of so many harmless ones. Not together with `audit`."""
     rate: Positive = 0.15
     """Step of the multiplier, in log space."""
+    proportional: NonNegative = 0.0
+    """Damps the swings of the multiplier, in log space: this times how far the rate is off its target, relative to the larger of both, on top of what `rate` adds up."""
     initial: Annotated[float, Field(ge=1e-3)] = 1.0
     """First multiplier."""
     cap: Positive = 3.0
@@ -388,6 +390,7 @@ def limits_of(cfg: Setting, assess: Assessor) -> tuple[Multiplier | None, GuardW
         limit=safety.limit,
         target=safety.target,
         rate=safety.rate,
+        proportional=safety.proportional,
         initial=safety.initial,
         cap=safety.cap,
         confidence=None if correct else safety.confidence,
