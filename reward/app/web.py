@@ -30,6 +30,7 @@ from base_model.errors import UserError
 from reward.app.access import ANYBODY, PUBLIC, actor_of, may
 from reward.app.security import BODY_BYTES, HEADERS, Actor, Denied, RateLimits, check_origin
 from reward.app.store import Store, is_alive
+from reward.safety.policy import load_policy
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
@@ -69,7 +70,7 @@ class Pages:
         """Registers `POST /api{path}`. A page that asked through htmx is sent to where the answer's `go` points."""
 
         def register(function: F) -> F:
-            def answer(request: Request, response: Response, told: Any = Depends(function)) -> Any:
+            async def answer(request: Request, response: Response, told: Any = Depends(function)) -> Any:
                 if isinstance(told, Done) and told.go and request.headers.get("hx-request"):
                     response.headers["HX-Redirect"] = told.go
                 return told
@@ -150,6 +151,7 @@ def make_app(store: Store, settings: AppSettings | None = None) -> FastAPI:
     from reward.app import routes
 
     settings = settings or AppSettings()
+    load_policy()  # it takes half a second, which no request should wait for
     app = FastAPI(title="Rushes", version="1", docs_url=None, redoc_url=None, openapi_url=None, generate_unique_id_function=lambda route: route.name)
     app.state.store, app.state.limits, app.state.settings = store, RateLimits(), settings
     app.state.cookie = "__Host-rushes" if settings.secure else "rushes"
