@@ -250,7 +250,7 @@ def _box(facts: Any) -> tuple[int, int]:
 @pages.router.get("/media/{assignment_id}/{place}", include_in_schema=False)
 def media(assignment_id: str, place: int, request: Request, me: Me, store: StoreOf) -> Response:
     """A clip of one's own assignment, while it may be shown."""
-    with store.reading() as db:
+    with store.glancing() as db:
         row = own_assignment(db, me, assignment_id)
         clip_id = answering.clip_at(row, place)
         if row.state not in choosing.LIVE or not servable_of(db, [clip_id]):
