@@ -25,7 +25,6 @@ Lead = Annotated[Actor, Depends(may(LEAD))]
 Reader = Annotated[Actor, Depends(may(LEAD, AUDITOR))]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 EVENTS = 100  # on a page of the log
-WINDOW = 50_000  # events that one page looks through
 
 # What every page of the room says
 
@@ -389,15 +388,11 @@ def log_page(
         top = min(before or length + 1, length + 1)
         chosen = [event.c.seq < top] if everywhere else [event.c.seq < top, event.c.subject.in_(own)]
         chosen += [column == wanted for column, wanted in ((event.c.kind, kind), (event.c.actor, actor), (event.c.subject, subject)) if wanted]
-        lowest = 0
-        if everywhere and actor and not (kind or subject):
-            lowest = max(0, top - WINDOW)  # there is no index of actors: so many events are looked through at a time
-            chosen.append(event.c.seq >= lowest)
         rows = db.execute(select(event).where(*chosen).order_by(event.c.seq.desc()).limit(EVENTS)).all()
         kinds = _kinds(db)
     found = [Event(**{name: getattr(row, name) for name in Event.model_fields}) for row in rows]
-    older = found[-1].seq if len(found) == EVENTS else lowest or None
-    return Log(events=found, kinds=kinds, kind=kind, actor=actor, subject=subject, length=length if everywhere else None, before=older if older and older > 1 else None)
+    older = found[-1].seq if len(found) == EVENTS else None
+    return Log(events=found, kinds=kinds, kind=kind, actor=actor, subject=subject, length=length if everywhere else None, before=older if older != 1 else None)
 
 
 def _kinds(db: Any) -> list[str]:
