@@ -14,6 +14,7 @@ from contextlib import closing
 from sqlalchemy import Connection, delete, func, insert, select, text, update
 
 from reward.app.media import path_of
+from reward.app.reviewing import forget_draft, give_up
 from reward.app.schema import api_token, assignment, clip, event, item, membership, person, person_private, private_text, reading, session, tombstone
 from reward.app.security import HOUR, Denied
 from reward.app.settings import settings_of
@@ -100,9 +101,18 @@ def retain(store: Store, project_id: str, by: str = "system") -> int:
 def _mark(store: Store, db: Connection, clips: Sequence[str], reason: str, by: str) -> None:
     for clip_id in clips:
         db.execute(update(clip).where(clip.c.id == clip_id).values(state="deleted"))
-        db.execute(update(item).where(item.c.clip == clip_id, item.c.state == "open").values(state="closed"))
+        _end_reviews(store, db, clip_id)
         _bury(store, db, "clip", clip_id, reason, by)
         store.log(db, by, "clip deleted", clip_id)
+
+
+def _end_reviews(store: Store, db: Connection, clip_id: str) -> None:
+    """Nobody is asked about a clip any more: its items are closed, and readings of it that are open are over, with their drafts. What was decided stands."""
+    for reading_id in db.execute(select(reading.c.id).where(reading.c.clip == clip_id, reading.c.state == "open")).scalars().all():
+        give_up(db, reading_id, "expired")
+        forget_draft(db, reading_id)
+        store.log(db, "system", "reading expired", reading_id)
+    db.execute(update(item).where(item.c.clip == clip_id, item.c.state != "closed").values(state="closed"))
 
 
 def remove_media(store: Store, digests: Sequence[str]) -> None:

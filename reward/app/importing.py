@@ -28,7 +28,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from base_model.errors import UserError
 from reward.app.log import canonical
-from reward.app.media import path_of
+from reward.app.media import VARIANTS, missing_of, path_of
 from reward.app.schema import clip, project, prompt
 from reward.app.security import Denied, sha256
 from reward.app.store import Store, new_id
@@ -262,15 +262,20 @@ def _problem(source: Source) -> str:
 
 
 def _media(store: Store, folder: Path, source: Source, render: Render) -> tuple[dict[str, Any], str]:
-    """What is known of the clip's file, and why it cannot be shown, if so. Media of the same file are not made again; those of another file are left alone."""
+    """What is known of the clip's file, and why it cannot be shown, if so. Media of the same file are made again where one is missing; those of another file are left alone."""
     try:
         content = _read(folder, source.file)
         digest, made_of = hashlib.sha256(content).hexdigest(), path_of(store, source.clip_id, SOURCE)
-        if made_of.exists():
-            return _facts(store, source.clip_id), "" if made_of.read_text() == digest else "media of another file are there under its id"
-        for name, variant in render(content).items():
-            _write(path_of(store, source.clip_id, name), variant)
-        _write(made_of, digest.encode())
+        if made_of.exists() and made_of.read_text() != digest:
+            return _facts(store, source.clip_id), "media of another file are there under its id"
+        if not made_of.exists() or missing_of(store, source.clip_id):
+            made = render(content)
+            lacking = [name for name in VARIANTS if name not in made]
+            if lacking:
+                return {}, f"nothing was made of it to be shown as {lacking[0]}"
+            for name, variant in made.items():
+                _write(path_of(store, source.clip_id, name), variant)
+            _write(made_of, digest.encode())
     except Exception as error:  # whatever a file does to who reads it, it costs one clip
         return {}, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return _facts(store, source.clip_id), ""

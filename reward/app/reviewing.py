@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, insert, literal, or_, select, update
 
 from base_model.errors import UserError
@@ -42,6 +42,7 @@ from reward.app.schema import clip, event, item, membership, person, private_tex
 from reward.app.security import Actor, Denied, sha256
 from reward.app.settings import Reviewing, settings_of
 from reward.app.store import Store, new_id
+from reward.app.texts import Written
 from reward.safety.policy import Policy, load_policy
 
 AUDITS = ("blocked", "random", "stratified")
@@ -83,15 +84,6 @@ class Mark(_Strict):
         return self
 
 
-def _can_be_kept(text: str) -> str:
-    """Raises ValueError for what no database keeps: NUL, and halves of characters."""
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("a text holds no NUL and no half characters")
-    return text
-
-
-Written = Annotated[str, AfterValidator(_can_be_kept), Field(max_length=4_000)]
-"""What a person wrote."""
 Codes = Annotated[tuple[Annotated[str, Field(max_length=8)], ...], Field(max_length=32)]
 
 

@@ -12,11 +12,12 @@ from sqlalchemy import Connection, Row, select
 from reward.app import auditing, exposure, media, reviewing
 from reward.app.access import AUDITOR, LEAD, REVIEWERS, SENIOR, StoreOf, may
 from reward.app.exposure import Rest
-from reward.app.reviewing import SENIORS, SKIPS, Decision, Draft, Level, Personal, Queue, Skip, Written
+from reward.app.reviewing import SENIORS, SKIPS, Decision, Draft, Level, Personal, Queue, Skip
 from reward.app.schema import clip, item, person, project, prompt, reveal, review, withdrawal
 from reward.app.security import Actor, Denied
 from reward.app.settings import settings_of
 from reward.app.store import Store
+from reward.app.texts import Written
 from reward.app.web import Done, Pages, when
 from reward.safety.policy import load_policy
 

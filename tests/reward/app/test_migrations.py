@@ -214,7 +214,9 @@ def test_a_step_that_is_killed_on_the_way_changed_nothing_and_is_done_by_the_nex
     before = contents(old_store, tables)
     old_store.engine.dispose()
     url = old_store.url.render_as_string(hide_password=False)
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(old_store.folder), url], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, str(old_store.folder), url], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, check=False
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     assert version(old_store) == "0001" and contents(old_store, tables) == before
     assert "ix_event_actor_seq" not in {each["name"] for each in inspect(old_store.engine).get_indexes("event")}
