@@ -83,19 +83,29 @@ def delete_clip(store: Store, project_id: str, clip_id: str, by: str, *, restric
 
 
 def retain(store: Store, project_id: str, by: str = "system") -> int:
-    """Deletes the media of clips that were withdrawn longer ago than the project keeps them; returns how many. What earlier deletions did not finish is finished."""
-    with store.writing() as db:
-        days = settings_of(db, project_id).retention_days
-        gone: Sequence[str] = []
-        if days is not None:
-            since = select(func.max(event.c.at)).where(event.c.subject == clip.c.id, event.c.kind == "clip withdrawn").correlate(clip).scalar_subquery()
-            old = func.coalesce(since, clip.c.created_at) <= store.now() - days * DAY
-            gone = db.execute(select(clip.c.id).where(clip.c.project_id == project_id, clip.c.state == "withdrawn", old)).scalars().all()
-            _mark(store, db, gone, f"withdrawn more than {days} days ago", by)
+    """`retire`; returns how many clips. What earlier deletions did not finish is finished."""
+    gone = retire(store, project_id, by)
+    with store.reading() as db:
         digests = db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "deleted")).scalars().all()
     remove_media(store, digests)
     forget(store)
     return len(gone)
+
+
+def retire(store: Store, project_id: str, by: str = "system") -> list[str]:
+    """Deletes the media of clips that were withdrawn longer ago than the project keeps them; returns the digests of their frames."""
+    with store.reading() as db:
+        days = settings_of(db, project_id).retention_days
+    if days is None:
+        return []
+    since = select(func.max(event.c.at)).where(event.c.subject == clip.c.id, event.c.kind == "clip withdrawn").correlate(clip).scalar_subquery()
+    old = func.coalesce(since, clip.c.created_at) <= store.now() - days * DAY
+    with store.writing() as db:
+        gone = db.execute(select(clip.c.id, clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "withdrawn", old)).all()
+        _mark(store, db, [row.id for row in gone], f"withdrawn more than {days} days ago", by)
+    digests = [row.clip_id for row in gone]
+    remove_media(store, digests)
+    return digests
 
 
 def _mark(store: Store, db: Connection, clips: Sequence[str], reason: str, by: str) -> None:

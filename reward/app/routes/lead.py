@@ -11,7 +11,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, Field
 from sqlalchemy import func, select
 
-from reward.app import importing, leading, people, plots
+from reward.app import exposure, importing, leading, people, plots
 from reward.app.access import AUDITOR, LEAD, MEANING, StoreOf, may
 from reward.app.reports import Report, State, report
 from reward.app.schema import event, project
@@ -140,9 +140,18 @@ def change_settings(project_id: str, body: dict[str, Any], me: Lead, store: Stor
 # People
 
 
+class Exposed(BaseModel):
+    """How long a member looked at clips of severity 3 and 4 in the last seven days, in this project."""
+
+    pseudonym: str
+    minutes: float
+
+
 class People(BaseModel):
     place: Place
     members: list[leading.Member]
+    exposure: list[Exposed]
+    """Of members who had anything revealed, most first."""
     invitations: list[leading.Invited]
     roles: dict[str, str]
     me: str
@@ -167,7 +176,10 @@ def people_page(project_id: str, me: Reader, store: StoreOf) -> People:
     place = place_of(store, project_id, me, everywhere=True)
     with store.reading() as db:
         members, invited = leading.members(store, db, project_id, me), leading.invitations(store, db, project_id)
-    return People(place=place, members=members, invitations=invited, roles=MEANING, me=me.person_id)
+        week = exposure.week_of(db, None if project_id == leading.EVERYWHERE else project_id, store.now())
+    exposed = [Exposed(pseudonym=each.pseudonym, minutes=round(week[each.person_id], 1)) for each in members if each.person_id in week]
+    exposed.sort(key=lambda each: (-each.minutes, each.pseudonym))
+    return People(place=place, members=members, exposure=exposed, invitations=invited, roles=MEANING, me=me.person_id)
 
 
 @pages.action("/projects/{project_id}/lead/invitations")

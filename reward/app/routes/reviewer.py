@@ -163,6 +163,8 @@ class Decisions(BaseModel):
     project_id: str
     decisions: list[DecisionSeen]
     may_appeal: bool
+    policies: dict[str, str]
+    """Of which clips may be planted."""
 
 
 def policy_texts() -> list[PolicyText]:
@@ -272,7 +274,25 @@ def review_decisions(project_id: str, me: Reader, store: StoreOf) -> Decisions:
         )
         for row in rows
     ]  # fmt: skip
-    return Decisions(project_id=project_id, decisions=found, may_appeal=me.has(SENIOR, project_id) or me.has(LEAD, project_id))
+    plantable = {rule.code: rule.name for rule in load_policy().rules if not rule.escalate}
+    return Decisions(project_id=project_id, decisions=found, may_appeal=me.has(SENIOR, project_id) or me.has(LEAD, project_id), policies=plantable)
+
+
+class Gold(BaseModel):
+    """A clip whose truth is known."""
+
+    clip: Annotated[str, Field(min_length=1, max_length=64)]
+    """Its id, or the digest of its frames."""
+    policies: list[str] | str = []
+    """What it violates; none where it is harmless."""
+
+
+@pages.action("/review/{project_id}/gold")
+def review_gold(project_id: str, body: Gold, me: Overseer, store: StoreOf) -> Done:
+    """Plants a clip whose truth is known among those of the random audit."""
+    codes = [body.policies] if isinstance(body.policies, str) else body.policies  # a form sends one checked box as a text
+    auditing.plant(store, project_id, body.clip.strip(), codes, me)
+    return Done(done="the clip is planted", go=f"/review/{project_id}/decisions")
 
 
 class Appeal(BaseModel):
