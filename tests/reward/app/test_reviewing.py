@@ -817,7 +817,7 @@ def test_the_command_writes_the_audit_and_what_was_overturned_beside_it(store: S
     assert told["corrections"] == {"clips": 1, "readings": 2, "gold": 0}
     with store.reading() as db:
         digest = db.execute(select(clip.c.clip_id).where(clip.c.id == flagged)).scalar_one()
-    assert list(load_audit(tmp_path / "a-corrections").entries) == [digest]
+    assert [each.clip_id for each in load_audit(tmp_path / "a-corrections").entries] == [digest]
     assert cli.main(["safety-report", str(tmp_path / "a"), "--out", str(tmp_path / "report")]) == 0
     with store.writing() as db:
         db.execute(update(clip).where(clip.c.id == flagged).values(state="deleted"))
