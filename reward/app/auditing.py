@@ -114,7 +114,15 @@ def plant(store: Store, project_id: str, clip_id: str, policies: Sequence[str], 
         if db.execute(select(item.c.id).where(taken)).first() is not None:
             raise UserError(f"an audit drew this clip, or it was planted, {clip_id}. Gold clips are others than the audited ones")
         place = max(0, _next_wave(db, project_id) - 1) + int.from_bytes(hashlib.sha256(store.secret + clip_id.encode()).digest()[:6]) / 2**48
-        row = {"id": new_id("q"), "project_id": project_id, "clip": clip_id, "queue": "random", "why": {"policies": [], "gold": sorted(policies), "not": [by.pseudonym]}, "severity": 0, "place": place}
+        row = {
+            "id": new_id("q"),
+            "project_id": project_id,
+            "clip": clip_id,
+            "queue": "random",
+            "why": {"policies": [], "gold": sorted(policies), "not": [by.pseudonym]},
+            "severity": 0,
+            "place": place,
+        }
         db.execute(insert(item), {**row, "wanted": 1, "taken": 0, "state": "open", "created_at": store.now()})
         store.log(db, by.pseudonym, "gold planted", str(row["id"]), {"clip": clip_id})
     return str(row["id"])

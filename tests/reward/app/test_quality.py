@@ -268,7 +268,12 @@ def test_the_command_writes_a_sign_off_into_a_card_and_leaves_the_rest(store: St
     assert (told["id"], told["run"], told["approved"], told["by"]) == (made, "test", False, "ann") and app.main(cfg) == told
     written = json.loads(card.read_text())
     assert written["sha256"] == "ab" and [each["statement"] for each in written["signoffs"]] == ["not yet"]
-    for lacks, message in (({"signoff": ""}, "which sign-off"), ({"signoff": "s_none"}, "no sign-off 's_none'"), ({"folder": None}, "which card"), ({"folder": tmp_path / "no"}, "cannot read the card")):
+    for lacks, message in (
+        ({"signoff": ""}, "which sign-off"),
+        ({"signoff": "s_none"}, "no sign-off 's_none'"),
+        ({"folder": None}, "which card"),
+        ({"folder": tmp_path / "no"}, "cannot read the card"),
+    ):
         with pytest.raises(UserError, match=message):
             app.main(cfg.model_copy(update=lacks))
 

@@ -641,7 +641,12 @@ def test_leads_see_a_weeks_minutes_of_their_project_and_nothing_of_restricted_cl
         with store.writing() as db:
             for each, severity in zip(clips, (3, 0, 4, 4), strict=True):
                 reviewing.add_item(store, db, place, each, "review", {"policies": []}, severity=severity, by="x", place=float(clips.index(each)))
-    for who, place, said, minutes_ in ((ada, project_id, decision(), 2), (bob, other, decision(), 3), (bob, project_id, decision(), 4), (ada, project_id, decision("violating", "P04"), 5)):
+    for who, place, said, minutes_ in (
+        (ada, project_id, decision(), 2),
+        (bob, other, decision(), 3),
+        (bob, project_id, decision(), 4),
+        (ada, project_id, decision("violating", "P04"), 5),
+    ):
         reading_id = next_reading(store, who, place, "review")
         assert isinstance(reading_id, str)
         reviewing.reveal_level(store, who, reading_id, "light")
