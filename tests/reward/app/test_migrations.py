@@ -40,7 +40,18 @@ def test_the_first_step_is_never_changed() -> None:
 def rows() -> dict[str, list[dict[str, Any]]]:
     """Rows of every table as they stood at 0001: a person, a project, and a thing of each kind in it."""
     ids = {"project_id": "j1", "person_id": "p1"}
-    answer = {"what": "rank", "ranks": {"overall": [1, 2]}, "all_bad": False, "ok": None, "asked": "", "watched": [1.0, 1.0], "watch_ms": [900, 900], "lead_time_ms": 9_000}
+    answer = {
+        "guideline_version": "1",
+        "app_version": "1",
+        "what": "rank",
+        "ranks": {"overall": [1, 2]},
+        "all_bad": False,
+        "ok": None,
+        "asked": "",
+        "watched": [1.0, 1.0],
+        "watch_ms": [900, 900],
+        "lead_time_ms": 9_000,
+    }
     said = {"said": "not_violating", "policies": [], "severity": 0, "ruling": None, "restricted": False, "escalate": False, "sealed": "0" * 64}
     preview = {"filter": "flash 3", "policy": "P17", "old": 0.5, "new": 0.4, "clips": 2} | {
         **{name: {"clips": 0, "audited": 0, "violating": 0} for name in ("blocked_more", "blocked_less")},
@@ -72,7 +83,7 @@ def rows() -> dict[str, list[dict[str, Any]]]:
             {"id": "a1", **ids, "task_id": "t1", "slot": 0, "purpose": "active", "repeat": 0, "shown_order": [1, 0], "issued_at": NOW, "lease_until": NOW}
             | {"state": "answered", "draft": {"page": {"ranks": {}}}}
         ],
-        "answer": [{"id": f"n{n}", **ids, "task_id": "t1", "assignment_id": "a1", "version": n, "body": answer | {"guideline_version": "1", "app_version": "1"}, "at": NOW} for n in (1, 2)],
+        "answer": [{"id": f"n{n}", **ids, "task_id": "t1", "assignment_id": "a1", "version": n, "body": answer, "at": NOW} for n in (1, 2)],
         "withdrawal": [{"ref": "n1", "kind": "answer", "person_id": "p1", "at": NOW}],
         "item": [
             {"id": "q1", "project_id": "j1", "clip": "c0", "queue": "random", "why": {"policies": []}, "probability": 0.125, "wave": 0, "band": 1, "source": None, "severity": 0}
@@ -94,7 +105,7 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     }  # fmt: skip
     prev = log.FIRST
     for seq in range(1, 9):
-        body = '{"n":"%d"}' % seq
+        body = f'{{"n":{seq}}}'
         prev = log.digest(seq, NOW, "person-1", "answered", f"a{seq}", body, before := prev)
         found["event"].append({"seq": seq, "at": NOW, "actor": "person-1", "kind": "answered", "subject": f"a{seq}", "body": body, "prev": before, "hash": prev})
     return found
@@ -174,6 +185,13 @@ def test_the_app_serves_a_store_that_was_made_at_the_first_schema(old_store: Sto
     assert len(client.get("/api/log?actor=person-1").json()["events"]) > 8
     assert client.get("/api/projects/j1/export/jsonl").text.count('"event_id"') == 1
     assert old_store.verify_log()["events"] > 8
+
+
+def test_who_opens_an_older_store_is_told_that_there_is_no_way_back(old_store: Store, new_store: Callable[[str], Store], caplog: pytest.LogCaptureFixture) -> None:
+    migrations.upgrade(old_store.engine)
+    migrations.upgrade(old_store.engine)
+    migrations.upgrade(new_store("sqlite").engine)
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == ["the store goes from schema 0001 to 0002"]
 
 
 def test_the_newest_step_makes_what_the_app_says_its_tables_are(old_store: Store) -> None:
