@@ -221,12 +221,16 @@ def import_run(
     counts = Counts(rows=len(rows))
     with store.writing() as db:
         store.log(db, by, "import began", project_id, {"run": sha256(run), "rows": len(rows)})
+        deleted = set(db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "deleted")).scalars())
     for start in range(0, len(rows), BATCH):
         ready: list[tuple[Source, Ruled, dict[str, Any]]] = []
         for each in rows[start : start + BATCH]:
             problem = each if isinstance(each, str) else _problem(each)
             if isinstance(each, str) or problem:
                 _refuse(counts, problem)
+                continue
+            if each.clip_id in deleted:  # for good: its media are not made again
+                counts.already += 1
                 continue
             facts, unreadable = _media(store, folder, each, render)
             counts.unreadable += bool(unreadable)
@@ -268,13 +272,14 @@ def _media(store: Store, folder: Path, source: Source, render: Render) -> tuple[
         digest, made_of = hashlib.sha256(content).hexdigest(), path_of(store, source.clip_id, SOURCE)
         if made_of.exists() and made_of.read_text() != digest:
             return _facts(store, source.clip_id), "media of another file are there under its id"
-        if not made_of.exists() or missing_of(store, source.clip_id):
+        wanted = missing_of(store, source.clip_id) if made_of.exists() else VARIANTS
+        if wanted:
             made = render(content)
             lacking = [name for name in VARIANTS if name not in made]
             if lacking:
                 return {}, f"nothing was made of it to be shown as {lacking[0]}"
-            for name, variant in made.items():
-                _write(path_of(store, source.clip_id, name), variant)
+            for name in wanted:
+                _write(path_of(store, source.clip_id, name), made[name])
             _write(made_of, digest.encode())
     except Exception as error:  # whatever a file does to who reads it, it costs one clip
         return {}, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def prioritise(store: Store, project_id: str, reward: Path, clips: Path, by: Actor, *, dimension: str | None = None, seed: int = 0) -> dict[str, Any]:
     """Puts the open ranking tasks of a project into the order of what they would tell the reward model in a folder; returns how many are in order, and how many are not.
 
-    clips: clip store with the records of the clips. Tasks with a clip that is not in it, or has pixels that are not finite, come behind, in no order. Raises UserError where nothing
-    can be put in order.
+    clips: clip store with the records of the clips. Tasks with a clip that is not in it, or has pixels that are not finite, come behind, in no order. Raises UserError where
+    nothing can be put in order.
     """
     from base_model.prompts.text import TextEncoder
     from base_model.video.store import ClipStore

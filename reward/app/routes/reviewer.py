@@ -362,8 +362,8 @@ def facts_of(store: Store, clip_id: str) -> dict[str, Any]:
 
 
 def missing_of(store: Store, clip_id: str) -> list[str]:
-    levels = {"blur": ("blur.jpg",), **reviewing.LEVELS}
-    return [level for level, variants in levels.items() if not all(media.path_of(store, clip_id, each).is_file() for each in variants)]
+    gone, levels = set(media.missing_of(store, clip_id)), {"blur": ("blur.jpg",), **reviewing.LEVELS}
+    return [level for level, variants in levels.items() if gone & set(variants)]
 
 
 def why_of(row: Row[Any]) -> list[str]:

@@ -16,6 +16,7 @@ from base_model.errors import UserError
 from base_model.video.files import digest_of, mp4_bytes, read_lossless, to_uint8
 from base_model.video.store import ClipStore
 from reward.app import importing
+from reward.app.deleting import delete_clip
 from reward.app.importing import folder_below, folders_below, import_run, ruled
 from reward.app.media import VARIANTS, missing_of, path_of
 from reward.app.schema import clip, event, prompt
@@ -84,6 +85,19 @@ def test_importing_again_makes_what_is_missing_of_a_clip(store: Store, tmp_path:
     counts = import_run(store, project_id, folder, "again", "person-1", render=lambda content: {name: b"x" for name in VARIANTS if name != gone})
     (row,) = clips_of(store, project_id)
     assert (row.verdict, counts["unreadable"]) == ("error", 1), "what cannot be shown whole is shown to no labeler"
+
+
+@pytest.mark.parametrize("decision", [ALLOWED, CHILD])
+def test_what_was_deleted_does_not_come_back_with_another_import(each_store: Store, tmp_path: Path, decision: dict[str, Any]) -> None:
+    project_id, folder = add_project(each_store), tmp_path / "run"
+    digest = a_run(folder, [decision]).rows()[0].clip_id
+    import_run(each_store, project_id, folder, "first", "person-1", render=render)
+    (row,) = clips_of(each_store, project_id)
+    delete_clip(each_store, project_id, row.id, "person-1", restricted=True)
+    counts = import_run(each_store, project_id, folder, "again", "person-1", render=render)
+    (row,) = clips_of(each_store, project_id)
+    assert row.state == "deleted" and (counts["added"], counts["already"], counts["ruled_again"]) == (0, 1, 0)
+    assert missing_of(each_store, digest) == list(VARIANTS) and not list(each_store.media.rglob(f"{digest}*"))
 
 
 def test_importing_again_adds_what_is_new_and_renders_nothing_twice(each_store: Store, tmp_path: Path) -> None:
