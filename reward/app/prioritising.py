@@ -56,14 +56,16 @@ def prioritise(store: Store, project_id: str, reward: Path, clips: Path, by: Act
 
 
 def learned(model: RewardModel, name: str, folder: Path) -> tuple[Posterior, Tensor]:
-    """What a model knows of the weights of a dimension's head, and its tie parameters [K-1]. Raises UserError where it knows nothing about how far it can be believed."""
+    """What a model knows of the weights of a dimension's head, in calibrated log-odds, for which its tie parameters [K-1] are. Raises UserError where it knows nothing about how
+    far it can be believed."""
     from reward.selection import Posterior
 
     at = model.dims.index(name)
     covariance = model.covariance[at].double()
     if not covariance.diagonal().gt(0).any():
         raise UserError(f"this reward model learned from nobody, so it does not know what it is unsure of, {folder}. Train it on the rankings there are: rushes reward-model")
-    return Posterior(model.head.weight[at].double(), covariance), model.log_tie[at].detach().double()
+    temperature = model.temperature[at].double()
+    return Posterior(model.head.weight[at].double() / temperature, covariance / temperature**2), model.log_tie[at].detach().double()
 
 
 def best_first(posterior: Posterior, log_tie: Tensor, usable: Mapping[str, Tensor], *, seed: int) -> list[str]:

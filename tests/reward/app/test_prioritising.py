@@ -34,6 +34,7 @@ def model(covariance: float = 1.0, dims: tuple[str, ...] = ("overall",), ties: t
     torch.manual_seed(0)
     made = RewardModel(Matcher(), Quality(), dims, TextEncoder(), most_clips=len(ties) + 1)
     made.input_std.fill_(0.2)
+    made.temperature.fill_(2.5)
     made.covariance.copy_(covariance * torch.diag(torch.linspace(0.05, 1.0, len(INPUTS))))
     with torch.no_grad():
         made.log_tie.copy_(torch.tensor(ties))
@@ -77,7 +78,7 @@ def ready(store: Store, takes: ClipStore, **settings: Any) -> str:
 def by_hand(store: Store, project_id: str, takes: ClipStore, folder: Path) -> dict[str, float]:
     """Task -> mutual information of an answer and the weights, in nats, of pairs: by a sum over a fine grid of differences of scores."""
     loaded = load_reward_model(folder, TextEncoder())
-    weight, covariance, tie = loaded.head.weight[0].double().numpy(), loaded.covariance[0].double().numpy(), np.exp(-1.0)
+    tie = np.exp(-1.0)
     prompts = {row.clip_id: row.prompt for row in takes.rows()}
     found = {}
     with store.reading() as db:
@@ -87,10 +88,10 @@ def by_hand(store: Store, project_id: str, takes: ClipStore, folder: Path) -> di
         if len(row.clips) == 2:
             shown = [digests[each] for each in row.clips]
             with torch.no_grad():
-                x = loaded.standardised(loaded.inputs(torch.stack([takes.load(each) for each in shown]), [prompts[each] for each in shown])).double().numpy()
-            away = x[0] - x[1]
+                both = loaded.joint(torch.stack([takes.load(each) for each in shown]), [prompts[each] for each in shown])
+            mean, spread = both.difference(torch.tensor([0]), torch.tensor([1]))
             z = np.linspace(-8, 8, 4001)
-            d = away @ weight + z * np.sqrt(away @ covariance @ away)
+            d = float(mean) + z * float(spread)
             w = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
             worth = np.stack([np.exp(d / 2), np.exp(-d / 2), np.full_like(d, tie)])
             p = worth / worth.sum(0)
