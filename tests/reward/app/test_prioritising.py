@@ -183,3 +183,17 @@ def test_the_command_puts_them_in_order(store: Store, takes: ClipStore, reward: 
     for lacks, message in (({"reward": None}, "by which reward model"), ({"clips": None}, "where are the clips"), ({"project": "*"}, "no project")):
         with pytest.raises(UserError, match=message):
             app.main(app.Config(**{"action": "prioritise", "out": store.folder, "project": "bars", "reward": reward, "clips": takes.folder, **lacks}))
+
+
+def test_what_is_known_of_a_score_is_what_the_model_says_of_it(takes: ClipStore, reward: Path) -> None:
+    """In calibrated log-odds: those are what the tie parameters are for."""
+    loaded = load_reward_model(reward, TextEncoder())
+    posterior, log_tie = prioritising.learned(loaded, "overall", reward)
+    rows = takes.rows()[:4]
+    videos, prompts = torch.stack([takes.load(row.clip_id) for row in rows]), [row.prompt for row in rows]
+    with torch.no_grad():
+        told = loaded(videos, prompts)
+        mean, std = posterior.scores(loaded.standardised(loaded.inputs(videos, prompts)))
+    torch.testing.assert_close(mean.float(), told.mean[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(std.float(), told.spread[:, 0], atol=1e-4, rtol=1e-4)
+    assert log_tie.tolist() == [-1.0, -2.0, -3.0]
