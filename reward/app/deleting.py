@@ -13,7 +13,7 @@ from contextlib import closing
 
 from sqlalchemy import Connection, delete, func, insert, select, text, update
 
-from reward.app.media import path_of
+from reward.app.media import VARIANTS, missing_of, path_of
 from reward.app.reviewing import forget_draft, give_up
 from reward.app.schema import api_token, assignment, clip, event, item, membership, person, person_private, private_text, reading, session, tombstone
 from reward.app.security import HOUR, Denied
@@ -83,29 +83,27 @@ def delete_clip(store: Store, project_id: str, clip_id: str, by: str, *, restric
 
 
 def retain(store: Store, project_id: str, by: str = "system") -> int:
-    """`retire`; returns how many clips. What earlier deletions did not finish is finished."""
+    """`retire`, and what earlier deletions of people did not finish; returns how many clips."""
     gone = retire(store, project_id, by)
-    with store.reading() as db:
-        digests = db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "deleted")).scalars().all()
-    remove_media(store, digests)
     forget(store)
-    return len(gone)
+    return gone
 
 
-def retire(store: Store, project_id: str, by: str = "system") -> list[str]:
-    """Deletes the media of clips that were withdrawn longer ago than the project keeps them; returns the digests of their frames."""
+def retire(store: Store, project_id: str, by: str = "system") -> int:
+    """Deletes the media of clips that were withdrawn longer ago than the project keeps them; returns how many. Media that an earlier deletion left, killed on its way, go, too."""
+    gone: Sequence[str] = []
     with store.reading() as db:
         days = settings_of(db, project_id).retention_days
-    if days is None:
-        return []
-    since = select(func.max(event.c.at)).where(event.c.subject == clip.c.id, event.c.kind == "clip withdrawn").correlate(clip).scalar_subquery()
-    old = func.coalesce(since, clip.c.created_at) <= store.now() - days * DAY
-    with store.writing() as db:
-        gone = db.execute(select(clip.c.id, clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "withdrawn", old)).all()
-        _mark(store, db, [row.id for row in gone], f"withdrawn more than {days} days ago", by)
-    digests = [row.clip_id for row in gone]
-    remove_media(store, digests)
-    return digests
+    if days is not None:
+        since = select(func.max(event.c.at)).where(event.c.subject == clip.c.id, event.c.kind == "clip withdrawn").correlate(clip).scalar_subquery()
+        old = func.coalesce(since, clip.c.created_at) <= store.now() - days * DAY
+        with store.writing() as db:
+            gone = db.execute(select(clip.c.id).where(clip.c.project_id == project_id, clip.c.state == "withdrawn", old)).scalars().all()
+            _mark(store, db, gone, f"withdrawn more than {days} days ago", by)
+    with store.reading() as db:
+        digests = db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "deleted")).scalars().all()
+    remove_media(store, [digest for digest in digests if len(missing_of(store, digest)) < len(VARIANTS)])
+    return len(gone)
 
 
 def _mark(store: Store, db: Connection, clips: Sequence[str], reason: str, by: str) -> None:

@@ -47,7 +47,7 @@ def come_up_to_date(store: Store) -> int:
 
 def retire_all(store: Store) -> int:
     """Deletes the media that projects keep no longer; returns of how many clips."""
-    return sum(len(deleting.retire(store, project_id)) for project_id in projects_of(store))
+    return sum(deleting.retire(store, project_id) for project_id in projects_of(store))
 
 
 @contextmanager

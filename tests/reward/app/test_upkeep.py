@@ -80,6 +80,9 @@ def test_media_that_a_project_keeps_no_longer_go_by_themselves(store: Store) -> 
         digests = dict(db.execute(select(clip.c.id, clip.c.clip_id)).all())
     assert [path_of(store, digests[each]).exists() for each in (old, new, kept)] == [False, True, True]
     assert upkeep.retire_all(store) == 0
+    left = path_of(store, digests[old], "light.jpg")
+    left.write_bytes(b"of a deletion that was killed")
+    assert upkeep.retire_all(store) == 0 and not left.exists()
 
 
 def test_a_failure_is_logged_and_the_next_try_succeeds(store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -108,7 +111,7 @@ def test_it_ends_with_the_server_and_retires_once_an_hour(store: Store, monkeypa
     add_project(store)
     retired: list[str] = []
     looked: list[int] = []
-    monkeypatch.setattr(deleting, "retire", lambda store, project_id: retired.append(project_id) or [])
+    monkeypatch.setattr(deleting, "retire", lambda store, project_id: retired.append(project_id) or 0)
     monkeypatch.setattr(upkeep, "come_up_to_date", lambda store: looked.append(1) or 0)
     with upkeep.upkeep(store, every=0.005):
         until(lambda: len(looked) > 5)
