@@ -28,7 +28,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from base_model.errors import UserError
 from reward.app.log import canonical
-from reward.app.media import path_of
+from reward.app.media import VARIANTS, missing_of, path_of
 from reward.app.schema import clip, project, prompt
 from reward.app.security import Denied, sha256
 from reward.app.store import Store, new_id
@@ -221,12 +221,16 @@ def import_run(
     counts = Counts(rows=len(rows))
     with store.writing() as db:
         store.log(db, by, "import began", project_id, {"run": sha256(run), "rows": len(rows)})
+        deleted = set(db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "deleted")).scalars())
     for start in range(0, len(rows), BATCH):
         ready: list[tuple[Source, Ruled, dict[str, Any]]] = []
         for each in rows[start : start + BATCH]:
             problem = each if isinstance(each, str) else _problem(each)
             if isinstance(each, str) or problem:
                 _refuse(counts, problem)
+                continue
+            if each.clip_id in deleted:  # for good: its media are not made again
+                counts.already += 1
                 continue
             facts, unreadable = _media(store, folder, each, render)
             counts.unreadable += bool(unreadable)
@@ -262,15 +266,21 @@ def _problem(source: Source) -> str:
 
 
 def _media(store: Store, folder: Path, source: Source, render: Render) -> tuple[dict[str, Any], str]:
-    """What is known of the clip's file, and why it cannot be shown, if so. Media of the same file are not made again; those of another file are left alone."""
+    """What is known of the clip's file, and why it cannot be shown, if so. Media of the same file are made again where one is missing; those of another file are left alone."""
     try:
         content = _read(folder, source.file)
         digest, made_of = hashlib.sha256(content).hexdigest(), path_of(store, source.clip_id, SOURCE)
-        if made_of.exists():
-            return _facts(store, source.clip_id), "" if made_of.read_text() == digest else "media of another file are there under its id"
-        for name, variant in render(content).items():
-            _write(path_of(store, source.clip_id, name), variant)
-        _write(made_of, digest.encode())
+        if made_of.exists() and made_of.read_text() != digest:
+            return _facts(store, source.clip_id), "media of another file are there under its id"
+        wanted = missing_of(store, source.clip_id) if made_of.exists() else VARIANTS
+        if wanted:
+            made = render(content)
+            lacking = [name for name in VARIANTS if name not in made]
+            if lacking:
+                return {}, f"nothing was made of it to be shown as {lacking[0]}"
+            for name in wanted:
+                _write(path_of(store, source.clip_id, name), made[name])
+            _write(made_of, digest.encode())
     except Exception as error:  # whatever a file does to who reads it, it costs one clip
         return {}, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return _facts(store, source.clip_id), ""

@@ -30,6 +30,7 @@ from base_model.errors import UserError
 from reward.app.access import ANYBODY, PUBLIC, actor_of, may
 from reward.app.security import BODY_BYTES, HEADERS, Actor, Denied, RateLimits, check_origin
 from reward.app.store import Store, is_alive
+from reward.app.texts import check_body
 from reward.safety.policy import load_policy
 
 HERE = Path(__file__).parent
@@ -77,7 +78,7 @@ class Pages:
 
             answer.__doc__ = function.__doc__
             hint = function.__annotations__.get("return")
-            self.router.post(f"/api{path}", tags=[self._tag], name=f"do_{function.__name__}", response_model=_model(function, hint))(answer)
+            self.router.post(f"/api{path}", dependencies=[Depends(check_body)], tags=[self._tag], name=f"do_{function.__name__}", response_model=_model(function, hint))(answer)
             return function
 
         return register
