@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import select
 
 from recipes.bench._postgres import postgres, programs
-from recipes.bench.app import TAKES, _csrf, seed_store, served
+from recipes.bench.app import TAKES, _csrf, in_a_loop, seed_store, served
 from reward.app import schema
 from reward.app.store import open_store
 from tests.reward.app.conftest import STORES
@@ -66,7 +66,7 @@ def kill_again_and_again(folder: Path, kind: str, submits: int) -> tuple[Told, i
         store.close()
         while len(told.acknowledged) < submits:
             with served(folder, database) as (url, process):
-                asyncio.run(until_killed(url, process.kill, project_id, sessions, rng, told, submits))
+                in_a_loop(until_killed(url, process.kill, project_id, sessions, rng, told, submits))
                 process.wait()
             kills += 1
         store = open_store(folder, database)
