@@ -373,7 +373,7 @@ def earlier_of(db: Connection, row: Row[Any]) -> list[Earlier]:
 
 def decided_of(row: Row[Any], done: Row[Any], undo_seconds: int) -> Decided:
     rulings = row.decision.get("rulings", [])
-    filters = [FilterSaid(**{**each, "reasons": [reason["text"] for reason in each["reasons"]]}) for each in rulings]
+    filters = [FilterSaid(**{**each, "reasons": [str(reason["text"]) for reason in each["reasons"] if isinstance(reason, dict) and "text" in reason]}) for each in rulings]
     undo_until = None if row.item_state == "closed" else done.at + 1_000 * undo_seconds
     return Decided(review_id=done.id, said=done.said, policies=done.body["policies"], undo_until=undo_until, why=why_of(row), verdict=row.verdict, filters=filters)
 
