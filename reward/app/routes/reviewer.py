@@ -178,6 +178,7 @@ def policy_texts() -> list[PolicyText]:
 @pages.view("/review/{project_id}", "review_room.html")
 def review_room(project_id: str, me: Reviewer, store: StoreOf) -> Room:
     """Queues with what waits in them, one's exposure and settings."""
+    reviewing.catch_up(store, project_id)
     with store.reading() as db:
         name = db.execute(select(project.c.name).where(project.c.id == project_id)).scalar()
         if name is None:
@@ -251,6 +252,7 @@ def review_draw(project_id: str, me: Overseer, store: StoreOf) -> Done:
 @pages.view("/review/{project_id}/decisions", "review_decisions.html")
 def review_decisions(project_id: str, me: Reader, store: StoreOf) -> Decisions:
     """The newest decisions that have taken effect, without pictures, and of clips that nobody else is asked about any more."""
+    reviewing.catch_up(store, project_id)
     waits = item.alias()
     still_read = select(waits.c.id).where(waits.c.clip == review.c.clip, waits.c.state != "closed").exists()  # who saw what the first one said is no blind reader
     with store.reading() as db:

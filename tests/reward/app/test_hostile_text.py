@@ -406,7 +406,7 @@ def look(found: Watched, url: str, shown: bool = True) -> None:
     page = found.page
     answered = page.goto(url)
     assert answered is not None and answered.status == 200, f"{url}: {answered and answered.status}"
-    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(120)  # what would run by itself has its chance
     if page.locator("#screen").count():
         page.locator(".take").first.wait_for()
     if page.locator("#decision").count():
