@@ -67,7 +67,7 @@ function take(view, clip) {
   const buttons = {};
   const bar = el("div", { class: "ranks", role: "group", "aria-label": view.work === "rank" ? `Rank of clip ${letter}` : `Clip ${letter} as an example` });
   const press = (name, label, text, act) => {
-    buttons[name] = el("button", { type: "button", class: "rank", "aria-pressed": "false", "aria-label": label, onclick: () => (focus(clip.place, false), act()) }, text);
+    buttons[name] = el("button", { type: "button", class: text.length > 2 ? "rank word" : "rank", "aria-pressed": "false", "aria-label": label, onclick: () => (focus(clip.place, false), act()) }, text);
     return buttons[name];
   };
   if (view.work === "rank") {

@@ -29,7 +29,7 @@ from base_model.video.store import ClipStore
 from recipes.shapes.prompts import make_prompts
 from recipes.shapes.render import blur, render, sample_scene
 from reward.app import attention, labeling, people, planting, reviewing, security, worker
-from reward.app.schema import answer, assignment, clip, item, person, person_private, prompt, task
+from reward.app.schema import answer, assignment, clip, item, person, person_private, private_text, prompt, reading, review, task
 from reward.app.store import Store, new_id, open_store
 from reward.app.web import AppSettings, make_app
 from tests.reward.app.browser import DESKTOP, PHONE
@@ -217,9 +217,9 @@ def decisions(store: Store, project_id: str, clients: dict[str, Client], rng: ra
     clients["lea"].post(f"/api/projects/{project_id}/lead/audit").raise_for_status()
     readers = [clients[login].me for login in ("rosa", "tom", "sam")]
     now = store.now()
-    from reward.app.schema import reading, review
-
     readings, reviews, closed = [], [], []
+    wrote = {who.person_id: new_id("x") for who in readers}
+    put(store, private_text, [{"id": wrote[each], "person_id": each, "text": "It blinks the whole time, about five times a second.", "created_at": now} for each in wrote])
     with store.reading() as db:
         drawn = db.execute(select(item.c.id, item.c.clip, item.c.queue, clip.c.verdict).join(clip, clip.c.id == item.c.clip).where(item.c.queue.in_(("blocked", "random", "stratified")))).all()
     for number, row in enumerate(drawn):
@@ -233,7 +233,7 @@ def decisions(store: Store, project_id: str, clients: dict[str, Client], rng: ra
                          "state": "decided", "draft": None})  # fmt: skip
         body = {"said": said, "policies": ["P17"] if violating else [], "severity": 3 if violating else 0, "ruling": None, "restricted": False, "escalate": False}
         reviews.append({"id": made, "project_id": project_id, "item_id": row.id, "reading_id": one, "clip": row.clip, "person_id": who.person_id, "version": 1, "said": said,
-                        "body": body, "rationale": None, "policy_version": reviewing.policy_version(), "at": at})  # fmt: skip
+                        "body": body, "rationale": wrote[who.person_id], "policy_version": reviewing.policy_version(), "at": at})  # fmt: skip
         closed.append(row.id)
     put(store, reading, readings)
     put(store, review, reviews)
@@ -331,8 +331,6 @@ def pictures(seeded: Seeded) -> Iterator[Picture]:
     yield Picture("demonstrate", "ana", "/assignments/{assignment_id}", shown_task(clients["ana"], seeded, "demonstration", besides=ranking), playing)
     yield Picture("room-review", "rosa", review, here[review])
     with store.reading() as db:
-        from reward.app.schema import reading
-
         after = db.execute(select(reading.c.id).where(reading.c.person_id == clients["rosa"].me.person_id, reading.c.state == "decided").order_by(reading.c.issued_at.desc())).scalars().first()
     yield Picture("reading-after", "rosa", "/reading/{reading_id}", f"/reading/{after}")
     one = take(clients["tom"], project_id, "flagged")
@@ -343,7 +341,7 @@ def pictures(seeded: Seeded) -> Iterator[Picture]:
     yield Picture("decisions", "sam", f"{review}/decisions", f"{here[review]}/decisions")
     yield Picture("projects", "lea", "/projects", "/projects")
     for tab in ("", "/people", "/agreement", "/filters", "/thresholds", "/signoffs", "/import", "/exports", "/settings"):
-        yield Picture(f"lead{tab.replace('/', '-') or '-progress'}", "lea", lead + tab, here[lead] + tab)
+        yield Picture(f"lead{tab.replace('/', '-') or '-progress'}", "lea", lead + tab, here[lead] + tab, whole=tab != "/settings")
     yield Picture("lead-thresholds-preview", "lea", f"{lead}/thresholds", f"{here[lead]}/thresholds?choice=P17+flash+4&new=0.3")
     yield Picture("lead-signoffs-run", "lea", f"{lead}/signoffs", f"{here[lead]}/signoffs?run=November,+step+800")
     yield Picture("lead-people-auditor", "ole", f"{lead}/people", f"{here[lead]}/people")
@@ -373,8 +371,11 @@ def playing(page: Page) -> None:
 
 def ranked(page: Page) -> None:
     playing(page)
-    for key in ("2", "ArrowRight", "1", "ArrowRight", "3", "ArrowRight"):
-        page.keyboard.press(key)
+    for place, rank in enumerate("213"):
+        take = page.locator(".take").nth(place)
+        if "not ranked" in (take.get_attribute("aria-label") or ""):  # the draft of an earlier picture is there again
+            page.keyboard.press(rank)
+        page.keyboard.press("ArrowRight")
     page.wait_for_timeout(200)
 
 
@@ -424,7 +425,7 @@ def take_pictures(folder: Path, only: str = "") -> list[Path]:
                         except Exception:
                             page.screenshot(path=folder / "failed.png")
                             raise
-                    wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+                    wide = page.evaluate("document.documentElement.scrollWidth") - (PHONE if device == "phone" else DESKTOP)["width"]
                     if wide > 0:
                         print(f"{picture.name} is {wide} pixels wider than the {device}", file=sys.stderr)
                     made.append(folder / f"{picture.name}.{device}.{scheme}.png")
