@@ -178,7 +178,9 @@ def corrections_folder(store: Store, project_id: str, folder: Path) -> dict[str,
     with store.reading() as db:
         drawn = {row.clip for row in _audit_items(db, project_id) if row.queue != UNDRAWN}
         said = {clip_id: reviews for clip_id, some in standing(db, project_id=project_id).items() if clip_id not in drawn and (reviews := [each for each in some if each.settled])}
-        rows = db.execute(select(clip).where(clip.c.project_id == project_id, clip.c.run != PLANTED, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")))).all()
+        rows = db.execute(
+            select(clip).where(clip.c.project_id == project_id, clip.c.run != PLANTED, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")))
+        ).all()
     records: list[Entry | Reading | Gold] = []
     for row in rows:
         stands = violates(said.get(row.id, []))

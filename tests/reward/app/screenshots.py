@@ -1,6 +1,7 @@
 """Every page of the app as a picture, of a store in which people have worked for a week (`python -m tests.reward.app.screenshots FOLDER`).
 
-FOLDER/NAME.DEVICE.SCHEME.png: desktop and phone, light and dark. A page of the route table that no picture shows ends it with an error.
+FOLDER/NAME.DEVICE.SCHEME.png: desktop and phone, light and dark. A page of the route table that no picture shows ends it with an error. The most telling ones are put together
+into `reward/app/screenshots/`, which the documents show.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ INSTRUCTIONS = (
 LABELERS = ("Ana Silva", "Ben Okafor", "Chi Nguyen", "Dara Lindqvist", "Emre Kaya")
 NOISE = (0.5, 0.7, 0.8, 0.6, 2.6)
 """How far each labeler strays from what the clips are worth."""
-OTHERS = {"lea": ("Lea Moreau", "lead"), "rosa": ("Rosa Weiss", "reviewer"), "tom": ("Tom Adeyemi", "reviewer"), "sam": ("Sam Ito", "senior"), "kim": ("Kim Haddad", "child_safety"),
-          "ole": ("Ole Brandt", "auditor"), "noa": ("Noa Levi", "labeler")}  # fmt: skip
+OTHERS = {"lea": ("Lea Moreau", "lead"), "rosa": ("Rosa Weiss", "reviewer"), "tom": ("Tom Adeyemi", "reviewer"), "sam": ("Sam Ito", "senior"),
+          "kim": ("Kim Haddad", "child_safety"),          "ole": ("Ole Brandt", "auditor"), "noa": ("Noa Levi", "labeler")}  # fmt: skip
 WORTH = (1.0, 0.4, 0.1, -0.8)
 """Of the takes: a clean one, another, one of another prompt, a blurred one."""
 
@@ -73,7 +74,10 @@ def seeded(folder: Path) -> Iterator[Seeded]:
     store = open_store(folder / "store")
     settings = AppSettings(import_roots=(folder / "runs",))
     rng = random.Random(4)
-    dimensions = [{"name": "overall", "question": "Which clip shows best what the prompt asks for?"}, {"name": "motion", "question": "Which clip moves best?", "sees_prompt": False}]
+    dimensions = [
+        {"name": "overall", "question": "Which clip shows best what the prompt asks for?"},
+        {"name": "motion", "question": "Which clip moves best?", "sees_prompt": False},
+    ]
     project_id = add_project(
         store, "Shapes, November", instructions=INSTRUCTIONS, guideline_version="4", retention_days=90,
         labeling={"takes": TAKES, "overlap": OVERLAP, "dimensions": dimensions, "confidence": True, "practice": 2, "least_watched": 0.6,
@@ -185,8 +189,9 @@ def answers(store: Store, project_id: str, rows: list[dict[str, Any]], labelers:
         who = labelers if gold else rng.sample(labelers, OVERLAP if number < 120 else 1)
         done = len(who)
         truth = {"overall": [1, None, None, 2]} if gold else None
-        tasks.append(labeling.task_row(store, project_id, prompt_id, [each["id"] for each in clips], "gold" if gold else "rank", wanted=1_000_000 if gold else OVERLAP,
-                                       shuffle=rng.random(), truth=truth) | {"priority": -1.0, "taken": done, "answered": done, "state": "full" if done == OVERLAP and not gold else "open"})  # fmt: skip
+        kind, wanted, state = ("gold", 1_000_000, "open") if gold else ("rank", OVERLAP, "full" if done == OVERLAP else "open")
+        row = labeling.task_row(store, project_id, prompt_id, [each["id"] for each in clips], kind, wanted=wanted, shuffle=rng.random(), truth=truth)
+        tasks.append(row | {"priority": -1.0, "taken": done, "answered": done, "state": state})
         for slot, person_id in enumerate(who):
             noise = NOISE[labelers.index(person_id)]
             for repeat in range(1 + (number % 7 == slot)):
@@ -221,7 +226,9 @@ def decisions(store: Store, project_id: str, clients: dict[str, Client], rng: ra
     wrote = {who.person_id: new_id("x") for who in readers}
     put(store, private_text, [{"id": wrote[each], "person_id": each, "text": "It blinks the whole time, about five times a second.", "created_at": now} for each in wrote])
     with store.reading() as db:
-        drawn = db.execute(select(item.c.id, item.c.clip, item.c.queue, clip.c.verdict).join(clip, clip.c.id == item.c.clip).where(item.c.queue.in_(("blocked", "random", "stratified")))).all()
+        drawn = db.execute(
+            select(item.c.id, item.c.clip, item.c.queue, clip.c.verdict).join(clip, clip.c.id == item.c.clip).where(item.c.queue.in_(("blocked", "random", "stratified")))
+        ).all()
     for number, row in enumerate(drawn):
         if number % 8 == 7:
             continue
@@ -240,7 +247,13 @@ def decisions(store: Store, project_id: str, clients: dict[str, Client], rng: ra
     with store.writing() as db:
         db.execute(update(item).where(item.c.id.in_(closed)).values(taken=1, state="closed"))
     decided = clients["rosa"].get(f"/api/reading/{take(clients['rosa'], project_id, 'review')}").json()["reading_id"]
-    told = {"id": new_id("v"), "said": "violating", "policies": ["P17"], "rationale": "The whole frame turns over four times in a second.", "policy_version": reviewing.policy_version()}
+    told = {
+        "id": new_id("v"),
+        "said": "violating",
+        "policies": ["P17"],
+        "rationale": "The whole frame turns over four times in a second.",
+        "policy_version": reviewing.policy_version(),
+    }
     clients["rosa"].post(f"/api/reading/{decided}/reveal", json={"level": "sharp"}).raise_for_status()
     clients["rosa"].post(f"/api/reading/{decided}/decide", json=told).raise_for_status()
     contested = next(row["id"] for row in reviews if row["person_id"] != clients["sam"].me.person_id and row["said"] == "violating")
@@ -273,7 +286,9 @@ def led(store: Store, project_id: str, clients: dict[str, Client], folder: Path)
             sam.post(f"{base}/thresholds/{proposal}", json={"approve": True}).raise_for_status()
     signed = f"{base}/signoffs?run=November, step 400"
     until(lambda: lea.get(signed).json()["standing"]["state"] == "fresh" and lea.get(signed).json()["evidence"])
-    statement = "Looked at the audit of both waves and at every clip that two readers did not agree about. Recall is measured on few misses; the next wave draws more of the doubtful ones."
+    statement = (
+        "Looked at the audit of both waves and at every clip that two readers did not agree about. Recall is measured on few misses; the next wave draws more of the doubtful ones."
+    )
     body = {"run": "November, step 400", "approved": True, "statement": statement, "seen": lea.get(signed).json()["seen"]}
     lea.post(f"{base}/signoffs", json=body).raise_for_status()
     lea.post("/api/account/tokens", json={"name": "nightly export", "days": 90}).raise_for_status()
@@ -318,7 +333,7 @@ def pictures(seeded: Seeded) -> Iterator[Picture]:
     asked = clients["ana"].post(f"/api{here[label]}/next", json={})
     practice = asked.json()["go"]
     yield Picture("rank-practice", "ana", "/assignments/{assignment_id}", practice, playing, whole=False)
-    for at in range(2):  # practice is over
+    for _ in range(2):  # practice is over
         go = clients["ana"].post(f"/api{here[label]}/next", json={}).json()["go"]
         clients["ana"].post(f"/api{go}/skip", json={"id": new_id("z"), "reason": "undecidable"}).raise_for_status()
     ranking = shown_task(clients["ana"], seeded, "rank")
@@ -331,7 +346,11 @@ def pictures(seeded: Seeded) -> Iterator[Picture]:
     yield Picture("demonstrate", "ana", "/assignments/{assignment_id}", shown_task(clients["ana"], seeded, "demonstration", besides=ranking), playing)
     yield Picture("room-review", "rosa", review, here[review])
     with store.reading() as db:
-        after = db.execute(select(reading.c.id).where(reading.c.person_id == clients["rosa"].me.person_id, reading.c.state == "decided").order_by(reading.c.issued_at.desc())).scalars().first()
+        after = (
+            db.execute(select(reading.c.id).where(reading.c.person_id == clients["rosa"].me.person_id, reading.c.state == "decided").order_by(reading.c.issued_at.desc()))
+            .scalars()
+            .first()
+        )
     yield Picture("reading-after", "rosa", "/reading/{reading_id}", f"/reading/{after}")
     one = take(clients["tom"], project_id, "flagged")
     yield Picture("reading-blurred", "tom", "/reading/{reading_id}", f"/reading/{one}")
@@ -405,7 +424,12 @@ def take_pictures(folder: Path, only: str = "") -> list[Path]:
 
     made: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="rushes-pictures-") as where, seeded(Path(where)) as world, serving(world.store, world.settings) as address, sync_playwright() as playwright:
+    with (
+        tempfile.TemporaryDirectory(prefix="rushes-pictures-") as where,
+        seeded(Path(where)) as world,
+        serving(world.store, world.settings) as address,
+        sync_playwright() as playwright,
+    ):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *(["--no-sandbox"] if os.getuid() == 0 else [])])
         seen = set()
         for picture in pictures(world):
@@ -440,7 +464,38 @@ def take_pictures(folder: Path, only: str = "") -> list[Path]:
     return made
 
 
+SHEETS = {
+    "labeling": (("rank", "desktop", "light"), ("rank", "phone", "dark")),
+    "reviewing": (("reading-blurred", "desktop", "dark"), ("reading-clip", "phone", "light")),
+    "leading": (("lead-progress", "desktop", "light"), ("lead-filters", "phone", "dark")),
+    "trusting": (("lead-agreement", "desktop", "dark"), ("lead-thresholds-preview", "desktop", "light")),
+}
+TALL = 720
+
+
+def put_together(folder: Path, out: Path) -> None:
+    """Writes a small picture of several for each of `SHEETS`."""
+    from PIL import Image
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name, parts in SHEETS.items():
+        shown = []
+        for each in parts:
+            picture = Image.open(folder / f"{'.'.join(each)}.png").convert("RGB")
+            wide, tall = (1280, 900) if each[1] == "desktop" else (720, 1480)
+            top = picture.crop((0, 0, wide, min(tall, picture.height)))
+            shown.append(top.resize((round(wide * TALL / tall), round(top.height * TALL / tall)), Image.Resampling.LANCZOS))
+        sheet = Image.new("RGB", (sum(each.width for each in shown) + 12 * (len(shown) - 1), TALL), "#9aa3b0")
+        left = 0
+        for picture in shown:
+            sheet.paste(picture, (left, 0))
+            left += picture.width + 12
+        sheet.save(out / f"{name}.webp", quality=78, method=6)
+
+
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         raise SystemExit("python -m tests.reward.app.screenshots FOLDER [NAME]")
     take_pictures(Path(sys.argv[1]), *sys.argv[2:])
+    if len(sys.argv) == 2:
+        put_together(Path(sys.argv[1]), Path(people.__file__).with_name("screenshots"))

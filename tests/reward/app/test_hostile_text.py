@@ -1,4 +1,4 @@
-"""Text that wants to be more than text, in every field that somebody outside may fill, and every page of every role opened in a real browser: nothing of it runs, and it is all seen.
+"""Text that wants to be more than text, in every field that somebody outside may fill, and every page of every role opened in a real browser: nothing of it runs, all is seen.
 
 Pages come from the route table, so a new one is opened, too; a new parameter of a page, and a new column of text, fail until they are named here.
 """
@@ -22,7 +22,7 @@ from base_model.video.store import ClipStore
 from reward.app import attention, importing, labeling, reviewing, security, worker
 from reward.app.access import ROLES, Public, rule_of
 from reward.app.log import canonical
-from reward.app.schema import answer, assignment, clip, event, invitation, membership, metadata, person_private, project, prompt, tombstone
+from reward.app.schema import answer, clip, event, invitation, membership, metadata, person_private, prompt, tombstone
 from reward.app.schema import threshold as thresholds
 from reward.app.store import Store, new_id, open_store
 from reward.app.web import HIDDEN, AppSettings, make_app
@@ -81,7 +81,7 @@ COMPUTED = "hostile49"
 """What the templates among them would come to."""
 SEES = """() => ({
   ran: window.__ran, broken: window.__broken, elements: [...document.querySelectorAll("[data-hostile]")].map((each) => each.outerHTML.slice(0, 200)),
-  handlers: [...document.querySelectorAll("*")].flatMap((each) => [...each.attributes].filter((at) => at.name.startsWith("on") || at.name.startsWith("hx-on")).map((at) => at.name)),
+  handlers: [...document.querySelectorAll("*")].flatMap((each) => [...each.attributes].map((at) => at.name).filter((name) => /^(on|hx-on)/.test(name))),
   links: [...document.querySelectorAll("[href], [src], [action]")].flatMap((each) => ["href", "src", "action"].map((name) => each.getAttribute(name)).filter(Boolean))
     .filter((to) => !to.startsWith("/") || to.startsWith("//")).filter((to) => !to.startsWith("#")),
   text: document.title + " " + document.body.innerText
@@ -132,7 +132,7 @@ def a_run(folder: Path) -> None:
         rulings = [ruling(verdict, number % 2), ruling("allow" if verdict == "allow" else "review", 3, short("policy", number % 3, 60))]
         told = {"verdict": verdict, "rulings": rulings, "more": hostile("decision")}
         made.add(
-            torch.full((2, 3, 16, 16), number / 40), prompt=hostile("prompt", number // 3), prompt_id=short("prompt id", number // 3), seed=number, sampler={hostile("sampler"): hostile("sampler")},
+            torch.full((2, 3, 16, 16), number / 40), prompt=hostile("prompt", number // 3), prompt_id=short("prompt id", number // 3), seed=number, sampler={hostile("key"): hostile("value")},
             lineage=hostile("generator", number), fps=12.0, extra={"x": hostile("extra")}, licence=hostile("licence"), safety=told, preview=False,
         )  # fmt: skip
 
@@ -333,8 +333,9 @@ def wait(holds: Any, seconds: float = 20.0) -> None:
 
 
 OURS = {
-    "api_token.token_hash", "invitation.token_hash", "session.id_hash", "session.csrf", "person_private.password_hash", "person.state", "project.state", "clip.clip_id", "clip.verdict",
-    "clip.state", "task.kind", "task.state", "assignment.purpose", "assignment.state", "withdrawal.ref", "withdrawal.kind", "item.queue", "item.state", "reading.state", "review.said",
+    "api_token.token_hash", "invitation.token_hash", "session.id_hash", "session.csrf", "person_private.password_hash", "person.state", "project.state", "clip.clip_id",
+    "clip.verdict", "clip.state", "task.kind", "task.state", "assignment.purpose", "assignment.state", "withdrawal.ref", "withdrawal.kind", "item.queue", "item.state",
+    "reading.state", "review.said",
     "reveal.level", "review.policy_version", "threshold.state", "tombstone.kind", "private_text.id", "review.rationale", "person.pseudonym", "invitation.used_by",
     "event.hash",
 }  # fmt: skip
@@ -348,7 +349,11 @@ def test_every_column_of_text_was_filled_or_is_the_servers_own(world: Hostile) -
         with world.store.reading() as db:
             if db.execute(select(column).where(column.like("%«%")).limit(1)).first():
                 filled.add(name)
-    ids = {name for name, column in texts.items() if column.primary_key or column.foreign_keys or name.rpartition(".")[2] in ("id", "project_id", "person_id", "source", "clip", "task_id")}
+    ids = {
+        name
+        for name, column in texts.items()
+        if column.primary_key or column.foreign_keys or name.rpartition(".")[2] in ("id", "project_id", "person_id", "source", "clip", "task_id")
+    }
     assert texts.keys() - filled - OURS - ids == set()
     assert len(filled) > 20 and not OURS & filled - {"event.hash"}
 
@@ -357,7 +362,12 @@ def pages_of(world: Hostile, role: str | None) -> list[str]:
     """The address of every page that a role may open, out of the route table, with each query that shows what was asked."""
     found = []
     for route in make_app(world.store).routes:
-        if not isinstance(route, APIRoute) or "GET" not in route.methods or route.path.startswith(("/api/", "/static/", "/media/", "/review-media/")) or route.path.endswith(".yaml"):
+        if (
+            not isinstance(route, APIRoute)
+            or "GET" not in route.methods
+            or route.path.startswith(("/api/", "/static/", "/media/", "/review-media/"))
+            or route.path.endswith(".yaml")
+        ):
             continue
         rule = rule_of(route)
         if isinstance(rule, Public) if role is not None else not isinstance(rule, Public):
@@ -466,7 +476,10 @@ def test_the_checks_of_this_file_find_what_they_look_for(world: Hostile, address
     """On a page that writes the payloads as HTML, without a policy of contents, every one of the checks fails."""
     context = browser.new_context()
     found = watched(context, address)
-    context.route(f"{address}/planted", lambda route: route.fulfill(body=f"<!doctype html><main>{'x' * 60}{PAYLOADS[1]}{PAYLOADS[2]}{PAYLOADS[35]}</main>", content_type="text/html; charset=utf-8"))
+    context.route(
+        f"{address}/planted",
+        lambda route: route.fulfill(body=f"<!doctype html><main>{'x' * 60}{PAYLOADS[1]}{PAYLOADS[2]}{PAYLOADS[35]}</main>", content_type="text/html; charset=utf-8"),
+    )
     context.route("**/evil.example/**", lambda route: route.abort())
     found.page.goto(f"{address}/planted")
     found.page.wait_for_function("window.__ran === 1")

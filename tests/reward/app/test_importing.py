@@ -73,8 +73,8 @@ def test_a_run_comes_with_its_decisions_prompts_and_media(each_store: Store, tmp
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("width", "wide"), ("width", 10**400), ("fps", float("inf")), ("fps", float("nan")), ("fps", True), ("seed", None), ("prompt", 5), ("prompt_id", [1]), ("clip_id", 7), ("path", {}),
-     ("safety_json", 0), ("generator", "\ud800")],
+    [("width", "wide"), ("width", 10**400), ("fps", float("inf")), ("fps", float("nan")), ("fps", True), ("seed", None), ("prompt", 5), ("prompt_id", [1]),
+     ("clip_id", 7), ("path", {}), ("safety_json", 0), ("generator", "\ud800")],
 )  # fmt: skip
 def test_a_row_with_a_column_of_the_wrong_kind_is_refused_and_the_others_come(store: Store, tmp_path: Path, column: str, value: object) -> None:
     project_id, folder = add_project(store), tmp_path / "run"
