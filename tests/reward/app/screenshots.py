@@ -338,7 +338,7 @@ def pictures(seeded: Seeded) -> Iterator[Picture]:
         clients["ana"].post(f"/api{go}/skip", json={"id": new_id("z"), "reason": "undecidable"}).raise_for_status()
     ranking = shown_task(clients["ana"], seeded, "rank")
     yield Picture("rank-first-question", "ana", "/assignments/{assignment_id}", ranking, playing)
-    yield Picture("rank", "ana", "/assignments/{assignment_id}", ranking, ranked)
+    yield Picture("rank", "ana", "/assignments/{assignment_id}", ranking, lambda page: ranked(page, by_worth(store, ranking)))
     yield Picture("rank-one-place", "ana", "/assignments/{assignment_id}", ranking, lambda page: (playing(page), page.keyboard.press("f"))[0], whole=False)
     yield Picture("rank-unsafe", "ana", "/assignments/{assignment_id}", ranking, lambda page: (playing(page), page.keyboard.press("u"), page.wait_for_timeout(200))[0], whole=False)
     yield Picture("rank-skip", "ana", "/assignments/{assignment_id}", ranking, lambda page: (playing(page), page.keyboard.press("s"), page.wait_for_timeout(200))[0], whole=False)
@@ -370,6 +370,14 @@ def pictures(seeded: Seeded) -> Iterator[Picture]:
     yield Picture("paused", "noa", label, here[label])
 
 
+def by_worth(store: Store, path: str) -> list[int]:
+    """Ranks of the clips of a task, by place on the screen."""
+    with store.reading() as db:
+        row = db.execute(select(assignment.c.shown_order, task.c.clips).join(task).where(assignment.c.id == path.rpartition("/")[2])).one()
+        takes = {each.id: each.row["seed"] for each in db.execute(select(clip.c.id, clip.c.row).where(clip.c.id.in_(row.clips)))}
+    return [(1, 2, 4, 3)[takes[row.clips[row.shown_order.index(place)]]] for place in range(len(row.clips))]
+
+
 def shown_task(client: Client, seeded: Seeded, work: str, besides: str = "") -> str:
     """A task whose clips exist as files: those without are passed over."""
     asked = {"work": work, "besides": besides.rpartition("/")[2] or None}
@@ -388,14 +396,24 @@ def playing(page: Page) -> None:
     page.wait_for_timeout(250)
 
 
-def ranked(page: Page) -> None:
+def ranked(page: Page, ranks: list[int]) -> None:
+    """At the second question, which shows the prompt, with the last clip still to be ranked."""
     playing(page)
-    for place, rank in enumerate("213"):
-        take = page.locator(".take").nth(place)
-        if "not ranked" in (take.get_attribute("aria-label") or ""):  # the draft of an earlier picture is there again
-            page.keyboard.press(rank)
-        page.keyboard.press("ArrowRight")
+    if page.inner_text("#steps").startswith("Question 1"):
+        press(page, ranks)
+        page.keyboard.press("Enter")
+        page.locator("#prompt:not([hidden])").wait_for()
+    press(page, [rank if rank < TAKES else 0 for rank in ranks])
     page.wait_for_timeout(200)
+
+
+def press(page: Page, ranks: list[int]) -> None:
+    """Ranks by place, 0 for none; what the draft of an earlier picture holds already is left."""
+    for rank in ranks:
+        take = page.locator(".take.current")
+        if rank and "not ranked" in (take.get_attribute("aria-label") or ""):
+            page.keyboard.press(str(rank))
+        page.keyboard.press("ArrowRight")
 
 
 def revealed(page: Page) -> None:
@@ -419,7 +437,7 @@ def context_of(browser: Any, address: str, seeded: Seeded, who: str | None, devi
 
 
 def take_pictures(folder: Path, only: str = "") -> list[Path]:
-    """Writes every picture whose name begins with `only`."""
+    """Writes every picture, or the one that is called `only`."""
     from playwright.sync_api import sync_playwright
 
     made: list[Path] = []
@@ -434,7 +452,7 @@ def take_pictures(folder: Path, only: str = "") -> list[Path]:
         seen = set()
         for picture in pictures(world):
             seen.add(picture.route)
-            if not picture.name.startswith(only):
+            if only not in ("", picture.name):
                 continue
             for device in ("desktop", "phone"):
                 for scheme in ("light", "dark"):

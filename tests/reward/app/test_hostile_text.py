@@ -132,7 +132,8 @@ def a_run(folder: Path) -> None:
         rulings = [ruling(verdict, number % 2), ruling("allow" if verdict == "allow" else "review", 3, short("policy", number % 3, 60))]
         told = {"verdict": verdict, "rulings": rulings, "more": hostile("decision")}
         made.add(
-            torch.full((2, 3, 16, 16), number / 40), prompt=hostile("prompt", number // 3), prompt_id=short("prompt id", number // 3), seed=number, sampler={hostile("key"): hostile("value")},
+            torch.full((2, 3, 16, 16), number / 40), prompt=hostile("prompt", number // 3), prompt_id=short("prompt id", number // 3), seed=number,
+            sampler={hostile("key"): hostile("value")},
             lineage=hostile("generator", number), fps=12.0, extra={"x": hostile("extra")}, licence=hostile("licence"), safety=told, preview=False,
         )  # fmt: skip
 

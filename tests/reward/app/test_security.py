@@ -164,7 +164,10 @@ DEEP = "[" * 200_000
 FORM = "".join(f'--x\r\nContent-Disposition: form-data; name="f{number}"\r\n\r\n1\r\n' for number in range(10_000)) + "--x--\r\n"
 
 
-@pytest.mark.parametrize(("kind", "body"), [("multipart/form-data; boundary=x", FORM), ("application/x-www-form-urlencoded", "a=1&" * 200_000), ("application/json", DEEP), ("application/json", '{"a":' * 100_000)])
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [("multipart/form-data; boundary=x", FORM), ("application/x-www-form-urlencoded", "a=1&" * 200_000), ("application/json", DEEP), ("application/json", '{"a":' * 100_000)],
+)
 def test_no_route_takes_a_form_apart_and_deep_json_is_refused_at_once(store: Store, kind: str, body: str) -> None:
     add_member(store, "ada", "lead")
     client, began = Client(store, "ada"), time.perf_counter()
