@@ -116,7 +116,8 @@ def submits(person: Person, mine: str) -> None:
         person.page.wait_for_timeout(150)
         if person.page.evaluate(gone):
             return
-        assert person.page.inner_text("#wrong") == "" or "Watch every clip first" in person.page.inner_text("#wrong")
+        told = person.page.evaluate("document.getElementById('wrong')?.textContent ?? ''")
+        assert told == "" or "Watch every clip first" in told
     raise AssertionError("the answer was never taken")
 
 
