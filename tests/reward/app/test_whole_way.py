@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from sqlalchemy import select
 
 from base_model.video.store import ClipStore, NewClip
@@ -110,15 +111,14 @@ def give(store: Store, person: Person, mine: str, taste: str) -> None:
 
 def submits(person: Person, mine: str) -> None:
     """Presses Enter until all was watched and the answer is taken."""
-    gone = f"!location.pathname.endsWith('/{mine}')"
     for _ in range(40):
         person.press("Enter")
-        person.page.wait_for_timeout(150)
-        if person.page.evaluate(gone):
+        try:  # waiting survives the change of page that the last answer brings
+            person.page.wait_for_function("(id) => !location.pathname.endsWith('/' + id)", arg=mine, timeout=400)
             return
-        told = person.page.evaluate("document.getElementById('wrong')?.textContent ?? ''")
-        assert told == "" or "Watch every clip first" in told
-    raise AssertionError("the answer was never taken")
+        except PlaywrightTimeout:
+            continue
+    raise AssertionError(f"the answer was never taken: {person.page.inner_text('#wrong')}")
 
 
 def test_from_the_first_link_to_a_reward_model_that_learned_from_what_people_said(store: Store, browser: Browser, tmp_path: Path) -> None:
