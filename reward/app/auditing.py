@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, func, insert, or_, select
 
 from base_model.errors import UserError
+from reward.app.labeling import PLANTED
 from reward.app.reviewing import AUDITS, Stands, known_codes, restricting, settle, standing, violates, worst
 from reward.app.schema import clip, item, prompt
 from reward.app.security import Actor
@@ -44,7 +45,7 @@ def draw(store: Store, project_id: str, by: Actor) -> dict[str, int]:
         found = (
             select(clip.c.id, clip.c.clip_id, clip.c.decision, prompt.c.kind)
             .join(prompt, (prompt.c.project_id == clip.c.project_id) & (prompt.c.prompt_id == clip.c.prompt_id))
-            .where(clip.c.project_id == project_id, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")), clip.c.id.not_in(known))
+            .where(clip.c.project_id == project_id, clip.c.run != PLANTED, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")), clip.c.id.not_in(known))
         )
         rows = db.execute(found).all()
     candidates = {row.id: candidate for row in rows if (candidate := candidate_of(row.clip_id, row.decision, kind=row.kind)) is not None}
@@ -208,7 +209,9 @@ def _corrections(store: Store, project_id: str) -> list[Entry | Reading | Gold]:
     with store.reading() as db:
         drawn = {row.clip for row in _audit_items(db, project_id) if row.queue != UNDRAWN}
         said = {clip_id: reviews for clip_id, some in standing(db, project_id=project_id).items() if clip_id not in drawn and (reviews := [each for each in some if each.settled])}
-        rows = db.execute(select(clip).where(clip.c.project_id == project_id, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")))).all()
+        rows = db.execute(
+            select(clip).where(clip.c.project_id == project_id, clip.c.run != PLANTED, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")))
+        ).all()
     records: list[Entry | Reading | Gold] = []
     for row in rows:
         stands = violates(said.get(row.id, []))

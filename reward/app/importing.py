@@ -18,9 +18,9 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel
@@ -34,6 +34,9 @@ from reward.app.security import Denied, sha256
 from reward.app.store import Store, new_id
 from reward.safety.policy import load_policy
 
+if TYPE_CHECKING:
+    from base_model.video.store import ClipRow
+
 STORE, FILES = "clips.jsonl", "metadata.jsonl"
 ORDER = ("allow", "review", "error", "block")
 SOURCE = "source"
@@ -41,6 +44,8 @@ SOURCE = "source"
 MOST_BYTES = 512 << 20
 MOST_LINE = 1 << 20
 BATCH = 32
+KINDS: Mapping[str, Any] = {"str": str, "int": int, "float": int | float, "bool": bool}
+MOST_NUMBER = 2**63
 DEPTH = 4  # folders below a root that are looked into
 MOST_FOLDERS = 2_000
 
@@ -121,11 +126,26 @@ def _of_store(folder: Path) -> Iterator[Source | str]:
 
     newest = {row.clip_id: row for row in ClipStore(folder).rows()}  # of a clip that two requests made, the row ruled on last
     for row in newest.values():
+        wrong = _wrong_kind(row)
+        if wrong:
+            yield f"clip {str(row.clip_id)[:80]!r}: {wrong}"
+            continue
         told = {name: value for name, value in asdict(Clip.of(row)).items() if name != "safety_json"}
         try:
             yield Source(row.clip_id, folder / "clips" / f"{row.clip_id}.mkv", row.prompt_id, row.prompt, told, _json(row.safety_json))
         except TypeError as error:
             yield f"clip {row.clip_id!r}: {error}"
+
+
+def _wrong_kind(row: ClipRow) -> str:
+    """Which column of a row is not what it has to be, or an empty string. Numbers are finite and not so large that nobody can divide by them."""
+    for column in fields(row):
+        value, kind = getattr(row, column.name), KINDS[str(column.type)]
+        if not isinstance(value, kind) or (isinstance(value, bool) and column.type != "bool"):
+            return f"its `{column.name}` is no {column.type}"
+        if isinstance(value, int | float) and not abs(value) < MOST_NUMBER:
+            return f"its `{column.name}` is too large"
+    return ""
 
 
 def _of_files(folder: Path) -> Iterator[Source | str]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from reward.app.web import visible
+
 WIDTH = 460
 Scale = Callable[[float], float]
 
@@ -47,10 +49,11 @@ def _number(value: float, percent: bool) -> str:
 
 def _svg(width: int, height: int, name: str, said: str, body: Sequence[str], look: str) -> Markup:
     key = f"plot-{hashlib.sha256(f'{name} {said}'.encode()).hexdigest()[:10]}"
-    return Markup(
+    text = (
         f'<svg class="plot {look}" viewBox="0 0 {width} {height}" role="img" aria-labelledby="{key}-t {key}-d" preserveAspectRatio="xMidYMid meet">'
         f'<title id="{key}-t">{escape(name)}</title><desc id="{key}-d">{escape(said)}</desc>{"".join(body)}</svg>'
     )
+    return Markup(visible(text))
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:

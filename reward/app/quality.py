@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import BaseModel
 from sqlalchemy import select
 
+from reward.app.labeling import PLANTED
 from reward.app.reports import gently
 from reward.app.schema import clip, item
 from reward.app.store import Store
@@ -397,10 +398,14 @@ class Scores(NamedTuple):
 
 
 def scores_of(store: Store, project_id: str) -> dict[tuple[str, str], Scores]:
-    """(filter with its version, policy) -> scores. Clips that are restricted to child safety, or deleted, are left out."""
+    """(filter with its version, policy) -> scores. Clips that are restricted to child safety, deleted, or changed on purpose are left out."""
     found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     thresholds: dict[tuple[str, str], float] = {}
-    kept = select(clip.c.clip_id, clip.c.decision).where(clip.c.project_id == project_id, clip.c.state.in_(("live", "withdrawn"))).order_by(clip.c.created_at, clip.c.id)
+    kept = (
+        select(clip.c.clip_id, clip.c.decision)
+        .where(clip.c.project_id == project_id, clip.c.run != PLANTED, clip.c.state.in_(("live", "withdrawn")))
+        .order_by(clip.c.created_at, clip.c.id)
+    )
     with store.reading() as db:
         for clip_id, decision in gently(db.execution_options(yield_per=200).execute(kept)):
             for each in decision.get("rulings", []):

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from sqlalchemy import Connection, func, insert, select
 
 from base_model.errors import UserError
+from reward.app.labeling import PLANTED
 from reward.app.log import canonical
 from reward.app.quality import Filters
 from reward.app.reports import gently
@@ -39,8 +40,8 @@ class Signoff(BaseModel):
 
 
 def runs_of(db: Connection, project_id: str) -> list[tuple[str, int]]:
-    """(run, clips), the newest first. Clips that are restricted to child safety are not counted."""
-    kept = (clip.c.project_id == project_id, clip.c.state != "restricted")
+    """(run, clips), the newest first. Clips that are restricted to child safety are not counted, nor those that were changed on purpose."""
+    kept = (clip.c.project_id == project_id, clip.c.run != PLANTED, clip.c.state != "restricted")
     return [
         (run, number)
         for run, number, _ in db.execute(

@@ -97,7 +97,9 @@ def _model(function: Callable[..., Any], hint: Any) -> Any:
 
 @cache
 def templates() -> jinja2.Environment:
-    found = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    """Templates in which every text is escaped, and shows what it hides. What a form sends back as it was (values of fields and options) says `| e`, and is escaped only."""
+    loader = jinja2.FileSystemLoader(HERE / "templates")
+    found = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True)
     found.globals.update(static=static_path)
     found.filters.update(visible=visible, when=when, percent=percent)
     return found
@@ -107,6 +109,10 @@ def render(request: Request, template: str, told: Any, status: int = 200) -> HTM
     """A page of a model: templates see `view` (the model), `me` (the actor or None) and `path`."""
     actor: Actor | None = actor_of(request)
     return HTMLResponse(templates().get_template(template).render(view=told, me=actor, path=request.url.path), status)
+
+
+def _shown(value: Any) -> Any:
+    return visible(value) if type(value) is str else value
 
 
 def visible(text: str) -> str:

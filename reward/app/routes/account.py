@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field, SecretStr
 from sqlalchemy import select, update
 
 from reward.app import people, security
-from reward.app.access import PUBLIC, Anybody, StoreOf, cookie_name
+from reward.app.access import AUDITOR, LEAD, PUBLIC, Anybody, StoreOf, cookie_name
+from reward.app.leading import EVERYWHERE
 from reward.app.schema import api_token, person_private, project, session
 from reward.app.security import Denied, check_password, hasher
 from reward.app.web import Done, Pages
@@ -70,6 +71,10 @@ class ProjectSeen(BaseModel):
 class Home(BaseModel):
     name: str
     projects: list[ProjectSeen]
+    leads: bool
+    """Whether who asks leads or audits any project."""
+    makes: bool
+    """Whether who asks may make projects."""
 
 
 def _remember(request: Request, response: Response, cookie: str) -> None:
@@ -90,7 +95,8 @@ def home(me: Anybody, store: StoreOf) -> Home:
     with store.reading() as db:
         rows = db.execute(select(project.c.id, project.c.name).where(project.c.state == "open").order_by(project.c.name)).all()
     found = [ProjectSeen(id=row.id, name=row.name, roles=sorted(me.roles_in(row.id))) for row in rows if me.roles_in(row.id)]
-    return Home(name=me.name, projects=found)
+    leads = bool({LEAD, AUDITOR} & frozenset().union(*me.roles.values()))
+    return Home(name=me.name, projects=found, leads=leads, makes=me.has(LEAD, EVERYWHERE))
 
 
 @pages.view("/login", "login.html")

@@ -343,7 +343,7 @@ class Exports(BaseModel):
 
 
 FORMS = (
-    ("parquet", "Parquet", "A ZIP of the tables that `rushes reward-model` reads: rankings, clips, prompts and people."),
+    ("parquet", "Parquet", "A ZIP of the tables that rushes reward-model reads: rankings, clips, prompts and people."),
     ("jsonl", "JSON Lines", "One answer a line."),
     ("videoalign", "VideoAlign CSV", "Pairs with an answer for each dimension."),
     ("label-studio", "Label Studio JSON", "Tasks with their annotations."),

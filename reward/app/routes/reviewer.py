@@ -181,6 +181,7 @@ def policy_texts() -> list[PolicyText]:
 @pages.view("/review/{project_id}", "review_room.html")
 def review_room(project_id: str, me: Reviewer, store: StoreOf) -> Room:
     """Queues with what waits in them, one's exposure and settings."""
+    reviewing.catch_up(store, project_id)
     with store.reading() as db:
         name = db.execute(select(project.c.name).where(project.c.id == project_id)).scalar()
         if name is None:
@@ -254,6 +255,7 @@ def review_draw(project_id: str, me: Overseer, store: StoreOf) -> Done:
 @pages.view("/review/{project_id}/decisions", "review_decisions.html")
 def review_decisions(project_id: str, me: Reader, store: StoreOf) -> Decisions:
     """The newest decisions that have taken effect, without pictures, and of clips that nobody else is asked about any more."""
+    reviewing.catch_up(store, project_id)
     waits = item.alias()
     still_read = select(waits.c.id).where(waits.c.clip == review.c.clip, waits.c.state != "closed").exists()  # who saw what the first one said is no blind reader
     with store.reading() as db:
@@ -394,7 +396,7 @@ def earlier_of(db: Connection, row: Row[Any]) -> list[Earlier]:
 
 def decided_of(row: Row[Any], done: Row[Any], undo_seconds: int) -> Decided:
     rulings = row.decision.get("rulings", [])
-    filters = [FilterSaid(**{**each, "reasons": [reason["text"] for reason in each["reasons"]]}) for each in rulings]
+    filters = [FilterSaid(**{**each, "reasons": [str(reason["text"]) for reason in each["reasons"] if isinstance(reason, dict) and "text" in reason]}) for each in rulings]
     undo_until = None if row.item_state == "closed" else done.at + 1_000 * undo_seconds
     return Decided(review_id=done.id, said=done.said, policies=done.body["policies"], undo_until=undo_until, why=why_of(row), verdict=row.verdict, filters=filters)
 

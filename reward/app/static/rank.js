@@ -67,7 +67,7 @@ function take(view, clip) {
   const buttons = {};
   const bar = el("div", { class: "ranks", role: "group", "aria-label": view.work === "rank" ? `Rank of clip ${letter}` : `Clip ${letter} as an example` });
   const press = (name, label, text, act) => {
-    buttons[name] = el("button", { type: "button", class: "rank", "aria-pressed": "false", "aria-label": label, onclick: () => (focus(clip.place, false), act()) }, text);
+    buttons[name] = el("button", { type: "button", class: text.length > 2 ? "rank word" : "rank", "aria-pressed": "false", "aria-label": label, onclick: () => (focus(clip.place, false), act()) }, text);
     return buttons[name];
   };
   if (view.work === "rank") {
@@ -123,7 +123,7 @@ function pose() {
     $("question").textContent = "Which clips are worth imitating?";
     $("steps").textContent = "Accept or reject every clip";
   } else {
-    $("question").textContent = dimension().question;
+    $("question").textContent = visible(dimension().question);
     $("steps").textContent = view.dimensions.length > 1 ? `Question ${said.step + 1} of ${view.dimensions.length}` : "Rank the clips, 1 is best";
   }
   const sees = examples() || dimension().sees_prompt;
@@ -521,7 +521,7 @@ function explain(feedback) {
   $("feedback-title").textContent = feedback.right === null ? "Thank you" : feedback.right ? "As expected" : "Not as expected";
   const parts = [el("ul", {}, ...feedback.notes.map((note, place) => el("li", {}, `Clip ${LETTERS[place]}: ${note}`)))];
   for (const [name, expected] of Object.entries(feedback.expected)) {
-    const question = now.view.dimensions.find((each) => each.name === name)?.question || name;
+    const question = visible(now.view.dimensions.find((each) => each.name === name)?.question || name);
     const best = expected.map((value, place) => (value === 1 ? LETTERS[place] : "")).filter(Boolean);
     const worse = expected.map((value, place) => (value === 2 ? LETTERS[place] : "")).filter(Boolean);
     parts.push(el("p", {}, `${question} ${best.join(", ")} is better than ${worse.join(", ")}, because what was changed on purpose made ${worse.length > 1 ? "those" : "it"} worse.`));

@@ -100,6 +100,21 @@ def test_what_was_deleted_does_not_come_back_with_another_import(each_store: Sto
     assert missing_of(each_store, digest) == list(VARIANTS) and not list(each_store.media.rglob(f"{digest}*"))
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("width", "wide"), ("width", 10**400), ("fps", float("inf")), ("fps", float("nan")), ("fps", True), ("seed", None), ("prompt", 5), ("prompt_id", [1]),
+     ("clip_id", 7), ("path", {}), ("safety_json", 0), ("generator", "\ud800")],
+)  # fmt: skip
+def test_a_row_with_a_column_of_the_wrong_kind_is_refused_and_the_others_come(store: Store, tmp_path: Path, column: str, value: object) -> None:
+    project_id, folder = add_project(store), tmp_path / "run"
+    a_run(folder, [ALLOWED, ALLOWED])
+    first, second = map(json.loads, (folder / "clips.jsonl").read_text().splitlines())
+    (folder / "clips.jsonl").write_text(json.dumps({**first, column: value}) + "\n" + json.dumps(second) + "\n")
+    counts = import_run(store, project_id, folder, "first", "person-1", render=render)
+    assert (counts["rows"], counts["added"], counts["refused"]) == (2, 1, 1) and "clip" in counts["first_refused"]
+    assert [row.clip_id for row in clips_of(store, project_id)] == [second["clip_id"]]
+
+
 def test_importing_again_adds_what_is_new_and_renders_nothing_twice(each_store: Store, tmp_path: Path) -> None:
     project_id, folder, rendered = add_project(each_store), tmp_path / "run", []
 

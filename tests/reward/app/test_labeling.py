@@ -541,6 +541,28 @@ def test_who_goes_by_the_place_is_warned_then_paused_and_starts_anew_when_let_ba
     assert answering.submit(each_store, ann, taken(each_store, ann, project_id), an_answer(3)).standing == "fine"
 
 
+def test_people_who_agreed_to_answer_the_wrong_way_round_are_found_by_what_is_known(store: Store) -> None:
+    """They agree with each other entirely, and repeats catch none of them; gold pauses all of them, and not who answers honestly."""
+    project_id = with_tasks(store, prompts=60, takes=3, overlap=4, mixture={"active": 0.4, "random": 0, "gold": 0.4, "repeat": 0.1, "mirrored": 0.1})
+    with store.writing() as db:
+        rows = db.execute(select(task.c.id, task.c.clips).order_by(task.c.id)).all()
+        known = [row.id for row in rows[:30]]
+        db.execute(update(task).where(task.c.id.in_(known)).values(kind="gold", truth={"overall": [1, 2, None]}, wanted=labeling.EVERYBODY))
+    worth = {each: place for row in rows for place, each in enumerate(row.clips)}
+    reversed_ = by_clip({each: -place for each, place in worth.items()})
+    colluders = [as_labeler(store, name, project_id) for name in ("cai", "cem", "cid")]
+    for each in colluders:
+        with pytest.raises(Denied, match="paused"):
+            answer_all(store, each, project_id, reversed_)
+        habits = labeling.habits_of(store, project_id, each.person_id)
+        assert habits["passed"] <= 0.5 and habits["checks"] >= 6
+    honest = as_labeler(store, "ann", project_id)
+    answer_all(store, honest, project_id, by_clip(worth))
+    assert labeling.habits_of(store, project_id, honest.person_id)["passed"] == 1
+    said = [each for each in labeling.events_of(store, project_id) if each.annotator_id != honest.pseudonym]
+    assert {each.gold_ok for each in said if each.is_gold} == {False}, "and what they said is marked for whoever learns from it"
+
+
 def test_who_is_of_one_mind_passes_mirrored_repeats(store: Store) -> None:
     project_id = with_tasks(store, prompts=30, takes=3, overlap=1, mixture={"active": 0.5, "random": 0, "gold": 0, "repeat": 0, "mirrored": 0.5})
     ann = as_labeler(store, "ann", project_id)

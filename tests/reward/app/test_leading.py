@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sqlalchemy import insert, select, update
 
 from base_model.errors import UserError
-from reward.app import leading, people, plots, reports
+from reward.app import auditing, labeling, leading, people, plots, quality, reports, signing_off
 from reward.app.access import CHILD_SAFETY, LEAD
 from reward.app.leading import HOUR, nested, progress_of
 from reward.app.schema import clip, event, item, person, withdrawal
@@ -153,6 +153,23 @@ def test_what_is_restricted_to_child_safety_is_not_even_a_number(each_store: Sto
         db.execute(insert(item), [{**row, "id": new_id("q"), "clip": each} for each in (hidden, others[0])])
     told = progress_of(each_store, project_id)
     assert sum(told.clips.values()) == 11 and [(each.queue, each.waiting) for each in told.queues] == [("flagged", 1)]
+
+
+def test_copies_that_were_made_worse_on_purpose_are_no_clips_of_the_generator(each_store: Store) -> None:
+    """They are in no audit of the filters, no run to sign off, no score and no count."""
+    project_id = add_project(each_store)
+    made = add_clips(each_store, project_id, files=False, verdicts=("allow", "block"))
+    add_member(each_store, "ada", "lead", project_id=project_id)
+    with each_store.writing() as db:
+        db.execute(update(clip).where(clip.c.id.in_(made[:3])).values(run=labeling.PLANTED))
+    drawn = auditing.draw(each_store, project_id, Client(each_store, "ada").me)
+    scored = {digest for scores in quality.scores_of(each_store, project_id).values() for digest in scores.by_clip}
+    with each_store.reading() as db:
+        audited = set(db.execute(select(item.c.clip)).scalars())
+        runs = signing_off.runs_of(db, project_id)
+        digests = set(db.execute(select(clip.c.clip_id).where(clip.c.id.in_(made[3:]))).scalars())
+    assert drawn["blocked_pool"] + drawn["passed_pool"] == len(made) - 3 and audited == set(made[3:])
+    assert scored == digests and runs == [("test", len(made) - 3)] and sum(progress_of(each_store, project_id).clips.values()) == len(made) - 3
 
 
 def test_an_empty_project_has_no_pace_and_needs_no_time(store: Store) -> None:

@@ -454,6 +454,28 @@ def test_a_decision_is_not_listed_while_somebody_is_asked_about_the_same_clip(st
         assert len(sue.get(f"/api/review/{project_id}/decisions").json()["decisions"]) == 2 * number
 
 
+def test_what_time_has_brought_is_in_the_queues_before_anybody_takes_a_clip(each_store: Store) -> None:
+    project_id = add_project(each_store, reviewing={"second_share": 1.0, "undo_seconds": 15, "lease_minutes": 20})
+    clips = add_clips(each_store, project_id, takes=1, verdicts=("review",), files=False)
+    with each_store.writing() as db:
+        reviewing.queue_imported(each_store, db, project_id, clips)
+    for login in ("ada", "eve"):
+        add_member(each_store, login, "reviewer", project_id=project_id)
+    ada, eve = Client(each_store, "ada"), Client(each_store, "eve")
+    ada.post(f"/api/reading/{taken(ada, project_id)}/decide", json=said()).raise_for_status()
+    taken(ada, project_id)
+
+    def waiting() -> int:
+        return {each["queue"]: each["open"] for each in eve.get(f"/api/review/{project_id}").json()["queues"]}["review"]
+
+    assert waiting() == 1
+    now = each_store.now()
+    each_store.now = lambda: now + 16_000
+    assert waiting() == 2, "the second reading of the first"
+    each_store.now = lambda: now + 21 * 60_000
+    assert waiting() == 3, "and the one that ran out"
+
+
 def test_a_draft_survives_a_reload_and_a_reading_that_is_over_says_so(store: Store, served: Served, browser: Any) -> None:
     project_id, _ = room(store, takes=1)
     add_member(store, "ada", "reviewer", project_id=project_id)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import json
+import logging
+import shutil
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 from sqlalchemy import select, update
 
 from reward.app import people, security
 from reward.app.schema import event, person, session
-from reward.app.security import HEADERS
-from reward.app.store import Store
-from reward.app.web import AppSettings, static_path, visible
+from reward.app.security import HEADERS, sha256
+from reward.app.store import Store, open_store
+from reward.app.web import HERE, AppSettings, static_path, visible
 from tests.reward.app.conftest import PASSWORD, Client, add_member, add_project
 from tests.reward.app.test_access import routes_of
 
@@ -152,6 +158,81 @@ def test_large_bodies_are_refused_before_they_are_read_whole(store: Store) -> No
     assert client.post("/api/account/tokens", content=nested, headers={"content-type": "application/json"}).status_code == 400
     assert client.post("/api/account/tokens", json={"name": "x" * 201}).status_code == 422
     assert client.post("/api/account/tokens", data={"name": "x"}).status_code == 422
+
+
+DEEP = "[" * 200_000
+FORM = "".join(f'--x\r\nContent-Disposition: form-data; name="f{number}"\r\n\r\n1\r\n' for number in range(10_000)) + "--x--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [("multipart/form-data; boundary=x", FORM), ("application/x-www-form-urlencoded", "a=1&" * 200_000), ("application/json", DEEP), ("application/json", '{"a":' * 100_000)],
+)
+def test_no_route_takes_a_form_apart_and_deep_json_is_refused_at_once(store: Store, kind: str, body: str) -> None:
+    add_member(store, "ada", "lead")
+    client, began = Client(store, "ada"), time.perf_counter()
+    for path in ("/api/login", "/api/projects", "/api/account/tokens"):
+        assert client.post(path, content=body, headers={"content-type": kind}).status_code in (400, 415, 422), path
+    assert time.perf_counter() - began < 3
+
+
+CONNECTING = {"httpx", "httpx2", "requests", "aiohttp", "urllib3", "urllib.request", "http.client", "socket", "ftplib", "smtplib", "websockets", "telnetlib"}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            found |= {each.value for each in node.args if isinstance(each, ast.Constant)}
+    return found
+
+
+def test_the_app_connects_to_nowhere() -> None:
+    """There is no import by address, no webhook and no call home: nothing that could be asked to fetch what only the server reaches."""
+    assert imported(ast.parse("from http import client\nimport socket")) & CONNECTING == {"http.client", "socket"}
+    files = list(HERE.rglob("*.py"))
+    assert len(files) > 30
+    assert {str(file): found for file in files if (found := imported(ast.parse(file.read_text())) & CONNECTING)} == {}
+
+
+VENDORED = {
+    "htmx.min.js": "d6fdc75f204e6bdefa99b69bf1e6d4ac69b8a364f77929f45c13476b4000f717",
+    "json-enc.min.js": "e1485812d18c44ba70b17b318e1d87895e56631f8b5d4e190ba011c49d363dda",
+}
+"""sha256 of what others wrote and pages run: htmx.org 2.0.11 and htmx-ext-json-enc 2.0.3, as the npm registry has them."""
+
+
+def test_what_others_wrote_and_pages_run_is_what_was_looked_at() -> None:
+    assert {name: hashlib.sha256((HERE / "static" / name).read_bytes()).hexdigest() for name in VENDORED} == VENDORED
+
+
+def test_no_secret_is_written_down_or_told(tmp_path: Path, sqlite_template: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither in any file of the store, nor in the log of events, nor in what the server prints: passwords, cookies, tokens and links are kept as hashes."""
+    caplog.set_level(logging.DEBUG)
+    shutil.copytree(sqlite_template, tmp_path / "store")
+    store = open_store(tmp_path / "store")
+    try:
+        link = people.first_invitation(store)
+        assert link is not None
+        client = Client(store)
+        client.post(f"/api/join/{link}", json={"login": "ada", "name": "Ada", "password": PASSWORD}).raise_for_status()
+        actor = security.actor_of_session(store, client.cookies["rushes"])
+        assert actor is not None
+        client.headers["x-csrf"] = actor.csrf
+        token = client.post("/api/account/tokens", json={"name": "nightly"}).json()["token"]
+        for login in ("ada", "nobody"):
+            client.post("/api/login", json={"login": login, "password": "a wrong password"})
+        secrets = [link, PASSWORD, "a wrong password", client.cookies["rushes"], token]
+    finally:
+        store.close()
+    written = b"".join(file.read_bytes() for file in store.folder.rglob("*") if file.is_file() and file.name != "secret")
+    assert sha256(link).encode() in written and b"invited" in written, "this looks where things are"
+    told = "".join(each.getMessage() for each in caplog.records if not each.name.startswith("httpx")).encode() + json.dumps(client.get("/api/account").json()).encode()
+    assert [each for each in [*secrets, store.secret.hex()] if each.encode() in written + told] == [] and store.secret not in written + told
 
 
 def test_static_files_are_found_by_hash_and_nothing_else_is(store: Store) -> None:
