@@ -44,7 +44,7 @@ def draw(store: Store, project_id: str, by: Actor) -> dict[str, int]:
         found = (
             select(clip.c.id, clip.c.clip_id, clip.c.decision, prompt.c.kind)
             .join(prompt, (prompt.c.project_id == clip.c.project_id) & (prompt.c.prompt_id == clip.c.prompt_id))
-            .where(clip.c.project_id == project_id, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")), clip.c.id.not_in(known))
+            .where(clip.c.project_id == project_id, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")), clip.c.made_of.is_(None), clip.c.id.not_in(known))
         )
         rows = db.execute(found).all()
     candidates = {row.id: candidate for row in rows if (candidate := candidate_of(row.clip_id, row.decision, kind=row.kind)) is not None}

@@ -68,7 +68,7 @@ def forget(store: Store) -> bool:
 
 
 def delete_clip(store: Store, project_id: str, clip_id: str, by: str, *, restricted: bool = False, others: bool = True) -> None:
-    """Deletes the media of a clip for good. clip_id: of the table. restricted, others: whether who asks may delete clips that only the child-safety role sees, and all others.
+    """Deletes the media of a clip, and of the copies that were made of it, for good. clip_id: of the table. restricted, others: whether who asks may delete clips that only the child-safety role sees, and all others.
 
     Media lie by content: where another project holds the same clip, they stay until it is deleted there. Raises Denied, 404, for a clip that is not there, or not for who asks.
     """
@@ -77,8 +77,9 @@ def delete_clip(store: Store, project_id: str, clip_id: str, by: str, *, restric
         found = db.execute(select(clip.c.id, clip.c.clip_id).where(clip.c.id == clip_id, clip.c.project_id == project_id, clip.c.state.in_(states))).first()
         if found is None:
             raise Denied(404, NOTHING)
-        _mark(store, db, [clip_id], "asked for", by)
-    remove_media(store, [found.clip_id])
+        gone = _with_copies(db, [clip_id])
+        _mark(store, db, list(gone), "asked for", by)
+    remove_media(store, list(gone.values()))
 
 
 def retain(store: Store, project_id: str, by: str = "system") -> int:
@@ -90,11 +91,20 @@ def retain(store: Store, project_id: str, by: str = "system") -> int:
             since = select(func.max(event.c.at)).where(event.c.subject == clip.c.id, event.c.kind == "clip withdrawn").correlate(clip).scalar_subquery()
             old = func.coalesce(since, clip.c.created_at) <= store.now() - days * DAY
             gone = db.execute(select(clip.c.id).where(clip.c.project_id == project_id, clip.c.state == "withdrawn", old)).scalars().all()
-            _mark(store, db, gone, f"withdrawn more than {days} days ago", by)
+            _mark(store, db, list(_with_copies(db, gone)), f"withdrawn more than {days} days ago", by)
         digests = db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "deleted")).scalars().all()
     remove_media(store, digests)
     forget(store)
     return len(gone)
+
+
+def _with_copies(db: Connection, clips: Sequence[str]) -> dict[str, str]:
+    """Clips and the worse copies that were made of them: id -> digest of the frames. Copies that were deleted before are left out."""
+    found: dict[str, str] = {}
+    for clip_id in clips:
+        also = (clip.c.made_of == clip_id) & (clip.c.state != "deleted")
+        found.update(db.execute(select(clip.c.id, clip.c.clip_id).where((clip.c.id == clip_id) | also)).all())
+    return found
 
 
 def _mark(store: Store, db: Connection, clips: Sequence[str], reason: str, by: str) -> None:

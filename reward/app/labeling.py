@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, case, exists, insert, select, update
+from sqlalchemy import ColumnElement, Connection, FromClause, Row, Select, and_, bindparam, case, exists, insert, or_, select, update
 
 from reward.app.schema import answer, assignment, clip, item, person, private_text, prompt, task, withdrawal
 from reward.app.security import Actor
@@ -25,15 +25,21 @@ if TYPE_CHECKING:
     from reward.comparisons import RankingEvent
 
 PLANTED = "planted"
-"""The run of clips that are changed on purpose."""
+"""What copies that were made worse on purpose are called where a run is; it says nothing, for a run may be called so, too. `clip.made_of` does."""
 EVERYBODY = 1_000_000
 """People who may answer a task whose answer is known."""
 
 
 def servable() -> ColumnElement[bool]:
-    """The condition on `clip` for what labelers may be shown: allowed by every filter, live, and under no open suspicion."""
-    flagged = exists().where(item.c.clip == clip.c.id, item.c.queue == "flagged", item.c.state != "closed")
-    return and_(clip.c.verdict == "allow", clip.c.state == "live", ~flagged)
+    """The condition on `clip` for what labelers may be shown: allowed by every filter, live, and under no open suspicion. A copy that was made worse may be shown while the clip
+    it was made of may."""
+    source = clip.alias()
+    return and_(_may_be_shown(clip), or_(clip.c.made_of.is_(None), exists().where(source.c.id == clip.c.made_of, _may_be_shown(source))))
+
+
+def _may_be_shown(table: FromClause) -> ColumnElement[bool]:
+    flagged = exists().where(item.c.clip == table.c.id, item.c.queue == "flagged", item.c.state != "closed").correlate(table)
+    return and_(table.c.verdict == "allow", table.c.state == "live", ~flagged)
 
 
 def servable_of(db: Connection, clips: Sequence[str]) -> set[str]:
@@ -65,7 +71,7 @@ def make_demonstrations(store: Store, db: Connection, project_id: str, by: Actor
 def _deal(store: Store, db: Connection, project_id: str, kind: str, *, size: int, least: int, wanted: int) -> int:
     asked = {each for clips in db.execute(select(task.c.clips).where(task.c.project_id == project_id, task.c.kind == kind)).scalars() for each in clips}
     free: dict[str, list[str]] = defaultdict(list)
-    for row in db.execute(select(clip.c.id, clip.c.prompt_id).where(clip.c.project_id == project_id, clip.c.run != PLANTED, servable()).order_by(clip.c.id)):
+    for row in db.execute(select(clip.c.id, clip.c.prompt_id).where(clip.c.project_id == project_id, clip.c.made_of.is_(None), servable()).order_by(clip.c.id)):
         if row.id not in asked:
             free[row.prompt_id].append(row.id)
     rows = []

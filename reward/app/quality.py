@@ -397,10 +397,11 @@ class Scores(NamedTuple):
 
 
 def scores_of(store: Store, project_id: str) -> dict[tuple[str, str], Scores]:
-    """(filter with its version, policy) -> scores. Clips that are restricted to child safety, or deleted, are left out."""
+    """(filter with its version, policy) -> scores. Clips that are restricted to child safety or deleted, and worse copies, are left out."""
     found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     thresholds: dict[tuple[str, str], float] = {}
-    kept = select(clip.c.clip_id, clip.c.decision).where(clip.c.project_id == project_id, clip.c.state.in_(("live", "withdrawn"))).order_by(clip.c.created_at, clip.c.id)
+    there = (clip.c.project_id == project_id, clip.c.state.in_(("live", "withdrawn")), clip.c.made_of.is_(None))
+    kept = select(clip.c.clip_id, clip.c.decision).where(*there).order_by(clip.c.created_at, clip.c.id)
     with store.reading() as db:
         for clip_id, decision in gently(db.execution_options(yield_per=200).execute(kept)):
             for each in decision.get("rulings", []):

@@ -242,12 +242,14 @@ def contradicted(rulings: Sequence[dict[str, Any]]) -> bool:
 def flag(store: Store, db: Connection, *, clip: str, policies: Sequence[str], source: str, by: Actor) -> str:
     """Puts a clip at once into the queue of flagged ones and returns the item's id; under P04 it is restricted, too. Inside of a `writing()` transaction.
 
+    Who suspects a copy that was made worse suspects what it was made of.
     Flagged again for nothing new, it is the item that waits already. Raises UserError for no policy or an unknown one.
     """
     known_codes(policies)
     if not policies:
         raise UserError("what is unsafe about it? Name at least one policy, policies")
     table = item.c
+    clip = source_of(db, clip)
     project_id = _project_of(db, clip)
     if restricting(policies):
         restrict(store, db, clip, by=by.pseudonym)
@@ -258,6 +260,12 @@ def flag(store: Store, db: Connection, *, clip: str, policies: Sequence[str], so
             return str(each.id)
     why = {"policies": sorted(policies), "not": [by.pseudonym]}
     return add_item(store, db, project_id, clip, "flagged", why, severity=worst(load_policy(), policies), by=by.pseudonym, source=source)
+
+
+def source_of(db: Connection, clip_id: str) -> str:
+    """The clip that a copy was made of, which shows the same; itself where it is no copy."""
+    made_of = db.execute(select(clip.c.made_of).where(clip.c.id == clip_id)).scalar()
+    return str(made_of or clip_id)
 
 
 def _project_of(db: Connection, clip_id: str) -> str:

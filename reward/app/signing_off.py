@@ -39,8 +39,8 @@ class Signoff(BaseModel):
 
 
 def runs_of(db: Connection, project_id: str) -> list[tuple[str, int]]:
-    """(run, clips), the newest first. Clips that are restricted to child safety are not counted."""
-    kept = (clip.c.project_id == project_id, clip.c.state != "restricted")
+    """(run, clips), the newest first. Clips that are restricted to child safety, and worse copies, are not counted."""
+    kept = (clip.c.project_id == project_id, clip.c.state != "restricted", clip.c.made_of.is_(None))
     return [
         (run, number)
         for run, number, _ in db.execute(
@@ -60,7 +60,7 @@ class Counted(BaseModel):
 
 def counts_of(db: Connection, project_id: str, run: str) -> Counted:
     """Clips by verdict, the filters that ruled on them, and what is still open. Raises Denied for a run that has no clips."""
-    mine = (clip.c.project_id == project_id, clip.c.run == run, clip.c.state != "restricted")
+    mine = (clip.c.project_id == project_id, clip.c.run == run, clip.c.state != "restricted", clip.c.made_of.is_(None))
     counted = db.execute(select(clip.c.verdict, clip.c.state, func.count()).where(*mine).group_by(clip.c.verdict, clip.c.state)).all()
     if not counted:
         raise Denied(404, "there is nothing here")
