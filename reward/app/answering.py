@@ -154,7 +154,7 @@ def flag(store: Store, actor: Actor, assignment_id: str, unsafe: Unsafe) -> None
 
 
 def _flag(store: Store, db: Connection, actor: Actor, row: Row[Any], unsafe: Sequence[Unsafe]) -> None:
-    """Once for each clip of an assignment."""
+    """Once for each clip of an assignment, and again for what was not said of it before."""
     from reward.app import reviewing
 
     policy = load_policy()
@@ -163,13 +163,16 @@ def _flag(store: Store, db: Connection, actor: Actor, row: Row[Any], unsafe: Seq
         if unknown:
             raise Denied(422, f"there is no policy {unknown[0][:20]}. Choose from the list")
         clip_id = row.clips[_clip_at(row, each.place)]
-        if clip_id not in flagged_by(db, row):
+        if not set(each.policies) <= flagged_by(db, row).get(reviewing.source_of(db, clip_id), set()):
             reviewing.flag(store, db, clip=clip_id, policies=each.policies, source=row.id, by=actor)
 
 
-def flagged_by(db: Connection, row: Row[Any]) -> set[str]:
-    """The clips that were called unsafe under an assignment."""
-    return set(db.execute(select(item.c.clip).where(item.c.clip.in_(row.clips), item.c.queue == "flagged", item.c.source == row.id)).scalars())
+def flagged_by(db: Connection, row: Row[Any]) -> dict[str, set[str]]:
+    """The clips that were called unsafe under an assignment, and the policies that were named."""
+    found: dict[str, set[str]] = {}
+    for clip_id, why in db.execute(select(item.c.clip, item.c.why).where(item.c.clip.in_(row.clips), item.c.queue == "flagged", item.c.source == row.id)):
+        found.setdefault(clip_id, set()).update(why["policies"])
+    return found
 
 
 # The answer
@@ -205,7 +208,7 @@ def submit(store: Store, actor: Actor, assignment_id: str, given: Answer) -> Tak
             "ranks": ranks,
             "all_bad": given.all_bad,
             "broken": sorted(_clip_at(row, place) for place in set(given.broken)),
-            "unsafe": sorted(row.clips.index(each) for each in flagged_by(db, row) | {row.clips[_clip_at(row, each.place)] for each in given.unsafe}),
+            "unsafe": sorted(row.clips.index(each) for each in flagged_by(db, row).keys() | {row.clips[_clip_at(row, each.place)] for each in given.unsafe}),
             "likert": _by_clip(row, given.likert) if rated and given.likert is not None else None,
             "confidence": given.confidence,
             "comment": _keep_text(store, db, actor, given.comment),

@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from sqlalchemy import Connection, insert, select, update
 
 from base_model.errors import UserError
+from reward.app import reviewing
 from reward.app.log import canonical
 from reward.app.media import path_of
 from reward.app.schema import clip, project, prompt
@@ -223,12 +224,13 @@ def import_run(
         store.log(db, by, "import began", project_id, {"run": sha256(run), "rows": len(rows)})
     for start in range(0, len(rows), BATCH):
         ready: list[tuple[Source, Ruled, dict[str, Any]]] = []
+        gone = _deleted(store, project_id, [each.clip_id for each in rows[start : start + BATCH] if isinstance(each, Source)])
         for each in rows[start : start + BATCH]:
             problem = each if isinstance(each, str) else _problem(each)
             if isinstance(each, str) or problem:
                 _refuse(counts, problem)
                 continue
-            facts, unreadable = _media(store, folder, each, render)
+            facts, unreadable = _media(store, folder, each, render) if each.clip_id not in gone else ({}, "")
             counts.unreadable += bool(unreadable)
             ready.append((each, ruled(each.decision, unreadable), {**facts, **each.row}))
         with store.writing() as db:
@@ -237,6 +239,12 @@ def import_run(
     with store.writing() as db:
         store.log(db, by, "import ended", project_id, {"run": sha256(run), **counts.model_dump(exclude={"first_refused"})})
     return counts.model_dump()
+
+
+def _deleted(store: Store, project_id: str, digests: Sequence[str]) -> set[str]:
+    """Those whose media were deleted for good: they are not made again."""
+    with store.reading() as db:
+        return set(db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.clip_id.in_(digests), clip.c.state == "deleted")).scalars())
 
 
 def _refuse(counts: Counts, problem: str) -> None:
@@ -298,6 +306,7 @@ def _add(store: Store, db: Connection, project_id: str, run: str, ready: Sequenc
         row.clip_id: row
         for row in db.execute(select(clip.c.id, clip.c.clip_id, clip.c.prompt_id, clip.c.decision, clip.c.state).where(clip.c.project_id == project_id, clip.c.clip_id.in_(ids)))
     }
+    restricted = reviewing.restricted_digests(db, ids)
     prompts = {source.prompt_id for source, *_ in ready}
     texts = {key: value for key, value in db.execute(select(prompt.c.prompt_id, prompt.c.text).where(prompt.c.project_id == project_id, prompt.c.prompt_id.in_(prompts)))}
     added: list[str] = []
@@ -311,11 +320,12 @@ def _add(store: Store, db: Connection, project_id: str, run: str, ready: Sequenc
             db.execute(insert(prompt), {"project_id": project_id, "prompt_id": source.prompt_id, "text": source.text, "lang": "en", "kind": ""})
             texts[source.prompt_id] = source.text
         if before is None:
-            added.append(_insert(store, db, project_id, run, source, said, row))
+            added.append(_insert(store, db, project_id, run, source, said, row, restricted=said.restricted or source.clip_id in restricted, by=by))
             old[source.clip_id] = db.execute(select(clip.c.id, clip.c.clip_id, clip.c.prompt_id, clip.c.decision, clip.c.state).where(clip.c.id == added[-1])).one()
-        elif canonical(before.decision) != canonical(said.decision):
-            state = {"state": "restricted"} if said.restricted and before.state in ("live", "withdrawn") else {}
-            db.execute(update(clip).where(clip.c.id == before.id).values(verdict=said.verdict, score=said.score, decision=said.decision, **state))
+        elif before.state != "deleted" and canonical(before.decision) != canonical(said.decision):
+            db.execute(update(clip).where(clip.c.id == before.id).values(verdict=said.verdict, score=said.score, decision=said.decision))
+            if said.restricted:
+                reviewing.restrict(store, db, before.id, by=by)
             again.append(before.id)
         else:
             counts.already += 1
@@ -324,10 +334,10 @@ def _add(store: Store, db: Connection, project_id: str, run: str, ready: Sequenc
         if clips:
             store.log(db, by, kind, project_id, {"run": sha256(run), "clips": clips})
     if added or again:
-        _queue(store, db, project_id, [*added, *again], by)
+        reviewing.queue_imported(store, db, project_id, [*added, *again], by)
 
 
-def _insert(store: Store, db: Connection, project_id: str, run: str, source: Source, said: Ruled, row: dict[str, Any]) -> str:
+def _insert(store: Store, db: Connection, project_id: str, run: str, source: Source, said: Ruled, row: dict[str, Any], *, restricted: bool, by: str) -> str:
     made = new_id("c")
     values = {
         "id": made,
@@ -339,20 +349,13 @@ def _insert(store: Store, db: Connection, project_id: str, run: str, source: Sou
         "verdict": said.verdict,
         "score": said.score,
         "decision": said.decision,
-        "state": "restricted" if said.restricted else "live",
+        "state": "live",
         "created_at": store.now(),
     }
     db.execute(insert(clip), values)
+    if restricted:
+        reviewing.restrict(store, db, made, by=by)
     return made
-
-
-def _queue(store: Store, db: Connection, project_id: str, clips: Sequence[str], by: str) -> None:
-    """Puts what people have to see into the reviewers' queues."""
-    try:
-        reviewing = importlib.import_module("reward.app.reviewing")
-    except ModuleNotFoundError:
-        return
-    reviewing.queue_imported(store, db, project_id, clips, by)
 
 
 # Beside the requests

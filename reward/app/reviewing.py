@@ -63,6 +63,8 @@ Level = Literal["edges", "sheet", "light", "sharp"]
 Skip = Literal["stop", "file", "near", "language", "other"]
 Queue = Literal["blocked", "random", "stratified", "review", "disagreement", "errors", "flagged", "appeals", "escalation"]
 NOTHING = "there is nothing here"
+RESTRICTION = ("clip restricted", "restriction ended")
+"""The kinds of event that tell of it."""
 GUIDANCE = Path(__file__).with_name("guidance.yaml")
 
 
@@ -208,20 +210,18 @@ def add_item(
 def queue_imported(store: Store, db: Connection, project_id: str, clips: Sequence[str], by: str = "system") -> int:
     """Queues those of the imported clips that the filters did not decide about, or contradict each other about; returns how many. by: a pseudonym.
 
-    A clip that is in a queue already is passed over, so that an import may be run again. One that a filter blocks under a restricting rule is restricted.
+    A clip that waits in a queue already is passed over, so that an import may be run again. One that a filter stops under a restricting rule is restricted.
     """
     policy, added = load_policy(), 0
     for some in _chunks(list(clips), 500):
-        known = set(db.execute(select(item.c.clip).where(item.c.clip.in_(some))).scalars())
+        known = _waits(db, some)
         for row in db.execute(select(clip).where(clip.c.id.in_(some), clip.c.project_id == project_id).order_by(clip.c.id)).all():
             rulings: list[dict[str, Any]] = row.decision.get("rulings", [])
             hit = sorted({each["policy"] for each in rulings if each["verdict"] in ("block", "review")} & {rule.code for rule in policy.rules})
-            blocked = {each["policy"] for each in rulings if each["verdict"] == "block"}
-            if restricting(blocked) and row.state == "live":
-                db.execute(update(clip).where(clip.c.id == row.id).values(state="restricted"))
-                store.log(db, by, "clip restricted", row.id)
+            if restricting(hit):
+                restrict(store, db, row.id, by=by)
             queue = "disagreement" if contradicted(rulings) else {"review": "review", "error": "errors"}.get(row.verdict)
-            if queue is None and restricting(blocked):
+            if queue is None and (row.state == "restricted" or restricting(hit)):
                 queue = "escalation"
             if queue is None or row.id in known:
                 continue
@@ -276,10 +276,30 @@ def _project_of(db: Connection, clip_id: str) -> str:
 
 
 def restrict(store: Store, db: Connection, clip_id: str, *, by: str) -> None:
-    """From now on the clip exists for the child-safety role alone."""
-    changed = db.execute(update(clip).where(clip.c.id == clip_id, clip.c.state.in_(("live", "withdrawn"))).values(state="restricted")).rowcount
-    if changed:
-        store.log(db, by, "clip restricted", clip_id)
+    """From now on the clip exists for the child-safety role alone, in every project that holds it; in the others it waits there for that role."""
+    digest = select(clip.c.clip_id).where(clip.c.id == clip_id).scalar_subquery()
+    for row in db.execute(select(clip.c.id, clip.c.project_id).where(clip.c.clip_id == digest, clip.c.state.in_(("live", "withdrawn")))).all():
+        db.execute(update(clip).where(clip.c.id == row.id).values(state="restricted"))
+        store.log(db, by, "clip restricted", row.id)
+        if row.id != clip_id and not _waits(db, [row.id]):
+            codes = [rule.code for rule in load_policy().rules if rule.escalate]
+            add_item(store, db, row.project_id, row.id, "escalation", {"policies": codes}, severity=worst(load_policy(), codes), by="system")
+
+
+def restricted_digests(db: Connection, digests: Collection[str]) -> set[str]:
+    """Those that are restricted in any project, or were when they were deleted."""
+    rows = db.execute(select(clip.c.id, clip.c.clip_id, clip.c.state).where(clip.c.clip_id.in_(digests), clip.c.state.in_(("restricted", "deleted")))).all()
+    return {row.clip_id for row in rows if row.state == "restricted" or _was_restricted(db, row.id)}
+
+
+def _was_restricted(db: Connection, clip_id: str) -> bool:
+    told = select(event.c.kind).where(event.c.subject == clip_id, event.c.kind.in_(RESTRICTION))
+    return db.execute(told.order_by(event.c.seq.desc()).limit(1)).scalar() == RESTRICTION[0]
+
+
+def _waits(db: Connection, clips: Sequence[str]) -> set[str]:
+    """Those of some clips that somebody is to look at."""
+    return set(db.execute(select(item.c.clip).where(item.c.clip.in_(clips), item.c.state != "closed")).scalars())
 
 
 def _chunks(ids: list[str], size: int) -> Iterator[list[str]]:

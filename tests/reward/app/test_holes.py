@@ -89,3 +89,104 @@ def test_a_run_that_is_called_planted_is_a_run_like_any_other(store: Store, tmp_
     lead = as_labeler(store, "lead")
     with store.writing() as db:
         assert labeling.make_tasks(store, db, project_id, lead) == 1
+
+
+# Child safety
+
+
+def test_a_clip_that_is_restricted_in_one_project_is_so_in_every_project_that_holds_it(each_store: Store, tmp_path: Path) -> None:
+    one, two, three = (add_project(each_store, name) for name in ("one", "two", "three"))
+    a_run(tmp_path / "run", [ALLOWED])
+    for project_id in (one, two):
+        importing.import_run(each_store, project_id, tmp_path / "run", "r", "system", render=render)
+    kim, lead = actor(each_store, "kim", "child_safety"), as_labeler(each_store, "lead")
+    (first,), (second,) = clips_of(each_store, one), clips_of(each_store, two)
+    with each_store.writing() as db:
+        reviewing.flag(each_store, db, clip=first.id, policies=["P04"], source="a_1", by=lead)
+    assert state(each_store, second.id) == "restricted"
+    importing.import_run(each_store, three, tmp_path / "run", "r", "system", render=render)
+    (third,) = clips_of(each_store, three)
+    assert third.state == "restricted"
+    for project_id in (one, two, three):
+        with each_store.reading() as db:
+            assert sum(reviewing.counts(db, kim, project_id).values()) == 1, "the role that may judge it finds it"
+
+
+def test_what_child_safety_deleted_does_not_come_back_to_labelers_by_another_import(store: Store, tmp_path: Path) -> None:
+    one, two = add_project(store, "one"), add_project(store, "two")
+    a_run(tmp_path / "run", [ALLOWED])
+    importing.import_run(store, one, tmp_path / "run", "r", "system", render=render)
+    (first,) = clips_of(store, one)
+    with store.writing() as db:
+        reviewing.restrict(store, db, first.id, by="x")
+    delete_clip(store, one, first.id, "kim", restricted=True, others=False)
+    importing.import_run(store, two, tmp_path / "run", "r", "system", render=render)
+    assert [row.state for row in clips_of(store, two)] == ["restricted"]
+
+
+def test_media_of_a_deleted_clip_do_not_come_back_with_the_next_import(store: Store, tmp_path: Path) -> None:
+    project_id = add_project(store)
+    a_run(tmp_path / "run", [ALLOWED])
+    importing.import_run(store, project_id, tmp_path / "run", "r", "system", render=render)
+    (row,) = clips_of(store, project_id)
+    delete_clip(store, project_id, row.id, "system")
+    counts = importing.import_run(store, project_id, tmp_path / "run", "r", "system", render=render)
+    assert not list(path_of(store, row.clip_id).parent.glob(f"{row.clip_id}.*"))
+    assert counts["already"] == 1 and state(store, row.id) == "deleted"
+
+
+def test_a_worse_suspicion_after_a_milder_one_is_not_lost(each_store: Store) -> None:
+    project_id = with_tasks(each_store, prompts=1)
+    ann = as_labeler(each_store, "ann", project_id)
+    mine = row_of(each_store, taken(each_store, ann, project_id))
+    answering.flag(each_store, ann, mine.id, Unsafe(place=0, policies=("P05",)))
+    answering.flag(each_store, ann, mine.id, Unsafe(place=0, policies=("P05",)))
+    with each_store.reading() as db:
+        assert len(db.execute(select(item.c.id)).all()) == 1
+    answering.flag(each_store, ann, mine.id, Unsafe(place=0, policies=("P04",)))
+    assert state(each_store, mine.clips[mine.shown_order.index(0)]) == "restricted"
+
+
+MIXED = {"verdict": "block", "rulings": [{**RULING, "verdict": "review", "policy": "P04", "score": 0.4}, {**RULING, "verdict": "block", "policy": "P05", "score": 0.9}]}
+
+
+def test_whatever_a_filter_restricts_waits_for_the_child_safety_role(each_store: Store, tmp_path: Path) -> None:
+    project_id, kim = add_project(each_store), actor(each_store, "kim", "child_safety")
+    a_run(tmp_path / "run", [MIXED])
+    importing.import_run(each_store, project_id, tmp_path / "run", "r", "system", render=render)
+    assert [row.state for row in clips_of(each_store, project_id)] == ["restricted"]
+    with each_store.reading() as db:
+        assert sum(reviewing.counts(db, kim, project_id).values()) == 1
+
+
+@pytest.mark.parametrize(("then", "who", "where"), [(CHILD, "child_safety", "escalation"), ({"verdict": "review", "rulings": [{**RULING, "verdict": "review"}]}, "reviewer", "review")])
+def test_a_clip_that_an_audit_knows_is_queued_when_filters_say_something_else(each_store: Store, tmp_path: Path, then: dict[str, Any], who: str, where: str) -> None:
+    project_id, one = add_project(each_store, reviewing={"passed_audit": 1}), actor(each_store, "one", who)
+    for decisions in ([ALLOWED] * 16, [then] * 16):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        a_run(folder, decisions)
+        importing.import_run(each_store, project_id, folder, "r", "system", render=render)
+        if decisions[0] is ALLOWED:
+            auditing.draw(each_store, project_id, one)
+            with each_store.writing() as db:
+                drawn = len(db.execute(select(item.c.id).where(item.c.state == "open")).all())
+    with each_store.reading() as db:
+        told = reviewing.counts(db, one, project_id)
+    assert drawn < 16 and told[where] == 16 - drawn
+
+
+def test_the_page_of_the_log_tells_nobody_but_child_safety_of_what_is_restricted(each_store: Store) -> None:
+    project_id = add_project(each_store)
+    clips = add_clips(each_store, project_id, takes=1, files=False)
+    lead = actor(each_store, "lea", "lead", "auditor")
+    with each_store.writing() as db:
+        reviewing.flag(each_store, db, clip=clips[0], policies=["P04"], source="a_1", by=lead)
+        reviewing.flag(each_store, db, clip=clips[1], policies=["P05"], source="a_1", by=lead)
+    kim = actor(each_store, "kim", "child_safety", "lead")
+    told, all_of_it = Client(each_store, "lea").get("/api/log"), Client(each_store, "kim").get("/api/log")
+    assert "P04" in all_of_it.text and "clip restricted" in all_of_it.text and kim
+    for secret in ("P04", "clip restricted", clips[0]):
+        assert secret not in told.text, secret
+    assert clips[1] in told.text
+    for query in ({"kind": "clip restricted"}, {"subject": clips[0]}):
+        assert Client(each_store, "lea").get("/api/log", params=query).json()["events"] == []
