@@ -110,7 +110,7 @@ def _with_copies(db: Connection, clips: Sequence[str]) -> dict[str, str]:
 def _mark(store: Store, db: Connection, clips: Sequence[str], reason: str, by: str) -> None:
     for clip_id in clips:
         db.execute(update(clip).where(clip.c.id == clip_id).values(state="deleted"))
-        db.execute(update(item).where(item.c.clip == clip_id, item.c.state == "open").values(state="closed"))
+        db.execute(update(item).where(item.c.clip == clip_id, item.c.state != "closed").values(state="closed"))
         _bury(store, db, "clip", clip_id, reason, by)
         store.log(db, by, "clip deleted", clip_id)
 

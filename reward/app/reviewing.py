@@ -438,12 +438,11 @@ def _offers(db: Connection, actor: Actor, project_id: str, queue: str, mild: boo
 
 def _open_items(db: Connection, actor: Actor, project_id: str, queue: str, mild: bool, page: int = 100) -> Iterator[Row[Any]]:
     theirs = select(reading.c.id).where(reading.c.person_id == actor.person_id)
-    read = exists(theirs.where(reading.c.clip == item.c.clip, reading.c.project_id == project_id, reading.c.state.in_(("open", "decided"))))
-    given_back = exists(theirs.where(reading.c.item_id == item.c.id, reading.c.state == "skipped"))
+    had = exists(theirs.where(reading.c.clip == item.c.clip, reading.c.project_id == project_id, reading.c.state != "expired"))
     found = (
         select(item)
         .join(clip, clip.c.id == item.c.clip)
-        .where(item.c.project_id == project_id, item.c.queue == queue, item.c.state == "open", may_see(actor, project_id), ~read, ~given_back)
+        .where(item.c.project_id == project_id, item.c.queue == queue, item.c.state == "open", may_see(actor, project_id), ~had)
         .order_by(item.c.place, item.c.id)
         .limit(page)
     )
@@ -606,7 +605,7 @@ def decide(store: Store, actor: Actor, reading_id: str, said: Decision) -> str:
         if _is_there(db, actor, reading_id, said.id, sealed):
             return said.id
         row = own_reading(db, actor, reading_id)
-        if row.state == "expired" and row.item_state == "open":
+        if row.state == "expired" and row.item_state == "open" and not _reads(db, actor, row.clip):
             db.execute(update(item).where(item.c.id == row.item_id).values(taken=1, state="full"))
         elif row.state != "open":
             raise Denied(409, "this reading is over, and somebody else may have it. Take another one")
@@ -630,6 +629,12 @@ def decide(store: Store, actor: Actor, reading_id: str, said: Decision) -> str:
             db.execute(update(item).where(item.c.id == row.item_id).values(state="closed"))
             store.log(db, "system", "review settled", said.id)
     return said.id
+
+
+def _reads(db: Connection, actor: Actor, clip_id: str) -> bool:
+    """Whether somebody has read a clip, or has it to read."""
+    theirs = (reading.c.person_id == actor.person_id, reading.c.clip == clip_id, reading.c.state.in_(("open", "decided")))
+    return db.execute(select(reading.c.id).where(*theirs).limit(1)).first() is not None
 
 
 def _is_there(db: Connection, actor: Actor, reading_id: str, review_id: str, sealed: str) -> bool:
@@ -727,6 +732,8 @@ def _take_effect(store: Store, db: Connection, row: Row[Any]) -> None:
         return
     differs = row.queue in ("second", "disagreement") and row.source is not None and _differs(db, row)
     if row.body["escalate"] or row.body["ruling"] == "refer" or differs:
+        if row.queue == "flagged" and row.verdict == "allow":  # labelers wait for the senior
+            withdraw(store, db, row.clip, row.id, by="system")
         if row.queue != "escalation":
             _pass_on(store, db, row, "escalation", {"reviews": [each for each in (row.source, row.id) if each and _is_review(db, each)]})
     elif (row.queue in ORDINARY and row.source is None) or row.queue == "flagged":

@@ -190,3 +190,77 @@ def test_the_page_of_the_log_tells_nobody_but_child_safety_of_what_is_restricted
     assert clips[1] in told.text
     for query in ({"kind": "clip restricted"}, {"subject": clips[0]}):
         assert Client(each_store, "lea").get("/api/log", params=query).json()["events"] == []
+
+
+# Readers
+
+
+def test_a_flagged_clip_that_is_passed_on_to_a_senior_waits_for_the_senior(each_store: Store) -> None:
+    for said in (decision("cannot_tell", escalate=True), decision("not_violating", escalate=True), decision("borderline", escalate=True)):
+        project_id = add_project(each_store, said.said, **NEVER)
+        (clip_id,) = add_clips(each_store, project_id, (said.said,), takes=1, files=False)
+        one, two = actor(each_store, f"one {said.said}", "reviewer"), actor(each_store, f"two {said.said}", "senior")
+        with each_store.writing() as db:
+            reviewing.flag(each_store, db, clip=clip_id, policies=["P05"], source="a_1", by=two)
+        read(each_store, one, project_id, "flagged", said)
+        settled(each_store, project_id)
+        assert waiting(each_store, project_id) == ["escalation"] and servable(each_store, [clip_id]) == set(), said.said
+        sue = actor(each_store, f"sue {said.said}", "senior")
+        read(each_store, sue, project_id, "escalation", decision())
+        settled(each_store, project_id)
+        assert servable(each_store, [clip_id]) == {clip_id}, said.said
+
+
+def test_a_late_decision_does_not_make_one_reader_two(each_store: Store, tmp_path: Path) -> None:
+    project_id = add_project(each_store, **NEVER)
+    (clip_id,) = add_clips(each_store, project_id, ("a",), takes=1, files=False)
+    ada, bob = actor(each_store, "ada", "reviewer"), actor(each_store, "bob", "reviewer", "senior")
+    auditing.draw(each_store, project_id, bob)
+    (drawn,) = waiting(each_store, project_id)
+    late = next_reading(each_store, ada, project_id, drawn)
+    assert isinstance(late, str)
+    later(each_store, 3_600)
+    with each_store.writing() as db:
+        reviewing.expire(each_store, db, project_id)
+        reviewing.flag(each_store, db, clip=clip_id, policies=["P05"], source="a_1", by=bob)
+    read(each_store, ada, project_id, "flagged", decision())
+    with pytest.raises(Denied):
+        reviewing.decide(each_store, ada, late, decision())
+    settled(each_store, project_id)
+    auditing.audit_folder(each_store, project_id, tmp_path / "audit")
+
+
+def test_who_gave_a_clip_back_is_not_asked_about_it_again(each_store: Store) -> None:
+    project_id = add_project(each_store, reviewing={"second_share": 1.0})
+    clips = add_clips(each_store, project_id, ("a",), takes=1, verdicts=("review",), files=False)
+    queue(each_store, project_id, clips)
+    ada, bob = actor(each_store, "ada", "reviewer"), actor(each_store, "bob", "reviewer")
+    held = next_reading(each_store, ada, project_id, "review")
+    assert isinstance(held, str)
+    reviewing.skip(each_store, ada, held, "near")
+    read(each_store, bob, project_id, "review", decision())
+    settled(each_store, project_id)
+    assert waiting(each_store, project_id) == ["second"] and next_reading(each_store, ada, project_id, "review") is None
+
+
+def test_a_policy_that_is_not_known_does_not_spoil_an_audit_for_ever(store: Store, tmp_path: Path) -> None:
+    project_id, lead = add_project(store), actor(store, "lea", "lead")
+    a_run(tmp_path / "run", [{"verdict": "block", "rulings": [{**RULING, "verdict": "block", "policy": "P99", "score": 0.9}]}])
+    importing.import_run(store, project_id, tmp_path / "run", "r", "system", render=render)
+    with pytest.raises(UserError, match="P99"):
+        auditing.draw(store, project_id, lead)
+    with store.reading() as db:
+        assert db.execute(select(item.c.id)).all() == [], "nothing was written that could not be read again"
+
+
+def test_nobody_waits_for_a_deleted_clip_that_somebody_held(each_store: Store) -> None:
+    project_id = add_project(each_store)
+    clips = add_clips(each_store, project_id, ("a",), takes=1, verdicts=("review",), files=False)
+    queue(each_store, project_id, clips)
+    ada = actor(each_store, "ada", "reviewer")
+    assert isinstance(next_reading(each_store, ada, project_id, "review"), str)
+    delete_clip(each_store, project_id, clips[0], "system")
+    later(each_store, 3_600)
+    assert next_reading(each_store, ada, project_id, "review") is None
+    with each_store.reading() as db:
+        assert reviewing.counts(db, ada, project_id) == {}
