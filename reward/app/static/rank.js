@@ -484,7 +484,7 @@ async function send(where, body) {
     heard("Sent");
     await goOn();
   } catch (error) {
-    if (error.status) now.sent = null;
+    if (error.status && error.status < 500) now.sent = null; // a server that failed may have kept it
     if (error.status === 403) return leave(); // the room says why
     wrong(error.message);
   } finally {
