@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,7 @@ from sqlalchemy import Connection, insert, select, update
 from base_model.errors import UserError
 from reward.app import reviewing
 from reward.app.log import canonical
-from reward.app.media import path_of
+from reward.app.media import DIGEST, path_of
 from reward.app.schema import clip, project, prompt
 from reward.app.security import Denied, sha256
 from reward.app.store import Store, new_id
@@ -84,7 +85,7 @@ def folders_below(roots: Sequence[Path]) -> list[str]:
         for folder, names, files in os.walk(base):
             here = Path(folder).relative_to(base)
             names[:] = sorted(name for name in names if not name.startswith(".") and not (Path(folder) / name).is_symlink()) if len(here.parts) < DEPTH else []
-            if STORE in files or FILES in files:
+            if any(_is_own_file(Path(folder) / name) for name in (STORE, FILES)):
                 found.append("/".join((str(number), *here.parts)))
             if len(found) >= MOST_FOLDERS:
                 return found
@@ -99,9 +100,13 @@ def folder_below(roots: Sequence[Path], name: str) -> Path:
         folder = (base / below).resolve(strict=True)
     except (OSError, ValueError, IndexError, RuntimeError) as error:
         raise Denied(404, "there is no such folder to import") from error
-    if not number.isdecimal() or not folder.is_relative_to(base) or folder != base / below or not ((folder / STORE).is_file() or (folder / FILES).is_file()):
+    if not number.isdecimal() or not folder.is_relative_to(base) or folder != base / below or not any(_is_own_file(folder / name) for name in (STORE, FILES)):
         raise Denied(404, "there is no such folder to import")
     return folder
+
+
+def _is_own_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 # What is in it
@@ -109,9 +114,9 @@ def folder_below(roots: Sequence[Path], name: str) -> Path:
 
 def sources_of(folder: Path) -> Iterator[Source | str]:
     """The clips of a folder in their order; a text, instead, says what is wrong with a row. Raises UserError for a folder that is neither kind."""
-    if (folder / STORE).is_file():
+    if _is_own_file(folder / STORE):
         return _of_store(folder)
-    if (folder / FILES).is_file():
+    if _is_own_file(folder / FILES):
         return _of_files(folder)
     raise UserError(f"neither {STORE} nor {FILES}, {folder}. Give the clips of a run, or a folder of video files with captions")
 
@@ -141,7 +146,7 @@ def _of_files(folder: Path) -> Iterator[Source | str]:
             try:
                 digest = hashlib.sha256(_read(folder, folder / told["file_name"])).hexdigest()
             except (OSError, ValueError) as error:
-                yield f"line {number} of {FILES}: {error}"
+                yield f"line {number} of {FILES}: {_why(error)}"
                 continue
             row = {"clip_id": digest, "path": told["file_name"], "prompt_id": sha256(told["text"])[:16], "generator": ""}
             yield Source(digest, folder / told["file_name"], row["prompt_id"], told["text"], row, None)
@@ -156,13 +161,17 @@ def _json(text: str | bytes) -> Any:
 
 
 def _read(folder: Path, path: Path) -> bytes:
-    """A file's bytes. Raises ValueError for one that is not in the folder itself, without a link on the way, or too large."""
-    if Path(os.path.abspath(path)) != path.resolve() or not path.resolve().is_relative_to(folder.resolve()):
+    """A file's bytes. Raises ValueError for one that is not in the folder itself, without a link on the way, or too large; what was opened is looked at, too, so swapping a folder
+    for a link in between gains nothing."""
+    there = os.path.abspath(path)
+    if there != os.path.realpath(path) or not Path(there).is_relative_to(folder.resolve()):
         raise ValueError(f"{path.name!r} is a link, or outside of its folder")
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
-        size = os.fstat(descriptor).st_size
-        if not path.is_file() or size > MOST_BYTES:
+        if os.readlink(f"/proc/self/fd/{descriptor}") != there:
+            raise ValueError(f"{path.name!r} was moved while it was read")
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
             raise ValueError(f"{path.name!r} is no file, or larger than {MOST_BYTES >> 20} MiB")
         return file.read(MOST_BYTES)
 
@@ -254,11 +263,7 @@ def _refuse(counts: Counts, problem: str) -> None:
 
 def _problem(source: Source) -> str:
     """Why a row is no clip, or an empty string."""
-    try:
-        path_of_clip = bool(source.clip_id) and len(source.clip_id) == 64 and int(source.clip_id, 16) >= 0 and source.clip_id == source.clip_id.lower()
-    except ValueError:
-        path_of_clip = False
-    if not path_of_clip:
+    if not DIGEST.fullmatch(source.clip_id):
         return f"{source.clip_id[:80]!r} is no digest"
     if not 1 <= len(source.prompt_id) <= 400 or not source.text or len(source.text) > 20_000:
         return f"clip {source.clip_id}: a prompt has an id of 1 to 400 characters and a text of 1 to 20,000"
@@ -280,8 +285,13 @@ def _media(store: Store, folder: Path, source: Source, render: Render) -> tuple[
             _write(path_of(store, source.clip_id, name), variant)
         _write(made_of, digest.encode())
     except Exception as error:  # whatever a file does to who reads it, it costs one clip
-        return {}, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return {}, f"{type(error).__name__}: {' '.join(_why(error).split())[:200]}"
     return _facts(store, source.clip_id), ""
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, without where on the server: it is kept with the clip and shown to whoever judges it."""
+    return (error.strerror or "it cannot be read") if isinstance(error, OSError) else str(error)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -398,7 +408,7 @@ def begin_import(store: Store, project_id: str, folder: Path, name: str, run: st
         try:
             import_run(store, project_id, folder, run, by, render=render, progress=tell)
         except (UserError, Denied) as error:
-            problem = str(error)
+            problem = str(error).replace(str(folder), name)
         except Exception as error:
             problem = f"{type(error).__name__}: the server's log says more"
             raise

@@ -280,7 +280,7 @@ def revoke_invitation(store: Store, project_id: str, invitation_id: str, by: str
 
 
 def give_roles(store: Store, project_id: str, person_id: str, roles: Sequence[str], me: Actor) -> None:
-    """The roles that a member holds in a project from now on; none takes the person out of it. Sessions end where anything changed.
+    """The roles that a member holds in a project from now on; none takes the person out of it. Sessions and tokens end where anything changed.
 
     Raises UserError for an unknown role, where a lead would stop being one, and where somebody would take the child-safety role; Denied for who is no member.
     """
@@ -298,7 +298,7 @@ def give_roles(store: Store, project_id: str, person_id: str, roles: Sequence[st
         if taken:
             db.execute(delete(membership).where(membership.c.person_id == person_id, membership.c.project_id == project_id, membership.c.role.in_(taken)))
             store.log(db, me.pseudonym, "roles taken", pseudonym, {"project": project_id, "roles": taken})
-            security.end_sessions(store, db, person_id)
+            security.shut_out(store, db, person_id)
         people.grant(store, db, person_id, project_id, roles, by=me.pseudonym)
 
 
@@ -336,9 +336,10 @@ def set_paused(store: Store, project_id: str, person_id: str, paused: bool, me: 
 
 
 def end_sessions(store: Store, project_id: str, person_id: str, me: Actor) -> None:
+    """Logs a person out everywhere, API tokens included."""
     with store.writing() as db:
         pseudonym = _own_member(db, project_id, person_id, me)
-        security.end_sessions(store, db, person_id, but=me.session if person_id == me.person_id else "")
+        security.shut_out(store, db, person_id, but=me.session if person_id == me.person_id else "")
         store.log(db, me.pseudonym, "sessions ended", pseudonym, {"project": project_id})
 
 

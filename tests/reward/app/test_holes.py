@@ -264,3 +264,212 @@ def test_nobody_waits_for_a_deleted_clip_that_somebody_held(each_store: Store) -
     assert next_reading(each_store, ada, project_id, "review") is None
     with each_store.reading() as db:
         assert reviewing.counts(db, ada, project_id) == {}
+
+
+# The log's anchors
+
+
+def test_a_torn_anchor_of_a_writer_that_was_killed_does_not_spoil_the_next_one(store: Store) -> None:
+    add_member(store, "ada", "lead")
+    store.close()
+    with open(store.anchor, "a") as file:
+        file.write('{"seq": 99')
+    again = open_store(store.folder)
+    add_member(again, "bob", "lead")
+    again.close()
+    assert again.verify_log()["events"] > 2
+
+
+def test_a_disk_that_takes_no_anchor_does_not_turn_what_was_written_into_a_failure(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_member(store, "ada", "lead")
+    store._anchored = (0, -1e9)
+    kept, store.folder = store.folder, store.folder / "gone"
+    client = Client(store)
+    assert client.post("/api/login", json={"login": "ada", "password": PASSWORD}).status_code == 200
+    store.folder = kept
+    add_member(store, "bob", "lead")
+    store.close()
+    assert store.verify_log()["anchors"] >= 1
+
+
+def test_a_full_disk_acknowledges_nothing_and_says_so_in_one_line(store: Store) -> None:
+    project_id = add_project(store)
+    add_member(store, "ada", "lead")
+    client = Client(store, "ada")
+    client._transport.raise_server_exceptions = False
+    with store.engine.connect() as db:
+        pages = db.exec_driver_sql("PRAGMA page_count").scalar()
+    from sqlalchemy import event as sa_event
+
+    sa_event.listen(store.engine, "begin", lambda db: db.exec_driver_sql(f"PRAGMA max_page_count={pages}"))
+    answers = [client.post("/api/projects", json={"name": f"project {n} {'x' * 150}"}) for n in range(200)]
+    failed = [each for each in answers if each.status_code != 200]
+    assert failed and {each.status_code for each in failed} == {503} and "again" in failed[0].json()["detail"] and "bug" not in failed[0].text
+    with store.reading() as db:
+        assert db.exec_driver_sql("SELECT count(*) FROM project").scalar() == 1 + sum(each.status_code == 200 for each in answers)
+    assert project_id
+
+
+# Requests
+
+
+@pytest.mark.parametrize("spelled", ["ada ", " ada", "\tada", "ADA "])
+def test_spaces_around_a_login_give_no_further_tries(store: Store, spelled: str) -> None:
+    add_member(store, "ada", "labeler")
+    limits = Client(store).app.state.limits  # type: ignore[attr-defined]
+    for number in range(10):
+        limits.login("ada", f"10.0.0.{number}")
+    with pytest.raises(Denied):
+        limits.login(spelled, "10.0.1.1")
+
+
+@pytest.mark.parametrize("value", [float("nan"), "nan", float("inf"), "-inf"])
+@pytest.mark.parametrize("field", ["reviewing.second_share", "labeling.mixture.active", "labeling.least_watched"])
+def test_what_is_no_number_is_no_setting(store: Store, field: str, value: Any) -> None:
+    project_id = add_project(store)
+    add_member(store, "lea", "lead")
+    client = Client(store, "lea")
+    client._transport.raise_server_exceptions = False
+    seen = client.get(f"/api/projects/{project_id}/lead/settings").json()["seen"]
+    body = json.dumps({"seen": seen, field: value}).encode()
+    told = client.post(f"/api/projects/{project_id}/lead/settings", content=body, headers={"content-type": "application/json"})
+    assert told.status_code == 422, told.text
+    assert client.get(f"/api/projects/{project_id}/lead/settings").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["watched", "confidence"])
+def test_an_answer_with_what_is_no_number_is_refused_and_the_task_stays_open(store: Store, name: str) -> None:
+    project_id = with_tasks(store, prompts=1)
+    as_labeler(store, "ann", project_id)
+    client = Client(store, "ann")
+    client._transport.raise_server_exceptions = False
+    held = client.post(f"/api/projects/{project_id}/label/next", json={}).json()["assignment_id"]
+    good = an_answer(4).model_dump(mode="json")
+    bad = {**good, "watched": [float("nan")] * 4} if name == "watched" else {**good, "confidence": float("nan")}
+    told = client.post(f"/api/assignments/{held}/answer", content=json.dumps(bad).encode(), headers={"content-type": "application/json"})
+    assert told.status_code == 422, told.text
+    assert row_of(store, held).state == "open"
+
+
+def test_a_retention_of_more_days_than_there_are_is_refused(store: Store) -> None:
+    project_id = add_project(store)
+    add_member(store, "lea", "lead")
+    client = Client(store, "lea")
+    client._transport.raise_server_exceptions = False
+    seen = client.get(f"/api/projects/{project_id}/lead/settings").json()["seen"]
+    told = client.post(f"/api/projects/{project_id}/lead/settings", json={"seen": seen, "retention_days": 10**15})
+    assert (told.status_code, client.post(f"/api/projects/{project_id}/lead/retain").status_code) == (422, 200)
+
+
+@pytest.mark.parametrize("name", ["€", "a\r\nx: y", "j_nothing"])
+def test_where_a_page_goes_next_cannot_break_an_answer(store: Store, name: str) -> None:
+    add_member(store, "ada", "reviewer")
+    client = Client(store, "ada")
+    client._transport.raise_server_exceptions = False
+    from urllib.parse import quote
+
+    told = client.post(f"/api/review/{quote(name)}/settings", json={}, headers={"hx-request": "true"})
+    assert told.status_code in (200, 404) and "\n" not in told.headers.get("hx-redirect", "")
+
+
+def test_the_cookie_is_taken_away_at_logout_also_where_it_is_bound_to_the_host(store: Store) -> None:
+    from reward.app.web import AppSettings
+
+    add_member(store, "ada", "labeler")
+    client = Client(store, settings=AppSettings(hosts=("127.0.0.1",), secure=True))
+    cookie = client.post("/api/login", json={"login": "ada", "password": PASSWORD}).cookies["__Host-rushes"]
+    me = security.actor_of_session(store, cookie)
+    assert me is not None
+    told = client.post("/api/logout", headers={"x-csrf": me.csrf, "cookie": f"__Host-rushes={cookie}"})
+    assert "secure" in told.headers["set-cookie"].lower() and "path=/" in told.headers["set-cookie"].lower()
+
+
+@pytest.mark.parametrize("how", ["roles", "sessions", "password"])
+def test_a_token_ends_with_the_sessions_where_somebody_is_shut_out(each_store: Store, how: str) -> None:
+    project_id = add_project(each_store)
+    ada = add_member(each_store, "ada", "labeler", project_id=project_id)
+    add_member(each_store, "lea", "lead")
+    client, lead = Client(each_store, "ada"), Client(each_store, "lea")
+    bearer = {"authorization": f"Bearer {client.post('/api/account/tokens', json={'name': 'a script'}).json()['token']}"}
+    script = Client(each_store)
+    assert script.get("/api/", headers=bearer).status_code == 200
+    if how == "roles":
+        lead.post(f"/api/projects/{project_id}/lead/people/{ada}/roles", json={"roles": ["labeler", "lead"]}).raise_for_status()
+    elif how == "sessions":
+        lead.post(f"/api/projects/{project_id}/lead/people/{ada}/sessions/end").raise_for_status()
+    else:
+        client.post("/api/account/password", json={"old": PASSWORD, "new": "another long password"}).raise_for_status()
+    assert script.get("/api/", headers=bearer).status_code == 401
+
+
+# Imports
+
+
+@pytest.mark.parametrize("digest", ["0x" + "a" * 62, "a_" * 31 + "aa", " " + "a" * 63, "+" + "a" * 63])
+def test_what_only_looks_like_a_digest_is_refused(store: Store, tmp_path: Path, digest: str) -> None:
+    project_id = add_project(store)
+    made = a_run(tmp_path / "run", [ALLOWED])
+    lines = (tmp_path / "run" / "clips.jsonl").read_text().replace(made.rows()[0].clip_id, digest)
+    (tmp_path / "run" / "clips.jsonl").write_text(lines)
+    try:
+        counts = importing.import_run(store, project_id, tmp_path / "run", "r", "system", render=render)
+    except UserError:
+        counts = {"added": 0}
+    assert counts["added"] == 0 and clips_of(store, project_id) == []
+
+
+def test_no_path_of_the_server_is_kept_of_a_file_that_is_gone(store: Store, tmp_path: Path) -> None:
+    project_id = add_project(store)
+    made = a_run(tmp_path / "run", [ALLOWED])
+    made.record_path(made.rows()[0].clip_id).unlink()
+    importing.import_run(store, project_id, tmp_path / "run", "r", "system", render=render)
+    (row,) = clips_of(store, project_id)
+    assert row.verdict == "error" and str(tmp_path) not in json.dumps([row.decision, row.row])
+
+
+@pytest.mark.parametrize("name", ["clips.jsonl", "metadata.jsonl"])
+def test_a_list_of_clips_that_is_a_link_is_not_followed(store: Store, tmp_path: Path, name: str) -> None:
+    outside, inside = tmp_path / "outside", tmp_path / "roots" / "inside"
+    a_run(outside, [ALLOWED])
+    (outside / "metadata.jsonl").write_text(json.dumps({"file_name": "x.mp4", "text": "a secret"}) + "\n")
+    inside.mkdir(parents=True)
+    (inside / name).symlink_to(outside / name)
+    assert importing.folders_below([tmp_path / "roots"]) == []
+    with pytest.raises(Denied):
+        importing.folder_below([tmp_path / "roots"], "0/inside")
+
+
+def test_a_file_that_is_swapped_for_a_link_after_the_check_is_not_read(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    (folder / "clips").mkdir(parents=True), outside.mkdir()
+    (folder / "clips" / "a.mkv").write_bytes(b"mine"), (outside / "a.mkv").write_bytes(b"not mine")
+    opened = os.open
+
+    def swapped(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if (folder / "clips").is_dir() and not (folder / "clips").is_symlink():
+            (folder / "clips").rename(folder / "before")
+            (folder / "clips").symlink_to(outside)
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", swapped)
+    with pytest.raises((OSError, ValueError)):
+        importing._read(folder, folder / "clips" / "a.mkv")
+
+
+def test_a_link_that_leads_to_itself_costs_one_row(store: Store, tmp_path: Path) -> None:
+    project_id, folder = add_project(store), tmp_path / "run"
+    folder.mkdir()
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "a.mp4").write_bytes(b"video")
+    rows = [{"file_name": "loop", "text": "a"}, {"file_name": "a.mp4", "text": "b"}]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = importing.import_run(store, project_id, folder, "r", "system", render=render)
+    assert (counts["added"], counts["refused"]) == (1, 1) and str(tmp_path) not in counts["first_refused"]
+
+
+def test_what_is_wrong_with_a_folder_is_told_by_the_name_it_is_listed_under(store: Store, tmp_path: Path) -> None:
+    project_id = add_project(store)
+    (tmp_path / "clips.jsonl").write_text("no row\n")
+    importing.begin_import(store, project_id, tmp_path, "0/run", "r", "system", render=render).join()
+    job = importing.job_of(store, project_id)
+    assert job is not None and job.state == "failed" and "0/run" in job.problem and str(tmp_path) not in job.problem
