@@ -129,8 +129,10 @@ def reveal_prompt(store: Store, actor: Actor, assignment_id: str, ranks: Mapping
         if (row.draft or {}).get("before_prompt") is not None:
             return
         blind = blind_dimensions(settings_of(db, row.project_id).labeling)
-        _check_questions([each.name for each in blind], ranks, all_bad, _usable(db, row, ()), len(row.clips))
-        kept = {name: list(ranks.get(name, [])) for name in (each.name for each in blind)}
+        usable = _usable(db, row, ())
+        _check_questions([each.name for each in blind], ranks, all_bad, usable, len(row.clips))
+        ties = [1 if place in usable else None for place in range(len(row.clips))]
+        kept = {name: ties if all_bad else list(ranks.get(name, [])) for name in (each.name for each in blind)}
         db.execute(update(assignment).where(assignment.c.id == row.id).values(draft={**(row.draft or {}), "before_prompt": kept}))
         store.log(db, actor.pseudonym, "prompt shown", row.id, {"before": sha256(canonical(kept))})
 

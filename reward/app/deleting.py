@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 
-from sqlalchemy import Connection, delete, func, insert, select, text, update
+from sqlalchemy import Connection, delete, func, insert, null, select, text, update
 
 from reward.app.media import path_of
 from reward.app.schema import api_token, assignment, clip, event, item, membership, person, person_private, private_text, reading, session, tombstone
@@ -41,7 +41,7 @@ def delete_person(store: Store, person_id: str, by: str) -> bool:
         for table in (person_private, private_text, session, api_token, membership):
             db.execute(delete(table).where(table.c.person_id == person_id))
         for table in (assignment, reading):
-            db.execute(update(table).where(table.c.person_id == person_id, table.c.draft.is_not(None)).values(draft=None))
+            db.execute(update(table).where(table.c.person_id == person_id, table.c.draft.is_not(None)).values(draft=null()))
         db.execute(update(person).where(person.c.id == person_id).values(state="deleted", settings={}))
         _bury(store, db, "person", person_id, "asked to be deleted", by)
         store.log(db, by, "person deleted", pseudonym)
@@ -54,6 +54,8 @@ def forget(store: Store) -> bool:
         gone = select(person.c.id).where(person.c.state == "deleted")
         for table in (private_text, session, api_token):
             db.execute(delete(table).where(table.c.person_id.in_(gone)))
+        for table in (assignment, reading):
+            db.execute(update(table).where(table.c.person_id.in_(gone), table.c.draft.is_not(None)).values(draft=null()))
     if not store.is_sqlite:
         with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
             for table in (person_private, private_text, session, api_token, assignment, reading):

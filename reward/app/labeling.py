@@ -144,10 +144,10 @@ def live_answers() -> Select[Any]:
 
 
 def events_of(store: Store, project_id: str) -> Iterator[RankingEvent]:
-    """Every answer about rankings that stands, one row for each of its dimensions. Practice, and tasks with a clip that was withdrawn, restricted or deleted since, are left
-    out."""
+    """Every answer about rankings that stands, one row for each of its dimensions. Practice, and tasks with a clip that was withdrawn, restricted, deleted or stopped by a filter
+    since, are left out."""
     with store.reading() as db:
-        digests = dict(db.execute(select(clip.c.id, clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "live")).all())
+        digests = dict(db.execute(select(clip.c.id, clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "live", clip.c.verdict == "allow")).all())
         names = [dimension.name for dimension in settings_of(db, project_id).labeling.dimensions]
         wanted = live_answers().where(answer.c.project_id == project_id, task.c.kind.in_(("rank", "gold"))).order_by(answer.c.at, answer.c.id)
         with db.execution_options(yield_per=2_000).execute(wanted) as found:
@@ -207,6 +207,8 @@ def demonstrations_of(store: Store, project_id: str) -> list[tuple[str, str]]:
             body = row.body
             chosen = [body["best"]] if body.get("best") is not None else [at for at, yes in enumerate(body.get("accepted") or ()) if yes]
             caption = body.get("caption") and db.execute(select(private_text.c.text).where(private_text.c.id == body["caption"])).scalar()
+            if body.get("caption") and caption is None:
+                continue  # deleted with who wrote it; the prompt itself was called wrong
             found += [(caption or texts[row.prompt_id], digests[row.clips[at]]) for at in chosen if row.clips[at] in digests]
     return found
 

@@ -391,7 +391,9 @@ def progress_of(store: Store, project_id: str) -> Progress:
     first = (now // HOUR - HOURS + 1) * HOUR
     hours = [first + place * HOUR for place in range(HOURS)]
     with store.reading() as db:
-        clips = db.execute(select(clip.c.verdict, clip.c.state, func.count()).where(clip.c.project_id == project_id, clip.c.made_of.is_(None)).group_by(clip.c.verdict, clip.c.state)).all()
+        clips = db.execute(
+            select(clip.c.verdict, clip.c.state, func.count()).where(clip.c.project_id == project_id, clip.c.made_of.is_(None)).group_by(clip.c.verdict, clip.c.state)
+        ).all()
         answers = _by_hour(db, answer, task, answer.c.task_id == task.c.id, task.c.kind, project_id, first)
         reviews = _by_hour(db, review, item, review.c.item_id == item.c.id, item.c.queue, project_id, first)
         tasks = [_task_kind(row, answers.get(row.kind, {}), now) for row in _task_counts(db, project_id)]

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 
 from base_model.errors import UserError
-from reward.app import answering, auditing, choosing, importing, labeling, planting, quality, reviewing, security, signing_off
+from reward.app import answering, auditing, importing, labeling, planting, quality, reviewing, security, signing_off
 from reward.app.answering import Demonstration, Unsafe
 from reward.app.deleting import delete_clip, delete_person, retain
 from reward.app.media import path_of
 from reward.app.reviewing import next_reading
-from reward.app.schema import assignment, clip, event, item, person, prompt, reading, task
+from reward.app.schema import assignment, clip, item, task
 from reward.app.security import Denied
-from reward.app.store import Store, new_id, open_store
+from reward.app.store import Store, open_store
 from tests.reward.app.conftest import PASSWORD, Client, add_clips, add_member, add_project
-from tests.reward.app.test_importing import ALLOWED, BLOCKED, CHILD, RULING, a_run, clips_of, render
+from tests.reward.app.test_importing import ALLOWED, CHILD, RULING, a_run, clips_of, render
 from tests.reward.app.test_labeling import NO_CHECKS, _ids, an_answer, as_labeler, row_of, taken, with_tasks
 from tests.reward.app.test_quality import ranking
 from tests.reward.app.test_reviewing import NEVER, actor, decision, later, queue, read, settled, state, waiting
@@ -47,7 +47,7 @@ def with_gold(store: Store) -> tuple[str, str, str, Any]:
 
 @pytest.mark.parametrize("change", [{"state": "withdrawn"}, {"state": "restricted"}, {"state": "deleted"}, {"verdict": "block"}, None])
 def test_a_worse_copy_is_shown_to_nobody_once_its_source_may_not_be(each_store: Store, change: dict[str, str] | None) -> None:
-    project_id, source, copy, lead = with_gold(each_store)
+    _project_id, source, copy, lead = with_gold(each_store)
     assert servable(each_store, [source, copy]) == {source, copy}
     with each_store.writing() as db:
         if change:
@@ -58,14 +58,14 @@ def test_a_worse_copy_is_shown_to_nobody_once_its_source_may_not_be(each_store: 
 
 
 def test_who_suspects_a_worse_copy_suspects_the_clip_it_was_made_of(each_store: Store) -> None:
-    project_id, source, copy, lead = with_gold(each_store)
+    _project_id, source, copy, lead = with_gold(each_store)
     with each_store.writing() as db:
         reviewing.flag(each_store, db, clip=copy, policies=["P04"], source="a_1", by=lead)
     assert state(each_store, source) == "restricted" and servable(each_store, [source, copy]) == set()
 
 
 def test_the_media_of_worse_copies_go_with_those_of_their_source(store: Store) -> None:
-    project_id, source, copy, lead = with_gold(store)
+    project_id, source, copy, _lead = with_gold(store)
     with store.reading() as db:
         digest = db.execute(select(clip.c.clip_id).where(clip.c.id == copy)).scalar_one()
     assert path_of(store, digest).is_file()
@@ -74,7 +74,7 @@ def test_the_media_of_worse_copies_go_with_those_of_their_source(store: Store) -
 
 
 def test_worse_copies_are_in_no_audit_no_statistic_and_no_run(store: Store) -> None:
-    project_id, source, copy, lead = with_gold(store)
+    project_id, source, _copy, lead = with_gold(store)
     auditing.draw(store, project_id, lead)
     with store.reading() as db:
         assert db.execute(select(item.c.clip).where(item.c.wave.is_not(None))).scalars().all() == [source]
@@ -159,7 +159,9 @@ def test_whatever_a_filter_restricts_waits_for_the_child_safety_role(each_store:
         assert sum(reviewing.counts(db, kim, project_id).values()) == 1
 
 
-@pytest.mark.parametrize(("then", "who", "where"), [(CHILD, "child_safety", "escalation"), ({"verdict": "review", "rulings": [{**RULING, "verdict": "review"}]}, "reviewer", "review")])
+@pytest.mark.parametrize(
+    ("then", "who", "where"), [(CHILD, "child_safety", "escalation"), ({"verdict": "review", "rulings": [{**RULING, "verdict": "review"}]}, "reviewer", "review")]
+)
 def test_a_clip_that_an_audit_knows_is_queued_when_filters_say_something_else(each_store: Store, tmp_path: Path, then: dict[str, Any], who: str, where: str) -> None:
     project_id, one = add_project(each_store, reviewing={"passed_audit": 1}), actor(each_store, "one", who)
     for decisions in ([ALLOWED] * 16, [then] * 16):
@@ -473,3 +475,63 @@ def test_what_is_wrong_with_a_folder_is_told_by_the_name_it_is_listed_under(stor
     importing.begin_import(store, project_id, tmp_path, "0/run", "r", "system", render=render).join()
     job = importing.job_of(store, project_id)
     assert job is not None and job.state == "failed" and "0/run" in job.problem and str(tmp_path) not in job.problem
+
+
+# What labelers said
+
+
+def test_all_bad_is_no_way_to_the_prompt_before_the_questions_that_do_not_see_it(each_store: Store) -> None:
+    questions = [{"name": "motion", "question": "Which moves best?", "sees_prompt": False}, {"name": "text", "question": "Which fits?"}]
+    project_id = with_tasks(each_store, prompts=1, dimensions=questions)
+    ann = as_labeler(each_store, "ann", project_id)
+    held = taken(each_store, ann, project_id)
+    answering.reveal_prompt(each_store, ann, held, {}, True)
+    changed = {"motion": (4, 3, 2, 1), "text": (1, 2, 3, 4)}
+    with pytest.raises(Denied, match="stays as it was"):
+        answering.submit(each_store, ann, held, an_answer(4, ranks=changed))
+    answering.submit(each_store, ann, held, an_answer(4, ranks={**changed, "motion": (1, 1, 1, 1)}))
+
+
+def test_an_example_whose_corrected_caption_was_deleted_is_no_example_of_the_prompt_that_was_wrong(each_store: Store) -> None:
+    project_id = add_project(each_store, labeling={**NO_CHECKS, "takes": 2})
+    add_clips(each_store, project_id, ("a",), takes=2, files=False)
+    ann = as_labeler(each_store, "ann", project_id)
+    with each_store.writing() as db:
+        labeling.make_demonstrations(each_store, db, project_id, ann)
+    held = taken(each_store, ann, project_id, work="demonstration")
+    said = Demonstration(id=next(_ids), accepted=(True, False), best=None, caption="something else", watched=(1, 1), watch_ms=(1, 1), lead_time_ms=1)
+    answering.demonstrate(each_store, ann, held, said)
+    assert [text for text, _ in labeling.demonstrations_of(each_store, project_id)] == ["something else"]
+    delete_person(each_store, ann.person_id, "system")
+    assert labeling.demonstrations_of(each_store, project_id) == []
+
+
+def test_a_draft_that_came_after_the_deletion_goes_with_the_next_retention(each_store: Store) -> None:
+    project_id = with_tasks(each_store, prompts=1)
+    ann = as_labeler(each_store, "ann", project_id)
+    held = taken(each_store, ann, project_id)
+    delete_person(each_store, ann.person_id, "system")
+    answering.save_draft(each_store, ann, held, {"comment": "my own words"})
+    retain(each_store, project_id)
+    with each_store.reading() as db:
+        assert db.execute(select(assignment.c.draft).where(assignment.c.id == held)).scalar_one() is None
+
+
+def test_pairs_of_one_repeated_task_are_one_observation() -> None:
+    said = []
+    for n in range(2):
+        for again in (False, True):
+            said.append(ranking("ann", (1, 2, 3, 4), task=f"t{n}", is_repeat=again, created_at=f"{int(again)}-{n}"))
+    (told,) = quality.persons_of(said, {})
+    assert told.repeats.value is None and told.repeats.n == 2
+
+
+def test_answers_to_clips_that_filters_stop_since_are_not_exported(each_store: Store) -> None:
+    project_id = with_tasks(each_store, prompts=1)
+    ann = as_labeler(each_store, "ann", project_id)
+    mine = row_of(each_store, taken(each_store, ann, project_id))
+    answering.submit(each_store, ann, mine.id, an_answer(4))
+    assert len(list(labeling.events_of(each_store, project_id))) == 1
+    with each_store.writing() as db:
+        db.execute(update(clip).where(clip.c.id == mine.clips[0]).values(verdict="block"))
+    assert list(labeling.events_of(each_store, project_id)) == []
