@@ -279,10 +279,13 @@ def _record(store: Store, actor: Actor, assignment_id: str, given: Answer | Demo
 
 
 def _taken(db: Connection, actor: Actor, answer_id: str, row: Row[Any], body: Mapping[str, Any]) -> Taken:
-    """What the page is told; how somebody stands is said where it may have changed, after a check."""
+    """What the page is told; how somebody stands is said where it has changed, and not after every check: who was warned would learn which tasks are checks."""
     standing: Standing = "fine"
     if row.purpose in attention.CHECKS:
-        standing = attention.standing_of(attention.checks_of(db, actor.person_id, row.project_id), settings_of(db, row.project_id).labeling)
+        if body.get("ok") is not None:
+            checks, settings = attention.checks_of(db, actor.person_id, row.project_id), settings_of(db, row.project_id).labeling
+            now = attention.standing_of(checks, settings)
+            standing = now if now != attention.standing_of(checks[1:], settings) else "fine"
         standing = "paused" if attention.is_paused(db, actor.person_id) else standing
     return Taken(answer_id=answer_id, assignment_id=row.id, standing=standing, feedback=_feedback(db, row, body) if row.kind == "practice" and body["what"] == "rank" else None)
 

@@ -70,7 +70,8 @@ def forget(store: Store) -> bool:
 
 
 def delete_clip(store: Store, project_id: str, clip_id: str, by: str, *, restricted: bool = False, others: bool = True) -> None:
-    """Deletes the media of a clip, and of the copies that were made of it, for good. clip_id: of the table. restricted, others: whether who asks may delete clips that only the child-safety role sees, and all others.
+    """Deletes the media of a clip, and of the copies that were made of it, for good. clip_id: of the table. restricted, others: whether who asks may delete
+    clips that only the child-safety role sees, and all others.
 
     Media lie by content: where another project holds the same clip, they stay until it is deleted there. Raises Denied, 404, for a clip that is not there, or not for who asks.
     """

@@ -82,7 +82,7 @@ def folders_below(roots: Sequence[Path]) -> list[str]:
     found: list[str] = []
     for number, root in enumerate(roots):
         base = root.resolve()
-        for folder, names, files in os.walk(base):
+        for folder, names, _ in os.walk(base):
             here = Path(folder).relative_to(base)
             names[:] = sorted(name for name in names if not name.startswith(".") and not (Path(folder) / name).is_symlink()) if len(here.parts) < DEPTH else []
             if any(_is_own_file(Path(folder) / name) for name in (STORE, FILES)):

@@ -53,7 +53,7 @@ def servable_of(db: Connection, clips: Sequence[str]) -> set[str]:
 def make_tasks(store: Store, db: Connection, project_id: str, by: Actor) -> int:
     """Groups the servable clips that are in no ranking task yet, prompt by prompt, and lets tasks go on that had to wait for a clip; returns how many tasks there are more."""
     settings = settings_of(db, project_id).labeling
-    resumed = _resume(store, db, project_id)
+    resumed = resume(store, db, project_id)
     made = _deal(store, db, project_id, "rank", size=settings.takes, least=2, wanted=settings.overlap)
     if made or resumed:
         store.log(db, by.pseudonym, "tasks made", project_id, {"kind": "rank", "made": made, "resumed": resumed})
@@ -111,8 +111,8 @@ def grouped(clips: Sequence[str], size: int, least: int) -> list[list[str]]:
     return [list(clips[at::number]) for at in range(number)]
 
 
-def _resume(store: Store, db: Connection, project_id: str) -> int:
-    """Opens the tasks that waited for a clip which may be shown again."""
+def resume(store: Store, db: Connection, project_id: str) -> int:
+    """Opens the tasks that waited for a clip which may be shown again; returns how many."""
     resumed = 0
     for row in db.execute(select(task.c.id, task.c.clips).where(task.c.project_id == project_id, task.c.state == "held")).all():
         if len(servable_of(db, row.clips)) == len(row.clips):

@@ -35,7 +35,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, insert, literal, or_, select, update
 
 from base_model.errors import UserError
-from reward.app import exposure, log
+from reward.app import exposure, labeling, log
 from reward.app.access import CHILD_SAFETY, REVIEWER, SENIOR
 from reward.app.exposure import HARD, MINUTE, Rest
 from reward.app.schema import clip, event, item, membership, person, private_text, reading, reveal, review, withdrawal
@@ -698,7 +698,7 @@ def undo(store: Store, actor: Actor, review_id: str) -> str:
 
 
 def settle(store: Store, db: Connection, project_id: str) -> int:
-    """Lets decisions take effect whose time to undo is over; returns how many did."""
+    """Lets decisions take effect whose time to undo is over; returns how many did. Tasks that waited for them go on."""
     until = store.now() - 1_000 * settings_of(db, project_id).reviewing.undo_seconds
     due = db.execute(
         select(review, item.c.queue, item.c.why, item.c.severity.label("item_severity"), item.c.source, item.c.wave, clip.c.verdict, clip.c.state.label("clip_state"), clip.c.run)
@@ -720,6 +720,8 @@ def settle(store: Store, db: Connection, project_id: str) -> int:
         store.log(db, "system", "review settled", row.id)
         _take_effect(store, db, row)
         restate(store, db, row.clip)
+    if due:
+        labeling.resume(store, db, project_id)
     return len(due)
 
 

@@ -106,7 +106,7 @@ def sign(store: Store, project_id: str, run: str, approved: bool, statement: str
     with store.reading() as db:
         evidence = evidence_of(run, counts_of(db, project_id, run), filters)
     if hash_of(evidence) != seen:
-        raise Denied(409, "what is known of the run has changed. Load the page again")
+        raise Denied(409, "what is known of the run has changed. Load the page again, once its numbers are up to date")
     with store.writing() as db:
         last = db.execute(select(event.c.seq, event.c.hash).order_by(event.c.seq.desc()).limit(1)).first()
         frozen = {**evidence, "log": {"seq": last.seq, "hash": last.hash} if last else None}

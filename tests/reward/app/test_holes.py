@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import func, insert, select, update
 
 from base_model.errors import UserError
-from reward.app import answering, auditing, importing, labeling, planting, quality, reviewing, security, signing_off
+from reward.app import answering, auditing, choosing, importing, labeling, planting, quality, reviewing, security, signing_off
 from reward.app.answering import Demonstration, Unsafe
 from reward.app.deleting import delete_clip, delete_person, retain
 from reward.app.media import path_of
 from reward.app.reviewing import next_reading
-from reward.app.schema import assignment, clip, item, task
+from reward.app.schema import answer, assignment, clip, item, project, task
 from reward.app.security import Denied
 from reward.app.store import Store, open_store
-from tests.reward.app.conftest import PASSWORD, Client, add_clips, add_member, add_project
-from tests.reward.app.test_importing import ALLOWED, CHILD, RULING, a_run, clips_of, render
+from tests.reward.app.browser import opened
+from tests.reward.app.conftest import PASSWORD, Client, add_clips, add_member, add_project, serving
+from tests.reward.app.test_importing import ALLOWED, BLOCKED, CHILD, RULING, a_run, clips_of, render
 from tests.reward.app.test_labeling import NO_CHECKS, _ids, an_answer, as_labeler, row_of, taken, with_tasks
 from tests.reward.app.test_quality import ranking
 from tests.reward.app.test_reviewing import NEVER, actor, decision, later, queue, read, settled, state, waiting
@@ -535,3 +538,119 @@ def test_answers_to_clips_that_filters_stop_since_are_not_exported(each_store: S
     with each_store.writing() as db:
         db.execute(update(clip).where(clip.c.id == mine.clips[0]).values(verdict="block"))
     assert list(labeling.events_of(each_store, project_id)) == []
+
+
+# Two servers, and servers that fail
+
+
+def test_two_servers_on_one_database_hand_out_no_place_twice_and_write_one_chain(each_store: Store, tmp_path: Path) -> None:
+    project_id = with_tasks(each_store, prompts=6, overlap=2)
+    url = None if each_store.is_sqlite else each_store.url.render_as_string(hide_password=False)
+    folder = each_store.folder if each_store.is_sqlite else tmp_path / "second"
+    second = open_store(folder, url, secret=each_store.secret)
+    people_ = [as_labeler(each_store, f"ann {n}", project_id) for n in range(8)]
+    problems: list[BaseException] = []
+
+    def work(store: Store, who: Any) -> None:
+        try:
+            for _ in range(3):
+                offer = choosing.next_assignment(store, who, project_id)
+                if offer.assignment_id:
+                    answering.submit(store, who, offer.assignment_id, an_answer(4))
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=((each_store, second)[n % 2], who)) for n, who in enumerate(people_)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    second.close()
+    assert not problems
+    with each_store.reading() as db:
+        answered = db.execute(select(assignment.c.task_id, assignment.c.slot).where(assignment.c.state == "answered")).all()
+        counts = db.execute(select(task.c.answered, task.c.taken)).all()
+    assert len(answered) == len(set(answered)) == 12 and set(map(tuple, counts)) == {(2, 2)}
+    each_store.verify_log()
+
+
+def test_an_answer_that_was_kept_while_the_proxy_failed_is_sent_again_as_it_was(store: Store, browser: Any) -> None:
+    project_id = with_tasks(store, prompts=2, takes=2, least_watched=0.0)
+    as_labeler(store, "ann", project_id)
+    with serving(store) as address:
+        page = opened(browser, address, "ann")
+        failed: list[str] = []
+
+        def answer_(route: Any) -> None:
+            if failed:
+                route.continue_()
+            else:
+                route.fetch()
+                failed.append(route.request.url)
+                route.fulfill(status=502, body="bad gateway")
+
+        page.route("**/api/assignments/*/answer", answer_)
+        page.goto(f"/projects/{project_id}/label")
+        page.get_by_role("button", name="Begin").click()
+        page.wait_for_selector("figure.take")
+        page.keyboard.press("x")
+        page.keyboard.press("Enter")
+        page.wait_for_function("() => document.getElementById('wrong').textContent.includes('502')")
+        page.wait_for_timeout(50)
+        page.keyboard.press("Enter")
+        page.wait_for_function("() => document.getElementById('progress').textContent.startsWith('1 answered')")
+        page.context.close()
+    assert len(failed) == 1
+    with store.reading() as db:
+        assert db.execute(select(func.count()).select_from(answer)).scalar_one() == 1
+
+
+# What follows from what
+
+
+def test_a_task_goes_on_once_a_reviewer_found_its_clip_harmless(each_store: Store) -> None:
+    project_id = with_tasks(each_store, prompts=1)
+    with each_store.writing() as db:
+        db.execute(update(project).where(project.c.id == project_id).values(settings={"labeling": {**NO_CHECKS, "takes": 4}, **NEVER}))
+    ann, bob, rae = as_labeler(each_store, "ann", project_id), as_labeler(each_store, "bob", project_id), actor(each_store, "rae", "reviewer")
+    answering.flag(each_store, ann, taken(each_store, ann, project_id), Unsafe(place=0, policies=("P05",)))
+    assert choosing.next_assignment(each_store, bob, project_id).assignment_id is None
+    read(each_store, rae, project_id, "flagged", decision())
+    later(each_store, 16)
+    assert choosing.next_assignment(each_store, bob, project_id).assignment_id is not None
+
+
+def test_a_run_is_signed_off_on_what_is_known_and_not_on_an_older_report(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    project_id = add_project(store, **NEVER)
+    add_clips(store, project_id, takes=1, files=False)
+    lead, rae = actor(store, "lea", "lead"), actor(store, "rae", "reviewer")
+    auditing.draw(store, project_id, lead)
+    client = Client(store, "lea")
+    read(store, rae, project_id, waiting(store, project_id)[0], decision())
+    monkeypatch.setattr("reward.app.reports.REST", 1e9)  # as on a server with much to do
+    page = f"/api/projects/{project_id}/lead/signoffs"
+    while not (shown := client.get(page, params={"run": "test"}).json())["seen"]:
+        pass
+    assert shown["evidence"]["audit"]["read"] == 0
+    settled(store, project_id)
+    told = client.post(page, json={"run": "test", "approved": True, "statement": "nothing was found", "seen": shown["seen"]})
+    assert told.status_code == 409, told.text
+
+
+def test_who_was_warned_is_not_told_by_the_reply_which_task_was_a_check(each_store: Store) -> None:
+    checks = {"active": 0, "random": 0, "gold": 1, "repeat": 0, "mirrored": 0}
+    project_id = add_project(each_store, labeling={**NO_CHECKS, "takes": 2, "mixture": checks, "careless_pause": 1.0})
+    clips = add_clips(each_store, project_id, [f"prompt {n}" for n in range(6)], takes=2, files=False)
+    ann = as_labeler(each_store, "ann", project_id)
+    with each_store.writing() as db:
+        for n in range(5):
+            row = labeling.task_row(each_store, project_id, f"prompt {n}", clips[2 * n : 2 * n + 2], "gold", wanted=labeling.EVERYBODY, shuffle=0.1 * n, truth={"overall": [1, 2]})
+            db.execute(insert(task), row)
+    clock = itertools.count(each_store.now())
+    each_store.now = lambda: next(clock)
+    told = []
+    for right in (False, False, False, True, True):
+        mine = row_of(each_store, taken(each_store, ann, project_id))
+        ranks = tuple(1 + (mine.shown_order.index(place) == int(right)) for place in range(2))
+        told.append(answering.submit(each_store, ann, mine.id, an_answer(2, ranks=ranks)).standing)
+    assert told == ["fine", "fine", "warned", "fine", "fine"]
