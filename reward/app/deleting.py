@@ -14,6 +14,7 @@ from contextlib import closing
 from sqlalchemy import Connection, delete, func, insert, null, select, text, update
 
 from reward.app.media import path_of
+from reward.app.people import revoke_invitations
 from reward.app.schema import api_token, assignment, clip, event, item, membership, person, person_private, private_text, reading, session, tombstone
 from reward.app.security import HOUR, Denied
 from reward.app.settings import settings_of
@@ -43,6 +44,7 @@ def delete_person(store: Store, person_id: str, by: str) -> bool:
         for table in (assignment, reading):
             db.execute(update(table).where(table.c.person_id == person_id, table.c.draft.is_not(None)).values(draft=null()))
         db.execute(update(person).where(person.c.id == person_id).values(state="deleted", settings={}))
+        revoke_invitations(store, db, by=pseudonym)
         _bury(store, db, "person", person_id, "asked to be deleted", by)
         store.log(db, by, "person deleted", pseudonym)
     return forget(store)

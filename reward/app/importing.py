@@ -336,6 +336,7 @@ def _add(store: Store, db: Connection, project_id: str, run: str, ready: Sequenc
             db.execute(update(clip).where(clip.c.id == before.id).values(verdict=said.verdict, score=said.score, decision=said.decision))
             if said.restricted:
                 reviewing.restrict(store, db, before.id, by=by)
+            reviewing.restate(store, db, before.id)  # what people said of it holds whatever a filter says now
             again.append(before.id)
         else:
             counts.already += 1

@@ -299,6 +299,8 @@ def give_roles(store: Store, project_id: str, person_id: str, roles: Sequence[st
             db.execute(delete(membership).where(membership.c.person_id == person_id, membership.c.project_id == project_id, membership.c.role.in_(taken)))
             store.log(db, me.pseudonym, "roles taken", pseudonym, {"project": project_id, "roles": taken})
             security.shut_out(store, db, person_id)
+            if LEAD in taken:
+                people.revoke_invitations(store, db, by=pseudonym, project_id=project_id)
         people.grant(store, db, person_id, project_id, roles, by=me.pseudonym)
 
 

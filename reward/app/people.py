@@ -35,6 +35,13 @@ def invite(store: Store, db: Connection, *, project_id: str, roles: Sequence[str
     return token
 
 
+def revoke_invitations(store: Store, db: Connection, *, by: str, project_id: str | None = None) -> None:
+    """Ends the invitations of a person that nobody used yet, of one project or of all: who does not lead any more has invited nobody. by: the person's pseudonym."""
+    open_ = [invitation.c.invited_by == by, invitation.c.used_at.is_(None), invitation.c.revoked_at.is_(None)]
+    of = [] if project_id is None else [invitation.c.project_id == project_id]
+    db.execute(update(invitation).where(*open_, *of).values(revoked_at=store.now()))
+
+
 def invited(store: Store, db: Connection, token: str) -> tuple[str, list[str]]:
     """(project, roles) of a token that still works. Raises Denied for any other, in the same words."""
     row = db.execute(select(invitation).where(invitation.c.token_hash == sha256(token))).first()

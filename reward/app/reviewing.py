@@ -734,7 +734,7 @@ def _take_effect(store: Store, db: Connection, row: Row[Any]) -> None:
         return
     differs = row.queue in ("second", "disagreement") and row.source is not None and _differs(db, row)
     if row.body["escalate"] or row.body["ruling"] == "refer" or differs:
-        if row.queue == "flagged" and row.verdict == "allow":  # labelers wait for the senior
+        if row.verdict == "allow" and (row.queue == "flagged" or row.said != "not_violating"):  # labelers wait for the senior
             withdraw(store, db, row.clip, row.id, by="system")
         if row.queue != "escalation":
             _pass_on(store, db, row, "escalation", {"reviews": [each for each in (row.source, row.id) if each and _is_review(db, each)]})
@@ -874,7 +874,7 @@ def appeal(store: Store, actor: Actor, project_id: str, review_id: str, reason: 
     with store.writing() as db:
         settle(store, db, project_id)
         row = db.execute(
-            select(review, item.c.state.label("item_state"), item.c.why, clip.c.run, person.c.pseudonym)
+            select(review, item.c.state.label("item_state"), item.c.why, clip.c.run, clip.c.verdict, person.c.pseudonym)
             .join(item, item.c.id == review.c.item_id)
             .join(clip, clip.c.id == review.c.clip)
             .join(person, person.c.id == review.c.person_id)
@@ -891,6 +891,8 @@ def appeal(store: Store, actor: Actor, project_id: str, review_id: str, reason: 
         text_id = new_id("x")
         db.execute(insert(private_text), {"id": text_id, "person_id": actor.person_id, "text": reason, "created_at": store.now()})
         others = sorted({actor.pseudonym, row.pseudonym, *importers(db, project_id, row.run)})
+        if row.verdict == "allow":  # labelers wait for whoever decides it
+            withdraw(store, db, row.clip, review_id, by=actor.pseudonym)
         why = {"policies": row.body["policies"], "reviews": [review_id], "reason": text_id, "not": others}
         return add_item(store, db, project_id, row.clip, "appeals", why, severity=row.body["severity"], by=actor.pseudonym, source=review_id)
 

@@ -654,3 +654,48 @@ def test_who_was_warned_is_not_told_by_the_reply_which_task_was_a_check(each_sto
         ranks = tuple(1 + (mine.shown_order.index(place) == int(right)) for place in range(2))
         told.append(answering.submit(each_store, ann, mine.id, an_answer(2, ranks=ranks)).standing)
     assert told == ["fine", "fine", "warned", "fine", "fine"]
+
+
+def test_what_people_called_violating_stays_away_from_labelers_when_a_newer_filter_allows_it(each_store: Store, tmp_path: Path) -> None:
+    project_id, rae = add_project(each_store, **NEVER), actor(each_store, "rae", "reviewer")
+    a_run(tmp_path / "one", [BLOCKED])
+    importing.import_run(each_store, project_id, tmp_path / "one", "r", "system", render=render)
+    auditing.draw(each_store, project_id, rae)
+    clip_id = read(each_store, rae, project_id, "blocked", decision("violating", "P05"))
+    settled(each_store, project_id)
+    a_run(tmp_path / "two", [ALLOWED])
+    assert importing.import_run(each_store, project_id, tmp_path / "two", "r", "system", render=render)["ruled_again"] == 1
+    assert servable(each_store, [clip_id]) == set() and state(each_store, clip_id) == "withdrawn"
+
+
+def test_a_clip_that_somebody_says_was_wrongly_found_harmless_waits_for_the_appeal(each_store: Store) -> None:
+    project_id = add_project(each_store, **NEVER)
+    (clip_id,) = add_clips(each_store, project_id, ("a",), takes=1, files=False)
+    rae, sue, tom = actor(each_store, "rae", "reviewer"), actor(each_store, "sue", "senior"), actor(each_store, "tom", "senior")
+    auditing.draw(each_store, project_id, sue)
+    said = decision()
+    read(each_store, rae, project_id, waiting(each_store, project_id)[0], said)
+    settled(each_store, project_id)
+    assert servable(each_store, [clip_id]) == {clip_id}
+    reviewing.appeal(each_store, sue, project_id, said.id, "look at the end")
+    assert servable(each_store, [clip_id]) == set()
+    read(each_store, tom, project_id, "appeals", decision("cannot_tell", ruling="uphold"))
+    settled(each_store, project_id)
+    assert servable(each_store, [clip_id]) == {clip_id}
+
+
+@pytest.mark.parametrize("how", ["roles", "deletion"])
+def test_an_invitation_ends_with_the_lead_who_gave_it(each_store: Store, how: str) -> None:
+    project_id = add_project(each_store)
+    eve = add_member(each_store, "eve", "lead", project_id=project_id)
+    add_member(each_store, "lea", "lead")
+    gone, lead = Client(each_store, "eve"), Client(each_store, "lea")
+    path = f"/api/projects/{project_id}/lead"
+    kept = gone.post(f"{path}/invitations", json={"roles": ["lead", "child_safety"]}).json()["link"].rpartition("/")[2]
+    other = lead.post(f"{path}/invitations", json={"roles": ["labeler"]}).json()["link"].rpartition("/")[2]
+    assert Client(each_store).get(f"/api/join/{kept}").status_code == 200
+    if how == "roles":
+        lead.post(f"{path}/people/{eve}/roles", json={"roles": ["labeler"]}).raise_for_status()
+    else:
+        lead.post(f"{path}/people/{eve}/delete", json={"confirm": gone.me.pseudonym}).raise_for_status()
+    assert [Client(each_store).get(f"/api/join/{token}").status_code for token in (kept, other)] == [404, 200]
