@@ -330,7 +330,7 @@ def _add(store: Store, db: Connection, project_id: str, run: str, ready: Sequenc
             db.execute(insert(prompt), {"project_id": project_id, "prompt_id": source.prompt_id, "text": source.text, "lang": "en", "kind": ""})
             texts[source.prompt_id] = source.text
         if before is None:
-            added.append(_insert(store, db, project_id, run, source, said, row, restricted=said.restricted or source.clip_id in restricted, by=by))
+            added.append(_insert(store, db, project_id, run, source, said, row, elsewhere=source.clip_id in restricted, by=by))
             old[source.clip_id] = db.execute(select(clip.c.id, clip.c.clip_id, clip.c.prompt_id, clip.c.decision, clip.c.state).where(clip.c.id == added[-1])).one()
         elif before.state != "deleted" and canonical(before.decision) != canonical(said.decision):
             db.execute(update(clip).where(clip.c.id == before.id).values(verdict=said.verdict, score=said.score, decision=said.decision))
@@ -348,7 +348,8 @@ def _add(store: Store, db: Connection, project_id: str, run: str, ready: Sequenc
         reviewing.queue_imported(store, db, project_id, [*added, *again], by)
 
 
-def _insert(store: Store, db: Connection, project_id: str, run: str, source: Source, said: Ruled, row: dict[str, Any], *, restricted: bool, by: str) -> str:
+def _insert(store: Store, db: Connection, project_id: str, run: str, source: Source, said: Ruled, row: dict[str, Any], *, elsewhere: bool, by: str) -> str:
+    """The id of a new clip. elsewhere: whether it is restricted in another project."""
     made = new_id("c")
     values = {
         "id": made,
@@ -364,8 +365,10 @@ def _insert(store: Store, db: Connection, project_id: str, run: str, source: Sou
         "created_at": store.now(),
     }
     db.execute(insert(clip), values)
-    if restricted:
+    if said.restricted:
         reviewing.restrict(store, db, made, by=by)
+    elif elsewhere:
+        reviewing.restrict_here(store, db, made, by=by)
     return made
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from datetime import UTC, datetime
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -111,11 +111,11 @@ def grouped(clips: Sequence[str], size: int, least: int) -> list[list[str]]:
     return [list(clips[at::number]) for at in range(number)]
 
 
-def resume(store: Store, db: Connection, project_id: str) -> int:
-    """Opens the tasks that waited for a clip which may be shown again; returns how many."""
+def resume(store: Store, db: Connection, project_id: str, clips: Set[str] | None = None) -> int:
+    """Opens the tasks that waited for a clip which may be shown again; returns how many. clips: looks only at tasks of one of these."""
     resumed = 0
     for row in db.execute(select(task.c.id, task.c.clips).where(task.c.project_id == project_id, task.c.state == "held")).all():
-        if len(servable_of(db, row.clips)) == len(row.clips):
+        if (clips is None or clips & set(row.clips)) and len(servable_of(db, row.clips)) == len(row.clips):
             db.execute(update(task).where(task.c.id == row.id).values(state=case((task.c.taken >= task.c.wanted, "full"), else_="open")))
             store.log(db, "system", "task resumed", row.id)
             resumed += 1

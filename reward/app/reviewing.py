@@ -279,11 +279,16 @@ def restrict(store: Store, db: Connection, clip_id: str, *, by: str) -> None:
     """From now on the clip exists for the child-safety role alone, in every project that holds it; in the others it waits there for that role."""
     digest = select(clip.c.clip_id).where(clip.c.id == clip_id).scalar_subquery()
     for row in db.execute(select(clip.c.id, clip.c.project_id).where(clip.c.clip_id == digest, clip.c.state.in_(("live", "withdrawn")))).all():
-        db.execute(update(clip).where(clip.c.id == row.id).values(state="restricted"))
-        store.log(db, by, "clip restricted", row.id)
+        restrict_here(store, db, row.id, by=by)
         if row.id != clip_id and not _waits(db, [row.id]):
             codes = [rule.code for rule in load_policy().rules if rule.escalate]
             add_item(store, db, row.project_id, row.id, "escalation", {"policies": codes}, severity=worst(load_policy(), codes), by="system")
+
+
+def restrict_here(store: Store, db: Connection, clip_id: str, *, by: str) -> None:
+    """`restrict` in the clip's own project alone."""
+    db.execute(update(clip).where(clip.c.id == clip_id).values(state="restricted"))
+    store.log(db, by, RESTRICTION[0], clip_id)
 
 
 def restricted_digests(db: Connection, digests: Collection[str]) -> set[str]:
@@ -721,7 +726,7 @@ def settle(store: Store, db: Connection, project_id: str) -> int:
         _take_effect(store, db, row)
         restate(store, db, row.clip)
     if due:
-        labeling.resume(store, db, project_id)
+        labeling.resume(store, db, project_id, {row.clip for row in due})
     return len(due)
 
 

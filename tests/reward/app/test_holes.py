@@ -699,3 +699,18 @@ def test_an_invitation_ends_with_the_lead_who_gave_it(each_store: Store, how: st
     else:
         lead.post(f"{path}/people/{eve}/delete", json={"confirm": gone.me.pseudonym}).raise_for_status()
     assert [Client(each_store).get(f"/api/join/{token}").status_code for token in (kept, other)] == [404, 200]
+
+
+def test_another_import_does_not_restrict_again_what_child_safety_let_go(store: Store, tmp_path: Path) -> None:
+    one, two, three = (add_project(store, name, **NEVER) for name in ("one", "two", "three"))
+    a_run(tmp_path / "run", [ALLOWED])
+    for project_id in (one, two):
+        importing.import_run(store, project_id, tmp_path / "run", "r", "system", render=render)
+    kim, lead = actor(store, "kim", "child_safety"), as_labeler(store, "lead")
+    (first,) = clips_of(store, one)
+    with store.writing() as db:
+        reviewing.flag(store, db, clip=first.id, policies=["P04"], source="a_1", by=lead)
+    read(store, kim, one, "flagged", decision())
+    settled(store, one)
+    importing.import_run(store, three, tmp_path / "run", "r", "system", render=render)
+    assert [clips_of(store, project_id)[0].state for project_id in (one, two, three)] == ["live", "restricted", "restricted"]
