@@ -3,7 +3,10 @@
     rushes app serve                                   on this machine alone; prints a link by which the first lead joins
     rushes app invite --roles '[labeler]' --project P  a link for one more person
     rushes app import RUN --project P                  clips of a clip store into a project, made where there is none of that name; tasks are made of them
+    rushes app prioritise --project P --reward R --clips STORE   the tasks that would tell the reward model most come first
     rushes app export FOLDER --project P               what people said, as `rushes reward-model` and other tools read it
+    rushes app audit FOLDER --project P                what reviewers said of the filters, as `rushes safety-report` and `--safety.audit` read it
+    rushes app sign CARD --signoff ID                  a sign-off into the card beside an adapter's weights
     rushes app backup FOLDER                           a copy of the store while it is used
     rushes app verify-log                              whether anybody changed what was written down
 
@@ -32,7 +35,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from align.config import Config as BaseConfig
-from align.config import Count
+from align.config import Count, Seed
 from base_model.errors import Interrupted, UserError
 from recipes.listening import address, listening, uvicorn, uvicorn_config
 from reward.judges.exchange import is_loopback
@@ -40,7 +43,7 @@ from reward.judges.exchange import is_loopback
 if TYPE_CHECKING:
     from reward.app.store import Store
 
-Action = Literal["serve", "invite", "import", "export", "backup", "verify-log"]
+Action = Literal["serve", "invite", "import", "prioritise", "export", "audit", "sign", "backup", "verify-log"]
 SECRET = "RUSHES_APP_SECRET"
 SHORTEST_SECRET = 32
 CONNECTIONS = 4096
@@ -56,7 +59,7 @@ class Config(BaseConfig):
     action: Action | None = None
     """What to do."""
     folder: Path | None = None
-    """Folder that an action reads or writes: of the run to import, of the export, of the backup."""
+    """Folder that an action reads or writes: of the run to import, of the export, of the audit, of the backup; or the card to sign, a file."""
     out: Path = Path("runs/app")
     """Folder of the store: database, media, anchors of the log."""
     database: str | None = None
@@ -74,7 +77,7 @@ class Config(BaseConfig):
     stop_seconds: Count = 30
     """Seconds that requests have to be answered in once the server is told to stop."""
     project: str = "*"
-    """Name or id of the project that is invited to, imported into or exported; "*" invites to every project."""
+    """Name or id of the project; "*" invites to every project."""
     roles: tuple[str, ...] = ("lead",)
     """Roles of who is invited: labeler, reviewer, senior, child_safety, lead, auditor."""
     run: str = ""
@@ -82,11 +85,19 @@ class Config(BaseConfig):
     format: str = "parquet"
     """What is exported: parquet, jsonl, videoalign, label-studio, trl, demonstrations."""
     dimension: str | None = None
-    """Only answers in this dimension; none means all."""
+    """Only answers in this dimension are exported, none means all; or the dimension of the reward model by which tasks are put in order."""
     gold: bool = False
     """Whether answers to gold tasks are exported, too. Their planted clips are in no clip store, so nothing can learn from them."""
     clips: Path | None = None
-    """Clip store with the records of demonstrated clips: these are then exported as the pairs that `rushes sft` learns from."""
+    """Clip store with the records of the clips: tasks are put in order by them; demonstrations are exported as the pairs that `rushes sft` learns from."""
+    reward: Path | None = None
+    """Folder of a reward model, by which tasks are put in order."""
+    seed: Seed = 0
+    """Seed of the order of tasks that would tell it equally much."""
+    training: bool = False
+    """Whether an audit is for `rushes safety-train`: then nothing in it was said of restricted clips."""
+    signoff: str = ""
+    """Id of the sign-off that is written into a card, as the page of sign-offs shows it."""
     with_secret: bool = False
     """Whether a backup holds the secret that signs the log's anchors. Keep such a backup as you would a key."""
 
@@ -97,7 +108,10 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         "serve": serve,
         "invite": invite,
         "import": import_clips,
+        "prioritise": prioritise,
         "export": export,
+        "audit": audit,
+        "sign": sign,
         "backup": back_up,
         "verify-log": verify_log,
     }
@@ -128,6 +142,7 @@ def serve(cfg: Config) -> dict[str, Any]:
     check_reach(cfg)
     with opened(cfg, made=True) as store, alone(cfg), listening(cfg.host, cfg.port) as listener:
         from reward.app.people import first_invitation
+        from reward.app.upkeep import upkeep
         from reward.app.web import make_app
 
         here = address(cfg.host, listener.getsockname()[1])
@@ -138,7 +153,7 @@ def serve(cfg: Config) -> dict[str, Any]:
         sys.stderr.flush()
         stopped_by = signal.SIGINT.value
         try:
-            with contextlib.suppress(KeyboardInterrupt):
+            with upkeep(store), contextlib.suppress(KeyboardInterrupt):
                 server.Server(uvicorn_config(app, cfg.stop_seconds, CONNECTIONS, proxies=cfg.proxies)).run(sockets=[listener])
         except Interrupted as error:
             stopped_by = error.exit_status - 128
@@ -283,6 +298,36 @@ def import_clips(cfg: Config) -> dict[str, Any]:
         return fill_project(store, cfg.project, source, cfg.run or source.resolve().name)
 
 
+def prioritise(cfg: Config) -> dict[str, Any]:
+    """How many tasks are in order now."""
+    reward = needed(cfg.reward, "by which reward model? Write rushes app prioritise --project NAME --reward FOLDER --clips STORE")
+    clips = needed(cfg.clips, "where are the clips? Give the clip store that they were imported from, --clips")
+    with opened(cfg) as store:
+        told: dict[str, Any] = room("prioritising").prioritise(store, project_called(store, cfg.project), reward, clips, system(), dimension=cfg.dimension, seed=cfg.seed)
+    return told
+
+
+def audit(cfg: Config) -> dict[str, Any]:
+    """What went into the folder of the audit, and into that of the corrections beside it."""
+    from base_model.checkpoint import disk_errors
+
+    target = needed(cfg.folder, "where to? Write rushes app audit FOLDER --project NAME")
+    with opened(cfg) as store, disk_errors(target):
+        told: dict[str, Any] = room("auditing").audit_folders(store, project_called(store, cfg.project), target, training=cfg.training)
+    return {"folder": str(target), **told}
+
+
+def sign(cfg: Config) -> dict[str, Any]:
+    """The sign-off that is in the card now."""
+    card = needed(cfg.folder, "which card? Write rushes app sign CARD.json --signoff ID")
+    if not cfg.signoff:
+        raise UserError("which sign-off? Give the id that the page of sign-offs shows, --signoff")
+    with opened(cfg) as store:
+        written: dict[str, Any] = room("signing_off").write_card(store, cfg.signoff, card)
+    told = next(each for each in written["signoffs"] if each["id"] == cfg.signoff)
+    return {"card": str(card), **{name: told[name] for name in ("id", "run", "approved", "by", "at")}}
+
+
 def export(cfg: Config) -> dict[str, Any]:
     """What went into the folder, and what did not."""
     from base_model.checkpoint import disk_errors
@@ -353,6 +398,7 @@ def have_people_rank(folder: Path, clips: Path, target: Path, wanted: int, *, na
     """
     from reward.app.exporting import SHARES, export_rankings
     from reward.app.people import first_invitation
+    from reward.app.upkeep import upkeep
     from reward.app.web import make_app
 
     cfg = Config(out=folder, port=port, stop_seconds=5)
@@ -367,7 +413,7 @@ def have_people_rank(folder: Path, clips: Path, target: Path, wanted: int, *, na
         token = first_invitation(store, ("lead", "labeler", "reviewer"))
         said = f"{here}/join/{token}" if token else f"{here}, where whoever joined logs in"
         print(f"people rank {made['rows']} clips in the app: {said}", file=sys.stderr, flush=True)
-        with in_background(make_app(store), listener, cfg.stop_seconds):
+        with in_background(make_app(store), listener, cfg.stop_seconds), upkeep(store):
             wait_for(lambda: len(ranked(store, project_id)), wanted)
         answers = ranked(store, project_id)
         if target.exists():

@@ -35,7 +35,11 @@ def store_of(request: Request) -> Store:
     return store
 
 
-StoreOf = Annotated[Store, Depends(store_of)]
+async def _store(request: Request) -> Store:
+    return store_of(request)
+
+
+StoreOf = Annotated[Store, Depends(_store)]
 
 
 def cookie_name(request: Request) -> str:
@@ -67,7 +71,8 @@ class May:
     def __init__(self, roles: tuple[str, ...]) -> None:
         self.roles = roles
 
-    def __call__(self, request: Request) -> Actor:
+    async def __call__(self, request: Request) -> Actor:
+        """Asked in the event loop: a thread for one short query would cost more than the query."""
         actor = actor_of(request)
         if actor is None:
             raise Denied(401, "log in first")
@@ -84,7 +89,7 @@ class May:
 class Public:
     """The rule of a route that anybody may ask."""
 
-    def __call__(self) -> None:
+    async def __call__(self) -> None:
         return None
 
 

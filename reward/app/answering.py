@@ -24,6 +24,7 @@ from reward.app.schema import answer, assignment, clip, item, private_text, with
 from reward.app.security import Actor, Denied, sha256
 from reward.app.settings import Dimension, Labeling, ProjectSettings, settings_of
 from reward.app.store import Store, new_id
+from reward.app.texts import Written
 from reward.safety.policy import load_policy
 
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{16,40}$")]
@@ -73,7 +74,7 @@ class Answer(Watching):
     unsafe: Annotated[tuple[Unsafe, ...], Field(max_length=6)] = ()
     likert: Annotated[tuple[Annotated[int, Field(ge=1, le=5)] | None, ...], Field(max_length=6)] | None = None
     confidence: Share | None = None
-    comment: Annotated[str, Field(max_length=2_000)] = ""
+    comment: Annotated[Written, Field(max_length=2_000)] = ""
 
 
 class Demonstration(Watching):
@@ -81,7 +82,7 @@ class Demonstration(Watching):
 
     accepted: Annotated[tuple[bool | None, ...], Field(max_length=6)]
     best: Place | None = None
-    caption: Annotated[str, Field(max_length=4_000)] = ""
+    caption: Written = ""
     """The prompt as it should have been; empty where it is right."""
     unsafe: Annotated[tuple[Unsafe, ...], Field(max_length=6)] = ()
 
@@ -378,7 +379,7 @@ def _watching(row: Row[Any], given: Watching) -> dict[str, Any]:
 
 def _keep_text(store: Store, db: Connection, actor: Actor, text: str) -> str | None:
     """The id of a text in the table that can be emptied; None for an empty one."""
-    text = text.replace("\0", "").strip()
+    text = text.strip()
     if not text:
         return None
     text_id = new_id("x")

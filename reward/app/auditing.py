@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, func, insert, or_, select
 
 from base_model.errors import UserError
-from reward.app.reviewing import AUDITS, Stands, known_codes, settle, standing, violates, worst
+from reward.app.reviewing import AUDITS, Stands, known_codes, restricting, settle, standing, violates, worst
 from reward.app.schema import clip, item, prompt
 from reward.app.security import Actor
 from reward.app.settings import settings_of
@@ -104,20 +104,34 @@ def _item_of(store: Store, entry: Entry, project_id: str, clip_id: str) -> dict[
 
 
 def plant(store: Store, project_id: str, clip_id: str, policies: Sequence[str], by: Actor) -> str:
-    """Puts a clip whose truth is known among those of the random audit, to learn how often readers err; returns the item's id. policies: what it
-    violates, none where it is harmless.
+    """Puts a clip whose truth is known among those of the random audit, to learn how often readers err; returns the item's id. clip_id: of the table, or the digest of
+    its frames, as clip stores name it. policies: what it violates, none where it is harmless.
 
-    Raises UserError for a clip of another project, and one that an audit drew or that was planted before.
+    Who planted it does not read it. Raises UserError for a clip of another project, one that an audit drew or that was planted before, and a rule of which the child-safety role
+    alone sees clips.
     """
     known_codes(policies)
+    if restricting(policies):
+        raise UserError("what violates this is for the child-safety role alone, policies. It cannot be planted")
     with store.writing() as db:
-        if db.execute(select(clip.c.id).where(clip.c.id == clip_id, clip.c.project_id == project_id, clip.c.state.in_(("live", "withdrawn")))).first() is None:
+        named = or_(clip.c.id == clip_id, clip.c.clip_id == clip_id)
+        found = db.execute(select(clip.c.id).where(named, clip.c.project_id == project_id, clip.c.state.in_(("live", "withdrawn")))).scalar()
+        if found is None:
             raise UserError(f"no such clip in this project, {clip_id}. Take the id of one that was imported")
+        clip_id = found
         taken = (item.c.queue.in_(AUDITS)) & (item.c.clip == clip_id)
         if db.execute(select(item.c.id).where(taken)).first() is not None:
             raise UserError(f"an audit drew this clip, or it was planted, {clip_id}. Gold clips are others than the audited ones")
         place = max(0, _next_wave(db, project_id) - 1) + int.from_bytes(hashlib.sha256(store.secret + clip_id.encode()).digest()[:6]) / 2**48
-        row = {"id": new_id("q"), "project_id": project_id, "clip": clip_id, "queue": "random", "why": {"policies": [], "gold": sorted(policies)}, "severity": 0, "place": place}
+        row = {
+            "id": new_id("q"),
+            "project_id": project_id,
+            "clip": clip_id,
+            "queue": "random",
+            "why": {"policies": [], "gold": sorted(policies), "not": [by.pseudonym]},
+            "severity": 0,
+            "place": place,
+        }
         db.execute(insert(item), {**row, "wanted": 1, "taken": 0, "state": "open", "created_at": store.now()})
         store.log(db, by.pseudonym, "gold planted", str(row["id"]), {"clip": clip_id})
     return str(row["id"])
@@ -179,6 +193,23 @@ def corrections_folder(store: Store, project_id: str, folder: Path) -> dict[str,
     Each counts once: chance had no part in them, so they say nothing about rates. Restricted and deleted clips, drawn ones and gold are left out.
     Raises UserError where there are none.
     """
+    records = _corrections(store, project_id)
+    if not records:
+        raise UserError("people overturned no ruling outside of the audits. There is nothing to write")
+    return _write(folder, records, replace=True)
+
+
+def audit_folders(store: Store, project_id: str, folder: Path, *, training: bool = False) -> dict[str, dict[str, int] | None]:
+    """`audit_folder`, and beside it, in `FOLDER-corrections`, `corrections_folder` where there are any; returns how many of each, None where there are none."""
+    beside = folder.with_name(f"{folder.name}-corrections")
+    told = audit_folder(store, project_id, folder, training=training)
+    records = _corrections(store, project_id)
+    if not records:
+        (beside / FILE).unlink(missing_ok=True)  # of rulings that were overturned once, and are not any more
+    return {"audit": told, "corrections": _write(beside, records, replace=True) if records else None}
+
+
+def _corrections(store: Store, project_id: str) -> list[Entry | Reading | Gold]:
     from reward.safety.audit import Entry
 
     with store.writing() as db:
@@ -203,9 +234,7 @@ def corrections_folder(store: Store, project_id: str, folder: Path) -> dict[str,
         }
         records.append(Entry.model_validate({**entry, "wave": 0, "band": 0, "probability": 1.0, "why": "blocked" if blocked else "stratified"}))
         records += _readings_of(row.clip_id, said[row.id])
-    if not records:
-        raise UserError("people overturned no ruling outside of the audits. There is nothing to write")
-    return _write(folder, records, replace=True)
+    return records
 
 
 def _write(folder: Path, records: Sequence[Entry | Reading | Gold], *, replace: bool = False) -> dict[str, int]:

@@ -221,6 +221,11 @@ def expire(store: Store, db: Connection, row: Row[Any]) -> None:
     store.log(db, "system", "lease ended", row.id)
 
 
+def any_expired(store: Store, db: Connection) -> bool:
+    """Whether a lease is over its time."""
+    return db.execute(select(assignment.c.id).where(assignment.c.state == "open", assignment.c.lease_until <= store.now()).limit(1)).first() is not None
+
+
 def free_expired(store: Store, db: Connection) -> int:
     """Ends every lease that is over its time."""
     rows = db.execute(select(assignment).where(assignment.c.state == "open", assignment.c.lease_until <= store.now())).all()

@@ -13,8 +13,9 @@ from contextlib import closing
 
 from sqlalchemy import Connection, delete, func, insert, null, select, text, update
 
-from reward.app.media import path_of
+from reward.app.media import VARIANTS, missing_of, path_of
 from reward.app.people import revoke_invitations
+from reward.app.reviewing import forget_draft, give_up
 from reward.app.schema import api_token, assignment, clip, event, item, membership, person, person_private, private_text, reading, session, tombstone
 from reward.app.security import HOUR, Denied
 from reward.app.settings import settings_of
@@ -88,18 +89,26 @@ def delete_clip(store: Store, project_id: str, clip_id: str, by: str, *, restric
 
 
 def retain(store: Store, project_id: str, by: str = "system") -> int:
-    """Deletes the media of clips that were withdrawn longer ago than the project keeps them; returns how many. What earlier deletions did not finish is finished."""
-    with store.writing() as db:
+    """`retire`, and what earlier deletions of people did not finish; returns how many clips."""
+    gone = retire(store, project_id, by)
+    forget(store)
+    return gone
+
+
+def retire(store: Store, project_id: str, by: str = "system") -> int:
+    """Deletes the media of clips that were withdrawn longer ago than the project keeps them; returns how many. Media that an earlier deletion left, killed on its way, go, too."""
+    gone: Sequence[str] = []
+    with store.reading() as db:
         days = settings_of(db, project_id).retention_days
-        gone: Sequence[str] = []
-        if days is not None:
-            since = select(func.max(event.c.at)).where(event.c.subject == clip.c.id, event.c.kind == "clip withdrawn").correlate(clip).scalar_subquery()
-            old = func.coalesce(since, clip.c.created_at) <= store.now() - days * DAY
+    if days is not None:
+        since = select(func.max(event.c.at)).where(event.c.subject == clip.c.id, event.c.kind == "clip withdrawn").correlate(clip).scalar_subquery()
+        old = func.coalesce(since, clip.c.created_at) <= store.now() - days * DAY
+        with store.writing() as db:
             gone = db.execute(select(clip.c.id).where(clip.c.project_id == project_id, clip.c.state == "withdrawn", old)).scalars().all()
             _mark(store, db, list(_with_copies(db, gone)), f"withdrawn more than {days} days ago", by)
+    with store.reading() as db:
         digests = db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "deleted")).scalars().all()
-    remove_media(store, digests)
-    forget(store)
+    remove_media(store, [digest for digest in digests if len(missing_of(store, digest)) < len(VARIANTS)])
     return len(gone)
 
 
@@ -115,9 +124,18 @@ def _with_copies(db: Connection, clips: Sequence[str]) -> dict[str, str]:
 def _mark(store: Store, db: Connection, clips: Sequence[str], reason: str, by: str) -> None:
     for clip_id in clips:
         db.execute(update(clip).where(clip.c.id == clip_id).values(state="deleted"))
-        db.execute(update(item).where(item.c.clip == clip_id, item.c.state != "closed").values(state="closed"))
+        _end_reviews(store, db, clip_id)
         _bury(store, db, "clip", clip_id, reason, by)
         store.log(db, by, "clip deleted", clip_id)
+
+
+def _end_reviews(store: Store, db: Connection, clip_id: str) -> None:
+    """Nobody is asked about a clip any more: its items are closed, and readings of it that are open are over, with their drafts. What was decided stands."""
+    for reading_id in db.execute(select(reading.c.id).where(reading.c.clip == clip_id, reading.c.state == "open")).scalars().all():
+        give_up(db, reading_id, "expired")
+        forget_draft(db, reading_id)
+        store.log(db, "system", "reading expired", reading_id)
+    db.execute(update(item).where(item.c.clip == clip_id, item.c.state != "closed").values(state="closed"))
 
 
 def remove_media(store: Store, digests: Sequence[str]) -> None:

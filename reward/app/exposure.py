@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, select
+from sqlalchemy import ColumnElement, Connection, select
 
-from reward.app.schema import item, reading, reveal, review, withdrawal
+from reward.app.schema import clip, item, reading, reveal, review, withdrawal
 from reward.app.settings import Reviewing
 
 MINUTE = 60_000
@@ -45,22 +45,38 @@ class Rest:
 
 def looks_of(db: Connection, person_id: str, since: int, now: int) -> list[Look]:
     """What a person looked at, in any project, oldest first."""
+    return _looks(db, now, reveal.c.person_id == person_id, reveal.c.at >= since).get(person_id, [])
+
+
+def week_of(db: Connection, project_id: str | None, now: int) -> dict[str, float]:
+    """Person -> minutes of hard looks in the last seven days, in a project or, with None, in all; of whoever had anything revealed.
+
+    Clips that are restricted to child safety are left out: outside of that role nothing tells that there are any.
+    """
+    where = [reveal.c.at >= now - 7 * DAY, clip.c.state != "restricted", *([reveal.c.project_id == project_id] if project_id is not None else [])]
+    return {person_id: minutes(looks) for person_id, looks in _looks(db, now, *where).items()}
+
+
+def _looks(db: Connection, now: int, *where: ColumnElement[bool]) -> dict[str, list[Look]]:
+    """Person -> looks, oldest first."""
     kept = review.c.id.not_in(select(withdrawal.c.ref))
     rows = db.execute(
-        select(reveal.c.reading_id, reveal.c.at, reveal.c.severity, reading.c.state, review.c.at.label("decided_at"), review.c.body)
+        select(reveal.c.person_id, reveal.c.reading_id, reveal.c.at, reveal.c.severity, reading.c.state, review.c.at.label("decided_at"), review.c.body)
         .join(reading, reading.c.id == reveal.c.reading_id)
+        .join(clip, clip.c.id == reading.c.clip)
         .outerjoin(review, (review.c.reading_id == reading.c.id) & kept)
-        .where(reveal.c.person_id == person_id, reveal.c.at >= since)
+        .where(*where)
         .order_by(reveal.c.at)
     ).all()
-    found: dict[str, Look] = {}
+    found: dict[str, dict[str, Look]] = {}
     for row in rows:
         end = row.decided_at or (now if row.state == "open" else row.at + AFTERWARDS)
         severity = max(row.severity, (row.body or {}).get("severity") or 0)
-        first = found.get(row.reading_id)
+        theirs = found.setdefault(row.person_id, {})
+        first = theirs.get(row.reading_id)
         start = first.start if first else row.at
-        found[row.reading_id] = Look(start, min(max(end, row.at), start + LONGEST), max(severity, first.severity if first else 0))
-    return sorted(found.values(), key=lambda look: look.start)
+        theirs[row.reading_id] = Look(start, min(max(end, row.at), start + LONGEST), max(severity, first.severity if first else 0))
+    return {person_id: sorted(looks.values(), key=lambda look: look.start) for person_id, looks in found.items()}
 
 
 def minutes(looks: Sequence[Look]) -> float:

@@ -30,7 +30,7 @@ from sqlalchemy import Connection, insert, select, update
 from base_model.errors import UserError
 from reward.app import reviewing
 from reward.app.log import canonical
-from reward.app.media import DIGEST, path_of
+from reward.app.media import DIGEST, VARIANTS, missing_of, path_of
 from reward.app.schema import clip, project, prompt
 from reward.app.security import Denied, sha256
 from reward.app.store import Store, new_id
@@ -231,15 +231,18 @@ def import_run(
     counts = Counts(rows=len(rows))
     with store.writing() as db:
         store.log(db, by, "import began", project_id, {"run": sha256(run), "rows": len(rows)})
+        deleted = set(db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "deleted")).scalars())
     for start in range(0, len(rows), BATCH):
         ready: list[tuple[Source, Ruled, dict[str, Any]]] = []
-        gone = _deleted(store, project_id, [each.clip_id for each in rows[start : start + BATCH] if isinstance(each, Source)])
         for each in rows[start : start + BATCH]:
             problem = each if isinstance(each, str) else _problem(each)
             if isinstance(each, str) or problem:
                 _refuse(counts, problem)
                 continue
-            facts, unreadable = _media(store, folder, each, render) if each.clip_id not in gone else ({}, "")
+            if each.clip_id in deleted:  # for good: its media are not made again
+                counts.already += 1
+                continue
+            facts, unreadable = _media(store, folder, each, render)
             counts.unreadable += bool(unreadable)
             ready.append((each, ruled(each.decision, unreadable), {**facts, **each.row}))
         with store.writing() as db:
@@ -248,12 +251,6 @@ def import_run(
     with store.writing() as db:
         store.log(db, by, "import ended", project_id, {"run": sha256(run), **counts.model_dump(exclude={"first_refused"})})
     return counts.model_dump()
-
-
-def _deleted(store: Store, project_id: str, digests: Sequence[str]) -> set[str]:
-    """Those whose media were deleted for good: they are not made again."""
-    with store.reading() as db:
-        return set(db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.clip_id.in_(digests), clip.c.state == "deleted")).scalars())
 
 
 def _refuse(counts: Counts, problem: str) -> None:
@@ -275,15 +272,21 @@ def _problem(source: Source) -> str:
 
 
 def _media(store: Store, folder: Path, source: Source, render: Render) -> tuple[dict[str, Any], str]:
-    """What is known of the clip's file, and why it cannot be shown, if so. Media of the same file are not made again; those of another file are left alone."""
+    """What is known of the clip's file, and why it cannot be shown, if so. Media of the same file are made again where one is missing; those of another file are left alone."""
     try:
         content = _read(folder, source.file)
         digest, made_of = hashlib.sha256(content).hexdigest(), path_of(store, source.clip_id, SOURCE)
-        if made_of.exists():
-            return _facts(store, source.clip_id), "" if made_of.read_text() == digest else "media of another file are there under its id"
-        for name, variant in render(content).items():
-            _write(path_of(store, source.clip_id, name), variant)
-        _write(made_of, digest.encode())
+        if made_of.exists() and made_of.read_text() != digest:
+            return _facts(store, source.clip_id), "media of another file are there under its id"
+        wanted = missing_of(store, source.clip_id) if made_of.exists() else VARIANTS
+        if wanted:
+            made = render(content)
+            lacking = [name for name in VARIANTS if name not in made]
+            if lacking:
+                return {}, f"nothing was made of it to be shown as {lacking[0]}"
+            for name in wanted:
+                _write(path_of(store, source.clip_id, name), made[name])
+            _write(made_of, digest.encode())
     except Exception as error:  # whatever a file does to who reads it, it costs one clip
         return {}, f"{type(error).__name__}: {' '.join(_why(error).split())[:200]}"
     return _facts(store, source.clip_id), ""

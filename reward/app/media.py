@@ -21,6 +21,8 @@ from reward.app.store import Store
 
 CLIP = "clip.mp4"
 """The clip itself, as it is played."""
+VARIANTS = (CLIP, "blur.jpg", "light.jpg", "edges.jpg", "sheet.jpg", "facts.json")
+"""All that is made of a clip (`worker.py`)."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 ONE_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 TYPES = {".mp4": "video/mp4", ".jpg": "image/jpeg", ".png": "image/png"}
@@ -32,6 +34,11 @@ def path_of(store: Store, clip_id: str, variant: str = CLIP) -> Path:
     if not DIGEST.fullmatch(clip_id):
         raise ValueError(f"{clip_id!r} is no digest")
     return store.media / clip_id[:2] / f"{clip_id}.{variant}"
+
+
+def missing_of(store: Store, clip_id: str) -> list[str]:
+    """The variants of a clip that are not there."""
+    return [variant for variant in VARIANTS if not path_of(store, clip_id, variant).is_file()]
 
 
 def send(request: Request, store: Store, clip_id: str, variant: str = CLIP) -> Response:

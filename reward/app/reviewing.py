@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, insert, literal, or_, select, update
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, exists, func, insert, literal, or_, select, update
 
 from base_model.errors import UserError
 from reward.app import exposure, labeling, log
@@ -42,6 +42,7 @@ from reward.app.schema import clip, event, item, membership, person, private_tex
 from reward.app.security import Actor, Denied, sha256
 from reward.app.settings import Reviewing, settings_of
 from reward.app.store import Store, new_id
+from reward.app.texts import Written
 from reward.safety.policy import Policy, load_policy
 
 AUDITS = ("blocked", "random", "stratified")
@@ -85,15 +86,6 @@ class Mark(_Strict):
         return self
 
 
-def _can_be_kept(text: str) -> str:
-    """Raises ValueError for what no database keeps: NUL, and halves of characters."""
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("a text holds no NUL and no half characters")
-    return text
-
-
-Written = Annotated[str, AfterValidator(_can_be_kept), Field(max_length=4_000)]
-"""What a person wrote."""
 Codes = Annotated[tuple[Annotated[str, Field(max_length=8)], ...], Field(max_length=32)]
 
 
@@ -484,12 +476,17 @@ def give_up(db: Connection, reading_id: str, state: str) -> None:
     db.execute(update(item).where(item.c.id == item_id, item.c.state == "full").values(taken=0, state="open"))
 
 
-def expire(store: Store, db: Connection, project_id: str) -> None:
-    """Frees what was taken and not decided in time."""
-    late = select(reading.c.id).where(reading.c.state == "open", reading.c.lease_until <= store.now(), reading.c.project_id == project_id)
-    for reading_id in db.execute(late).scalars().all():
+def expire(store: Store, db: Connection, project_id: str) -> int:
+    """Frees what was taken and not decided in time; returns how many readings."""
+    late = db.execute(_late(store, project_id)).scalars().all()
+    for reading_id in late:
         give_up(db, reading_id, "expired")
         store.log(db, "system", "reading expired", reading_id)
+    return len(late)
+
+
+def _late(store: Store, project_id: str) -> Select[Any]:
+    return select(reading.c.id).where(reading.c.state == "open", reading.c.lease_until <= store.now(), reading.c.project_id == project_id)
 
 
 def skip(store: Store, actor: Actor, reading_id: str, reason: Skip) -> str:
@@ -704,8 +701,21 @@ def undo(store: Store, actor: Actor, review_id: str) -> str:
 
 def settle(store: Store, db: Connection, project_id: str) -> int:
     """Lets decisions take effect whose time to undo is over; returns how many did. Tasks that waited for them go on."""
+    due = db.execute(_due(store, db, project_id)).all()
+    for row in due:
+        db.execute(update(item).where(item.c.id == row.item_id).values(state="closed"))
+        store.log(db, "system", "review settled", row.id)
+        _take_effect(store, db, row)
+        restate(store, db, row.clip)
+    if due:
+        labeling.resume(store, db, project_id, {row.clip for row in due})
+    return len(due)
+
+
+def _due(store: Store, db: Connection, project_id: str) -> Select[Any]:
+    """Decisions whose time to undo is over, oldest first."""
     until = store.now() - 1_000 * settings_of(db, project_id).reviewing.undo_seconds
-    due = db.execute(
+    return (
         select(review, item.c.queue, item.c.why, item.c.severity.label("item_severity"), item.c.source, item.c.wave, clip.c.verdict, clip.c.state.label("clip_state"), clip.c.run)
         .join(item, item.c.id == review.c.item_id)
         .join(reading, reading.c.id == review.c.reading_id)
@@ -719,15 +729,12 @@ def settle(store: Store, db: Connection, project_id: str) -> int:
             review.c.id.not_in(select(withdrawal.c.ref)),
         )
         .order_by(review.c.at, review.c.id)
-    ).all()
-    for row in due:
-        db.execute(update(item).where(item.c.id == row.item_id).values(state="closed"))
-        store.log(db, "system", "review settled", row.id)
-        _take_effect(store, db, row)
-        restate(store, db, row.clip)
-    if due:
-        labeling.resume(store, db, project_id, {row.clip for row in due})
-    return len(due)
+    )
+
+
+def anything_due(store: Store, db: Connection, project_id: str) -> bool:
+    """Whether `expire` or `settle` would do anything."""
+    return any(db.execute(each.limit(1)).first() is not None for each in (_late(store, project_id), _due(store, db, project_id)))
 
 
 def _take_effect(store: Store, db: Connection, row: Row[Any]) -> None:

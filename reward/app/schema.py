@@ -287,6 +287,7 @@ reveal = Table(
     Column("severity", Integer, nullable=False),
     Column("at", BigInteger, nullable=False),
     Index(None, "person_id", "at"),
+    Index(None, "project_id", "at"),
 )
 
 # What leads decide
@@ -347,4 +348,5 @@ event = Table(
     Column("hash", String(64), nullable=False, unique=True),
     Index(None, "kind", "seq"),
     Index(None, "subject", "seq"),
+    Index(None, "actor", "seq"),
 )

@@ -156,7 +156,7 @@ def shut_out(store: Store, db: Connection, person_id: str, *, but: str = "") -> 
 
 def actor_of_session(store: Store, cookie: str) -> Actor | None:
     now = store.now()
-    with store.reading() as db:
+    with store.glancing() as db:
         rows = db.execute(BY_SESSION, {"hash": sha256(cookie)}).all()
     if not rows or rows[0].ended_at is not None:
         return None
@@ -203,7 +203,7 @@ def make_token(store: Store, db: Connection, actor: Actor, name: str, days: int)
 
 
 def actor_of_token(store: Store, secret: str) -> Actor | None:
-    with store.reading() as db:
+    with store.glancing() as db:
         rows = db.execute(BY_TOKEN, {"hash": sha256(secret)}).all()
     if not rows or rows[0].revoked_at is not None or rows[0].expires_at <= store.now():
         return None

@@ -32,6 +32,8 @@ from base_model.errors import UserError
 from reward.app.access import ANYBODY, PUBLIC, actor_of, may
 from reward.app.security import BODY_BYTES, HEADERS, Actor, Denied, RateLimits, check_origin
 from reward.app.store import Store, is_alive
+from reward.app.texts import check_body
+from reward.safety.policy import load_policy
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
@@ -71,14 +73,14 @@ class Pages:
         """Registers `POST /api{path}`. A page that asked through htmx is sent to where the answer's `go` points."""
 
         def register(function: F) -> F:
-            def answer(request: Request, response: Response, told: Any = Depends(function)) -> Any:
+            async def answer(request: Request, response: Response, told: Any = Depends(function)) -> Any:
                 if isinstance(told, Done) and told.go and request.headers.get("hx-request"):
                     response.headers["HX-Redirect"] = quote(told.go, safe="/*?=&")
                 return told
 
             answer.__doc__ = function.__doc__
             hint = function.__annotations__.get("return")
-            self.router.post(f"/api{path}", tags=[self._tag], name=f"do_{function.__name__}", response_model=_model(function, hint))(answer)
+            self.router.post(f"/api{path}", dependencies=[Depends(check_body)], tags=[self._tag], name=f"do_{function.__name__}", response_model=_model(function, hint))(answer)
             return function
 
         return register
@@ -152,6 +154,7 @@ def make_app(store: Store, settings: AppSettings | None = None) -> FastAPI:
     from reward.app import routes
 
     settings = settings or AppSettings()
+    load_policy()  # it takes half a second, which no request should wait for
     app = FastAPI(title="Rushes", version="1", docs_url=None, redoc_url=None, openapi_url=None, generate_unique_id_function=lambda route: route.name)
     app.state.store, app.state.limits, app.state.settings = store, RateLimits(), settings
     app.state.cookie = "__Host-rushes" if settings.secure else "rushes"

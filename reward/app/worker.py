@@ -16,14 +16,13 @@ from contextlib import suppress
 from typing import Any
 
 from base_model.errors import UserError
-from reward.app.media import path_of
+from reward.app.media import CLIP, VARIANTS, path_of
 from reward.app.store import Store
 
 MOST_BYTES = 256 << 20
 """The largest file that is taken."""
 MOST_MADE = 512 << 20
 STARTING, SECONDS, CLIPS = 120.0, 120.0, 100
-VARIANTS = ("clip.mp4", "blur.jpg", "light.jpg", "edges.jpg", "sheet.jpg", "facts.json")
 FIRST_BYTES = {"mp4": (4, b"ftyp"), "jpg": (0, b"\xff\xd8\xff"), "json": (0, b"{")}
 
 
@@ -162,10 +161,12 @@ def render(content: bytes) -> dict[str, bytes]:
 
 
 def keep(store: Store, clip_id: str, files: dict[str, bytes]) -> None:
-    """Writes what was rendered to where `media.path_of` finds it, the clip itself last: where that lies everything does."""
+    """Writes what was rendered to where `media.path_of` finds it, the clip itself last: where that lies everything does. Raises ValueError where a variant is missing."""
     from base_model.video.files import write_atomic
 
-    for name in sorted(files, key=lambda name: name == "clip.mp4"):
+    if set(files) != set(VARIANTS):
+        raise ValueError(f"of a clip there are {', '.join(VARIANTS)}, not {', '.join(sorted(files)) or 'nothing'}")
+    for name in sorted(files, key=lambda name: name == CLIP):
         path = path_of(store, clip_id, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, files[name])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +19,7 @@ import httpx2
 import pytest
 from sqlalchemy import insert
 
+from align.config import load
 from base_model.errors import Interrupted, UserError
 from base_model.video.store import ClipStore, NewClip
 from recipes import app, demo
@@ -30,6 +36,8 @@ from reward.comparisons import Clip, load_comparisons
 
 RULING = {"verdict": "allow", "policy": "P17", "score": 0.01, "reasons": [], "filter": "flash 3", "threshold": 0.5, "policy_version": "2"}
 TAKES = 2
+PASSWORD = "correct horse battery"
+TOY = Path(demo.__file__).parent / "configs" / "tiny" / "toy.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -167,17 +175,69 @@ def test_a_folder_of_a_demo_without_people_is_the_same_as_before(tmp_path: Path)
     assert demo.stages_of(demo.Config(out=tmp_path, human=7, port=1)).settings == demo.stages_of(demo.Config(out=tmp_path, human=7, port=2)).settings
 
 
-def test_people_rank_in_the_real_app(takes: ClipStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over HTTP, as their browsers do: join by the link, agree, rank until nothing is asked any more."""
-    for room in ("labeling", "importing", "leading", "worker"):
-        pytest.importorskip(f"reward.app.{room}")
+class Person:
+    """Somebody at a browser: joins by a link or logs in, agrees, ranks."""
+
+    def __init__(self, login: str) -> None:
+        self.login, self.answers = login, 0
+        self.client = httpx2.Client()
+
+    def __enter__(self) -> Person:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+    def join(self, link: str) -> None:
+        url, path = re.fullmatch(r"(http://[^/]+)(/join/.+)", link).groups()  # type: ignore[union-attr]
+        self._begin(url, f"/api{path}", {"login": self.login, "name": self.login.title(), "password": PASSWORD})
+        self.client.post(f"/api/projects/{self.project()}/label/consent", json={}).raise_for_status()
+
+    def come_back(self, url: str) -> None:
+        self._begin(url, "/api/login", {"login": self.login, "password": PASSWORD})
+
+    def _begin(self, url: str, path: str, body: dict[str, str]) -> None:
+        self.client.close()
+        self.client = httpx2.Client(base_url=url, trust_env=False, timeout=30)
+        self.client.post(path, json=body).raise_for_status()
+        self.client.headers["x-csrf"] = re.search(r'data-csrf="([^"]+)"', self.client.get("/", headers={"accept": "text/html"}).text)[1]  # type: ignore[index]
+
+    def project(self) -> str:
+        (room,) = self.client.get("/api/").json()["projects"]
+        return str(room["id"])
+
+    def invite(self) -> str:
+        """A link for another labeler."""
+        answer = self.client.post(f"/api/projects/{self.project()}/lead/invitations", json={"roles": ["labeler"]})
+        return str(answer.json()["link"])
+
+    def rank(self, number: int) -> None:
+        for _ in range(number):
+            go = self.client.post(f"/api/projects/{self.project()}/label/next", json={}).json()["go"]
+            places = len(self.client.get(f"/api{go}").json()["clips"])
+            assert all(self.client.get(f"/media/{go.rpartition('/')[2]}/{place}", headers={"range": "bytes=0-"}).status_code == 206 for place in range(places))
+            self.answers += 1
+            about = {"id": f"answer-of-{self.login}-number-{self.answers}", "watched": [1.0] * places, "watch_ms": [2_000] * places, "lead_time_ms": 5_000}
+            self.client.post(f"/api{go}/answer", json={**about, "ranks": {"overall": list(range(1, places + 1))}}).raise_for_status()
+
+
+def report_of(folder: Path) -> tuple[dict[str, Any], str]:
+    return json.loads((folder / "report" / "report.json").read_text()), (folder / "report" / "index.html").read_text()
+
+
+QUICK = ("--pairs", "16", "--fit.iterations", "2", "--candidate-prompts", "5")
+NOTHING = dict.fromkeys(("judge", "judge_gain", "judge_gain_ddpo", "flash_rate", "diversity"), "not measured")
+
+
+def test_the_demo_waits_for_people_learns_from_what_they_ranked_and_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own takes, through the app, two people over HTTP, on to what the report is told. RL and its measuring, which know nothing of labelers, are in the long form below."""
     problems: list[str] = []
-    links: list[str] = []
-    opened = threading.Event()
-    serve, count = app.in_background, app.ranked
+    serve, count, opened = app.in_background, app.ranked, threading.Event()
+    url: list[str] = []
 
     def told_where(made: Any, listener: Any, stop_seconds: int) -> Any:
-        links.extend((address(*listener.getsockname()), f"/join/{first_invitation(made.state.store, ('lead', 'labeler', 'reviewer'))}"))
+        here = address(*listener.getsockname())
+        url.append(f"{here}/join/{first_invitation(made.state.store, ('lead', 'labeler', 'reviewer'))}")
         opened.set()
         return serve(made, listener, stop_seconds)
 
@@ -185,35 +245,76 @@ def test_people_rank_in_the_real_app(takes: ClipStore, tmp_path: Path, monkeypat
         assert not problems, problems
         return count(store, project_id)
 
-    monkeypatch.setattr(app, "in_background", told_where)
-    monkeypatch.setattr(app, "ranked", counted)
-
-    def person() -> None:
+    def people() -> None:
         try:
-            rank_everything()
+            assert opened.wait(120)
+            with Person("ada") as ada, Person("bob") as bob:
+                ada.join(url[0])
+                bob.join(ada.invite())
+                ada.rank(2)
+                bob.rank(2)
         except Exception as error:
             problems.append(repr(error))
 
-    def rank_everything() -> None:
-        assert opened.wait(60)
-        with httpx2.Client(base_url=links[0], trust_env=False, timeout=30) as client:
-            client.post(f"/api{links[1]}", json={"login": "ada", "name": "Ada L.", "password": "correct horse battery"}).raise_for_status()
-            client.headers["x-csrf"] = re.search(r'data-csrf="([^"]+)"', client.get("/", headers={"accept": "text/html"}).text)[1]  # type: ignore[index]
-            (room,) = client.get("/api/").json()["projects"]
-            assert {"labeler", "lead"} <= set(room["roles"])
-            client.post(f"/api/projects/{room['id']}/label/consent", json={}).raise_for_status()
-            for number in range(3):
-                go = client.post(f"/api/projects/{room['id']}/label/next", json={}).json()["go"]
-                places = len(client.get(f"/api{go}").json()["clips"])
-                about = {"id": f"answer-of-ada-number-{number}", "watched": [1.0] * places, "watch_ms": [2_000] * places, "lead_time_ms": 5_000}
-                client.post(f"/api{go}/answer", json={**about, "ranks": {"overall": list(range(1, places + 1))}}).raise_for_status()
+    reported: list[dict[str, Any]] = []
 
-    thread = threading.Thread(target=person, daemon=True)
+    def report(evaluation: Any, told: Any) -> dict[str, Any]:
+        assert evaluation.guard == tmp_path / "reward" / "guard"
+        reported.append(told())
+        return NOTHING | reported[0]
+
+    monkeypatch.setattr(demo, "align_policy", lambda cfg, out: {})
+    monkeypatch.setattr(demo.evaluate, "report", report)
+    monkeypatch.setattr(app, "in_background", told_where)
+    monkeypatch.setattr(app, "ranked", counted)
+    thread = threading.Thread(target=people, daemon=True)
     thread.start()
-    told = have_people_rank(tmp_path / "app", takes.folder, tmp_path / "rankings", 3, name="demo", port=0)
+    cfg = load(demo.Config, TOY, ["--out", str(tmp_path), "--human", "4", "--port", "0", *QUICK])
+    demo.main(cfg)
     thread.join()
-    assert not problems and told == {"rankings": 3, "people": 1}
-    data = load_comparisons(tmp_path / "rankings")
-    assert {event.annotator_id for event in data.events} <= {name for name in data.annotators if name.startswith("person-")}
-    assert all(sorted(event.ranks, key=str) == [1, 2] for event in data.events)
-    assert set(data.clips) == {row.clip_id for row in takes.rows()}
+    (results,) = reported
+    assert results["ranked_by"] == {"rankings": 4, "people": 2}
+    assert results["notes"] == ["The reward model learnt from 4 rankings by 2 people; the guard learnt from simulated labelers."]
+    data = load_comparisons(tmp_path / "rankings" / "reward")
+    card = json.loads((tmp_path / "reward" / "reward" / "reward_card.json").read_text())
+    assert card["annotators"] == sorted({event.annotator_id for event in data.events}) and all(name.startswith("person-") for name in card["annotators"])
+    assert {clip_id for event in data.events for clip_id in event.clip_ids} <= {row.clip_id for row in ClipStore(tmp_path / "candidates").rows()}
+    assert results["commands"] == [f"rushes demo{demo.command_line(cfg)}"] and "--human 4" in results["commands"][0]
+
+
+@pytest.mark.slow
+def test_the_demo_killed_while_it_waits_for_people_goes_on_with_what_they_ranked(tmp_path: Path) -> None:
+    """As processes, with SIGKILL between the third and the fourth ranking."""
+    words = [sys.executable, "-m", "recipes.cli", "demo", str(TOY), "--out", str(tmp_path / "out"), "--human", "6", "--port", "0"]
+    with Person("ada") as ada, Person("bob") as bob:
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as first:
+            ada.join(said_where(first))
+            bob.join(ada.invite())
+            ada.rank(2)
+            bob.rank(1)
+            first.kill()
+        assert first.returncode == -signal.SIGKILL and not (tmp_path / "out" / "rankings" / "stage.json").exists()
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as second:
+            where = said_where(second)
+            ada.come_back(where)
+            bob.come_back(where)
+            ada.rank(2)
+            bob.rank(1)
+            _, said = second.communicate(timeout=300)
+    assert second.returncode == 0, said
+    results, page = report_of(tmp_path / "out")
+    assert results["ranked_by"] == {"rankings": 6, "people": 2} and "The reward model learnt from 6 rankings by 2 people" in page
+    data = load_comparisons(tmp_path / "out" / "rankings" / "reward")
+    assert sorted(Counter(event.annotator_id for event in data.events).values()) == [2, 4]
+    told = app.main(app.Config(action="verify-log", out=tmp_path / "out" / "app"))
+    assert told["events"] > 6
+
+
+def said_where(process: subprocess.Popen[str]) -> str:
+    """The link, or the address, that a demo prints once the app is open; what it says before is read."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        found = re.search(r"clips in the app: (http://[^\s,]+)", line)
+        if found:
+            return found[1]
+    raise AssertionError("the app was not opened")

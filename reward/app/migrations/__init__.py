@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from alembic import command
@@ -12,6 +13,8 @@ from sqlalchemy import Engine
 
 from base_model.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def config(engine: Engine) -> Config:
     found = Config()
@@ -21,12 +24,15 @@ def config(engine: Engine) -> Config:
 
 
 def upgrade(engine: Engine, to: str = "head") -> None:
-    """Brings a database to a version; an empty one, too. Raises UserError where it was written by a newer app."""
+    """Brings a database to a version; an empty one, too. Says so, in the log, of one that is not empty. Raises UserError where it was written by a newer app."""
     chosen = config(engine)
     scripts = ScriptDirectory.from_config(chosen)
     with engine.connect() as db:
         at = MigrationContext.configure(db).get_current_revision()
     if at is not None and at not in {each.revision for each in scripts.walk_revisions()}:
         raise UserError(f"the store is of schema {at}, which this version of rushes does not know. Install the newer version that wrote it")
-    if at != (scripts.get_current_head() if to == "head" else to):
+    wanted = scripts.get_current_head() if to == "head" else to
+    if at != wanted:
+        if at is not None:
+            logger.warning("the store goes from schema %s to %s; the version that wrote it cannot open it any more, but opens a backup that it made before", at, wanted)
         command.upgrade(chosen, to)

@@ -77,7 +77,7 @@ def _remember(request: Request, response: Response, cookie: str) -> None:
     response.set_cookie(cookie_name(request), cookie, max_age=security.SESSION_MS // 1000, httponly=True, samesite="lax", secure=secure, path="/")
 
 
-def client(request: Request, store: StoreOf) -> str:
+async def client(request: Request, store: StoreOf) -> str:
     return security.client_of(store, request.client.host if request.client else "", request.headers.get("user-agent", ""))
 
 

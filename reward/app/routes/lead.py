@@ -11,7 +11,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, Field
 from sqlalchemy import ColumnElement, func, or_, select, union_all
 
-from reward.app import importing, leading, people, plots
+from reward.app import exposure, importing, leading, people, plots
 from reward.app.access import AUDITOR, CHILD_SAFETY, LEAD, MEANING, StoreOf, may
 from reward.app.reports import Report, State, report
 from reward.app.reviewing import RESTRICTION
@@ -27,7 +27,6 @@ Lead = Annotated[Actor, Depends(may(LEAD))]
 Reader = Annotated[Actor, Depends(may(LEAD, AUDITOR))]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 EVENTS = 100  # on a page of the log
-WINDOW = 50_000  # events that one page looks through
 
 # What every page of the room says
 
@@ -143,9 +142,18 @@ def change_settings(project_id: str, body: dict[str, Any], me: Lead, store: Stor
 # People
 
 
+class Exposed(BaseModel):
+    """How long a member looked at clips of severity 3 and 4 in the last seven days, in this project."""
+
+    pseudonym: str
+    minutes: float
+
+
 class People(BaseModel):
     place: Place
     members: list[leading.Member]
+    exposure: list[Exposed]
+    """Of members who had anything revealed, most first."""
     invitations: list[leading.Invited]
     roles: dict[str, str]
     me: str
@@ -170,7 +178,10 @@ def people_page(project_id: str, me: Reader, store: StoreOf) -> People:
     place = place_of(store, project_id, me, everywhere=True)
     with store.reading() as db:
         members, invited = leading.members(store, db, project_id, me), leading.invitations(store, db, project_id)
-    return People(place=place, members=members, invitations=invited, roles=MEANING, me=me.person_id)
+        week = exposure.week_of(db, None if project_id == leading.EVERYWHERE else project_id, store.now())
+    exposed = [Exposed(pseudonym=each.pseudonym, minutes=round(week[each.person_id], 1)) for each in members if each.person_id in week]
+    exposed.sort(key=lambda each: (-each.minutes, each.pseudonym))
+    return People(place=place, members=members, exposure=exposed, invitations=invited, roles=MEANING, me=me.person_id)
 
 
 @pages.action("/projects/{project_id}/lead/invitations")
@@ -394,15 +405,11 @@ def log_page(
         if not me.has(CHILD_SAFETY, leading.EVERYWHERE):
             chosen.append(~_about_restricted())
         chosen += [column == wanted for column, wanted in ((event.c.kind, kind), (event.c.actor, actor), (event.c.subject, subject)) if wanted]
-        lowest = 0
-        if everywhere and actor and not (kind or subject):
-            lowest = max(0, top - WINDOW)  # there is no index of actors: so many events are looked through at a time
-            chosen.append(event.c.seq >= lowest)
         rows = db.execute(select(event).where(*chosen).order_by(event.c.seq.desc()).limit(EVENTS)).all()
         kinds = [kind for kind in _kinds(db) if kind not in RESTRICTION or me.has(CHILD_SAFETY, leading.EVERYWHERE)]
     found = [Event(**{name: getattr(row, name) for name in Event.model_fields}) for row in rows]
-    older = found[-1].seq if len(found) == EVENTS else lowest or None
-    return Log(events=found, kinds=kinds, kind=kind, actor=actor, subject=subject, length=length if everywhere else None, before=older if older and older > 1 else None)
+    older = found[-1].seq if len(found) == EVENTS else None
+    return Log(events=found, kinds=kinds, kind=kind, actor=actor, subject=subject, length=length if everywhere else None, before=older if older != 1 else None)
 
 
 def _about_restricted() -> ColumnElement[bool]:

@@ -12,11 +12,12 @@ from sqlalchemy import Connection, Row, select
 from reward.app import auditing, exposure, media, reviewing
 from reward.app.access import AUDITOR, LEAD, REVIEWERS, SENIOR, StoreOf, may
 from reward.app.exposure import Rest
-from reward.app.reviewing import SENIORS, SKIPS, Decision, Draft, Level, Personal, Queue, Skip, Written
+from reward.app.reviewing import SENIORS, SKIPS, Decision, Draft, Level, Personal, Queue, Skip
 from reward.app.schema import clip, item, person, project, prompt, reveal, review, withdrawal
 from reward.app.security import Actor, Denied
 from reward.app.settings import settings_of
 from reward.app.store import Store
+from reward.app.texts import Written
 from reward.app.web import Done, Pages, when
 from reward.safety.policy import load_policy
 
@@ -162,6 +163,8 @@ class Decisions(BaseModel):
     project_id: str
     decisions: list[DecisionSeen]
     may_appeal: bool
+    policies: dict[str, str]
+    """Of which clips may be planted."""
 
 
 def policy_texts() -> list[PolicyText]:
@@ -271,7 +274,25 @@ def review_decisions(project_id: str, me: Reader, store: StoreOf) -> Decisions:
         )
         for row in rows
     ]  # fmt: skip
-    return Decisions(project_id=project_id, decisions=found, may_appeal=me.has(SENIOR, project_id) or me.has(LEAD, project_id))
+    plantable = {rule.code: rule.name for rule in load_policy().rules if not rule.escalate}
+    return Decisions(project_id=project_id, decisions=found, may_appeal=me.has(SENIOR, project_id) or me.has(LEAD, project_id), policies=plantable)
+
+
+class Gold(BaseModel):
+    """A clip whose truth is known."""
+
+    clip: Annotated[str, Field(min_length=1, max_length=64)]
+    """Its id, or the digest of its frames."""
+    policies: list[str] | str = []
+    """What it violates; none where it is harmless."""
+
+
+@pages.action("/review/{project_id}/gold")
+def review_gold(project_id: str, body: Gold, me: Overseer, store: StoreOf) -> Done:
+    """Plants a clip whose truth is known among those of the random audit."""
+    codes = [body.policies] if isinstance(body.policies, str) else body.policies  # a form sends one checked box as a text
+    auditing.plant(store, project_id, body.clip.strip(), codes, me)
+    return Done(done="the clip is planted", go=f"/review/{project_id}/decisions")
 
 
 class Appeal(BaseModel):
@@ -341,8 +362,8 @@ def facts_of(store: Store, clip_id: str) -> dict[str, Any]:
 
 
 def missing_of(store: Store, clip_id: str) -> list[str]:
-    levels = {"blur": ("blur.jpg",), **reviewing.LEVELS}
-    return [level for level, variants in levels.items() if not all(media.path_of(store, clip_id, each).is_file() for each in variants)]
+    gone, levels = set(media.missing_of(store, clip_id)), {"blur": ("blur.jpg",), **reviewing.LEVELS}
+    return [level for level, variants in levels.items() if gone & set(variants)]
 
 
 def why_of(row: Row[Any]) -> list[str]:

@@ -215,6 +215,7 @@ BODIES: dict[str, dict[str, object]] = {
     "/api/reading/{reading_id}/suspect": {"id": "", **DECISION},
     "/api/review/{project_id}/next": {"queue": "review"},
     "/api/review/{project_id}/appeal": {"review_id": "v_none", "why": "wrong"},
+    "/api/review/{project_id}/gold": {"clip": "none"},
     "/api/projects/{project_id}/lead/thresholds": {"filter": "flash 3", "policy": "P17", "new": 0.4},
     "/api/projects/{project_id}/lead/thresholds/{proposal_id}": {"approve": True, "approved": True},
     "/api/projects/{project_id}/lead/state": {"state": "open"},

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, insert, select, update
 
-from reward.app import security
+from reward.app import reviewing, security
 from reward.app.backup import backup
 from reward.app.deleting import DAY, delete_clip, delete_person, retain
 from reward.app.media import path_of
-from reward.app.schema import answer, api_token, assignment, clip, membership, metadata, person, person_private, private_text, project, session, task, tombstone
+from reward.app.schema import answer, api_token, assignment, clip, item, membership, metadata, person, person_private, private_text, project, reading, session, task, tombstone
 from reward.app.security import Denied
 from reward.app.store import Store, new_id
 from tests.reward.app.conftest import PASSWORD, Client, add_clips, add_member, add_project
@@ -195,3 +195,33 @@ def test_media_that_a_killed_process_left_behind_are_removed_by_the_next_retenti
     monkeypatch.undo()
     retain(store, project_id)
     assert not list(store.media.glob("*/*"))
+
+
+def test_nobody_is_asked_about_a_deleted_clip_any_more_and_what_was_said_of_it_stands(each_store: Store) -> None:
+    store, project_id = each_store, add_project(each_store)
+    clips = add_clips(store, project_id, takes=3, prompts=["a horse"], verdicts=("review", "review", "allow"), files=False)
+    add_member(store, "rae", "reviewer", project_id=project_id)
+    add_member(store, "sam", "senior", project_id=project_id)
+    rae, sam = Client(store, "rae"), Client(store, "sam")
+    with store.writing() as db:
+        reviewing.queue_imported(store, db, project_id, clips)
+    read = rae.post(f"/api/review/{project_id}/next", json={"queue": "review"}).json()["done"]
+    said = {"id": new_id("w"), "said": "violating", "policies": ["P05"], "rationale": "seen", "policy_version": reviewing.policy_version(), "escalate": True}
+    assert rae.post(f"/api/reading/{read}/decide", json=said).status_code == 200
+    held = sam.post(f"/api/review/{project_id}/next", json={"queue": "review"}).json()["done"]
+    assert sam.post(f"/api/reading/{held}/draft", json={"rationale": WORDS}).status_code == 200
+    for each in clips:
+        delete_clip(store, project_id, each, "person-lead")
+    with store.reading() as db:
+        assert set(db.execute(select(item.c.state)).scalars()) == {"closed"}
+        assert dict(db.execute(select(reading.c.id, reading.c.state)).all()) == {read: "decided", held: "expired"}
+        assert WORDS not in db.execute(select(private_text.c.text)).scalars().all()
+        assert reviewing.counts(db, sam.me, project_id) == {}
+        assert [each.settled for some in reviewing.standing(db, clips).values() for each in some] == [True]
+    now = store.now()
+    store.now = lambda: now + 3_600_000
+    with store.writing() as db:
+        assert reviewing.settle(store, db, project_id) == 0
+        assert db.execute(select(func.count()).select_from(item)).scalar_one() == 2, "nothing follows from a decision about what is gone"
+    assert sam.post(f"/api/reading/{held}/decide", json={**said, "id": new_id("w")}).status_code == 404
+    assert store.verify_log()["events"] > 0

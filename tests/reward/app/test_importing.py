@@ -16,8 +16,9 @@ from base_model.errors import UserError
 from base_model.video.files import digest_of, mp4_bytes, read_lossless, to_uint8
 from base_model.video.store import ClipStore
 from reward.app import importing
+from reward.app.deleting import delete_clip
 from reward.app.importing import folder_below, folders_below, import_run, ruled
-from reward.app.media import path_of
+from reward.app.media import VARIANTS, missing_of, path_of
 from reward.app.schema import clip, event, prompt
 from reward.app.security import Denied
 from reward.app.store import Store
@@ -35,7 +36,7 @@ def render(content: bytes) -> Mapping[str, bytes]:
     if not content:
         raise UserError("no video")
     facts = {"width": 16, "height": 16, "fps": 8.0, "frames": 5, "seconds": 0.625}
-    return {"clip.mp4": content, "blur.jpg": b"grey", "facts.json": json.dumps(facts).encode()}
+    return {**dict.fromkeys(VARIANTS, b"grey"), "clip.mp4": content, "facts.json": json.dumps(facts).encode()}
 
 
 def a_run(folder: Path, decisions: list[dict[str, Any]]) -> ClipStore:
@@ -69,6 +70,34 @@ def test_a_run_comes_with_its_decisions_prompts_and_media(each_store: Store, tmp
         assert {key: value for key, value in db.execute(select(prompt.c.prompt_id, prompt.c.text))} == {"p0": "prompt 0", "p1": "prompt 1"}
         bodies = " ".join(db.execute(select(event.c.body)).scalars())
     assert "first" not in bodies and "prompt 0" not in bodies and each_store.verify_log()["events"] >= 3
+
+
+@pytest.mark.parametrize("gone", VARIANTS)
+def test_importing_again_makes_what_is_missing_of_a_clip(store: Store, tmp_path: Path, gone: str) -> None:
+    project_id, folder = add_project(store), tmp_path / "run"
+    digest = a_run(folder, [ALLOWED]).rows()[0].clip_id
+    import_run(store, project_id, folder, "first", "person-1", render=render)
+    path_of(store, digest, gone).unlink()
+    assert missing_of(store, digest) == [gone]
+    counts = import_run(store, project_id, folder, "again", "person-1", render=render)
+    assert missing_of(store, digest) == [] and (counts["already"], counts["unreadable"]) == (1, 0)
+    path_of(store, digest, gone).unlink()
+    counts = import_run(store, project_id, folder, "again", "person-1", render=lambda content: {name: b"x" for name in VARIANTS if name != gone})
+    (row,) = clips_of(store, project_id)
+    assert (row.verdict, counts["unreadable"]) == ("error", 1), "what cannot be shown whole is shown to no labeler"
+
+
+@pytest.mark.parametrize("decision", [ALLOWED, CHILD])
+def test_what_was_deleted_does_not_come_back_with_another_import(each_store: Store, tmp_path: Path, decision: dict[str, Any]) -> None:
+    project_id, folder = add_project(each_store), tmp_path / "run"
+    digest = a_run(folder, [decision]).rows()[0].clip_id
+    import_run(each_store, project_id, folder, "first", "person-1", render=render)
+    (row,) = clips_of(each_store, project_id)
+    delete_clip(each_store, project_id, row.id, "person-1", restricted=True)
+    counts = import_run(each_store, project_id, folder, "again", "person-1", render=render)
+    (row,) = clips_of(each_store, project_id)
+    assert row.state == "deleted" and (counts["added"], counts["already"], counts["ruled_again"]) == (0, 1, 0)
+    assert missing_of(each_store, digest) == list(VARIANTS) and not list(each_store.media.rglob(f"{digest}*"))
 
 
 def test_importing_again_adds_what_is_new_and_renders_nothing_twice(each_store: Store, tmp_path: Path) -> None:

@@ -158,8 +158,9 @@ def test_a_draft_that_cannot_be_kept_is_refused_in_one_line(each_store: Store, b
     ann = a_labeler(each_store, "ann", project_id)
     go = ann.post(f"/api/projects/{project_id}/label/next", json={}).json()["go"]
     assert ann.post(f"/api{go}/draft", content=body, headers={"content-type": "application/json"}).status_code == 422
-    zero = an_answer(3, comment="zero \0 and ‮ turned").model_dump(mode="json")
-    assert ann.post(f"/api{go}/answer", json=zero).status_code == 200
+    told = an_answer(3).model_dump(mode="json")
+    assert ann.post(f"/api{go}/answer", json={**told, "comment": "zero \0"}).status_code == 422
+    assert ann.post(f"/api{go}/answer", json={**told, "comment": "‮ turned"}).status_code == 200
 
 
 def test_leads_deal_plant_and_order_tasks_and_labelers_do_not(store: Store) -> None:

@@ -70,7 +70,7 @@ def test_a_lead_makes_a_project_sets_it_up_and_closes_it(each_store: Store) -> N
         ("labeling.mixture.gold", "0.5", "add up to 1"),
         ("labeling.dimensions.0.name", "Two Words", "labeling.dimensions.0.name"),
         ("retention_days", "0", "retention_days"),
-        ("\ud800", "1", "unicode"),
+        ("\ud800", "1", "half characters"),
     ],
 )
 def test_a_wrong_setting_is_named_and_changes_nothing(store: Store, field: str, value: str, word: str) -> None:

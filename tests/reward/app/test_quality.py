@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import select
 
 from base_model.errors import UserError
+from recipes import app
 from reward.app import quality, signing_off, thresholds
 from reward.app.quality import Scores, agreement_of, filters_of, persons_of, scores_of, share
 from reward.app.schema import event, signoff, threshold
@@ -252,6 +253,29 @@ def test_a_sign_off_freezes_what_was_shown_and_goes_into_the_card_once(each_stor
         signing_off.write_card(each_store, "s_none", card)
     with pytest.raises(Denied), each_store.reading() as db:
         signing_off.counts_of(db, project_id, "another")
+
+
+def test_the_command_writes_a_sign_off_into_a_card_and_leaves_the_rest(store: Store, tmp_path: Path) -> None:
+    project_id = add_project(store)
+    add_clips(store, project_id, files=False)
+    with store.reading() as db:
+        seen = signing_off.hash_of(signing_off.evidence_of("test", signing_off.counts_of(db, project_id, "test"), quality.NOTHING))
+    made = signing_off.sign(store, project_id, "test", False, "not yet", seen, quality.NOTHING, actor("ann"))
+    card = tmp_path / "adapter.json"
+    card.write_text(json.dumps({"sha256": "ab"}))
+    cfg = app.Config(action="sign", out=store.folder, folder=card, signoff=made)
+    told = app.main(cfg)
+    assert (told["id"], told["run"], told["approved"], told["by"]) == (made, "test", False, "ann") and app.main(cfg) == told
+    written = json.loads(card.read_text())
+    assert written["sha256"] == "ab" and [each["statement"] for each in written["signoffs"]] == ["not yet"]
+    for lacks, message in (
+        ({"signoff": ""}, "which sign-off"),
+        ({"signoff": "s_none"}, "no sign-off 's_none'"),
+        ({"folder": None}, "which card"),
+        ({"folder": tmp_path / "no"}, "cannot read the card"),
+    ):
+        with pytest.raises(UserError, match=message):
+            app.main(cfg.model_copy(update=lacks))
 
 
 def test_a_sign_off_is_never_changed(each_store: Store) -> None:

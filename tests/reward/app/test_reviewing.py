@@ -15,7 +15,7 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.exc import DBAPIError
 
 from base_model.errors import UserError
-from recipes import cli
+from recipes import app, cli
 from reward.app import auditing, exposure, reviewing, security
 from reward.app.exposure import MINUTE, Look, Rest, minutes, rest_of
 from reward.app.reviewing import Decision, Draft, Personal, next_reading, policy_version
@@ -24,7 +24,7 @@ from reward.app.security import Actor, Denied
 from reward.app.settings import Reviewing
 from reward.app.store import Store
 from reward.safety.audit import Audit, Entry, Reading, latest_review, load_audit, review_of, violates
-from tests.reward.app.conftest import add_clips, add_member, add_project
+from tests.reward.app.conftest import Client, add_clips, add_member, add_project
 
 _ids = (f"decision-{number:04d}" for number in itertools.count())
 
@@ -631,6 +631,39 @@ def test_time_with_severe_clips_counts_from_the_reveal_to_the_decision_and_ends_
     assert isinstance(next_reading(each_store, ada, project_id, "review"), str)
 
 
+def test_leads_see_a_weeks_minutes_of_their_project_and_nothing_of_restricted_clips(each_store: Store) -> None:
+    store = each_store
+    store.now = lambda: NINE
+    project_id, other = add_project(store, **NEVER), add_project(store, "other", **NEVER)
+    ada, bob = actor(store, "ada", "reviewer", "child_safety"), actor(store, "bob", "reviewer")
+    for place in (project_id, other):
+        clips = add_clips(store, place, prompts=("a",), takes=4, verdicts=("review",), files=False)
+        with store.writing() as db:
+            for each, severity in zip(clips, (3, 0, 4, 4), strict=True):
+                reviewing.add_item(store, db, place, each, "review", {"policies": []}, severity=severity, by="x", place=float(clips.index(each)))
+    for who, place, said, minutes_ in (
+        (ada, project_id, decision(), 2),
+        (bob, other, decision(), 3),
+        (bob, project_id, decision(), 4),
+        (ada, project_id, decision("violating", "P04"), 5),
+    ):
+        reading_id = next_reading(store, who, place, "review")
+        assert isinstance(reading_id, str)
+        reviewing.reveal_level(store, who, reading_id, "light")
+        later(store, 60 * minutes_)
+        reviewing.decide(store, who, reading_id, said)
+    with store.reading() as db:
+        assert exposure.week_of(db, project_id, store.now()) == {ada.person_id: 2.0, bob.person_id: 0.0}
+        assert exposure.week_of(db, other, store.now()) == {bob.person_id: 3.0}
+        assert exposure.week_of(db, None, store.now()) == {ada.person_id: 2.0, bob.person_id: 3.0}
+        assert minutes(exposure.looks_of(db, ada.person_id, NINE, store.now())) == 7, "one's own are all of them"
+    add_member(store, "lea", "lead", project_id=other)
+    assert Client(store, "lea").get(f"/api/projects/{other}/lead/people").json()["exposure"] == [{"pseudonym": bob.pseudonym, "minutes": 3.0}]
+    later(store, 8 * 24 * 3_600)
+    with store.reading() as db:
+        assert exposure.week_of(db, None, store.now()) == {}
+
+
 # Audits
 
 
@@ -737,6 +770,66 @@ def test_gold_looks_like_a_random_audit_and_counts_as_gold(each_store: Store, tm
     assert [each.policies for each in audit.gold] == [("P05",)] and len(audit.entries) == 79
     assert sum(each.clip_id == audit.gold[0].clip_id for each in audit.readings) == 1
     assert "second" not in waiting(each_store, project_id) and "disagreement" not in waiting(each_store, project_id)
+
+
+def test_a_lead_or_a_senior_plants_gold_and_is_not_the_one_who_reads_it(each_store: Store) -> None:
+    project_id, clips = audited(each_store, passed=2, blocked=2)
+    for role in ("lead", "senior", "reviewer"):
+        add_member(each_store, role, role, project_id=project_id)
+    lead, sen, rae = (Client(each_store, role) for role in ("lead", "senior", "reviewer"))
+    with each_store.reading() as db:
+        digest = db.execute(select(clip.c.clip_id).where(clip.c.id == clips[0])).scalar_one()
+    path = f"/api/review/{project_id}/gold"
+    assert rae.post(path, json={"clip": digest}).status_code == 404
+    for body, message in (
+        ({"clip": "nothing"}, "no such clip"),
+        ({"clip": digest, "policies": "P04"}, "child-safety role alone"),
+        ({"clip": digest, "policies": ["P99"]}, "no policy"),
+        ({"clip": ""}, "clip"),
+    ):
+        answer = sen.post(path, json=body)
+        assert answer.status_code == 422 and message in answer.json()["detail"], body
+    assert sen.post(path, json={"clip": digest, "policies": "P05"}).json()["done"] == "the clip is planted"
+    assert "planted" in sen.post(path, json={"clip": clips[0]}).json()["detail"], "a double click plants it once"
+    assert lead.post(path, json={"clip": f" {clips[1]} ", "policies": []}).status_code == 200
+    with each_store.reading() as db:
+        assert [row.why["gold"] for row in db.execute(select(item).order_by(item.c.created_at, item.c.id)) if row.clip == clips[0]] == [["P05"]]
+        assert sorted(db.execute(select(item.c.queue)).scalars()) == ["random", "random"]
+    taken = sen.post(f"/api/review/{project_id}/next", json={"queue": "random"}).json()["done"]
+    with each_store.reading() as db:
+        assert db.execute(select(reading.c.clip).where(reading.c.id == taken)).scalar_one() == clips[1], "another's gold, never one's own"
+    page = lead.get(f"/review/{project_id}/decisions", headers={"accept": "text/html"}).text
+    assert "Plant a clip" in page and 'value="P05"' in page and 'value="P04"' not in page
+
+
+def test_the_command_writes_the_audit_and_what_was_overturned_beside_it(store: Store, tmp_path: Path) -> None:
+    project_id, clips = audited(store)
+    lab, ada, bob = actor(store, "lab", "labeler"), actor(store, "ada", "reviewer"), actor(store, "bob", "reviewer")
+    auditing.draw(store, project_id, lab)
+    with store.reading() as db:
+        drawn = set(db.execute(select(item.c.clip).where(item.c.queue.in_(reviewing.AUDITS))).scalars())
+    told = app.main(app.Config(action="audit", out=store.folder, project="horses", folder=tmp_path / "a"))
+    assert told["audit"]["clips"] == 80 and told["corrections"] is None and not (tmp_path / "a-corrections").exists()
+    flagged = next(each for each in clips[:60] if each not in drawn)
+    with store.writing() as db:
+        reviewing.flag(store, db, clip=flagged, policies=["P05"], source="a", by=lab)
+    for who in (ada, bob):
+        reading_id = next_reading(store, who, project_id, "flagged")
+        assert isinstance(reading_id, str)
+        reviewing.decide(store, who, reading_id, decision("violating", "P05"))
+        settled(store, project_id)
+    told = app.main(app.Config(action="audit", out=store.folder, project=project_id, folder=tmp_path / "a", training=True))
+    assert told["corrections"] == {"clips": 1, "readings": 2, "gold": 0}
+    with store.reading() as db:
+        digest = db.execute(select(clip.c.clip_id).where(clip.c.id == flagged)).scalar_one()
+    assert [each.clip_id for each in load_audit(tmp_path / "a-corrections").entries] == [digest]
+    assert cli.main(["safety-report", str(tmp_path / "a"), "--out", str(tmp_path / "report")]) == 0
+    with store.writing() as db:
+        db.execute(update(clip).where(clip.c.id == flagged).values(state="deleted"))
+    assert app.main(app.Config(action="audit", out=store.folder, project=project_id, folder=tmp_path / "a"))["corrections"] is None
+    assert not list((tmp_path / "a-corrections").glob("audit-*")), "nobody trains on what does not stand any more"
+    with pytest.raises(UserError, match="no project 'cats'"):
+        app.main(app.Config(action="audit", out=store.folder, project="cats", folder=tmp_path / "a"))
 
 
 def test_nothing_is_learned_from_a_restricted_clip_and_its_place_in_the_audit_stays(store: Store, tmp_path: Path) -> None:

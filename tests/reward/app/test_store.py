@@ -51,13 +51,18 @@ def test_a_block_that_raises_writes_nothing_and_logs_nothing(each_store: Store) 
 
 
 def test_a_reader_sees_one_state_while_others_write(each_store: Store) -> None:
-    if not each_store.is_sqlite:
-        pytest.skip("PostgreSQL reads statement by statement (READ COMMITTED)")
     add_project(each_store, "first")
     with each_store.reading() as db:
         before = db.execute(select(func.count()).select_from(project)).scalar()
         add_project(each_store, "second")
         assert db.execute(select(func.count()).select_from(project)).scalar() == before == 1
+
+
+def test_a_glance_sees_what_was_written_since_its_last_query_and_holds_nobody_up(each_store: Store) -> None:
+    with each_store.glancing() as db:
+        for number in range(3):
+            assert db.execute(select(func.count()).select_from(project)).scalar() == number
+            add_project(each_store, f"project {number}")
 
 
 @pytest.mark.parametrize("table", [answer, event, signoff], ids=lambda table: table.name)

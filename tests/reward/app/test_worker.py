@@ -22,7 +22,9 @@ from PIL import Image
 from base_model.errors import UserError
 from base_model.video.files import mp4_bytes, write_lossless
 from reward.app import rendering
-from reward.app.worker import VARIANTS, Worker
+from reward.app.media import VARIANTS, path_of
+from reward.app.store import Store
+from reward.app.worker import Worker, keep
 from tests.reward.app.conftest import film
 from tests.test_canaries import many_streams, repeated
 
@@ -241,3 +243,12 @@ def test_the_process_knows_nothing_of_the_servers_environment(monkeypatch: pytes
     assert b"do not tell" not in Path(f"/proc/{worker._process.pid}/environ").read_bytes()
     assert "reward.app.rendering" in Path(f"/proc/{worker._process.pid}/cmdline").read_text()
     worker.close()
+
+
+def test_of_a_clip_everything_is_kept_or_nothing(store: Store) -> None:
+    digest = "a" * 64
+    with pytest.raises(ValueError, match=r"not blur\.jpg, clip\.mp4"):
+        keep(store, digest, {"clip.mp4": b"x", "blur.jpg": b"x"})
+    assert not path_of(store, digest).exists()
+    keep(store, digest, dict.fromkeys(VARIANTS, b"x"))
+    assert all(path_of(store, digest, each).read_bytes() == b"x" for each in VARIANTS)

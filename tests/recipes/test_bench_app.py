@@ -1,0 +1,40 @@
+"""`rushes bench app` counts what is lost and what is there twice, and its labelers get and answer tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from align.config import load
+from base_model.errors import UserError
+from recipes.bench import _label_studio, app
+from reward.app.store import open_store
+
+
+def test_labelers_are_served_and_what_they_were_told_is_kept_is_there_once() -> None:
+    row = app.measure_store("sqlite", 4, 0.1, 1.0)
+    assert row["acknowledged"] >= 8 and (row["lost"], row["duplicated"], row["errors"]) == (0, 0, 0)
+    assert 0 < row["next_task_p50_ms"] <= row["next_task_p95_ms"] <= row["next_task_max_ms"]
+    assert row["events"] > 2 * row["acknowledged"] and row["clips_mb_a_second"] > 0
+    json.dumps(row, allow_nan=False)
+
+
+def test_importing_makes_a_task_of_every_two_clips(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    assert app.import_ours(store, 20) > 0
+    with store.reading() as db:
+        assert len(db.execute(app.schema.task.select()).all()) == 20
+    store.close()
+
+
+def test_a_ratio_below_one_is_faster_than_the_peer() -> None:
+    assert app._ratio("next task", [0.01, 0.02, 0.5], [0.1, 0.2, 0.3]) == {"what": "next task", "ours": 20.0, "peer": 200.0, "ratio": 0.1, "times": 3}
+
+
+def test_a_peer_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no .*nowhere"):
+        _label_studio.environment(tmp_path, tmp_path / "nowhere")
+    with pytest.raises(UserError, match="seconds"):
+        load(app.Config, None, ["--seconds", "0"])
