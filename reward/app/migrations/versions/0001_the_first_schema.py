@@ -110,16 +110,12 @@ def upgrade() -> None:
         sa.Column("score", sa.Float(), nullable=True),
         sa.Column("decision", sa.JSON(), nullable=False),
         sa.Column("state", sa.String(length=12), nullable=False),
-        sa.Column("made_of", sa.String(length=40), nullable=True),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["made_of"], ["clip.id"], name=op.f("fk_clip_made_of")),
         sa.ForeignKeyConstraint(["project_id"], ["project.id"], name=op.f("fk_clip_project_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_clip")),
         sa.UniqueConstraint("project_id", "clip_id", name=op.f("uq_clip_project_id_clip_id")),
     )
     with op.batch_alter_table("clip", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_clip_clip_id"), ["clip_id"], unique=False)
-        batch_op.create_index(batch_op.f("ix_clip_made_of"), ["made_of"], unique=False)
         batch_op.create_index(batch_op.f("ix_clip_project_id_prompt_id"), ["project_id", "prompt_id"], unique=False)
         batch_op.create_index(batch_op.f("ix_clip_project_id_verdict_state"), ["project_id", "verdict", "state"], unique=False)
 
