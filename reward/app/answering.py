@@ -130,8 +130,10 @@ def reveal_prompt(store: Store, actor: Actor, assignment_id: str, ranks: Mapping
         if (row.draft or {}).get("before_prompt") is not None:
             return
         blind = blind_dimensions(settings_of(db, row.project_id).labeling)
-        _check_questions([each.name for each in blind], ranks, all_bad, _usable(db, row, ()), len(row.clips))
-        kept = {name: list(ranks.get(name, [])) for name in (each.name for each in blind)}
+        usable = _usable(db, row, ())
+        _check_questions([each.name for each in blind], ranks, all_bad, usable, len(row.clips))
+        ties = [1 if place in usable else None for place in range(len(row.clips))]
+        kept = {name: ties if all_bad else list(ranks.get(name, [])) for name in (each.name for each in blind)}
         db.execute(update(assignment).where(assignment.c.id == row.id).values(draft={**(row.draft or {}), "before_prompt": kept}))
         store.log(db, actor.pseudonym, "prompt shown", row.id, {"before": sha256(canonical(kept))})
 
@@ -155,7 +157,7 @@ def flag(store: Store, actor: Actor, assignment_id: str, unsafe: Unsafe) -> None
 
 
 def _flag(store: Store, db: Connection, actor: Actor, row: Row[Any], unsafe: Sequence[Unsafe]) -> None:
-    """Once for each clip of an assignment."""
+    """Once for each clip of an assignment, and again for what was not said of it before."""
     from reward.app import reviewing
 
     policy = load_policy()
@@ -164,13 +166,16 @@ def _flag(store: Store, db: Connection, actor: Actor, row: Row[Any], unsafe: Seq
         if unknown:
             raise Denied(422, f"there is no policy {unknown[0][:20]}. Choose from the list")
         clip_id = row.clips[_clip_at(row, each.place)]
-        if clip_id not in flagged_by(db, row):
+        if not set(each.policies) <= flagged_by(db, row).get(reviewing.source_of(db, clip_id), set()):
             reviewing.flag(store, db, clip=clip_id, policies=each.policies, source=row.id, by=actor)
 
 
-def flagged_by(db: Connection, row: Row[Any]) -> set[str]:
-    """The clips that were called unsafe under an assignment."""
-    return set(db.execute(select(item.c.clip).where(item.c.clip.in_(row.clips), item.c.queue == "flagged", item.c.source == row.id)).scalars())
+def flagged_by(db: Connection, row: Row[Any]) -> dict[str, set[str]]:
+    """The clips that were called unsafe under an assignment, and the policies that were named."""
+    found: dict[str, set[str]] = {}
+    for clip_id, why in db.execute(select(item.c.clip, item.c.why).where(item.c.clip.in_(row.clips), item.c.queue == "flagged", item.c.source == row.id)):
+        found.setdefault(clip_id, set()).update(why["policies"])
+    return found
 
 
 # The answer
@@ -206,7 +211,7 @@ def submit(store: Store, actor: Actor, assignment_id: str, given: Answer) -> Tak
             "ranks": ranks,
             "all_bad": given.all_bad,
             "broken": sorted(_clip_at(row, place) for place in set(given.broken)),
-            "unsafe": sorted(row.clips.index(each) for each in flagged_by(db, row) | {row.clips[_clip_at(row, each.place)] for each in given.unsafe}),
+            "unsafe": sorted(row.clips.index(each) for each in flagged_by(db, row).keys() | {row.clips[_clip_at(row, each.place)] for each in given.unsafe}),
             "likert": _by_clip(row, given.likert) if rated and given.likert is not None else None,
             "confidence": given.confidence,
             "comment": _keep_text(store, db, actor, given.comment),
@@ -275,10 +280,13 @@ def _record(store: Store, actor: Actor, assignment_id: str, given: Answer | Demo
 
 
 def _taken(db: Connection, actor: Actor, answer_id: str, row: Row[Any], body: Mapping[str, Any]) -> Taken:
-    """What the page is told; how somebody stands is said where it may have changed, after a check."""
+    """What the page is told; how somebody stands is said where it has changed, and not after every check: who was warned would learn which tasks are checks."""
     standing: Standing = "fine"
     if row.purpose in attention.CHECKS:
-        standing = attention.standing_of(attention.checks_of(db, actor.person_id, row.project_id), settings_of(db, row.project_id).labeling)
+        if body.get("ok") is not None:
+            checks, settings = attention.checks_of(db, actor.person_id, row.project_id), settings_of(db, row.project_id).labeling
+            now = attention.standing_of(checks, settings)
+            standing = now if now != attention.standing_of(checks[1:], settings) else "fine"
         standing = "paused" if attention.is_paused(db, actor.person_id) else standing
     return Taken(answer_id=answer_id, assignment_id=row.id, standing=standing, feedback=_feedback(db, row, body) if row.kind == "practice" and body["what"] == "rank" else None)
 

@@ -45,12 +45,19 @@ def draw(store: Store, project_id: str, by: Actor) -> dict[str, int]:
         found = (
             select(clip.c.id, clip.c.clip_id, clip.c.decision, prompt.c.kind)
             .join(prompt, (prompt.c.project_id == clip.c.project_id) & (prompt.c.prompt_id == clip.c.prompt_id))
-            .where(clip.c.project_id == project_id, clip.c.run != PLANTED, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")), clip.c.id.not_in(known))
+            .where(
+                clip.c.project_id == project_id, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")), clip.c.made_of.is_(None), clip.c.id.not_in(known)
+            )
         )
         rows = db.execute(found).all()
     candidates = {row.id: candidate for row in rows if (candidate := candidate_of(row.clip_id, row.decision, kind=row.kind)) is not None}
     if not candidates:
         raise UserError("no clip that the filters decided about and no audit knows. Import some first")
+    unknown = sorted({code for candidate in candidates.values() for code in candidate.policies if code not in load_policy()})
+    if unknown:
+        raise UserError(
+            f"clips were blocked under {unknown[0]!r}, which the policy does not have: nothing could be said of them. Import them as judged under the policy that is used"
+        )
     seed = int.from_bytes(hmac.new(store.secret, b"audit " + project_id.encode(), hashlib.sha256).digest()[:7])
     try:
         entries = drawn_of(list(candidates.values()), Plan(settings.blocked_audit, settings.passed_audit), seed=seed, wave=wave)
@@ -61,6 +68,8 @@ def draw(store: Store, project_id: str, by: Actor) -> dict[str, int]:
     with store.writing() as db:
         if _next_wave(db, project_id) != wave:
             raise UserError("somebody drew a wave at the same moment. Look at the queues")
+        if set(db.execute(known).scalars()) & candidates.keys():
+            raise UserError("gold was planted at the same moment. Draw again")
         db.execute(insert(item), items)
         drawn = {queue: sum(row["queue"] == queue for row in items) for queue in AUDITS}
         digest = hashlib.sha256("\n".join(f"{row['clip']} {row['queue']} {row['probability']}" for row in items).encode()).hexdigest()

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, Row, case, exists, insert, select, update
 
+from reward.app import reviewing
 from reward.app.access import LABELER
 from reward.app.attention import has_consented
 from reward.app.labeling import servable_of
@@ -58,16 +59,24 @@ def next_assignment(store: Store, actor: Actor, project_id: str, *, besides: str
                 return Offer(row.id, "")
         if len(leases) >= AT_ONCE:
             raise Denied(409, "finish the tasks that you hold")
-        if work == "demonstration":
-            return _take_any(store, db, actor, project_id, "demonstration", len(mine), settings.labeling)
-        practised = sum(row.purpose == "practice" and row.state in ("answered", "skipped") for row in mine)
-        if practised < settings.labeling.practice:
-            if leases:
-                return Offer(None, "practice goes task by task")
-            offer = _take_any(store, db, actor, project_id, "practice", len(mine), settings.labeling)
-            if offer.assignment_id:
-                return offer
-        return _take_real(store, db, actor, project_id, [row for row in mine if row.purpose in PURPOSES], settings.labeling)
+        offer = _offer(store, db, actor, project_id, work, mine, bool(leases), settings.labeling)
+        if offer.assignment_id is None and reviewing.settle(store, db, project_id):  # reviewers let go of some clips
+            offer = _offer(store, db, actor, project_id, work, mine, bool(leases), settings.labeling)
+        return offer
+
+
+def _offer(store: Store, db: Connection, actor: Actor, project_id: str, work: Work, mine: Sequence[Row[Any]], holds: bool, settings: Labeling) -> Offer:
+    """A new lease, or why there is none. mine: assignments of this kind of work. holds: whether one of them is open."""
+    if work == "demonstration":
+        return _take_any(store, db, actor, project_id, "demonstration", len(mine), settings)
+    practised = sum(row.purpose == "practice" and row.state in ("answered", "skipped") for row in mine)
+    if practised < settings.practice:
+        if holds:
+            return Offer(None, "practice goes task by task")
+        offer = _take_any(store, db, actor, project_id, "practice", len(mine), settings)
+        if offer.assignment_id:
+            return offer
+    return _take_real(store, db, actor, project_id, [row for row in mine if row.purpose in PURPOSES], settings)
 
 
 def _admit(db: Connection, actor: Actor, project_id: str) -> ProjectSettings:

@@ -11,9 +11,10 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 
-from sqlalchemy import Connection, delete, func, insert, select, text, update
+from sqlalchemy import Connection, delete, func, insert, null, select, text, update
 
 from reward.app.media import VARIANTS, missing_of, path_of
+from reward.app.people import revoke_invitations
 from reward.app.reviewing import forget_draft, give_up
 from reward.app.schema import api_token, assignment, clip, event, item, membership, person, person_private, private_text, reading, session, tombstone
 from reward.app.security import HOUR, Denied
@@ -42,8 +43,9 @@ def delete_person(store: Store, person_id: str, by: str) -> bool:
         for table in (person_private, private_text, session, api_token, membership):
             db.execute(delete(table).where(table.c.person_id == person_id))
         for table in (assignment, reading):
-            db.execute(update(table).where(table.c.person_id == person_id, table.c.draft.is_not(None)).values(draft=None))
+            db.execute(update(table).where(table.c.person_id == person_id, table.c.draft.is_not(None)).values(draft=null()))
         db.execute(update(person).where(person.c.id == person_id).values(state="deleted", settings={}))
+        revoke_invitations(store, db, by=pseudonym)
         _bury(store, db, "person", person_id, "asked to be deleted", by)
         store.log(db, by, "person deleted", pseudonym)
     return forget(store)
@@ -55,6 +57,8 @@ def forget(store: Store) -> bool:
         gone = select(person.c.id).where(person.c.state == "deleted")
         for table in (private_text, session, api_token):
             db.execute(delete(table).where(table.c.person_id.in_(gone)))
+        for table in (assignment, reading):
+            db.execute(update(table).where(table.c.person_id.in_(gone), table.c.draft.is_not(None)).values(draft=null()))
     if not store.is_sqlite:
         with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
             for table in (person_private, private_text, session, api_token, assignment, reading):
@@ -69,7 +73,8 @@ def forget(store: Store) -> bool:
 
 
 def delete_clip(store: Store, project_id: str, clip_id: str, by: str, *, restricted: bool = False, others: bool = True) -> None:
-    """Deletes the media of a clip for good. clip_id: of the table. restricted, others: whether who asks may delete clips that only the child-safety role sees, and all others.
+    """Deletes the media of a clip, and of the copies that were made of it, for good. clip_id: of the table. restricted, others: whether who asks may delete
+    clips that only the child-safety role sees, and all others.
 
     Media lie by content: where another project holds the same clip, they stay until it is deleted there. Raises Denied, 404, for a clip that is not there, or not for who asks.
     """
@@ -78,8 +83,9 @@ def delete_clip(store: Store, project_id: str, clip_id: str, by: str, *, restric
         found = db.execute(select(clip.c.id, clip.c.clip_id).where(clip.c.id == clip_id, clip.c.project_id == project_id, clip.c.state.in_(states))).first()
         if found is None:
             raise Denied(404, NOTHING)
-        _mark(store, db, [clip_id], "asked for", by)
-    remove_media(store, [found.clip_id])
+        gone = _with_copies(db, [clip_id])
+        _mark(store, db, list(gone), "asked for", by)
+    remove_media(store, list(gone.values()))
 
 
 def retain(store: Store, project_id: str, by: str = "system") -> int:
@@ -99,11 +105,20 @@ def retire(store: Store, project_id: str, by: str = "system") -> int:
         old = func.coalesce(since, clip.c.created_at) <= store.now() - days * DAY
         with store.writing() as db:
             gone = db.execute(select(clip.c.id).where(clip.c.project_id == project_id, clip.c.state == "withdrawn", old)).scalars().all()
-            _mark(store, db, gone, f"withdrawn more than {days} days ago", by)
+            _mark(store, db, list(_with_copies(db, gone)), f"withdrawn more than {days} days ago", by)
     with store.reading() as db:
         digests = db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "deleted")).scalars().all()
     remove_media(store, [digest for digest in digests if len(missing_of(store, digest)) < len(VARIANTS)])
     return len(gone)
+
+
+def _with_copies(db: Connection, clips: Sequence[str]) -> dict[str, str]:
+    """Clips and the worse copies that were made of them: id -> digest of the frames. Copies that were deleted before are left out."""
+    found: dict[str, str] = {}
+    for clip_id in clips:
+        also = (clip.c.made_of == clip_id) & (clip.c.state != "deleted")
+        found.update(db.execute(select(clip.c.id, clip.c.clip_id).where((clip.c.id == clip_id) | also)).all())
+    return found
 
 
 def _mark(store: Store, db: Connection, clips: Sequence[str], reason: str, by: str) -> None:

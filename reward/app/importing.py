@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -27,8 +28,9 @@ from pydantic import BaseModel
 from sqlalchemy import Connection, insert, select, update
 
 from base_model.errors import UserError
+from reward.app import reviewing
 from reward.app.log import canonical
-from reward.app.media import VARIANTS, missing_of, path_of
+from reward.app.media import DIGEST, VARIANTS, missing_of, path_of
 from reward.app.schema import clip, project, prompt
 from reward.app.security import Denied, sha256
 from reward.app.store import Store, new_id
@@ -85,10 +87,10 @@ def folders_below(roots: Sequence[Path]) -> list[str]:
     found: list[str] = []
     for number, root in enumerate(roots):
         base = root.resolve()
-        for folder, names, files in os.walk(base):
+        for folder, names, _ in os.walk(base):
             here = Path(folder).relative_to(base)
             names[:] = sorted(name for name in names if not name.startswith(".") and not (Path(folder) / name).is_symlink()) if len(here.parts) < DEPTH else []
-            if STORE in files or FILES in files:
+            if any(_is_own_file(Path(folder) / name) for name in (STORE, FILES)):
                 found.append("/".join((str(number), *here.parts)))
             if len(found) >= MOST_FOLDERS:
                 return found
@@ -103,9 +105,13 @@ def folder_below(roots: Sequence[Path], name: str) -> Path:
         folder = (base / below).resolve(strict=True)
     except (OSError, ValueError, IndexError, RuntimeError) as error:
         raise Denied(404, "there is no such folder to import") from error
-    if not number.isdecimal() or not folder.is_relative_to(base) or folder != base / below or not ((folder / STORE).is_file() or (folder / FILES).is_file()):
+    if not number.isdecimal() or not folder.is_relative_to(base) or folder != base / below or not any(_is_own_file(folder / name) for name in (STORE, FILES)):
         raise Denied(404, "there is no such folder to import")
     return folder
+
+
+def _is_own_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 # What is in it
@@ -113,9 +119,9 @@ def folder_below(roots: Sequence[Path], name: str) -> Path:
 
 def sources_of(folder: Path) -> Iterator[Source | str]:
     """The clips of a folder in their order; a text, instead, says what is wrong with a row. Raises UserError for a folder that is neither kind."""
-    if (folder / STORE).is_file():
+    if _is_own_file(folder / STORE):
         return _of_store(folder)
-    if (folder / FILES).is_file():
+    if _is_own_file(folder / FILES):
         return _of_files(folder)
     raise UserError(f"neither {STORE} nor {FILES}, {folder}. Give the clips of a run, or a folder of video files with captions")
 
@@ -160,7 +166,7 @@ def _of_files(folder: Path) -> Iterator[Source | str]:
             try:
                 digest = hashlib.sha256(_read(folder, folder / told["file_name"])).hexdigest()
             except (OSError, ValueError) as error:
-                yield f"line {number} of {FILES}: {error}"
+                yield f"line {number} of {FILES}: {_why(error)}"
                 continue
             row = {"clip_id": digest, "path": told["file_name"], "prompt_id": sha256(told["text"])[:16], "generator": ""}
             yield Source(digest, folder / told["file_name"], row["prompt_id"], told["text"], row, None)
@@ -175,13 +181,17 @@ def _json(text: str | bytes) -> Any:
 
 
 def _read(folder: Path, path: Path) -> bytes:
-    """A file's bytes. Raises ValueError for one that is not in the folder itself, without a link on the way, or too large."""
-    if Path(os.path.abspath(path)) != path.resolve() or not path.resolve().is_relative_to(folder.resolve()):
+    """A file's bytes. Raises ValueError for one that is not in the folder itself, without a link on the way, or too large; what was opened is looked at, too, so swapping a folder
+    for a link in between gains nothing."""
+    there = os.path.abspath(path)
+    if there != os.path.realpath(path) or not Path(there).is_relative_to(folder.resolve()):
         raise ValueError(f"{path.name!r} is a link, or outside of its folder")
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
-        size = os.fstat(descriptor).st_size
-        if not path.is_file() or size > MOST_BYTES:
+        if os.readlink(f"/proc/self/fd/{descriptor}") != there:
+            raise ValueError(f"{path.name!r} was moved while it was read")
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
             raise ValueError(f"{path.name!r} is no file, or larger than {MOST_BYTES >> 20} MiB")
         return file.read(MOST_BYTES)
 
@@ -270,11 +280,7 @@ def _refuse(counts: Counts, problem: str) -> None:
 
 def _problem(source: Source) -> str:
     """Why a row is no clip, or an empty string."""
-    try:
-        path_of_clip = bool(source.clip_id) and len(source.clip_id) == 64 and int(source.clip_id, 16) >= 0 and source.clip_id == source.clip_id.lower()
-    except ValueError:
-        path_of_clip = False
-    if not path_of_clip:
+    if not DIGEST.fullmatch(source.clip_id):
         return f"{source.clip_id[:80]!r} is no digest"
     if not 1 <= len(source.prompt_id) <= 400 or not source.text or len(source.text) > 20_000:
         return f"clip {source.clip_id}: a prompt has an id of 1 to 400 characters and a text of 1 to 20,000"
@@ -302,8 +308,13 @@ def _media(store: Store, folder: Path, source: Source, render: Render) -> tuple[
                 _write(path_of(store, source.clip_id, name), made[name])
             _write(made_of, digest.encode())
     except Exception as error:  # whatever a file does to who reads it, it costs one clip
-        return {}, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return {}, f"{type(error).__name__}: {' '.join(_why(error).split())[:200]}"
     return _facts(store, source.clip_id), ""
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, without where on the server: it is kept with the clip and shown to whoever judges it."""
+    return (error.strerror or "it cannot be read") if isinstance(error, OSError) else str(error)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -328,6 +339,7 @@ def _add(store: Store, db: Connection, project_id: str, run: str, ready: Sequenc
         row.clip_id: row
         for row in db.execute(select(clip.c.id, clip.c.clip_id, clip.c.prompt_id, clip.c.decision, clip.c.state).where(clip.c.project_id == project_id, clip.c.clip_id.in_(ids)))
     }
+    restricted = reviewing.restricted_digests(db, ids)
     prompts = {source.prompt_id for source, *_ in ready}
     texts = {key: value for key, value in db.execute(select(prompt.c.prompt_id, prompt.c.text).where(prompt.c.project_id == project_id, prompt.c.prompt_id.in_(prompts)))}
     added: list[str] = []
@@ -341,11 +353,13 @@ def _add(store: Store, db: Connection, project_id: str, run: str, ready: Sequenc
             db.execute(insert(prompt), {"project_id": project_id, "prompt_id": source.prompt_id, "text": source.text, "lang": "en", "kind": ""})
             texts[source.prompt_id] = source.text
         if before is None:
-            added.append(_insert(store, db, project_id, run, source, said, row))
+            added.append(_insert(store, db, project_id, run, source, said, row, elsewhere=source.clip_id in restricted, by=by))
             old[source.clip_id] = db.execute(select(clip.c.id, clip.c.clip_id, clip.c.prompt_id, clip.c.decision, clip.c.state).where(clip.c.id == added[-1])).one()
-        elif canonical(before.decision) != canonical(said.decision):
-            state = {"state": "restricted"} if said.restricted and before.state in ("live", "withdrawn") else {}
-            db.execute(update(clip).where(clip.c.id == before.id).values(verdict=said.verdict, score=said.score, decision=said.decision, **state))
+        elif before.state != "deleted" and canonical(before.decision) != canonical(said.decision):
+            db.execute(update(clip).where(clip.c.id == before.id).values(verdict=said.verdict, score=said.score, decision=said.decision))
+            if said.restricted:
+                reviewing.restrict(store, db, before.id, by=by)
+            reviewing.restate(store, db, before.id)  # what people said of it holds whatever a filter says now
             again.append(before.id)
         else:
             counts.already += 1
@@ -354,10 +368,11 @@ def _add(store: Store, db: Connection, project_id: str, run: str, ready: Sequenc
         if clips:
             store.log(db, by, kind, project_id, {"run": sha256(run), "clips": clips})
     if added or again:
-        _queue(store, db, project_id, [*added, *again], by)
+        reviewing.queue_imported(store, db, project_id, [*added, *again], by)
 
 
-def _insert(store: Store, db: Connection, project_id: str, run: str, source: Source, said: Ruled, row: dict[str, Any]) -> str:
+def _insert(store: Store, db: Connection, project_id: str, run: str, source: Source, said: Ruled, row: dict[str, Any], *, elsewhere: bool, by: str) -> str:
+    """The id of a new clip. elsewhere: whether it is restricted in another project."""
     made = new_id("c")
     values = {
         "id": made,
@@ -369,20 +384,15 @@ def _insert(store: Store, db: Connection, project_id: str, run: str, source: Sou
         "verdict": said.verdict,
         "score": said.score,
         "decision": said.decision,
-        "state": "restricted" if said.restricted else "live",
+        "state": "live",
         "created_at": store.now(),
     }
     db.execute(insert(clip), values)
+    if said.restricted:
+        reviewing.restrict(store, db, made, by=by)
+    elif elsewhere:
+        reviewing.restrict_here(store, db, made, by=by)
     return made
-
-
-def _queue(store: Store, db: Connection, project_id: str, clips: Sequence[str], by: str) -> None:
-    """Puts what people have to see into the reviewers' queues."""
-    try:
-        reviewing = importlib.import_module("reward.app.reviewing")
-    except ModuleNotFoundError:
-        return
-    reviewing.queue_imported(store, db, project_id, clips, by)
 
 
 # Beside the requests
@@ -425,7 +435,7 @@ def begin_import(store: Store, project_id: str, folder: Path, name: str, run: st
         try:
             import_run(store, project_id, folder, run, by, render=render, progress=tell)
         except (UserError, Denied) as error:
-            problem = str(error)
+            problem = str(error).replace(str(folder), name)
         except Exception as error:
             problem = f"{type(error).__name__}: the server's log says more"
             raise

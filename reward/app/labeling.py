@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from datetime import UTC, datetime
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, case, exists, insert, select, update
+from sqlalchemy import ColumnElement, Connection, FromClause, Row, Select, and_, bindparam, case, exists, insert, or_, select, update
 
 from reward.app.schema import answer, assignment, clip, item, person, private_text, prompt, task, withdrawal
 from reward.app.security import Actor
@@ -25,15 +25,21 @@ if TYPE_CHECKING:
     from reward.comparisons import RankingEvent
 
 PLANTED = "planted"
-"""The run of clips that are changed on purpose."""
+"""What copies that were made worse on purpose are called where a run is; it says nothing, for a run may be called so, too. `clip.made_of` does."""
 EVERYBODY = 1_000_000
 """People who may answer a task whose answer is known."""
 
 
 def servable() -> ColumnElement[bool]:
-    """The condition on `clip` for what labelers may be shown: allowed by every filter, live, and under no open suspicion."""
-    flagged = exists().where(item.c.clip == clip.c.id, item.c.queue == "flagged", item.c.state != "closed")
-    return and_(clip.c.verdict == "allow", clip.c.state == "live", ~flagged)
+    """The condition on `clip` for what labelers may be shown: allowed by every filter, live, and under no open suspicion. A copy that was made worse may be shown while the clip
+    it was made of may."""
+    source = clip.alias()
+    return and_(_may_be_shown(clip), or_(clip.c.made_of.is_(None), exists().where(source.c.id == clip.c.made_of, _may_be_shown(source))))
+
+
+def _may_be_shown(table: FromClause) -> ColumnElement[bool]:
+    flagged = exists().where(item.c.clip == table.c.id, item.c.queue == "flagged", item.c.state != "closed").correlate(table)
+    return and_(table.c.verdict == "allow", table.c.state == "live", ~flagged)
 
 
 def servable_of(db: Connection, clips: Sequence[str]) -> set[str]:
@@ -47,7 +53,7 @@ def servable_of(db: Connection, clips: Sequence[str]) -> set[str]:
 def make_tasks(store: Store, db: Connection, project_id: str, by: Actor) -> int:
     """Groups the servable clips that are in no ranking task yet, prompt by prompt, and lets tasks go on that had to wait for a clip; returns how many tasks there are more."""
     settings = settings_of(db, project_id).labeling
-    resumed = _resume(store, db, project_id)
+    resumed = resume(store, db, project_id)
     made = _deal(store, db, project_id, "rank", size=settings.takes, least=2, wanted=settings.overlap)
     if made or resumed:
         store.log(db, by.pseudonym, "tasks made", project_id, {"kind": "rank", "made": made, "resumed": resumed})
@@ -65,7 +71,7 @@ def make_demonstrations(store: Store, db: Connection, project_id: str, by: Actor
 def _deal(store: Store, db: Connection, project_id: str, kind: str, *, size: int, least: int, wanted: int) -> int:
     asked = {each for clips in db.execute(select(task.c.clips).where(task.c.project_id == project_id, task.c.kind == kind)).scalars() for each in clips}
     free: dict[str, list[str]] = defaultdict(list)
-    for row in db.execute(select(clip.c.id, clip.c.prompt_id).where(clip.c.project_id == project_id, clip.c.run != PLANTED, servable()).order_by(clip.c.id)):
+    for row in db.execute(select(clip.c.id, clip.c.prompt_id).where(clip.c.project_id == project_id, clip.c.made_of.is_(None), servable()).order_by(clip.c.id)):
         if row.id not in asked:
             free[row.prompt_id].append(row.id)
     rows = []
@@ -105,11 +111,11 @@ def grouped(clips: Sequence[str], size: int, least: int) -> list[list[str]]:
     return [list(clips[at::number]) for at in range(number)]
 
 
-def _resume(store: Store, db: Connection, project_id: str) -> int:
-    """Opens the tasks that waited for a clip which may be shown again."""
+def resume(store: Store, db: Connection, project_id: str, clips: Set[str] | None = None) -> int:
+    """Opens the tasks that waited for a clip which may be shown again; returns how many. clips: looks only at tasks of one of these."""
     resumed = 0
     for row in db.execute(select(task.c.id, task.c.clips).where(task.c.project_id == project_id, task.c.state == "held")).all():
-        if len(servable_of(db, row.clips)) == len(row.clips):
+        if (clips is None or clips & set(row.clips)) and len(servable_of(db, row.clips)) == len(row.clips):
             db.execute(update(task).where(task.c.id == row.id).values(state=case((task.c.taken >= task.c.wanted, "full"), else_="open")))
             store.log(db, "system", "task resumed", row.id)
             resumed += 1
@@ -138,10 +144,10 @@ def live_answers() -> Select[Any]:
 
 
 def events_of(store: Store, project_id: str) -> Iterator[RankingEvent]:
-    """Every answer about rankings that stands, one row for each of its dimensions. Practice, and tasks with a clip that was withdrawn, restricted or deleted since, are left
-    out."""
+    """Every answer about rankings that stands, one row for each of its dimensions. Practice, and tasks with a clip that was withdrawn, restricted, deleted or stopped by a filter
+    since, are left out."""
     with store.reading() as db:
-        digests = dict(db.execute(select(clip.c.id, clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "live")).all())
+        digests = dict(db.execute(select(clip.c.id, clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "live", clip.c.verdict == "allow")).all())
         names = [dimension.name for dimension in settings_of(db, project_id).labeling.dimensions]
         wanted = live_answers().where(answer.c.project_id == project_id, task.c.kind.in_(("rank", "gold"))).order_by(answer.c.at, answer.c.id)
         with db.execution_options(yield_per=2_000).execute(wanted) as found:
@@ -201,6 +207,8 @@ def demonstrations_of(store: Store, project_id: str) -> list[tuple[str, str]]:
             body = row.body
             chosen = [body["best"]] if body.get("best") is not None else [at for at, yes in enumerate(body.get("accepted") or ()) if yes]
             caption = body.get("caption") and db.execute(select(private_text.c.text).where(private_text.c.id == body["caption"])).scalar()
+            if body.get("caption") and caption is None:
+                continue  # deleted with who wrote it; the prompt itself was called wrong
             found += [(caption or texts[row.prompt_id], digests[row.clips[at]]) for at in chosen if row.clips[at] in digests]
     return found
 

@@ -11,7 +11,6 @@ from sqlalchemy import Connection, and_, case, delete, func, insert, select, upd
 from base_model.errors import UserError
 from reward.app import people, security
 from reward.app.access import CHILD_SAFETY, LEAD, ROLES
-from reward.app.labeling import PLANTED
 from reward.app.log import canonical
 from reward.app.schema import answer, assignment, clip, invitation, item, membership, person, person_private, project, reading, review, session, task, withdrawal
 from reward.app.security import IDLE_MS, SESSION_MS, Actor, Denied, sha256
@@ -281,7 +280,7 @@ def revoke_invitation(store: Store, project_id: str, invitation_id: str, by: str
 
 
 def give_roles(store: Store, project_id: str, person_id: str, roles: Sequence[str], me: Actor) -> None:
-    """The roles that a member holds in a project from now on; none takes the person out of it. Sessions end where anything changed.
+    """The roles that a member holds in a project from now on; none takes the person out of it. Sessions and tokens end where anything changed.
 
     Raises UserError for an unknown role, where a lead would stop being one, and where somebody would take the child-safety role; Denied for who is no member.
     """
@@ -299,7 +298,9 @@ def give_roles(store: Store, project_id: str, person_id: str, roles: Sequence[st
         if taken:
             db.execute(delete(membership).where(membership.c.person_id == person_id, membership.c.project_id == project_id, membership.c.role.in_(taken)))
             store.log(db, me.pseudonym, "roles taken", pseudonym, {"project": project_id, "roles": taken})
-            security.end_sessions(store, db, person_id)
+            security.shut_out(store, db, person_id)
+            if LEAD in taken:
+                people.revoke_invitations(store, db, by=pseudonym, project_id=project_id)
         people.grant(store, db, person_id, project_id, roles, by=me.pseudonym)
 
 
@@ -337,9 +338,10 @@ def set_paused(store: Store, project_id: str, person_id: str, paused: bool, me: 
 
 
 def end_sessions(store: Store, project_id: str, person_id: str, me: Actor) -> None:
+    """Logs a person out everywhere, API tokens included."""
     with store.writing() as db:
         pseudonym = _own_member(db, project_id, person_id, me)
-        security.end_sessions(store, db, person_id, but=me.session if person_id == me.person_id else "")
+        security.shut_out(store, db, person_id, but=me.session if person_id == me.person_id else "")
         store.log(db, me.pseudonym, "sessions ended", pseudonym, {"project": project_id})
 
 
@@ -392,7 +394,7 @@ def progress_of(store: Store, project_id: str) -> Progress:
     hours = [first + place * HOUR for place in range(HOURS)]
     with store.reading() as db:
         clips = db.execute(
-            select(clip.c.verdict, clip.c.state, func.count()).where(clip.c.project_id == project_id, clip.c.run != PLANTED).group_by(clip.c.verdict, clip.c.state)
+            select(clip.c.verdict, clip.c.state, func.count()).where(clip.c.project_id == project_id, clip.c.made_of.is_(None)).group_by(clip.c.verdict, clip.c.state)
         ).all()
         answers = _by_hour(db, answer, task, answer.c.task_id == task.c.id, task.c.kind, project_id, first)
         reviews = _by_hour(db, review, item, review.c.item_id == item.c.id, item.c.queue, project_id, first)

@@ -9,9 +9,12 @@ order; that the tail was cut off shows against an anchor kept outside of the dat
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import hmac
 import json
+import os
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from base_model.errors import UserError
 from reward.app.schema import event
 
 FIRST = "0" * 64
+LONGEST_LINE = 1024  # bytes of an anchor, and more
 
 
 def canonical(value: Any) -> str:
@@ -55,6 +59,21 @@ class Anchor:
     def line(self, secret: bytes) -> str:
         told = {"seq": self.seq, "hash": self.hash, "at": self.at}
         return canonical({**told, "mac": _mac(told, secret)}) + "\n"
+
+
+def add_anchor(path: Path, anchor: Anchor, secret: bytes) -> None:
+    """Writes an anchor behind the others, whole or not at all. What a writer that was killed left of a line is taken away, so that the next one is a line of its own."""
+    line = anchor.line(secret).encode()
+    with open(path, "a+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        tail = os.pread(file.fileno(), LONGEST_LINE, max(0, size - LONGEST_LINE))
+        if b"\n" in tail or size <= LONGEST_LINE:
+            size -= len(tail) - tail.rfind(b"\n") - 1
+        file.truncate(size)
+        if file.write(line) < len(line):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _mac(told: Mapping[str, Any], secret: bytes) -> str:

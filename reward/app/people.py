@@ -35,6 +35,13 @@ def invite(store: Store, db: Connection, *, project_id: str, roles: Sequence[str
     return token
 
 
+def revoke_invitations(store: Store, db: Connection, *, by: str, project_id: str | None = None) -> None:
+    """Ends the invitations of a person that nobody used yet, of one project or of all: who does not lead any more has invited nobody. by: the person's pseudonym."""
+    open_ = [invitation.c.invited_by == by, invitation.c.used_at.is_(None), invitation.c.revoked_at.is_(None)]
+    of = [] if project_id is None else [invitation.c.project_id == project_id]
+    db.execute(update(invitation).where(*open_, *of).values(revoked_at=store.now()))
+
+
 def invited(store: Store, db: Connection, token: str) -> tuple[str, list[str]]:
     """(project, roles) of a token that still works. Raises Denied for any other, in the same words."""
     row = db.execute(select(invitation).where(invitation.c.token_hash == sha256(token))).first()
@@ -69,14 +76,14 @@ def add_person(store: Store, db: Connection, *, login: str, name: str, hashed: s
 
 
 def grant(store: Store, db: Connection, person_id: str, project_id: str, roles: Sequence[str], *, by: str) -> None:
-    """Gives a person roles in a project; sessions are ended where the person had others."""
+    """Gives a person roles in a project; sessions and tokens are ended where the person had others."""
     held = set(db.execute(select(membership.c.role).where(membership.c.person_id == person_id, membership.c.project_id == project_id)).scalars())
     for role in sorted(set(roles) - held):
         db.execute(insert(membership), {"person_id": person_id, "project_id": project_id, "role": role, "since": store.now()})
     if set(roles) - held:
         pseudonym = db.execute(select(person.c.pseudonym).where(person.c.id == person_id)).scalar_one()
         store.log(db, by, "roles given", pseudonym, {"project": project_id, "roles": sorted(set(roles) - held)})
-        security.end_sessions(store, db, person_id)
+        security.shut_out(store, db, person_id)
 
 
 def first_invitation(store: Store, roles: Sequence[str] = (LEAD,)) -> str | None:

@@ -72,13 +72,13 @@ def _make(store: Store, project_id: str, number: int, by: Actor, kind: Literal["
 
 def _sources(db: Connection, project_id: str, number: int, rng: random.Random) -> list[tuple[Any, list[str]]]:
     """Clips to be made worse, of as many prompts as there are, each with the ids of other takes of its prompt."""
-    planted = clip.c.run == PLANTED
-    wanted = select(clip.c.prompt_id).where(clip.c.project_id == project_id, ~planted, servable()).distinct()
+    own = clip.c.made_of.is_(None)
+    wanted = select(clip.c.prompt_id).where(clip.c.project_id == project_id, own, servable()).distinct()
     prompts = sorted(db.execute(wanted).scalars())
     rng.shuffle(prompts)
     found = []
     for place in range(number if prompts else 0):
-        takes = list(db.execute(select(clip).where(clip.c.project_id == project_id, clip.c.prompt_id == prompts[place % len(prompts)], ~planted, servable()).order_by(clip.c.id)))
+        takes = list(db.execute(select(clip).where(clip.c.project_id == project_id, clip.c.prompt_id == prompts[place % len(prompts)], own, servable()).order_by(clip.c.id)))
         rng.shuffle(takes)
         found.append((takes[0], [row.id for row in takes[1:]]))
     return found
@@ -133,7 +133,7 @@ def _row(source: Any, frames: Any, fault: str, ruling: Any) -> dict[str, Any]:
     }
     decision = {**source.decision, "rulings": [*source.decision.get("rulings", []), *told["rulings"]]}
     values = {"id": new_id("c"), "project_id": source.project_id, "clip_id": digest, "prompt_id": source.prompt_id, "run": PLANTED, "row": row}
-    return {**values, "verdict": "allow", "score": source.score, "decision": decision, "state": "live"}
+    return {**values, "verdict": "allow", "score": source.score, "decision": decision, "state": "live", "made_of": source.id}
 
 
 def _add(

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import BaseModel
 from sqlalchemy import select
 
-from reward.app.labeling import PLANTED
 from reward.app.reports import gently
 from reward.app.schema import clip, item
 from reward.app.store import Store
@@ -56,7 +55,7 @@ def too_few(n: int, least: int, what: str) -> Measured:
     return Measured(n=n, note=f"{n} {what}, {least} are needed")
 
 
-def share(hits: int, trials: int, *, least: int = LEAST_CHECKS, what: str = "checks") -> Measured:
+def share(hits: float, trials: int, *, least: int = LEAST_CHECKS, what: str = "checks") -> Measured:
     """A share with Wilson's interval (1927, the score interval)."""
     if trials < least:
         return too_few(trials, least, what)
@@ -64,6 +63,11 @@ def share(hits: int, trials: int, *, least: int = LEAST_CHECKS, what: str = "che
     middle, half = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
     whole = 1 + z * z / trials
     return Measured(value=p, low=max(0.0, (middle - half) / whole) if hits else 0.0, high=min(1.0, (middle + half) / whole) if hits < trials else 1.0, n=trials)
+
+
+def share_of(hits: float, trials: int, tasks: int, *, what: str, least: int = LEAST_CHECKS) -> Measured:
+    """A share of trials that come in tasks. Those of one task say much the same, so the interval is that of as many trials as there are tasks."""
+    return share(hits / trials * tasks if trials else 0.0, tasks, least=least, what=what)
 
 
 # What people answered
@@ -170,40 +174,41 @@ def persons_of(events: Iterable[RankingEvent], lengths: Mapping[str, float]) -> 
     for event in events:
         mine[event.annotator_id].append(event)
     with_others = _agreement_with_others(events)
-    return [_person(name, mine[name], lengths, with_others.get(name, (0.0, 0))) for name in sorted(mine)]
+    return [_person(name, mine[name], lengths, with_others.get(name, (0.0, 0, 0))) for name in sorted(mine)]
 
 
-def _person(name: str, events: Sequence[RankingEvent], lengths: Mapping[str, float], others: tuple[float, int]) -> Person:
+def _person(name: str, events: Sequence[RankingEvent], lengths: Mapping[str, float], others: tuple[float, int, int]) -> Person:
     once = list({(event.task_id, event.created_at): event for event in events}.values())  # whatever the number of questions
     gold = [event.gold_ok for event in once if event.is_gold and event.gold_ok is not None]
-    kept, pairs = _kept(events)
-    first, chance = _first_places(events)
+    first, chance, ranked = _first_places(events)
     times = [event.lead_time_ms / 1000 for event in once if event.lead_time_ms is not None and event.skipped_reason is None]
     watched = [min(1.0, ms / lengths[clip_id]) for event in once if event.watch_ms for clip_id, ms in zip(event.clip_ids, event.watch_ms, strict=True) if clip_id in lengths]
     return Person(
         pseudonym=name,
         answers=len(once),
         gold=share(sum(gold), len(gold), what="gold tasks"),
-        repeats=share(kept, pairs, what="repeated pairs"),
-        first_place=share(sum(first), len(first), least=20, what="rankings with one best clip"),
+        repeats=share_of(*_kept(events), what="repeated tasks"),
+        first_place=share_of(sum(first), len(first), ranked, least=20, what="rankings with one best clip"),
         chance=sum(chance) / len(chance) if chance else None,
         median_seconds=median(times) if times else None,
         watched=median(watched) if watched else None,
-        agrees=share(round(others[0]), others[1], least=LEAST_PAIRS, what="pairs that another person judged, too"),
+        agrees=share_of(*others, what="prompts that another person judged, too"),
     )
 
 
-def _kept(events: Sequence[RankingEvent]) -> tuple[int, int]:
-    """(pairs ordered as the first time, pairs asked again)."""
+def _kept(events: Sequence[RankingEvent]) -> tuple[int, int, int]:
+    """(pairs ordered as the first time, pairs asked again, tasks that they are of)."""
     first: dict[tuple[str, str, str, str], int] = {}
     kept = asked = 0
+    tasks: set[str] = set()
     for event in sorted(events, key=lambda event: (event.is_repeat, event.created_at, event.event_id)):
         for key, said in _orders(event):
             if not event.is_repeat:
                 first.setdefault(key, said)
             elif key in first:
                 kept, asked = kept + (first[key] == said), asked + 1
-    return kept, asked
+                tasks.add(event.task_id)
+    return kept, asked, len(tasks)
 
 
 def _orders(event: RankingEvent) -> list[tuple[tuple[str, str, str, str], int]]:
@@ -211,22 +216,25 @@ def _orders(event: RankingEvent) -> list[tuple[tuple[str, str, str, str], int]]:
     return [((event.prompt_id, event.dimension, a, b), (y > x) - (y < x)) for i, (a, x) in enumerate(ranked) for b, y in ranked[i + 1 :]]
 
 
-def _first_places(events: Sequence[RankingEvent]) -> tuple[list[bool], list[float]]:
-    """Of every ranking with one best clip, whether it was shown first, and how likely that is by chance."""
-    hits, chance = [], []
+def _first_places(events: Sequence[RankingEvent]) -> tuple[list[bool], list[float], int]:
+    """Of every ranking with one best clip, whether it was shown first, and how likely that is by chance; and how many answers they are of, whatever the number of questions."""
+    hits, chance, answers = [], [], set()
     for event in events:
         ranks = [rank for rank in event.ranks if rank is not None]
         if event.is_gold or not event.shown_order or len(ranks) < 2 or ranks.count(min(ranks)) != 1:
             continue
         hits.append(event.shown_order[event.ranks.index(min(ranks))] == 0)
         chance.append(1 / len(event.shown_order))
-    return hits, chance
+        answers.add((event.task_id, event.created_at))
+    return hits, chance, len(answers)
 
 
-def _agreement_with_others(events: Iterable[RankingEvent]) -> dict[str, tuple[float, int]]:
+def _agreement_with_others(events: Iterable[RankingEvent]) -> dict[str, tuple[float, int, int]]:
+    """Pseudonym -> (answers given by another, too, a tie for one half; answers of others; prompts that they are of)."""
     from reward.agreement import pairs_of
 
     found: dict[str, tuple[float, int]] = {}
+    prompts: dict[str, set[str]] = defaultdict(set)
     for pair in pairs_of(event for event in events if _is_ranking(event) and not event.is_gold and not event.is_repeat):
         counts = Counter(pair.votes.values())
         for name, said in pair.votes.items():
@@ -235,7 +243,8 @@ def _agreement_with_others(events: Iterable[RankingEvent]) -> dict[str, tuple[fl
                 if other and number:
                     hits, trials = found.get(name, (0.0, 0))
                     found[name] = hits + number * (1.0 if said == other else 0.0 if said else 0.5), trials + number
-    return found
+                    prompts[name].add(pair.prompt_id)
+    return {name: (hits, trials, len(prompts[name])) for name, (hits, trials) in found.items()}
 
 
 # What reviewers found
@@ -398,14 +407,11 @@ class Scores(NamedTuple):
 
 
 def scores_of(store: Store, project_id: str) -> dict[tuple[str, str], Scores]:
-    """(filter with its version, policy) -> scores. Clips that are restricted to child safety, deleted, or changed on purpose are left out."""
+    """(filter with its version, policy) -> scores. Clips that are restricted to child safety or deleted, and worse copies, are left out."""
     found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     thresholds: dict[tuple[str, str], float] = {}
-    kept = (
-        select(clip.c.clip_id, clip.c.decision)
-        .where(clip.c.project_id == project_id, clip.c.run != PLANTED, clip.c.state.in_(("live", "withdrawn")))
-        .order_by(clip.c.created_at, clip.c.id)
-    )
+    there = (clip.c.project_id == project_id, clip.c.state.in_(("live", "withdrawn")), clip.c.made_of.is_(None))
+    kept = select(clip.c.clip_id, clip.c.decision).where(*there).order_by(clip.c.created_at, clip.c.id)
     with store.reading() as db:
         for clip_id, decision in gently(db.execution_options(yield_per=200).execute(kept)):
             for each in decision.get("rulings", []):

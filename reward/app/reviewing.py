@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, exists, func, insert, literal, or_, select, update
 
 from base_model.errors import UserError
-from reward.app import exposure, log
+from reward.app import exposure, labeling, log
 from reward.app.access import CHILD_SAFETY, REVIEWER, SENIOR
 from reward.app.exposure import HARD, MINUTE, Rest
 from reward.app.schema import clip, event, item, membership, person, private_text, reading, reveal, review, withdrawal
@@ -64,6 +64,8 @@ Level = Literal["edges", "sheet", "light", "sharp"]
 Skip = Literal["stop", "file", "near", "language", "other"]
 Queue = Literal["blocked", "random", "stratified", "review", "disagreement", "errors", "flagged", "appeals", "escalation"]
 NOTHING = "there is nothing here"
+RESTRICTION = ("clip restricted", "restriction ended")
+"""The kinds of event that tell of it."""
 GUIDANCE = Path(__file__).with_name("guidance.yaml")
 
 
@@ -200,20 +202,18 @@ def add_item(
 def queue_imported(store: Store, db: Connection, project_id: str, clips: Sequence[str], by: str = "system") -> int:
     """Queues those of the imported clips that the filters did not decide about, or contradict each other about; returns how many. by: a pseudonym.
 
-    A clip that is in a queue already is passed over, so that an import may be run again. One that a filter blocks under a restricting rule is restricted.
+    A clip that waits in a queue already is passed over, so that an import may be run again. One that a filter stops under a restricting rule is restricted.
     """
     policy, added = load_policy(), 0
     for some in _chunks(list(clips), 500):
-        known = set(db.execute(select(item.c.clip).where(item.c.clip.in_(some))).scalars())
+        known = _waits(db, some)
         for row in db.execute(select(clip).where(clip.c.id.in_(some), clip.c.project_id == project_id).order_by(clip.c.id)).all():
             rulings: list[dict[str, Any]] = row.decision.get("rulings", [])
             hit = sorted({each["policy"] for each in rulings if each["verdict"] in ("block", "review")} & {rule.code for rule in policy.rules})
-            blocked = {each["policy"] for each in rulings if each["verdict"] == "block"}
-            if restricting(blocked) and row.state == "live":
-                db.execute(update(clip).where(clip.c.id == row.id).values(state="restricted"))
-                store.log(db, by, "clip restricted", row.id)
+            if restricting(hit):
+                restrict(store, db, row.id, by=by)
             queue = "disagreement" if contradicted(rulings) else {"review": "review", "error": "errors"}.get(row.verdict)
-            if queue is None and restricting(blocked):
+            if queue is None and (row.state == "restricted" or restricting(hit)):
                 queue = "escalation"
             if queue is None or row.id in known:
                 continue
@@ -234,12 +234,14 @@ def contradicted(rulings: Sequence[dict[str, Any]]) -> bool:
 def flag(store: Store, db: Connection, *, clip: str, policies: Sequence[str], source: str, by: Actor) -> str:
     """Puts a clip at once into the queue of flagged ones and returns the item's id; under P04 it is restricted, too. Inside of a `writing()` transaction.
 
+    Who suspects a copy that was made worse suspects what it was made of.
     Flagged again for nothing new, it is the item that waits already. Raises UserError for no policy or an unknown one.
     """
     known_codes(policies)
     if not policies:
         raise UserError("what is unsafe about it? Name at least one policy, policies")
     table = item.c
+    clip = source_of(db, clip)
     project_id = _project_of(db, clip)
     if restricting(policies):
         restrict(store, db, clip, by=by.pseudonym)
@@ -252,6 +254,12 @@ def flag(store: Store, db: Connection, *, clip: str, policies: Sequence[str], so
     return add_item(store, db, project_id, clip, "flagged", why, severity=worst(load_policy(), policies), by=by.pseudonym, source=source)
 
 
+def source_of(db: Connection, clip_id: str) -> str:
+    """The clip that a copy was made of, which shows the same; itself where it is no copy."""
+    made_of = db.execute(select(clip.c.made_of).where(clip.c.id == clip_id)).scalar()
+    return str(made_of or clip_id)
+
+
 def _project_of(db: Connection, clip_id: str) -> str:
     found = db.execute(select(clip.c.project_id).where(clip.c.id == clip_id)).scalar()
     if found is None:
@@ -260,10 +268,35 @@ def _project_of(db: Connection, clip_id: str) -> str:
 
 
 def restrict(store: Store, db: Connection, clip_id: str, *, by: str) -> None:
-    """From now on the clip exists for the child-safety role alone."""
-    changed = db.execute(update(clip).where(clip.c.id == clip_id, clip.c.state.in_(("live", "withdrawn"))).values(state="restricted")).rowcount
-    if changed:
-        store.log(db, by, "clip restricted", clip_id)
+    """From now on the clip exists for the child-safety role alone, in every project that holds it; in the others it waits there for that role."""
+    digest = select(clip.c.clip_id).where(clip.c.id == clip_id).scalar_subquery()
+    for row in db.execute(select(clip.c.id, clip.c.project_id).where(clip.c.clip_id == digest, clip.c.state.in_(("live", "withdrawn")))).all():
+        restrict_here(store, db, row.id, by=by)
+        if row.id != clip_id and not _waits(db, [row.id]):
+            codes = [rule.code for rule in load_policy().rules if rule.escalate]
+            add_item(store, db, row.project_id, row.id, "escalation", {"policies": codes}, severity=worst(load_policy(), codes), by="system")
+
+
+def restrict_here(store: Store, db: Connection, clip_id: str, *, by: str) -> None:
+    """`restrict` in the clip's own project alone."""
+    db.execute(update(clip).where(clip.c.id == clip_id).values(state="restricted"))
+    store.log(db, by, RESTRICTION[0], clip_id)
+
+
+def restricted_digests(db: Connection, digests: Collection[str]) -> set[str]:
+    """Those that are restricted in any project, or were when they were deleted."""
+    rows = db.execute(select(clip.c.id, clip.c.clip_id, clip.c.state).where(clip.c.clip_id.in_(digests), clip.c.state.in_(("restricted", "deleted")))).all()
+    return {row.clip_id for row in rows if row.state == "restricted" or _was_restricted(db, row.id)}
+
+
+def _was_restricted(db: Connection, clip_id: str) -> bool:
+    told = select(event.c.kind).where(event.c.subject == clip_id, event.c.kind.in_(RESTRICTION))
+    return db.execute(told.order_by(event.c.seq.desc()).limit(1)).scalar() == RESTRICTION[0]
+
+
+def _waits(db: Connection, clips: Sequence[str]) -> set[str]:
+    """Those of some clips that somebody is to look at."""
+    return set(db.execute(select(item.c.clip).where(item.c.clip.in_(clips), item.c.state != "closed")).scalars())
 
 
 def _chunks(ids: list[str], size: int) -> Iterator[list[str]]:
@@ -402,12 +435,11 @@ def _offers(db: Connection, actor: Actor, project_id: str, queue: str, mild: boo
 
 def _open_items(db: Connection, actor: Actor, project_id: str, queue: str, mild: bool, page: int = 100) -> Iterator[Row[Any]]:
     theirs = select(reading.c.id).where(reading.c.person_id == actor.person_id)
-    read = exists(theirs.where(reading.c.clip == item.c.clip, reading.c.project_id == project_id, reading.c.state.in_(("open", "decided"))))
-    given_back = exists(theirs.where(reading.c.item_id == item.c.id, reading.c.state == "skipped"))
+    had = exists(theirs.where(reading.c.clip == item.c.clip, reading.c.project_id == project_id, reading.c.state != "expired"))
     found = (
         select(item)
         .join(clip, clip.c.id == item.c.clip)
-        .where(item.c.project_id == project_id, item.c.queue == queue, item.c.state == "open", may_see(actor, project_id), ~read, ~given_back)
+        .where(item.c.project_id == project_id, item.c.queue == queue, item.c.state == "open", may_see(actor, project_id), ~had)
         .order_by(item.c.place, item.c.id)
         .limit(page)
     )
@@ -575,7 +607,7 @@ def decide(store: Store, actor: Actor, reading_id: str, said: Decision) -> str:
         if _is_there(db, actor, reading_id, said.id, sealed):
             return said.id
         row = own_reading(db, actor, reading_id)
-        if row.state == "expired" and row.item_state == "open":
+        if row.state == "expired" and row.item_state == "open" and not _reads(db, actor, row.clip):
             db.execute(update(item).where(item.c.id == row.item_id).values(taken=1, state="full"))
         elif row.state != "open":
             raise Denied(409, "this reading is over, and somebody else may have it. Take another one")
@@ -599,6 +631,12 @@ def decide(store: Store, actor: Actor, reading_id: str, said: Decision) -> str:
             db.execute(update(item).where(item.c.id == row.item_id).values(state="closed"))
             store.log(db, "system", "review settled", said.id)
     return said.id
+
+
+def _reads(db: Connection, actor: Actor, clip_id: str) -> bool:
+    """Whether somebody has read a clip, or has it to read."""
+    theirs = (reading.c.person_id == actor.person_id, reading.c.clip == clip_id, reading.c.state.in_(("open", "decided")))
+    return db.execute(select(reading.c.id).where(*theirs).limit(1)).first() is not None
 
 
 def _is_there(db: Connection, actor: Actor, reading_id: str, review_id: str, sealed: str) -> bool:
@@ -681,13 +719,15 @@ def catch_up(store: Store, project_id: str) -> None:
 
 
 def settle(store: Store, db: Connection, project_id: str) -> int:
-    """Lets decisions take effect whose time to undo is over; returns how many did."""
+    """Lets decisions take effect whose time to undo is over; returns how many did. Tasks that waited for them go on."""
     due = db.execute(_due(store, db, project_id)).all()
     for row in due:
         db.execute(update(item).where(item.c.id == row.item_id).values(state="closed"))
         store.log(db, "system", "review settled", row.id)
         _take_effect(store, db, row)
         restate(store, db, row.clip)
+    if due:
+        labeling.resume(store, db, project_id, {row.clip for row in due})
     return len(due)
 
 
@@ -725,6 +765,8 @@ def _take_effect(store: Store, db: Connection, row: Row[Any]) -> None:
         return
     differs = row.queue in ("second", "disagreement") and row.source is not None and _differs(db, row)
     if row.body["escalate"] or row.body["ruling"] == "refer" or differs:
+        if row.verdict == "allow" and (row.queue == "flagged" or row.said != "not_violating"):  # labelers wait for the senior
+            withdraw(store, db, row.clip, row.id, by="system")
         if row.queue != "escalation":
             _pass_on(store, db, row, "escalation", {"reviews": [each for each in (row.source, row.id) if each and _is_review(db, each)]})
     elif (row.queue in ORDINARY and row.source is None) or row.queue == "flagged":
@@ -863,7 +905,7 @@ def appeal(store: Store, actor: Actor, project_id: str, review_id: str, reason: 
     with store.writing() as db:
         settle(store, db, project_id)
         row = db.execute(
-            select(review, item.c.state.label("item_state"), item.c.why, clip.c.run, person.c.pseudonym)
+            select(review, item.c.state.label("item_state"), item.c.why, clip.c.run, clip.c.verdict, person.c.pseudonym)
             .join(item, item.c.id == review.c.item_id)
             .join(clip, clip.c.id == review.c.clip)
             .join(person, person.c.id == review.c.person_id)
@@ -880,6 +922,8 @@ def appeal(store: Store, actor: Actor, project_id: str, review_id: str, reason: 
         text_id = new_id("x")
         db.execute(insert(private_text), {"id": text_id, "person_id": actor.person_id, "text": reason, "created_at": store.now()})
         others = sorted({actor.pseudonym, row.pseudonym, *importers(db, project_id, row.run)})
+        if row.verdict == "allow":  # labelers wait for whoever decides it
+            withdraw(store, db, row.clip, review_id, by=actor.pseudonym)
         why = {"policies": row.body["policies"], "reviews": [review_id], "reason": text_id, "not": others}
         return add_item(store, db, project_id, row.clip, "appeals", why, severity=row.body["severity"], by=actor.pseudonym, source=review_id)
 

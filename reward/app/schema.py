@@ -132,8 +132,10 @@ clip = Table(
     Column("score", Float),  # the largest calibrated score of its rulings
     Column("decision", JSON, nullable=False),  # `safety/contract.py: to_json`
     Column("state", String(12), nullable=False),  # live, restricted (child safety only), withdrawn, deleted
+    Column("made_of", ID, index=True),  # of a copy that was made worse on purpose: the clip it shows
     Column("created_at", BigInteger, nullable=False),
     UniqueConstraint("project_id", "clip_id"),
+    Index(None, "clip_id"),
     Index(None, "project_id", "prompt_id"),
     Index(None, "project_id", "verdict", "state"),
 )

@@ -8,6 +8,7 @@
 * Forgery: a request that changes something has to come from our own pages (Sec-Fetch-Site and Origin, as Go's net/http checks them) *and* carry the session's token. GET
   changes nothing.
 * API tokens go into the Authorization header; a request with one is answered by what the token may, and its cookies are not looked at. They are shown once and kept hashed.
+  They end with the sessions when the password or a role changes, and when a lead logs somebody out.
 * Invitations work once and for a week; nobody can register without one.
 * Content-Security-Policy allows our own files and nothing inline, so text that people wrote cannot run. Pages are not framed, not cached, and tell other sites nothing.
 * Hosts: only the names this app is served under are answered, which ends DNS rebinding.
@@ -143,8 +144,14 @@ def begin_session(store: Store, db: Connection, person_id: str, client: str) -> 
 
 
 def end_sessions(store: Store, db: Connection, person_id: str, *, but: str = "") -> None:
-    """Ends a person's sessions, all but one: after a new password, another role, or by a lead."""
+    """Ends a person's sessions, all but one."""
     db.execute(update(session).where(session.c.person_id == person_id, session.c.id_hash != but, session.c.ended_at.is_(None)).values(ended_at=store.now()))
+
+
+def shut_out(store: Store, db: Connection, person_id: str, *, but: str = "") -> None:
+    """Ends a person's sessions, all but one, and API tokens: whoever has got hold of one has nothing any more."""
+    end_sessions(store, db, person_id, but=but)
+    db.execute(update(api_token).where(api_token.c.person_id == person_id, api_token.c.revoked_at.is_(None)).values(revoked_at=store.now()))
 
 
 def actor_of_session(store: Store, cookie: str) -> Actor | None:
@@ -236,7 +243,7 @@ class RateLimits:
 
     def login(self, name: str, address: str) -> None:
         """Raises Denied after too many logins of an account, or from an address."""
-        by_account, by_address = self._limiter.hit(LOGINS, "account", name.casefold()), self._limiter.hit(LOGINS, "address", address)
+        by_account, by_address = self._limiter.hit(LOGINS, "account", name.strip().casefold()), self._limiter.hit(LOGINS, "address", address)
         if not (by_account and by_address):
             raise Denied(429, "too many logins. Wait a minute")
 

@@ -99,7 +99,7 @@ class ProjectSettings(_Strict):
     )
     labeling: Labeling = Labeling()
     reviewing: Reviewing = Reviewing()
-    retention_days: Annotated[int, Field(ge=1)] | None = None
+    retention_days: Annotated[int, Field(ge=1, le=36_500)] | None = None
     """Days after which media of withdrawn clips are deleted; none means never."""
 
 

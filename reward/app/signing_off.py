@@ -15,7 +15,6 @@ from pydantic import BaseModel
 from sqlalchemy import Connection, func, insert, select
 
 from base_model.errors import UserError
-from reward.app.labeling import PLANTED
 from reward.app.log import canonical
 from reward.app.quality import Filters
 from reward.app.reports import gently
@@ -40,8 +39,8 @@ class Signoff(BaseModel):
 
 
 def runs_of(db: Connection, project_id: str) -> list[tuple[str, int]]:
-    """(run, clips), the newest first. Clips that are restricted to child safety are not counted, nor those that were changed on purpose."""
-    kept = (clip.c.project_id == project_id, clip.c.run != PLANTED, clip.c.state != "restricted")
+    """(run, clips), the newest first. Clips that are restricted to child safety, and worse copies, are not counted."""
+    kept = (clip.c.project_id == project_id, clip.c.state != "restricted", clip.c.made_of.is_(None))
     return [
         (run, number)
         for run, number, _ in db.execute(
@@ -61,7 +60,7 @@ class Counted(BaseModel):
 
 def counts_of(db: Connection, project_id: str, run: str) -> Counted:
     """Clips by verdict, the filters that ruled on them, and what is still open. Raises Denied for a run that has no clips."""
-    mine = (clip.c.project_id == project_id, clip.c.run == run, clip.c.state != "restricted")
+    mine = (clip.c.project_id == project_id, clip.c.run == run, clip.c.state != "restricted", clip.c.made_of.is_(None))
     counted = db.execute(select(clip.c.verdict, clip.c.state, func.count()).where(*mine).group_by(clip.c.verdict, clip.c.state)).all()
     if not counted:
         raise Denied(404, "there is nothing here")
@@ -107,7 +106,7 @@ def sign(store: Store, project_id: str, run: str, approved: bool, statement: str
     with store.reading() as db:
         evidence = evidence_of(run, counts_of(db, project_id, run), filters)
     if hash_of(evidence) != seen:
-        raise Denied(409, "what is known of the run has changed. Load the page again")
+        raise Denied(409, "what is known of the run has changed. Load the page again, once its numbers are up to date")
     with store.writing() as db:
         last = db.execute(select(event.c.seq, event.c.hash).order_by(event.c.seq.desc()).limit(1)).first()
         frozen = {**evidence, "log": {"seq": last.seq, "hash": last.hash} if last else None}

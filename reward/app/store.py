@@ -12,6 +12,7 @@ never get one lease, and the log is one chain. A transaction is on disk before i
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
@@ -91,7 +92,10 @@ class Store:
                 db.rollback()
                 raise
             db.commit()
-            self._anchor(db)
+            try:
+                self._anchor(db)
+            except (OSError, DBAPIError):  # what is written is written: who asked for it is told so
+                logging.getLogger(__name__).exception("the log could not be anchored, %s. It is tried again with the next write: make room on the disk", self.anchor)
 
     def log(self, db: Connection, actor: str, kind: str, subject: str, body: Mapping[str, Any] | None = None) -> str:
         """Adds an event to the log in the transaction that it tells of. actor: a pseudonym."""
@@ -104,8 +108,7 @@ class Store:
         db.rollback()
         length = last.seq if last else 0
         if last and length > self._anchored[0]:
-            with open(self.anchor, "ab", buffering=0) as file:
-                file.write(log.Anchor(last.seq, last.hash, last.at).line(self.secret).encode())
+            log.add_anchor(self.anchor, log.Anchor(last.seq, last.hash, last.at), self.secret)
         self._anchored = (length, time.monotonic())
 
     def verify_log(self) -> dict[str, Any]:

@@ -8,19 +8,21 @@ send JSON, too (htmx). So the API can do whatever the pages can, and both have o
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import jinja2
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from pydantic import BaseModel
-from sqlalchemy.exc import DataError
+from sqlalchemy.exc import DataError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -73,7 +75,7 @@ class Pages:
         def register(function: F) -> F:
             async def answer(request: Request, response: Response, told: Any = Depends(function)) -> Any:
                 if isinstance(told, Done) and told.go and request.headers.get("hx-request"):
-                    response.headers["HX-Redirect"] = told.go
+                    response.headers["HX-Redirect"] = quote(told.go, safe="/*?=&")
                 return told
 
             answer.__doc__ = function.__doc__
@@ -167,7 +169,7 @@ def make_app(store: Store, settings: AppSettings | None = None) -> FastAPI:
     app.add_api_route("/api/openapi.json", lambda: app.openapi(), include_in_schema=False, dependencies=[Depends(may(*ANYBODY))])
     app.add_api_route("/api/health", health, dependencies=[Depends(PUBLIC)])
     app.add_api_route("/static/{digest}/{name}", static_file, include_in_schema=False, dependencies=[Depends(PUBLIC)])
-    for error in (Denied, HTTPException, RequestValidationError, UserError, DataError):
+    for error in (Denied, HTTPException, RequestValidationError, UserError, DataError, OperationalError, TimeoutError):
         app.add_exception_handler(error, _error)
     app.add_exception_handler(Exception, _bug)
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=BODY_BYTES)
@@ -237,6 +239,9 @@ def _told(error: Exception) -> tuple[int, str, Mapping[str, str] | None]:
         return error.status_code, str(error.detail), error.headers
     if isinstance(error, DataError):
         return 422, "the request holds what cannot be stored: a NUL, or a number that is too large", None
+    if isinstance(error, OperationalError | TimeoutError):
+        logging.getLogger(__name__).error("the database does not answer", exc_info=error)
+        return 503, "the server's database does not answer, or its disk is full. Try again in a moment, and tell whoever runs the server", {"Retry-After": "5"}
     return (error.status if isinstance(error, Denied) else 422), str(error), None
 
 

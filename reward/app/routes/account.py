@@ -120,7 +120,7 @@ def logout(me: Anybody, request: Request, response: Response, store: StoreOf) ->
     with store.writing() as db:
         db.execute(update(session).where(session.c.id_hash == me.session).values(ended_at=store.now()))
         store.log(db, me.pseudonym, "logout", me.pseudonym)
-    response.delete_cookie(cookie_name(request), path="/")
+    response.delete_cookie(cookie_name(request), path="/", httponly=True, samesite="lax", secure=request.app.state.settings.secure)
     return Done(done="logged out", go="/login")
 
 
@@ -165,7 +165,7 @@ class NewPassword(BaseModel):
 
 @pages.action("/account/password")
 def change_password(body: NewPassword, me: Anybody, store: StoreOf) -> Done:
-    """Sets a new password and ends the other sessions."""
+    """Sets a new password and ends the other sessions, and API tokens."""
     new = hasher().hash(check_password(body.new.get_secret_value()))
     with store.reading() as db:
         held = db.execute(select(person_private.c.password_hash).where(person_private.c.person_id == me.person_id)).scalar_one()
@@ -173,9 +173,9 @@ def change_password(body: NewPassword, me: Anybody, store: StoreOf) -> Done:
         raise Denied(403, "the old password is wrong")
     with store.writing() as db:
         db.execute(update(person_private).where(person_private.c.person_id == me.person_id).values(password_hash=new))
-        security.end_sessions(store, db, me.person_id, but=me.session)
+        security.shut_out(store, db, me.person_id, but=me.session)
         store.log(db, me.pseudonym, "password changed", me.pseudonym)
-    return Done(done="the password is changed; other sessions were ended", go="/account")
+    return Done(done="the password is changed; other sessions and all API tokens were ended", go="/account")
 
 
 @pages.action("/account/sessions/end")

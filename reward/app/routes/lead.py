@@ -9,16 +9,18 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Query, Request
 from markupsafe import Markup
 from pydantic import BaseModel, Field
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, or_, select, union_all
 
 from reward.app import exposure, importing, leading, people, plots
-from reward.app.access import AUDITOR, LEAD, MEANING, StoreOf, may
+from reward.app.access import AUDITOR, CHILD_SAFETY, LEAD, MEANING, StoreOf, may
 from reward.app.reports import Report, State, report
-from reward.app.schema import event, project
+from reward.app.reviewing import RESTRICTION
+from reward.app.schema import event, item, project, reading, review
 from reward.app.security import Actor, Denied
 from reward.app.settings import settings_of
 from reward.app.store import Store
 from reward.app.web import Done, Pages
+from reward.safety.policy import load_policy
 
 pages = Pages("lead")
 Lead = Annotated[Actor, Depends(may(LEAD))]
@@ -392,19 +394,31 @@ def log_page(
     subject: Annotated[str, Query(max_length=80)] = "",
     before: Annotated[int | None, Query(ge=1, le=2**53)] = None,
 ) -> Log:
-    """Events, newest first: all of them for who leads or audits every project, for others those about their own projects themselves."""
+    """Events, newest first: all of them for who leads or audits every project, for others those about their own projects themselves. What tells of a clip that is or was restricted
+    to child safety is told to that role alone."""
     everywhere = bool(me.roles.get(leading.EVERYWHERE, frozenset()) & {LEAD, AUDITOR})
     own = [project_id for project_id, roles in me.roles.items() if roles & {LEAD, AUDITOR}]
     with store.reading() as db:
         length = db.execute(select(func.max(event.c.seq))).scalar() or 0
         top = min(before or length + 1, length + 1)
         chosen = [event.c.seq < top] if everywhere else [event.c.seq < top, event.c.subject.in_(own)]
+        if not me.has(CHILD_SAFETY, leading.EVERYWHERE):
+            chosen.append(~_about_restricted())
         chosen += [column == wanted for column, wanted in ((event.c.kind, kind), (event.c.actor, actor), (event.c.subject, subject)) if wanted]
         rows = db.execute(select(event).where(*chosen).order_by(event.c.seq.desc()).limit(EVENTS)).all()
-        kinds = _kinds(db)
+        kinds = [kind for kind in _kinds(db) if kind not in RESTRICTION or me.has(CHILD_SAFETY, leading.EVERYWHERE)]
     found = [Event(**{name: getattr(row, name) for name in Event.model_fields}) for row in rows]
     older = found[-1].seq if len(found) == EVENTS else None
     return Log(events=found, kinds=kinds, kind=kind, actor=actor, subject=subject, length=length if everywhere else None, before=older if older != 1 else None)
+
+
+def _about_restricted() -> ColumnElement[bool]:
+    """The condition on `event` for what tells that a clip is, or was, for the child-safety role alone."""
+    told = event.alias()
+    clips = select(told.c.subject).where(told.c.kind == RESTRICTION[0])
+    items, readings, reviews = (select(table.c.id).where(table.c.clip.in_(clips)) for table in (item, reading, review))
+    codes = [event.c.body.contains(f'"{rule.code}"', autoescape=True) for rule in load_policy().rules if rule.escalate]
+    return or_(event.c.kind.in_(RESTRICTION), event.c.subject.in_(union_all(clips, items, readings, reviews)), *codes)
 
 
 def _kinds(db: Any) -> list[str]:

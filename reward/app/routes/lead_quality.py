@@ -275,6 +275,6 @@ def signoffs(project_id: str, me: Reader, store: StoreOf, run: Annotated[str, Qu
 def sign(project_id: str, body: NewSignoff, me: Lead, store: StoreOf) -> Done:
     """Approves or refuses a run, with a statement, on the evidence that was shown: `seen` is its hash."""
     place_of(store, project_id, me)
-    known = known_now(store, project_id)
-    made = signing_off.sign(store, project_id, body.run, body.approved, body.statement, body.seen, known.filters, me)
+    filters = quality.filters_of(quality.audit_of(store, project_id))  # what holds now, and not the newest report
+    made = signing_off.sign(store, project_id, body.run, body.approved, body.statement, body.seen, filters, me)
     return Done(done=made, go=f"/projects/{project_id}/lead/signoffs")

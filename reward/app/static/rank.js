@@ -484,7 +484,7 @@ async function send(where, body) {
     heard("Sent");
     await goOn();
   } catch (error) {
-    if (error.status) now.sent = null;
+    if (error.status && error.status < 500) now.sent = null; // a server that failed may have kept it
     if (error.status === 403) return leave(); // the room says why
     wrong(error.message);
   } finally {
@@ -511,7 +511,10 @@ async function fetchNext() {
 }
 
 async function goOn() {
-  if (ahead) return show(ahead);
+  if (ahead) {
+    [ahead.view.done, ahead.view.today] = [now.view.done + 1, now.view.today + 1]; // it was made ready before this answer
+    return show(ahead);
+  }
   const told = await ask(`/api/projects/${now.view.project_id}/label/next`, { work: now.view.work });
   if (!told.assignment_id) return leave();
   show(await prepare(told.assignment_id));

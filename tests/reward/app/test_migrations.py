@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -191,7 +192,7 @@ def test_who_opens_an_older_store_is_told_that_there_is_no_way_back(old_store: S
     migrations.upgrade(old_store.engine)
     migrations.upgrade(old_store.engine)
     migrations.upgrade(new_store("sqlite").engine)
-    assert [record.getMessage().partition(";")[0] for record in caplog.records] == ["the store goes from schema 0001 to 0002"]
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == ["the store goes from schema 0001 to 0003"]
 
 
 def test_the_newest_step_makes_what_the_app_says_its_tables_are(old_store: Store) -> None:
@@ -239,7 +240,7 @@ def test_a_step_that_is_killed_on_the_way_changed_nothing_and_is_done_by_the_nex
     assert version(old_store) == "0001" and contents(old_store, tables) == before
     assert "ix_event_actor_seq" not in {each["name"] for each in inspect(old_store.engine).get_indexes("event")}
     migrations.upgrade(old_store.engine)
-    assert version(old_store) == "0002" and contents(old_store, tables) == before
+    assert version(old_store) == "0003" and contents(old_store, tables) == before
 
 
 @pytest.mark.parametrize("kind", STORES)
@@ -255,7 +256,7 @@ def test_servers_that_start_at_once_bring_an_empty_database_to_one_schema(kind: 
         _, said = each.communicate(timeout=60)
         assert each.returncode == 0, said.decode()
     store = open_store(tmp_path, url)
-    assert version(store) == "0002"
+    assert version(store) == "0003"
     store.close()
 
 
@@ -266,3 +267,13 @@ def test_a_store_of_a_newer_app_is_refused_and_left_alone(new_store: Callable[[s
     with pytest.raises(UserError, match="is of schema 9999"):
         migrations.upgrade(store.engine)
     assert version(store) == "9999"
+
+
+def test_worse_copies_of_an_older_store_know_what_they_were_made_of(old_store: Store) -> None:
+    copy = {"generator": "planted", "sampler_json": json.dumps({"fault": "blurred", "of": f"{1:064x}"})}
+    given = {"project_id": "j1", "prompt_id": "a horse", "run": "planted", "verdict": "allow", "score": None, "decision": {}, "state": "live", "created_at": NOW}
+    with old_store.writing() as db:
+        db.execute(insert(tables_of(old_store)["clip"]), [{**given, "id": f"c{n}", "clip_id": f"{n:064x}", "row": row} for n, row in ((8, copy), (9, {}))])
+    migrations.upgrade(old_store.engine)
+    with old_store.reading() as db:
+        assert db.execute(text("SELECT id, made_of FROM clip WHERE run = 'planted' ORDER BY id")).all() == [("c8", "c1"), ("c9", None)]
