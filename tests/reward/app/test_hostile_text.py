@@ -306,9 +306,9 @@ def lead(world: Hostile, client: Client, run: Path) -> None:
     from urllib.parse import quote
 
     look = f"{base}/signoffs?run={quote(name)}"
-    wait(lambda: client.get(look).json()["evidence"] is not None)
+    wait(lambda: answered(client, look)["evidence"] is not None)
     for number, approved in enumerate((True, False)):
-        wait(lambda: client.get(look).json()["standing"]["state"] == "fresh")
+        wait(lambda: answered(client, look)["standing"]["state"] == "fresh")
         signed = {"run": name, "approved": approved, "statement": hostile("statement", number), "seen": client.get(look).json()["seen"]}
         client.post(f"{base}/signoffs", json=signed).raise_for_status()
     choice = quote(f"P17 {short('filter', 0)}")
@@ -326,16 +326,23 @@ def client_runs(client: Client, base: str) -> str:
     return str(client.get(f"{base}/signoffs").json()["runs"][0][0])
 
 
-def wait(holds: Any, seconds: float = 20.0) -> None:
+def answered(client: Client, path: str) -> dict[str, Any]:
+    answer = client.get(path)
+    assert answer.status_code == 200, (answer.status_code, answer.text[:300])
+    told: dict[str, Any] = answer.json()
+    return told
+
+
+def wait(holds: Any, seconds: float = 40.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 OURS = {
     "api_token.token_hash", "invitation.token_hash", "session.id_hash", "session.csrf", "person_private.password_hash", "person.state", "project.state", "clip.clip_id",
-    "clip.verdict", "clip.state", "task.kind", "task.state", "assignment.purpose", "assignment.state", "withdrawal.ref", "withdrawal.kind", "item.queue", "item.state",
+    "clip.verdict", "clip.state", "clip.made_of", "task.kind", "task.state", "assignment.purpose", "assignment.state", "withdrawal.ref", "withdrawal.kind", "item.queue", "item.state",
     "reading.state", "review.said",
     "reveal.level", "review.policy_version", "threshold.state", "tombstone.kind", "private_text.id", "review.rationale", "person.pseudonym", "invitation.used_by",
     "event.hash",

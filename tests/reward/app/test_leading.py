@@ -161,7 +161,7 @@ def test_copies_that_were_made_worse_on_purpose_are_no_clips_of_the_generator(ea
     made = add_clips(each_store, project_id, files=False, verdicts=("allow", "block"))
     add_member(each_store, "ada", "lead", project_id=project_id)
     with each_store.writing() as db:
-        db.execute(update(clip).where(clip.c.id.in_(made[:3])).values(run=labeling.PLANTED))
+        db.execute(update(clip).where(clip.c.id.in_(made[:3])).values(run=labeling.PLANTED, made_of=made[3]))
     drawn = auditing.draw(each_store, project_id, Client(each_store, "ada").me)
     scored = {digest for scores in quality.scores_of(each_store, project_id).values() for digest in scores.by_clip}
     with each_store.reading() as db:
