@@ -342,8 +342,8 @@ def wait(holds: Any, seconds: float = 40.0) -> None:
 
 OURS = {
     "api_token.token_hash", "invitation.token_hash", "session.id_hash", "session.csrf", "person_private.password_hash", "person.state", "project.state", "clip.clip_id",
-    "clip.verdict", "clip.state", "clip.made_of", "task.kind", "task.state", "assignment.purpose", "assignment.state", "withdrawal.ref", "withdrawal.kind", "item.queue", "item.state",
-    "reading.state", "review.said",
+    "clip.verdict", "clip.state", "task.kind", "task.state", "assignment.purpose", "assignment.state", "withdrawal.ref", "withdrawal.kind", "item.queue", "item.state",
+    "clip.made_of", "reading.state", "review.said",
     "reveal.level", "review.policy_version", "threshold.state", "tombstone.kind", "private_text.id", "review.rationale", "person.pseudonym", "invitation.used_by",
     "event.hash",
 }  # fmt: skip
