@@ -175,7 +175,8 @@ def _with_interval(statistic: Callable[[Array], float], whole: Array, drawn: Seq
 def _counts(units: Sequence[Sequence[float]]) -> Array:
     """How often each answer was given about each thing, [N,Q]; things without an answer are left out."""
     values = sorted({value for unit in units for value in unit})
-    return np.array([[unit.count(value) for value in values] for unit in map(list, units) if unit], dtype=float).reshape(-1, len(values))
+    counts = [[unit.count(value) for value in values] for unit in map(list, units) if unit]
+    return np.array(counts, dtype=float).reshape(len(counts), len(values))
 
 
 def _tallies(counts: Array) -> Array:
