@@ -33,7 +33,9 @@ def no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command in a process of its own, and its address."""
     command = [sys.executable, "-m", "recipes.cli", "app", "serve", "--out", str(folder), "--port", "0", *options]
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores Ctrl-C, and so would its children
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    signal.signal(signal.SIGINT, heard)
     try:
         assert process.stderr is not None
         first = process.stderr.readline()
