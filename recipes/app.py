@@ -51,9 +51,6 @@ CONNECTIONS = 4096
 FEW = 20
 """Ranked prompts below which none is held out from learning: accuracy stays unknown."""
 LOOK_SECONDS = 1.0
-SWITCH_SECONDS = 0.0002
-"""After which a thread gives way to another. Whoever writes to the store holds up everybody else who writes, and comes back from each statement to a queue for the interpreter:
-with Python's 5 ms a hundred labelers wait several times as long."""
 NETWORK = ("nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "fuse.sshfs")
 """File systems on which SQLite's locks, and so its files, cannot be relied on."""
 

@@ -7,8 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx2
@@ -18,6 +18,7 @@ from base_model.errors import UserError
 from recipes import app, cli
 from recipes.app import Config, check_reach, file_system_of, main, public_host, secret_of_environment
 from reward.app.store import open_store
+from tests.recipes.served import served
 
 ROOT = Path(__file__).parents[2]
 JOINING = {"login": "ada", "name": "Ada L.", "password": "correct horse battery"}
@@ -29,22 +30,8 @@ def no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(app.SECRET, raising=False)
 
 
-@contextmanager
-def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command in a process of its own, and its address."""
-    command = [sys.executable, "-m", "recipes.cli", "app", "serve", "--out", str(folder), "--port", "0", *options]
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores Ctrl-C, and so would its children
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    signal.signal(signal.SIGINT, heard)
-    try:
-        assert process.stderr is not None
-        first = process.stderr.readline()
-        found = re.search(r"on (http://127\.0\.0\.1:\d+)", first)
-        assert found, first + process.stderr.read()
-        yield process, found[1]
-    finally:
-        process.kill()
-        process.communicate()
+def serving(folder: Path, *options: str) -> AbstractContextManager[tuple[subprocess.Popen[str], str]]:
+    return served("app", "serve", "--out", str(folder), "--port", "0", *options)
 
 
 def link_of(process: subprocess.Popen[str]) -> str:

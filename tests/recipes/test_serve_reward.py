@@ -8,10 +8,8 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx2
@@ -27,6 +25,7 @@ from reward.judges.exchange import Endpoint, Patience
 from reward.judges.remote import RemoteReward
 from reward.model import load_reward_model
 from reward.serving.wire import TENSORS, tensors_body
+from tests.recipes.served import served
 from tests.recipes.small import save_small_reward_model
 
 TOKEN = "0123456789abcdef0123"
@@ -41,26 +40,14 @@ def clips(count: int = 2) -> torch.Tensor:
     return torch.randint(0, 256, (count, 5, 3, 16, 16), generator=torch.Generator().manual_seed(0)).float() / 255
 
 
-@contextmanager
-def served(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command in a process of its own, and its address."""
+def serving(model: Path, *options: str) -> AbstractContextManager[tuple[subprocess.Popen[str], str]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUSHES_REWARD_TOKEN": TOKEN}
-    command = [sys.executable, "-m", "recipes.cli", "serve-reward", "--model", str(model), "--port", "0", "--fps", "8", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[2])
-    try:
-        assert process.stderr is not None
-        first = process.stderr.readline()
-        found = re.search(r"on (http://127\.0\.0\.1:\d+)", first)
-        assert found, first + process.stderr.read()
-        yield process, found[1]
-    finally:
-        process.kill()
-        process.communicate()
+    return served("serve-reward", "--model", str(model), "--port", "0", "--fps", "8", *options, environment=environment)
 
 
 def test_a_process_serves_the_models_own_scores_until_it_is_killed_and_its_client_says_so_in_one_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = ["a red circle moves left", "a blue bar grows"]
-    with served(model) as (process, url):
+    with serving(model) as (process, url):
         patience = Patience(seconds=20, tries=2, wait=0.01)
         with pytest.raises(UserError, match="HTTP 401"):
             RemoteReward(Endpoint(url, patience=patience), fps=8.0)
@@ -82,7 +69,7 @@ def test_a_process_serves_the_models_own_scores_until_it_is_killed_and_its_clien
 def test_told_to_stop_it_answers_what_it_has_begun_takes_nothing_new_and_ends_in_one_line(model: Path) -> None:
     body = tensors_body((clips() * 255).round().to(torch.uint8), ["a", "b"], 8.0)
     head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: {TENSORS}\r\nContent-Length: {len(body)}\r\n\r\n"
-    with served(model) as (process, url), socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
+    with serving(model) as (process, url), socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as connection:
         connection.sendall(head.encode() + body[:1000])
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)

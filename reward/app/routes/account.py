@@ -116,7 +116,7 @@ def login(body: Login, request: Request, response: Response, store: StoreOf, cli
 
 @pages.action("/logout")
 def logout(me: Anybody, request: Request, response: Response, store: StoreOf) -> Done:
-    """Ends this session."""
+    """Logs out of this browser."""
     with store.writing() as db:
         db.execute(update(session).where(session.c.id_hash == me.session).values(ended_at=store.now()))
         store.log(db, me.pseudonym, "logout", me.pseudonym)
