@@ -36,7 +36,7 @@ def uvicorn_config(app: Any, stop_seconds: int, connections: int, *, proxies: Se
     """Quiet, without websockets. connections: open at once; more are told to come back. proxies: whose word on who asks, and how, is believed; nobody's by default."""
     return uvicorn().Config(
         app,
-        http="h11",
+        http="httptools",
         ws="none",
         lifespan="off",
         log_level="warning",

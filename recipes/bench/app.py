@@ -11,30 +11,32 @@ beside it, one client after the other, import, next task and answer of both in t
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import http.client
+import json
 import os
 import random
+import select
 import shutil
 import signal
 import socket
-import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import httpx2
 import numpy as np
 from pydantic import Field
-from sqlalchemy import insert, select
+from sqlalchemy import insert
 
 from align.config import Count, NonNegative, Positive
 from base_model.errors import UserError
@@ -47,7 +49,6 @@ from reward.app.security import begin_session
 from reward.app.store import Store, new_id, open_store
 
 StoreKind = Literal["sqlite", "postgresql"]
-T = TypeVar("T")
 START_SECONDS = 60.0
 TAKES = 4
 REMARKS = (
@@ -180,52 +181,68 @@ class Told:
     errors: Counter[str] = field(default_factory=Counter)
 
 
-async def label(client: httpx2.AsyncClient, project_id: str, until: float, think: float, rng: random.Random, told: Told) -> None:
+class Browser:
+    """One labeler's connection, which is kept. Of the standard library, since the labelers share the machine with the server: they should take little of it."""
+
+    def __init__(self, host: str, cookie: str, csrf: str) -> None:
+        self._connection = http.client.HTTPConnection(host, timeout=60)
+        self._headers = {"cookie": f"rushes={cookie}", "x-csrf": csrf, "content-type": "application/json"}
+
+    def ask(self, path: str, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+        """Status and content: of a POST where there is a body, else of a GET."""
+        sent, held = None if body is None else json.dumps(body).encode(), self._connection.sock
+        if held is not None and select.select([held], [], [], 0)[0]:  # the server has ended it, as it does after seconds without a request: a browser begins another
+            self._connection.close()
+        self._connection.request("GET" if body is None else "POST", path, sent, {**self._headers, **(headers or {})})
+        answer = self._connection.getresponse()
+        return answer.status, answer.read()
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def label(browser: Browser, project_id: str, until: float, think: float, rng: random.Random, told: Told) -> None:
     """One labeler, until the time is over."""
-    async with client:
-        await asyncio.sleep(rng.random() * think)
+    with contextlib.closing(browser):
+        time.sleep(rng.random() * think)
         while time.monotonic() < until:
             began = time.perf_counter()
-            offer = await client.post(f"/api/projects/{project_id}/label/next", json={})
-            task_id = offer.json().get("assignment_id") if offer.status_code == 200 else None
+            status, content = browser.ask(f"/api/projects/{project_id}/label/next", {})
+            task_id = json.loads(content).get("assignment_id") if status == 200 else None
             if task_id is None:
-                told.errors[f"next: {offer.status_code} {offer.text[:80]}"] += 1
+                told.errors[f"next: {status} {content[:80]!r}"] += 1
                 return
-            screen = (await client.get(f"/api/assignments/{task_id}")).json()
+            screen = json.loads(browser.ask(f"/api/assignments/{task_id}")[1])
             told.next_s.append(time.perf_counter() - began)
             told.tasks.append(task_id)
             for each in screen["clips"]:
                 began = time.perf_counter()
-                media = await client.get(each["media"], headers={"range": "bytes=0-"})
+                status, content = browser.ask(each["media"], headers={"range": "bytes=0-"})
                 told.media_s.append(time.perf_counter() - began)
-                told.media_bytes += len(media.content)
-                if media.status_code != 206:
-                    told.errors[f"media: {media.status_code}"] += 1
-            await asyncio.sleep(rng.expovariate(1 / think) if think else 0)
+                told.media_bytes += len(content)
+                if status != 206:
+                    told.errors[f"media: {status}"] += 1
+            time.sleep(rng.expovariate(1 / think) if think else 0)
             answer_id = f"bench-{rng.getrandbits(64):016x}"
             ranks = rng.sample(range(1, TAKES + 1), TAKES)
             body = {"id": answer_id, "ranks": {"overall": ranks}, "watched": [1.0] * TAKES, "watch_ms": [2_000] * TAKES, "lead_time_ms": 3_000}
             began = time.perf_counter()
-            sent = await client.post(f"/api/assignments/{task_id}/answer", json=body)
+            status, content = browser.ask(f"/api/assignments/{task_id}/answer", body)
             told.submit_s.append(time.perf_counter() - began)
-            if sent.status_code == 200:
+            if status == 200:
                 told.acknowledged.append(answer_id)
             else:
-                told.errors[f"submit: {sent.status_code} {sent.text[:80]}"] += 1
+                told.errors[f"submit: {status} {content[:80]!r}"] += 1
 
 
-async def _all(url: str, project_id: str, sessions: Sequence[tuple[str, str]], seconds: float, think: float) -> Told:
-    plain = ssl.create_default_context()  # one for all: it takes longer to make than a request
-    clients = [httpx2.AsyncClient(base_url=url, headers={"cookie": f"rushes={cookie}", "x-csrf": csrf}, timeout=60, verify=plain) for cookie, csrf in sessions]
+def label_all(url: str, project_id: str, sessions: Sequence[tuple[str, str]], seconds: float, think: float) -> Told:
+    """Every session's labeler, each in a thread. Raises what one of them raised."""
     told, until = Told(), time.monotonic() + seconds
-    await asyncio.gather(*(label(client, project_id, until, think, random.Random(number), told) for number, client in enumerate(clients)))
+    with ThreadPoolExecutor(len(sessions)) as pool:
+        browsers = [Browser(urlsplit(url).netloc, *session) for session in sessions]
+        for done in [pool.submit(label, browser, project_id, until, think, random.Random(number), told) for number, browser in enumerate(browsers)]:
+            done.result()
     return told
-
-
-def in_a_loop(work: Coroutine[Any, Any, T]) -> T:
-    """What a coroutine returns, run in a loop of a thread of its own, whatever the caller runs in."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
 
 
 def measure_store(kind: StoreKind, labelers: int, think: float, seconds: float) -> Row:
@@ -241,11 +258,11 @@ def measure_store(kind: StoreKind, labelers: int, think: float, seconds: float) 
         with served(folder, database) as (url, process):
             cpu = _cpu(process.pid)
             began = time.monotonic()
-            told = in_a_loop(_all(url, project_id, sessions, seconds, think))
+            told = label_all(url, project_id, sessions, seconds, think)
             wall, cpu = time.monotonic() - began, _cpu(process.pid) - cpu
         store = open_store(folder, database)
         with store.reading() as db:
-            rows = db.execute(select(schema.answer.c.id, schema.answer.c.assignment_id)).all()
+            rows = db.execute(schema.answer.select().with_only_columns(schema.answer.c.id, schema.answer.c.assignment_id)).all()
         events = store.verify_log()["events"]
         store.close()
     kept, assigned = Counter(row.id for row in rows), Counter(row.assignment_id for row in rows)

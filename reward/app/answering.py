@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, or_, select, update
 
 from reward.app import attention, choosing
 from reward.app.attention import Standing
@@ -40,6 +40,14 @@ SKIP_REASONS = {
     "unwilling": "I would rather not look at this",
 }
 Reason = Literal["language", "undecidable", "technical", "unwilling"]
+APP_VERSION = version("rushes")
+
+# Statements that every answer needs are built once: building one takes longer than the database does
+
+SENT = select(answer).where(or_(answer.c.id == bindparam("answer"), answer.c.assignment_id == bindparam("assignment")))
+KEEP = insert(answer)
+CLOSE = update(assignment).where(assignment.c.id == bindparam("assignment")).values(state=bindparam("how"))
+FLAGGED = select(item.c.clip, item.c.why).where(item.c.clip.in_(bindparam("clips", expanding=True)), item.c.queue == "flagged", item.c.source == bindparam("assignment"))
 
 
 class _Strict(BaseModel):
@@ -173,7 +181,7 @@ def _flag(store: Store, db: Connection, actor: Actor, row: Row[Any], unsafe: Seq
 def flagged_by(db: Connection, row: Row[Any]) -> dict[str, set[str]]:
     """The clips that were called unsafe under an assignment, and the policies that were named."""
     found: dict[str, set[str]] = {}
-    for clip_id, why in db.execute(select(item.c.clip, item.c.why).where(item.c.clip.in_(row.clips), item.c.queue == "flagged", item.c.source == row.id)):
+    for clip_id, why in db.execute(FLAGGED, {"clips": row.clips, "assignment": row.id}):
         found.setdefault(clip_id, set()).update(why["policies"])
     return found
 
@@ -256,21 +264,22 @@ def _record(store: Store, actor: Actor, assignment_id: str, given: Answer | Demo
     asked = sha256(canonical([assignment_id, type(given).__name__, given.model_dump(mode="json")]))
     with store.writing() as db:
         row = own_assignment(db, actor, assignment_id)
-        sent = db.execute(select(answer).where(answer.c.id == given.id)).first()
+        before = db.execute(SENT, {"answer": given.id, "assignment": row.id}).all()
+        sent = next((each for each in before if each.id == given.id), None)
         if sent is not None:
             if sent.person_id != actor.person_id or sent.body["asked"] != asked or _withdrawn(db, given.id):
                 raise Denied(409, "an answer with this id is there already, and it is another one")
             return _taken(db, actor, sent.id, row, sent.body)
         if row.state != "open":
             choosing.renew(store, db, row)
-        settings = settings_of(db, row.project_id)
-        made = {**body(db, row, settings), "asked": asked, "guideline_version": settings.guideline_version, "app_version": version("rushes")}
+        settings = ProjectSettings.model_validate(row.settings)
+        made = {**body(db, row, settings), "asked": asked, "guideline_version": settings.guideline_version, "app_version": APP_VERSION}
         if not isinstance(given, Skip):
             _flag(store, db, actor, row, given.unsafe)
-        last = db.execute(select(func.max(answer.c.version)).where(answer.c.assignment_id == row.id)).scalar() or 0
+        last = max((each.version for each in before), default=0)
         ids = {"id": given.id, "project_id": row.project_id, "task_id": row.task_id, "assignment_id": row.id, "person_id": actor.person_id}
-        db.execute(insert(answer), {**ids, "version": last + 1, "body": made, "at": store.now()})
-        db.execute(update(assignment).where(assignment.c.id == row.id).values(state=state))
+        db.execute(KEEP, {**ids, "version": last + 1, "body": made, "at": store.now()})
+        db.execute(CLOSE, {"assignment": row.id, "how": state})
         if not row.repeat:
             choosing.count(db, row.task_id, **({"answered": 1} if state == "answered" else {"taken": -1}))
         store.log(db, actor.pseudonym, state, row.id, {"answer": given.id, "version": last + 1, "body": sha256(canonical(made))})

@@ -15,7 +15,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Connection, Row, case, exists, insert, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, case, exists, insert, select, update
 
 from reward.app import reviewing
 from reward.app.access import LABELER
@@ -36,6 +36,46 @@ FEW = 8
 APART = Mix().apart
 Work = Literal["rank", "demonstration"]
 
+# Statements that every labeler's request needs are built once: building one takes longer than the database does
+
+OWN = (
+    select(assignment, task.c.kind, task.c.clips, task.c.truth, task.c.prompt_id, project.c.settings)
+    .join(task, task.c.id == assignment.c.task_id)
+    .join(project, project.c.id == assignment.c.project_id)
+    .where(assignment.c.id == bindparam("assignment"), assignment.c.person_id == bindparam("person"))
+)
+ADMITTED = (
+    select(project.c.state.label("project_state"), project.c.settings.label("project_settings"), person.c.state, person.c.settings)
+    .select_from(person.join(project, project.c.id == bindparam("project")))
+    .where(person.c.id == bindparam("person"))
+)
+BRIEF = (assignment.c.id, assignment.c.task_id, assignment.c.person_id, assignment.c.slot, assignment.c.purpose, assignment.c.repeat, assignment.c.state)
+MINE = (
+    select(*BRIEF, assignment.c.lease_until)
+    .where(assignment.c.person_id == bindparam("person"), assignment.c.project_id == bindparam("project"))
+    .order_by(assignment.c.issued_at, assignment.c.id)
+)
+OF_TASK = select(*BRIEF).where(assignment.c.task_id == bindparam("task"))
+EXPIRED = select(*BRIEF).where(assignment.c.state == "open", assignment.c.lease_until <= bindparam("now"))
+CLIPS_OF = select(task.c.clips).where(task.c.id == bindparam("task"))
+TAKE = insert(assignment)
+COUNT = update(task).where(task.c.id == bindparam("task")).values(
+    taken=task.c.taken + bindparam("more_taken"),
+    answered=task.c.answered + bindparam("more_answered"),
+    state=case((task.c.state.not_in(("open", "full")), task.c.state), (task.c.taken + bindparam("more_taken") >= task.c.wanted, "full"), else_="open"),
+)
+
+
+def _fresh_tasks() -> Select[Any]:
+    had = exists().where(assignment.c.task_id == task.c.id, assignment.c.person_id == bindparam("person"), assignment.c.state != "expired")
+    wanted = (task.c.project_id == bindparam("project"), task.c.kind == bindparam("kind"), task.c.state == "open", ~had)
+    return select(task.c.id, task.c.clips).where(*wanted).limit(FEW)
+
+
+MOST_WORTHWHILE = _fresh_tasks().order_by(task.c.priority.desc())
+FROM_A_POINT = _fresh_tasks().where(task.c.shuffle >= bindparam("point")).order_by(task.c.shuffle)
+UP_TO_A_POINT = _fresh_tasks().where(task.c.shuffle < bindparam("point")).order_by(task.c.shuffle)
+
 
 class Offer(NamedTuple):
     """The assignment to go on with, or why there is none."""
@@ -46,12 +86,13 @@ class Offer(NamedTuple):
 
 def next_assignment(store: Store, actor: Actor, project_id: str, *, besides: str | None = None, work: Work = "rank") -> Offer:
     """The person's open lease if there is one besides `besides`, else a new one. Raises Denied before consent, while paused, and in a closed project."""
-    with store.writing() as db:
-        free_expired(store, db)
+    with store.glancing() as db:
         settings = _admit(db, actor, project_id)
-        rows = db.execute(
-            select(assignment).where(assignment.c.person_id == actor.person_id, assignment.c.project_id == project_id).order_by(assignment.c.issued_at, assignment.c.id)
-        ).all()
+    with store.writing() as db:
+        rows = db.execute(MINE, {"person": actor.person_id, "project": project_id}).all()
+        if any(row.state == "open" and row.lease_until <= store.now() for row in rows):
+            free_expired(store, db)
+            rows = db.execute(MINE, {"person": actor.person_id, "project": project_id}).all()
         mine = [row for row in rows if (row.purpose == "demonstration") == (work == "demonstration")]
         leases = _kept(store, db, [row for row in mine if row.state == "open"])
         for row in leases:
@@ -60,7 +101,7 @@ def next_assignment(store: Store, actor: Actor, project_id: str, *, besides: str
         if len(leases) >= AT_ONCE:
             raise Denied(409, "finish the tasks that you hold")
         offer = _offer(store, db, actor, project_id, work, mine, bool(leases), settings.labeling)
-        if offer.assignment_id is None and reviewing.settle(store, db, project_id):  # reviewers let go of some clips
+        if offer.assignment_id is None and free_expired(store, db) + reviewing.settle(store, db, project_id):  # others took too long, or reviewers let go of some clips
             offer = _offer(store, db, actor, project_id, work, mine, bool(leases), settings.labeling)
         return offer
 
@@ -80,10 +121,10 @@ def _offer(store: Store, db: Connection, actor: Actor, project_id: str, work: Wo
 
 
 def _admit(db: Connection, actor: Actor, project_id: str) -> ProjectSettings:
-    if db.execute(select(project.c.state).where(project.c.id == project_id)).scalar() != "open":
+    row = db.execute(ADMITTED, {"project": project_id, "person": actor.person_id}).first()
+    if row is None or row.project_state != "open":
         raise Denied(404, "there is nothing here")
-    row = db.execute(select(person.c.state, person.c.settings).where(person.c.id == actor.person_id)).one()
-    settings = settings_of(db, project_id)
+    settings = ProjectSettings.model_validate(row.project_settings)
     if row.state != "active":
         raise Denied(403, "you are paused. Ask whoever runs your project")
     if not has_consented(row.settings, project_id, settings.consent):
@@ -95,7 +136,7 @@ def _kept(store: Store, db: Connection, leases: Sequence[Row[Any]]) -> list[Row[
     """The leases that still make sense: of those with fewer than two clips that may be shown (one, of a demonstration), the task is held and the lease is over."""
     kept = []
     for row in leases:
-        clips = db.execute(select(task.c.clips).where(task.c.id == row.task_id)).scalar_one()
+        clips = db.execute(CLIPS_OF, {"task": row.task_id}).scalar_one()
         if len(servable_of(db, clips)) >= (1 if row.purpose == "demonstration" else 2):
             kept.append(row)
         else:
@@ -121,8 +162,9 @@ def _take_real(store: Store, db: Connection, actor: Actor, project_id: str, mine
     if kind in ("repeat", "mirrored"):
         again = _again(db, mine, rng)
         if again is not None:
-            last = len(again.shown_order) - 1
-            order = again.shown_order if kind == "repeat" else [last - place for place in again.shown_order]
+            shown = db.execute(select(assignment.c.shown_order).where(assignment.c.id == again.id)).scalar_one()
+            last = len(shown) - 1
+            order = shown if kind == "repeat" else [last - place for place in shown]
             return Offer(_lease(store, db, actor, project_id, again.task_id, order, kind, settings, repeat=again.repeat + 1), "")
     elif kind == "gold":
         found = _fresh(store, db, actor, project_id, "gold", rng)
@@ -149,15 +191,9 @@ def _order(found: Row[Any, Any], rng: random.Random) -> list[int]:
 
 def _fresh(store: Store, db: Connection, actor: Actor, project_id: str, kind: str, rng: random.Random | None) -> Row[Any, Any] | None:
     """An open task of a kind that the person has not had, with clips that may be shown: the most worthwhile, or any where a generator is given."""
-    had = exists().where(assignment.c.task_id == task.c.id, assignment.c.person_id == actor.person_id, assignment.c.state != "expired")
-    wanted = select(task.c.id, task.c.clips).where(task.c.project_id == project_id, task.c.kind == kind, task.c.state == "open", ~had).limit(FEW)
-    if rng is None:
-        parts = [wanted.order_by(task.c.priority.desc())]
-    else:
-        at = rng.random()
-        parts = [wanted.where(task.c.shuffle >= at).order_by(task.c.shuffle), wanted.where(task.c.shuffle < at).order_by(task.c.shuffle)]
-    for part in parts:
-        while rows := db.execute(part).all():
+    asked = {"person": actor.person_id, "project": project_id, "kind": kind, **({} if rng is None else {"point": rng.random()})}
+    for part in (MOST_WORTHWHILE,) if rng is None else (FROM_A_POINT, UP_TO_A_POINT):
+        while rows := db.execute(part, asked).all():
             for row in rows:
                 if len(servable_of(db, row.clips)) == len(row.clips):
                     return row
@@ -171,7 +207,7 @@ def _again(db: Connection, mine: Sequence[Row[Any]], rng: random.Random) -> Row[
     early = [row for row in mine[: max(0, len(mine) - APART)] if row.purpose in ("active", "random") and row.state == "answered" and row.task_id not in repeated]
     rng.shuffle(early)
     for row in early:
-        clips = db.execute(select(task.c.clips).where(task.c.id == row.task_id)).scalar_one()
+        clips = db.execute(CLIPS_OF, {"task": row.task_id}).scalar_one()
         if len(servable_of(db, clips)) == len(clips):
             return row
     return None
@@ -183,7 +219,7 @@ def _again(db: Connection, mine: Sequence[Row[Any]], rng: random.Random) -> Row[
 def _lease(store: Store, db: Connection, actor: Actor, project_id: str, task_id: str, order: Sequence[int], purpose: str, settings: Labeling, *, repeat: int = 0) -> str:
     now = store.now()
     values = {"purpose": purpose, "shown_order": list(order), "issued_at": now, "lease_until": now + settings.lease_minutes * 60_000, "state": "open"}
-    held = db.execute(select(assignment.c.id, assignment.c.person_id, assignment.c.slot, assignment.c.state, assignment.c.repeat).where(assignment.c.task_id == task_id)).all()
+    held = db.execute(OF_TASK, {"task": task_id}).all()
     live = {row.slot for row in held if row.repeat == 0 and row.state in LIVE}
     slot = 0 if repeat else next(slot for slot in itertools.count() if slot not in live)  # an open task has one left
     before = next((row.id for row in held if row.person_id == actor.person_id and row.repeat == repeat), None)
@@ -192,7 +228,7 @@ def _lease(store: Store, db: Connection, actor: Actor, project_id: str, task_id:
     assignment_id = before or new_id("a")
     if not before:
         row = {"id": assignment_id, "project_id": project_id, "task_id": task_id, "person_id": actor.person_id, "slot": slot, "repeat": repeat, "draft": None}
-        db.execute(insert(assignment), {**row, **values})
+        db.execute(TAKE, {**row, **values})
     if not repeat:
         count(db, task_id, taken=1)
     store.log(db, actor.pseudonym, "task taken", assignment_id, {"task": task_id, "purpose": purpose, "order": list(order)})
@@ -208,9 +244,7 @@ def free_slot(db: Connection, task_id: str) -> int | None:
 
 def count(db: Connection, task_id: str, *, taken: int = 0, answered: int = 0) -> None:
     """Changes the counts of a task, and with them whether it is full."""
-    counts = {"taken": task.c.taken + taken, "answered": task.c.answered + answered}
-    state = case((task.c.state.not_in(("open", "full")), task.c.state), (task.c.taken + taken >= task.c.wanted, "full"), else_="open")
-    db.execute(update(task).where(task.c.id == task_id).values(**counts, state=state))
+    db.execute(COUNT, {"task": task_id, "more_taken": taken, "more_answered": answered})
 
 
 def expire(store: Store, db: Connection, row: Row[Any]) -> None:
@@ -223,21 +257,20 @@ def expire(store: Store, db: Connection, row: Row[Any]) -> None:
 
 def any_expired(store: Store, db: Connection) -> bool:
     """Whether a lease is over its time."""
-    return db.execute(select(assignment.c.id).where(assignment.c.state == "open", assignment.c.lease_until <= store.now()).limit(1)).first() is not None
+    return db.execute(EXPIRED.limit(1), {"now": store.now()}).first() is not None
 
 
 def free_expired(store: Store, db: Connection) -> int:
     """Ends every lease that is over its time."""
-    rows = db.execute(select(assignment).where(assignment.c.state == "open", assignment.c.lease_until <= store.now())).all()
+    rows = db.execute(EXPIRED, {"now": store.now()}).all()
     for row in rows:
         expire(store, db, row)
     return len(rows)
 
 
 def own_assignment(db: Connection, actor: Actor, assignment_id: str) -> Row[Any]:
-    """An assignment of who asks, with the kind, clips and prompt of its task. Raises Denied, 404, for anything else."""
-    columns = (task.c.kind, task.c.clips, task.c.truth, task.c.prompt_id)
-    row = db.execute(select(assignment, *columns).join(task).where(assignment.c.id == assignment_id, assignment.c.person_id == actor.person_id)).first()
+    """An assignment of who asks, with the kind, clips and prompt of its task, and the settings of its project. Raises Denied, 404, for anything else."""
+    row = db.execute(OWN, {"assignment": assignment_id, "person": actor.person_id}).first()
     if row is None or not actor.has(LABELER, row.project_id):
         raise Denied(404, "there is nothing here")
     return row

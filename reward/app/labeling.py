@@ -42,9 +42,12 @@ def _may_be_shown(table: FromClause) -> ColumnElement[bool]:
     return and_(table.c.verdict == "allow", table.c.state == "live", ~flagged)
 
 
+SERVABLE_OF = select(clip.c.id).where(clip.c.id.in_(bindparam("clips", expanding=True)), servable())
+
+
 def servable_of(db: Connection, clips: Sequence[str]) -> set[str]:
     """Those of some clips that may be shown."""
-    return set(db.execute(select(clip.c.id).where(clip.c.id.in_(clips), servable())).scalars())
+    return set(db.execute(SERVABLE_OF, {"clips": list(clips)}).scalars())
 
 
 # Tasks

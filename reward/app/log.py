@@ -27,6 +27,9 @@ from base_model.errors import UserError
 from reward.app.schema import event
 
 FIRST = "0" * 64
+LAST = select(event.c.seq, event.c.hash, event.c.at).order_by(event.c.seq.desc()).limit(1)
+"""How the log ends."""
+ADD = insert(event)
 LONGEST_LINE = 1024  # bytes of an anchor, and more
 
 
@@ -40,11 +43,11 @@ def digest(seq: int, at: int, actor: str, kind: str, subject: str, body: str, pr
 
 def append(db: Connection, *, at: int, actor: str, kind: str, subject: str, body: Mapping[str, Any]) -> str:
     """Adds one event behind the last and returns its hash. The transaction has to be the only one that writes (`Store.writing`)."""
-    last = db.execute(select(event.c.seq, event.c.hash).order_by(event.c.seq.desc()).limit(1)).first()
+    last = db.execute(LAST).first()
     seq, prev = (last.seq + 1, last.hash) if last else (1, FIRST)
     told = canonical(dict(body))
     made = digest(seq, at, actor, kind, subject, told, prev)
-    db.execute(insert(event), {"seq": seq, "at": at, "actor": actor, "kind": kind, "subject": subject, "body": told, "prev": prev, "hash": made})
+    db.execute(ADD, {"seq": seq, "at": at, "actor": actor, "kind": kind, "subject": subject, "body": told, "prev": prev, "hash": made})
     return made
 
 

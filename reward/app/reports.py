@@ -7,7 +7,6 @@ that a small store shows what holds now and a large one answers at once. One thr
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -24,7 +23,6 @@ from reward.app.store import Store
 T = TypeVar("T")
 PATIENCE = 0.12  # seconds that a request waits
 REST = 10  # times the duration of the last one
-TURN = 0.0005  # seconds that the thread goes on while a request wants to: of the interpreter, one runs at a time
 BREATH, AFTER = 0.001, 25  # seconds that it sleeps, after so many rows
 State = Literal["fresh", "old", "computing", "failed"]
 
@@ -77,12 +75,8 @@ def _work(held: _Held, working: threading.Event, seq: int, at: int, make: Callab
     value, problem = held.value, ""
     try:
         with _turn:
-            begun, kept = time.monotonic(), sys.getswitchinterval()
-            sys.setswitchinterval(TURN)
-            try:
-                value = make()
-            finally:
-                sys.setswitchinterval(kept)
+            begun = time.monotonic()
+            value = make()
     except UserError as error:
         problem = str(error)
     except Exception:

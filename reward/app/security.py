@@ -23,6 +23,8 @@ import hashlib
 import hmac
 import json
 import secrets
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -47,7 +49,7 @@ INVITATION_MS = 7 * 24 * HOUR
 SHORTEST_PASSWORD, LONGEST_PASSWORD = 10, 256
 BODY_BYTES = 1 << 20
 LOGINS = RateLimitItemPerMinute(10)
-REQUESTS = RateLimitItemPerMinute(1_200)
+REQUESTS = 1_200
 TOKEN_PREFIX = "rushes_"
 
 HEADERS = {
@@ -240,6 +242,7 @@ class RateLimits:
 
     def __init__(self) -> None:
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._minute, self._requests = 0, Counter[str]()
 
     def login(self, name: str, address: str) -> None:
         """Raises Denied after too many logins of an account, or from an address."""
@@ -248,5 +251,10 @@ class RateLimits:
             raise Denied(429, "too many logins. Wait a minute")
 
     def request(self, key: str) -> None:
-        if not self._limiter.hit(REQUESTS, "request", key):
+        """Raises Denied after too many requests in a minute of the clock. Every request asks this, for which `limits` would start a thread a hundred times a second."""
+        minute = int(time.monotonic() // 60)
+        if minute != self._minute:
+            self._minute, self._requests = minute, Counter()
+        self._requests[key] += 1
+        if self._requests[key] > REQUESTS:
             raise Denied(429, "too many requests. Wait a minute")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select
 
 from reward.app.schema import project
 from reward.app.security import Denied
@@ -103,9 +103,12 @@ class ProjectSettings(_Strict):
     """Days after which media of withdrawn clips are deleted; none means never."""
 
 
+SETTINGS = select(project.c.settings).where(project.c.id == bindparam("id"))
+
+
 def settings_of(db: Connection, project_id: str) -> ProjectSettings:
     """The settings of a project; what was not set has its default. Raises Denied, 404, where there is no such project."""
-    held: dict[str, Any] | None = db.execute(select(project.c.settings).where(project.c.id == project_id)).scalar()
+    held: dict[str, Any] | None = db.execute(SETTINGS, {"id": project_id}).scalar()
     if held is None:
         raise Denied(404, "there is nothing here")
     return ProjectSettings.model_validate(held)

@@ -27,7 +27,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
 from base_model.errors import UserError
-from reward.app import log, schema
+from reward.app import log
 
 WRITER = 0x52555348  # key of PostgreSQL's advisory lock
 BUSY_SECONDS = 30
@@ -104,7 +104,7 @@ class Store:
     def _anchor(self, db: Connection, *, now: bool = False) -> None:
         if not now and time.monotonic() - self._anchored[1] < ANCHOR_SECONDS:
             return
-        last = db.execute(select(schema.event.c.seq, schema.event.c.hash, schema.event.c.at).order_by(schema.event.c.seq.desc()).limit(1)).first()
+        last = db.execute(log.LAST).first()
         db.rollback()
         length = last.seq if last else 0
         if last and length > self._anchored[0]:
@@ -140,9 +140,10 @@ def open_store(folder: Path, database: str | None = None, *, secret: bytes | Non
 
 
 def _engine(url: Any, is_sqlite: bool) -> Engine:
+    pool: dict[str, Any] = {"pool_size": 16, "max_overflow": 32, "pool_use_lifo": True}  # the connection that was used last has the most at hand
     if not is_sqlite:
-        return create_engine(url, pool_size=16, max_overflow=32)
-    engine = create_engine(url, pool_size=16, max_overflow=32, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
+        return create_engine(url, **pool, connect_args={"prepare_threshold": 1})
+    engine = create_engine(url, **pool, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def _settings(connection: Any, _record: Any) -> None:

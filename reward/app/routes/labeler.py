@@ -9,19 +9,19 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response
 from pydantic import BaseModel, Field
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, case, func, select
 
 from reward.app import answering, attention, choosing
 from reward.app.access import LABELER, LEAD, StoreOf, may
 from reward.app.answering import SKIP_REASONS, Answer, Demonstration, Skip, Taken, Unsafe
 from reward.app.choosing import Work, own_assignment
-from reward.app.labeling import make_demonstrations, make_tasks, servable_of, set_priorities
+from reward.app.labeling import make_demonstrations, make_tasks, servable, set_priorities
 from reward.app.log import canonical
 from reward.app.media import send
 from reward.app.planting import make_gold, make_practice
 from reward.app.schema import answer, assignment, clip, person, project, prompt, task, withdrawal
 from reward.app.security import Actor, Denied
-from reward.app.settings import Dimension, settings_of
+from reward.app.settings import Dimension, ProjectSettings, settings_of
 from reward.app.store import Store
 from reward.app.web import Done, Pages
 from reward.safety.policy import load_policy
@@ -33,6 +33,21 @@ DAY = 24 * 3_600_000
 MOST_DRAFT = 64 << 10
 BOX = (16, 9)
 """Of clips whose size is not known."""
+
+# Statements of what labelers ask for again and again, built once: building one takes longer than the database does
+
+ABOUT = (
+    select(project.c.name, prompt.c.text, prompt.c.lang)
+    .join(prompt, prompt.c.project_id == project.c.id)
+    .where(project.c.id == bindparam("project"), prompt.c.prompt_id == bindparam("prompt"))
+)
+CLIPS = select(clip.c.id, clip.c.row, servable().label("available")).where(clip.c.id.in_(bindparam("clips", expanding=True)))
+FILE = select(clip.c.clip_id).where(clip.c.id == bindparam("clip"), servable())
+STANDING = (
+    select(func.count(), func.sum(case((answer.c.at >= bindparam("midnight"), 1), else_=0)))
+    .select_from(answer)
+    .where(answer.c.person_id == bindparam("person"), answer.c.project_id == bindparam("project"), ~select(withdrawal.c.ref).where(withdrawal.c.ref == answer.c.id).exists())
+)
 
 
 class Room(BaseModel):
@@ -177,10 +192,8 @@ def _mine(me: Actor, project_id: str) -> Any:
 
 def _progress(db: Any, store: Store, me: Actor, project_id: str) -> tuple[int, int]:
     """Answers of a person that stand: in all, and since midnight UTC."""
-    taken_back = select(withdrawal.c.ref).where(withdrawal.c.ref == answer.c.id).exists()
-    mine = select(func.count()).select_from(answer).where(answer.c.person_id == me.person_id, answer.c.project_id == project_id, ~taken_back)
-    midnight = store.now() // DAY * DAY
-    return db.execute(mine).scalar_one(), db.execute(mine.where(answer.c.at >= midnight)).scalar_one()
+    done, today = db.execute(STANDING, {"person": me.person_id, "project": project_id, "midnight": store.now() // DAY * DAY}).one()
+    return done, today or 0
 
 
 @pages.action("/projects/{project_id}/label/consent")
@@ -206,22 +219,21 @@ def screen(assignment_id: str, me: Me, store: StoreOf) -> Screen:
     """One's own task."""
     with store.reading() as db:
         row = own_assignment(db, me, assignment_id)
-        settings = settings_of(db, row.project_id)
-        shown = servable_of(db, row.clips)
-        facts = db.execute(select(clip.c.row).where(clip.c.id.in_(row.clips))).scalars().all()
-        words = db.execute(select(prompt.c.text, prompt.c.lang).where(prompt.c.project_id == row.project_id, prompt.c.prompt_id == row.prompt_id)).one()
-        name = db.execute(select(project.c.name).where(project.c.id == row.project_id)).scalar_one()
+        about = db.execute(ABOUT, {"project": row.project_id, "prompt": row.prompt_id}).one()
+        settings = ProjectSettings.model_validate(row.settings)
+        clips = db.execute(CLIPS, {"clips": row.clips}).all()
+        shown, facts = {each.id for each in clips if each.available}, [each.row for each in clips]
         done, today = _progress(db, store, me, row.project_id)
         places = [(place, answering.clip_at(row, place)) for place in range(len(row.clips))]
         return Screen(
             assignment_id=row.id,
             project_id=row.project_id,
-            project=name,
+            project=about.name,
             work="demonstration" if row.kind == "demonstration" else "rank",
             state=row.state,
             practice=row.kind == "practice",
-            prompt=words.text if answering.shows_prompt(row, settings.labeling) else None,
-            lang=words.lang,
+            prompt=about.text if answering.shows_prompt(row, settings.labeling) else None,
+            lang=about.lang,
             clips=[Shown(place=place, media=f"/media/{row.id}/{place}", available=each in shown) for place, each in places],
             box=_box(facts),
             fps=max([float(each.get("fps") or 0) for each in facts] + [1.0]),
@@ -251,10 +263,9 @@ def media(assignment_id: str, place: int, request: Request, me: Me, store: Store
     """A clip of one's own assignment, while it may be shown."""
     with store.glancing() as db:
         row = own_assignment(db, me, assignment_id)
-        clip_id = answering.clip_at(row, place)
-        if row.state not in choosing.LIVE or not servable_of(db, [clip_id]):
+        digest = db.execute(FILE, {"clip": answering.clip_at(row, place)}).scalar()
+        if row.state not in choosing.LIVE or digest is None:
             raise Denied(404, "this clip cannot be shown")
-        digest = db.execute(select(clip.c.clip_id).where(clip.c.id == clip_id)).scalar_one()
     return send(request, store, digest)
 
 

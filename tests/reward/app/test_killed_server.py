@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import http.client
+import json
 import random
-import ssl
+import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
-import httpx2
 import pytest
 from sqlalchemy import select
 
 from recipes.bench._postgres import postgres, programs
-from recipes.bench.app import TAKES, _csrf, in_a_loop, seed_store, served
+from recipes.bench.app import TAKES, Browser, _csrf, seed_store, served
 from reward.app import schema
 from reward.app.store import open_store
 from tests.reward.app.conftest import STORES
@@ -29,31 +32,30 @@ class Told:
     unknown: set[str] = field(default_factory=set)  # sent, and no answer came before the server was gone
 
 
-async def labeler(client: httpx2.AsyncClient, project_id: str, rng: random.Random, told: Told, most: int) -> None:
+def labeler(browser: Browser, project_id: str, rng: random.Random, told: Told, most: int) -> None:
     """Answers until the server is gone, or enough was acknowledged. What got no answer may be there or not."""
-    async with client:
-        with contextlib.suppress(httpx2.TransportError):
-            while len(told.acknowledged) < most:
-                task_id = (await client.post(f"/api/projects/{project_id}/label/next", json={})).json()["assignment_id"]
-                answer_id = f"killed-{rng.getrandbits(64):016x}"
-                body = {"id": answer_id, "ranks": {"overall": rng.sample(range(1, TAKES + 1), TAKES)}, "watched": [1.0] * TAKES, "watch_ms": [9] * TAKES, "lead_time_ms": 9}
-                told.unknown.add(answer_id)
-                sent = await client.post(f"/api/assignments/{task_id}/answer", json=body)
-                assert sent.status_code == 200, sent.text
-                told.unknown.discard(answer_id)
-                told.acknowledged.append(answer_id)
+    with contextlib.closing(browser), contextlib.suppress(OSError, http.client.HTTPException):
+        while len(told.acknowledged) < most:
+            task_id = json.loads(browser.ask(f"/api/projects/{project_id}/label/next", {})[1])["assignment_id"]
+            answer_id = f"killed-{rng.getrandbits(64):016x}"
+            body = {"id": answer_id, "ranks": {"overall": rng.sample(range(1, TAKES + 1), TAKES)}, "watched": [1.0] * TAKES, "watch_ms": [9] * TAKES, "lead_time_ms": 9}
+            told.unknown.add(answer_id)
+            status, content = browser.ask(f"/api/assignments/{task_id}/answer", body)
+            assert status == 200, content
+            told.unknown.discard(answer_id)
+            told.acknowledged.append(answer_id)
 
 
-async def until_killed(url: str, kill: object, project_id: str, sessions: list[tuple[str, str]], rng: random.Random, told: Told, most: int) -> None:
-    plain = ssl.create_default_context()
-    clients = [httpx2.AsyncClient(base_url=url, headers={"cookie": f"rushes={cookie}", "x-csrf": csrf}, timeout=30, verify=plain) for cookie, csrf in sessions]
-    work = asyncio.gather(*(labeler(client, project_id, random.Random(rng.random()), told, most) for client in clients))
+def until_killed(url: str, kill: Callable[[], None], project_id: str, sessions: list[tuple[str, str]], rng: random.Random, told: Told, most: int) -> None:
     enough = len(told.acknowledged) + rng.randint(5, 40)
-    while len(told.acknowledged) < enough and not work.done():
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(rng.uniform(0, 0.02))
-    kill()  # type: ignore[operator]
-    await work
+    with ThreadPoolExecutor(len(sessions)) as pool:
+        work = [pool.submit(labeler, Browser(urlsplit(url).netloc, *session), project_id, random.Random(rng.random()), told, most) for session in sessions]
+        while len(told.acknowledged) < enough and not all(each.done() for each in work):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        kill()
+        for each in work:
+            each.result()
 
 
 def kill_again_and_again(folder: Path, kind: str, submits: int) -> tuple[Told, int]:
@@ -66,7 +68,7 @@ def kill_again_and_again(folder: Path, kind: str, submits: int) -> tuple[Told, i
         store.close()
         while len(told.acknowledged) < submits:
             with served(folder, database) as (url, process):
-                in_a_loop(until_killed(url, process.kill, project_id, sessions, rng, told, submits))
+                until_killed(url, process.kill, project_id, sessions, rng, told, submits)
                 process.wait()
             kills += 1
         store = open_store(folder, database)
