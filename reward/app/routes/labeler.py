@@ -1,6 +1,8 @@
 """The labelers' room: consent, practice, the screen on which clips are ranked or accepted, and their media.
 
 Nothing here says what kind of check a task is, who or what made a clip, or what others answered: clips are places of an assignment, also in addresses.
+
+A task and its clips are read in the event loop: in threads, these short queries would take turns with the one that writes, and next tasks took twice as long.
 """
 
 from __future__ import annotations
@@ -215,9 +217,9 @@ def next_task(project_id: str, body: Asked, me: Me, store: StoreOf) -> Next:
 
 
 @pages.view("/assignments/{assignment_id}", "rank.html")
-def screen(assignment_id: str, me: Me, store: StoreOf) -> Screen:
+async def screen(assignment_id: str, me: Me, store: StoreOf) -> Screen:
     """One's own task."""
-    with store.reading() as db:
+    with store.glancing() as db:
         row = own_assignment(db, me, assignment_id)
         about = db.execute(ABOUT, {"project": row.project_id, "prompt": row.prompt_id}).one()
         settings = ProjectSettings.model_validate(row.settings)
@@ -259,7 +261,7 @@ def _box(facts: Any) -> tuple[int, int]:
 
 
 @pages.router.get("/media/{assignment_id}/{place}", include_in_schema=False)
-def media(assignment_id: str, place: int, request: Request, me: Me, store: StoreOf) -> Response:
+async def media(assignment_id: str, place: int, request: Request, me: Me, store: StoreOf) -> Response:
     """A clip of one's own assignment, while it may be shown."""
     with store.glancing() as db:
         row = own_assignment(db, me, assignment_id)
