@@ -1,11 +1,9 @@
 """Who gets which task: leases.
 
 A lease is an assignment in the state "open". It holds one of the slots of its task, which no other person can hold (a unique index says so, too), until it is answered, skipped,
-or over its time: what is
-over is freed by whoever asks next, in the same transaction. Nobody chooses a task. Which kind comes next is a walk through the person's mixture (`reward/asking.py`); within a
-kind it is the most
-worthwhile task, or any, and never one that the person has had, but as a repeat. Clips that may not be shown are looked for at the last moment; a task with one waits in the state
-"held".
+or over its time: what is over is freed by the app's upkeep, and at once by who would else have nothing to do. Nobody chooses a task. Which kind comes next is a walk through the
+person's mixture (`reward/asking.py`); within a kind it is the most worthwhile task, or any, and never one that the person has had, but as a repeat. Clips that may not be shown
+are looked for at the last moment; a task with one waits in the state "held".
 """
 
 from __future__ import annotations
