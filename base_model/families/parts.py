@@ -25,7 +25,7 @@ def load_part(kind: Any, source: str, part: str, *, device: torch.device, dtype:
     try:
         loaded = kind.from_pretrained(source, subfolder=part, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {part}/ of {source} ({_first_line(error)}). Check the path or the name, and for a gated model that you are logged in and have agreed") from error
+        raise UserError(f"cannot load {part}/ of {source} ({_first_line(error)}). Check the path or the name; for a gated model, log in and agree to its terms") from error
     return loaded if dtype is None else loaded.requires_grad_(False).eval().to(device)
 
 
