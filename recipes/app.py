@@ -143,7 +143,7 @@ def serve(cfg: Config) -> dict[str, Any]:
     """Serves until it is told to stop."""
     server = uvicorn()
     check_reach(cfg)
-    with opened(cfg, made=True) as store, alone(cfg), listening(cfg.host, cfg.port) as listener:
+    with alone(cfg), opened(cfg, made=True) as store, listening(cfg.host, cfg.port) as listener:
         from reward.app.people import first_invitation
         from reward.app.upkeep import upkeep
         from reward.app.web import make_app
@@ -205,6 +205,7 @@ def base_of(cfg: Config, here: str) -> str:
 @contextlib.contextmanager
 def alone(cfg: Config) -> Iterator[None]:
     """Holds the folder for this server. Raises UserError where another server of this machine has it."""
+    cfg.out.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor = os.open(cfg.out / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -407,7 +408,7 @@ def have_people_rank(folder: Path, clips: Path, target: Path, wanted: int, *, na
 
     cfg = Config(out=folder, port=port, stop_seconds=5)
     check_installed()
-    with opened(cfg, made=True) as store, alone(cfg), listening(cfg.host, cfg.port) as listener:
+    with alone(cfg), opened(cfg, made=True) as store, listening(cfg.host, cfg.port) as listener:
         print(f"the clips in {clips} are made ready for the app", file=sys.stderr, flush=True)
         made = fill_project(store, name, clips, name)
         project_id, most = project_called(store, name), answers_wanted(store, project_called(store, name))

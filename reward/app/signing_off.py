@@ -7,18 +7,19 @@ shown, so that nobody signs what has changed meanwhile. A sign-off is never chan
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, Row, func, insert, select
 
 from base_model.errors import UserError
-from reward.app.log import canonical
+from reward.app.log import LAST, canonical
 from reward.app.quality import Filters
 from reward.app.reports import gently
-from reward.app.schema import clip, event, item, reading, signoff, threshold
+from reward.app.schema import clip, item, reading, signoff, threshold
 from reward.app.security import Actor, Denied, sha256
 from reward.app.store import Store, new_id
 from reward.safety.policy import load_policy
@@ -98,7 +99,10 @@ def hash_of(evidence: dict[str, Any]) -> str:
 
 
 def sign(store: Store, project_id: str, run: str, approved: bool, statement: str, seen: str, filters: Filters, me: Actor) -> str:
-    """The id of a new sign-off. seen: hash of the evidence that was shown. Raises UserError without a statement, and Denied where the evidence is another by now."""
+    """The id of a new sign-off, or of the last one about the run where it says the very same. seen: hash of the evidence that was shown.
+
+    Raises UserError without a statement, and Denied where the evidence is another by now.
+    """
     statement = statement.strip()
     if not 1 <= len(statement) <= LONGEST:
         raise UserError(f"a statement has 1 to {LONGEST} characters, statement. Say what you looked at and why you decide so")
@@ -108,7 +112,10 @@ def sign(store: Store, project_id: str, run: str, approved: bool, statement: str
     if hash_of(evidence) != seen:
         raise Denied(409, "what is known of the run has changed. Load the page again, once its numbers are up to date")
     with store.writing() as db:
-        last = db.execute(select(event.c.seq, event.c.hash).order_by(event.c.seq.desc()).limit(1)).first()
+        before = next(iter(_newest_first(db, project_id, run)), None)
+        if before is not None and _says(before) == (approved, statement, me.pseudonym, evidence):
+            return str(before.id)  # the button was pressed twice
+        last = db.execute(LAST).first()
         frozen = {**evidence, "log": {"seq": last.seq, "hash": last.hash} if last else None}
         row = {"id": made, "project_id": project_id, "run": run, "approved": approved, "evidence": frozen, "statement": statement, "person_id": me.pseudonym, "at": store.now()}
         db.execute(insert(signoff), row)
@@ -119,7 +126,16 @@ def sign(store: Store, project_id: str, run: str, approved: bool, statement: str
 
 def signoffs(db: Connection, project_id: str) -> list[Signoff]:
     """Newest first."""
-    return [_signoff(row) for row in db.execute(select(signoff).where(signoff.c.project_id == project_id).order_by(signoff.c.at.desc(), signoff.c.id))]
+    return [_signoff(row) for row in _newest_first(db, project_id)]
+
+
+def _newest_first(db: Connection, project_id: str, run: str | None = None) -> Sequence[Row[Any]]:
+    wanted = select(signoff).where(signoff.c.project_id == project_id).order_by(signoff.c.at.desc(), signoff.c.id)
+    return db.execute(wanted if run is None else wanted.where(signoff.c.run == run)).all()
+
+
+def _says(row: Row[Any]) -> tuple[bool, str, str, dict[str, Any]]:
+    return row.approved, row.statement, row.person_id, {name: value for name, value in row.evidence.items() if name != "log"}
 
 
 def _signoff(row: Any) -> Signoff:

@@ -184,8 +184,11 @@ def test_a_run_is_signed_only_as_it_was_shown(each_store: Store) -> None:
     assert client.post(f"/api{path}", json=body).status_code == 409
     told = get(client, f"{path}?run=test")
     assert client.post(f"/api{path}", json={**body, "seen": told["seen"]}).status_code == 200
+    assert client.post(f"/api{path}", json={**body, "seen": told["seen"]}).status_code == 200, "the button was pressed twice"
     (held,) = get(client, path)["signoffs"]
     assert held["evidence"]["withdrawn"] == 1 and held["approved"] and held["statement"] == "fine"
+    assert client.post(f"/api{path}", json={**body, "seen": told["seen"], "approved": "false"}).status_code == 200
+    assert [each["approved"] for each in get(client, path)["signoffs"]] == [False, True]
 
 
 def test_the_log_is_paged_without_gaps_and_filtered(each_store: Store) -> None:
