@@ -36,26 +36,26 @@ Work = Literal["rank", "demonstration"]
 
 # Statements that every labeler's request needs are built once: building one takes longer than the database does
 
-OWN = (
+OWN: Select[Any] = (
     select(assignment, task.c.kind, task.c.clips, task.c.truth, task.c.prompt_id, project.c.settings)
     .join(task, task.c.id == assignment.c.task_id)
     .join(project, project.c.id == assignment.c.project_id)
     .where(assignment.c.id == bindparam("assignment"), assignment.c.person_id == bindparam("person"))
 )
-ADMITTED = (
+ADMITTED: Select[Any] = (
     select(project.c.state.label("project_state"), project.c.settings.label("project_settings"), person.c.state, person.c.settings)
     .select_from(person.join(project, project.c.id == bindparam("project")))
     .where(person.c.id == bindparam("person"))
 )
 BRIEF = (assignment.c.id, assignment.c.task_id, assignment.c.person_id, assignment.c.slot, assignment.c.purpose, assignment.c.repeat, assignment.c.state)
-MINE = (
+MINE: Select[Any] = (
     select(*BRIEF, assignment.c.lease_until)
     .where(assignment.c.person_id == bindparam("person"), assignment.c.project_id == bindparam("project"))
     .order_by(assignment.c.issued_at, assignment.c.id)
 )
-OF_TASK = select(*BRIEF).where(assignment.c.task_id == bindparam("task"))
-EXPIRED = select(*BRIEF).where(assignment.c.state == "open", assignment.c.lease_until <= bindparam("now"))
-CLIPS_OF = select(task.c.clips).where(task.c.id == bindparam("task"))
+OF_TASK: Select[Any] = select(*BRIEF).where(assignment.c.task_id == bindparam("task"))
+EXPIRED: Select[Any] = select(*BRIEF).where(assignment.c.state == "open", assignment.c.lease_until <= bindparam("now"))
+CLIPS_OF: Select[Any] = select(task.c.clips).where(task.c.id == bindparam("task"))
 TAKE = insert(assignment)
 COUNT = update(task).where(task.c.id == bindparam("task")).values(
     taken=task.c.taken + bindparam("more_taken"),
