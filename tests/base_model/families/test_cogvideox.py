@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,67 +241,53 @@ def test_velocities_of_half_precision_weights_are_float32(saved: dict[Kind, Save
 def test_the_scheduler_of_5b_is_read_too(saved: dict[Kind, Saved], tmp_path: Path) -> None:
     from diffusers import CogVideoXDPMScheduler
 
-    folder = copy_of(saved["5b"].folder, tmp_path)
+    folder = Path(shutil.copytree(saved["5b"].folder, tmp_path / "copy"))
     CogVideoXDPMScheduler(**SCHEDULER, snr_shift_scale=1.0).save_pretrained(folder / "scheduler")
     read = load(str(folder), device=CPU, dtype=torch.float32)
     assert torch.equal(read.times(7, ClipShape(9, 32, 32)), saved["5b"].load().times(7, ClipShape(9, 32, 32)))
 
 
-def copy_of(folder: Path, place: Path) -> Path:
-    """The same checkpoint by links, with folders and configurations of its own."""
-    copy = place / "copy"
-    for file in folder.rglob("*"):
-        if file.is_file():
-            target = copy / file.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
-    return copy
-
-
-def rewrite(file: Path, **changed: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+def refusal(folder: Path) -> str:
+    """The line that `load` says of a folder."""
+    with pytest.raises(UserError) as told:
+        load(str(folder), device=CPU, dtype=torch.float32)
+    assert "\n" not in str(told.value)
+    return str(told.value)
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_a_part_that_is_missing_is_named(saved: dict[Kind, Saved], part: str, tmp_path: Path) -> None:
-    folder = copy_of(saved["2b"].folder, tmp_path)
-    (folder / part).rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=rf"holds no {part}/") as told:
-        load(str(folder), device=CPU, dtype=torch.float32)
-    assert "\n" not in str(told.value)
+    folder = Path(shutil.copytree(saved["2b"].folder, tmp_path / "copy"))
+    shutil.rmtree(folder / part)
+    assert f"holds no {part}/" in refusal(folder)
 
 
-def test_what_is_no_cogvideox_of_text_to_video_is_refused_in_one_line(saved: dict[Kind, Saved], tmp_path: Path) -> None:
-    def told(name: str, file: str, **changed: Any) -> str:
-        folder = copy_of(saved["2b"].folder, tmp_path / name)
-        rewrite(folder / file, **changed)
-        with pytest.raises(UserError) as error:
-            load(str(folder), device=CPU, dtype=torch.float32)
-        return str(error.value)
+def test_what_is_no_cogvideox_is_refused(saved: dict[Kind, Saved], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved["2b"].folder, tmp_path / "copy"))
 
-    lines = [
-        told("family", "transformer/config.json", _class_name="LTXVideoTransformer3DModel"),
-        told("encoder", "text_encoder/config.json", architectures=["UMT5EncoderModel"]),
-        told("prediction", "scheduler/scheduler_config.json", prediction_type="epsilon"),
-    ]
-    for line, word in zip(lines, ("LTXVideoTransformer3DModel", "UMT5EncoderModel", "epsilon"), strict=True):
-        assert word in line and "\n" not in line
+    def told(file: Path, **changed: Any) -> str:
+        before = file.read_text()
+        file.write_text(json.dumps({**json.loads(before), **changed}))
+        line = refusal(folder)
+        file.write_text(before)
+        return line
+
+    assert "LTXVideoTransformer3DModel" in told(folder / "transformer" / "config.json", _class_name="LTXVideoTransformer3DModel")
+    assert "UMT5EncoderModel" in told(folder / "text_encoder" / "config.json", architectures=["UMT5EncoderModel"])
+    assert "epsilon" in told(folder / "scheduler" / "scheduler_config.json", prediction_type="epsilon")
 
 
 def test_a_model_of_images_to_video_is_refused(saved: dict[Kind, Saved], tmp_path: Path) -> None:
     from diffusers import CogVideoXTransformer3DModel
 
-    folder = copy_of(saved["2b"].folder, tmp_path)
+    folder = Path(shutil.copytree(saved["2b"].folder, tmp_path / "copy"))
     CogVideoXTransformer3DModel.from_config({**saved["2b"].pipeline.transformer.config, "in_channels": 8}).save_pretrained(folder / "transformer")
-    with pytest.raises(UserError, match="images to video"):
-        load(str(folder), device=CPU, dtype=torch.float32)
+    assert "images to video" in refusal(folder)
 
 
 @pytest.mark.parametrize(("part", "name"), [("transformer", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")])
 def test_pickled_weights_are_not_opened(saved: dict[Kind, Saved], part: str, name: str, tmp_path: Path) -> None:
-    folder = copy_of(saved["2b"].folder, tmp_path)
+    folder = Path(shutil.copytree(saved["2b"].folder, tmp_path / "copy"))
     (weights,) = (folder / part).glob("*.safetensors")
     weights.rename(weights.with_name(f"{name}.bin"))
-    with pytest.raises(UserError, match="safetensors") as told:
-        load(str(folder), device=CPU, dtype=torch.float32)
-    assert "\n" not in str(told.value)
+    assert "safetensors" in refusal(folder)
