@@ -187,8 +187,10 @@ def test_latents_follow_the_configuration_and_sizes_off_the_grid_are_refused(sav
     model = saved["1.5"].load()
     with pytest.raises(ValueError, match="multiple of 8"):
         model.latents.shape(ClipShape(13, 32, 32))
+    cond = model.encode_text(["blue"])
+    assert model(torch.randn(1, 8, 1, 6, 8), torch.tensor(1.0), cond).shape == (1, 8, 1, 6, 8)
     with pytest.raises(UserError, match="larger than the 6x8"):
-        model(torch.randn(1, 8, 1, 8, 8), torch.tensor(1.0), model.encode_text(["blue"]))
+        model(torch.randn(1, 8, 1, 8, 8), torch.tensor(1.0), cond)
     model = saved["2b"].load()
     with pytest.raises(UserError, match="patches of 2"):
         model(torch.randn(1, 4, 1, 3, 4), torch.tensor(1.0), model.encode_text(["blue"]))
