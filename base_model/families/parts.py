@@ -29,6 +29,18 @@ def load_part(kind: Any, source: str, part: str, *, device: torch.device, dtype:
     return loaded if dtype is None else loaded.requires_grad_(False).eval().to(device)
 
 
+def read_index(source: str) -> dict[str, Any]:
+    """`model_index.json` of a checkpoint: the class of its pipeline and of every part. Raises UserError where there is none."""
+    from diffusers import DiffusionPipeline
+
+    if Path(source).exists():
+        return read_json(Path(source) / "model_index.json", "the index of a diffusers checkpoint")
+    try:
+        return dict(DiffusionPipeline.load_config(source))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no checkpoint {source} ({_first_line(error)}). Give a folder that diffusers saved, or check the name on the hub") from error
+
+
 def check_class(file: Path, kind: Any) -> None:
     """Raises UserError where a configuration is of another class; diffusers would go on with whatever names match."""
     if not file.is_file():

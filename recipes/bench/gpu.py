@@ -272,12 +272,13 @@ def tokens_of(clip: ClipShape) -> int:
     return (1 + (clip.frames - 1) // 4) * (clip.height // 16) * (clip.width // 16)
 
 
-def encoder_of(s: Sizes) -> Callable[[Sequence[str]], Tensor]:
-    """Prompts -> random states [B,L,D], the same for the same number of prompts."""
+def encoder_of(s: Sizes) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
+    """Prompts -> random states [B,L,D], the same for the same number of prompts, all of them of a prompt [B,L]."""
 
-    def encode(prompts: Sequence[str]) -> Tensor:
+    def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(len(prompts[0]))
-        return torch.randn(len(prompts), s.text_tokens, s.wan["text_dim"], generator=generator).to(s.device, s.dtype)
+        states = torch.randn(len(prompts), s.text_tokens, s.wan["text_dim"], generator=generator).to(s.device, s.dtype)
+        return states, torch.ones(states.shape[:2], dtype=torch.bool, device=s.device)
 
     return encode
 
