@@ -31,14 +31,14 @@ def load_part(kind: Any, source: str, part: str, *, device: torch.device, dtype:
 
 def read_index(source: str) -> dict[str, Any]:
     """`model_index.json` of a checkpoint: the class of its pipeline and of every part. Raises UserError where there is none."""
-    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
 
-    if Path(source).exists():
-        return read_json(Path(source) / "model_index.json", "the index of a diffusers checkpoint")
+    name = "model_index.json"
     try:
-        return dict(DiffusionPipeline.load_config(source))
+        file = Path(source) / name if Path(source).exists() else Path(hf_hub_download(source, name))
     except (OSError, ValueError) as error:
         raise UserError(f"no checkpoint {source} ({_first_line(error)}). Give a folder that diffusers saved, or check the name on the hub") from error
+    return read_json(file, "the index of a diffusers checkpoint")
 
 
 def check_class(file: Path, kind: Any) -> None:
