@@ -42,7 +42,8 @@ COMFY: dict[str, tuple[tuple[str, str], ...]] = {
 def save_lora(model: VideoModel, file: Path, *, comfy: bool = False) -> list[Path]:
     """Writes the trained adapter of `model.network` as safetensors; returns the files.
 
-    diffusers: `pipe.load_lora_weights(file)`; of two experts it reads the first alone, the second is `pipe.transformer_2.load_lora_adapter(file, prefix="transformer_2")`.
+    diffusers: `pipe.load_lora_weights(file)`. Of two experts that reads the first alone; the second, with its alpha, is
+    `pipe.transformer_2.load_lora_adapter(file, prefix="transformer_2", use_safetensors=True)`.
     comfy: of two experts each gets a file of its own, <name>_high_noise and <name>_low_noise. Raises UserError where there is no adapter, or no name for a layer of it.
     """
     network: Any = model.network

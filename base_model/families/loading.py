@@ -15,6 +15,7 @@ from base_model.families.parts import read_index
 
 MODULES = {
     "WanPipeline": "wan",
+    "WanImageToVideoPipeline": "wan",
     "LTXPipeline": "ltx",
     "MochiPipeline": "mochi",
     "CogVideoXPipeline": "cogvideox",
@@ -24,7 +25,11 @@ MODULES = {
 NAMES = {
     "wan2.1-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "wan2.1-i2v-480p": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    "wan2.1-i2v-720p": "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
     "wan2.2-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    "wan2.2-a14b": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "wan2.2-i2v-a14b": "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
     "ltx-video": "Lightricks/LTX-Video",
     "mochi-1": "genmo/mochi-1-preview",
     "cogvideox-2b": "zai-org/CogVideoX-2b",

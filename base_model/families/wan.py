@@ -1,4 +1,4 @@
-"""Wan (2.1 text to video, 2.2 TI2V 5B) behind `VideoModel`: diffusers' transformer, VAE, text encoder and sampling grid.
+"""Wan 2.1 and 2.2 behind `VideoModel`: diffusers' transformer, VAE, text encoder and sampling grid. Image to video is `wan_image.py`, A14B's network `wan_experts.py`.
 
 Wan is trained on the rectified path and predicts eps - x0, which is our velocity as it stands; only its clock differs: it is told 1000 t. Texts are UMT5 states of
 512 tokens, zero behind the end of a prompt, and never masked: the network looks at those zeros too.
@@ -7,32 +7,19 @@ Wan is trained on the rectified path and predicts eps - x0, which is our velocit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from base_model.errors import UserError
 from base_model.families.parts import load_part, read_index
 from base_model.paths import RectifiedFlow
-from base_model.prompts.conditions import obey
+from base_model.prompts.conditions import Canvas, encode_known, obey
 from base_model.types import ClipShape, Conditioning, LatentSpec
 
-T2V_1_3B: dict[str, Any] = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 12,
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 8960,
-    "num_layers": 30,
-}
-"""`WanTransformer3DModel` of Wan2.1-T2V-1.3B; what is not named is the class's own default."""
-VAE_2_1: dict[str, Any] = {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
-"""`AutoencoderKLWan` of Wan2.1."""
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
 MLP_TARGETS = ("ffn.net.0.proj", "ffn.net.2")
 TEXT_TOKENS = 512
@@ -65,7 +52,7 @@ class WanVideoModel:
     What a visual prompt gives (`cond.known`) is told to the network as tokens of time 0: what TI2V 5B was trained on, and a text-to-video checkpoint was not.
     """
 
-    network: Any  # WanTransformer3DModel, or peft's wrapper of it
+    network: Any  # WanTransformer3DModel, two of them (`Experts`), or peft's wrapper of either
     vae: Any = None  # AutoencoderKLWan
     encoder: Encoder | None = None
     scheduler: Any = None  # one of SCHEDULERS; only its grid is used
@@ -88,7 +75,7 @@ class WanVideoModel:
 
     def to(self, device: torch.device) -> WanVideoModel:
         """Moves all parts, in place."""
-        for part in (self.network, self.vae, self.encoder):
+        for part in vars(self).values():
             if isinstance(part, nn.Module):
                 part.to(device)
         return self
@@ -111,9 +98,16 @@ class WanVideoModel:
     def _velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """t [B], or one a token [B,n]."""
         dtype = self.network.dtype
-        text = cond.text.where(cond.mask[..., None], 0).to(dtype)  # [B,L,D]
-        u: Tensor = self.network(hidden_states=x.to(dtype), timestep=1000 * t, encoder_hidden_states=text, return_dict=False)[0]
+        text, image = cond.text.where(cond.mask[..., None], 0).to(dtype), None if cond.image is None else cond.image.to(dtype)  # [B,L,D], [B,M,E]
+        if image is not None:
+            text = pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1]))  # [B,512,D]: the network takes what is more for the image
+        told = {"hidden_states": x.to(dtype), "timestep": 1000 * t, "encoder_hidden_states": text, "encoder_hidden_states_image": image}
+        u: Tensor = self.network(**told, return_dict=False)[0]
         return u.float()
+
+    def with_canvases(self, cond: Conditioning, canvases: Sequence[Canvas]) -> Conditioning:
+        """B texts and B canvases, which may give what they like."""
+        return replace(cond, known=encode_known(self, canvases, self.network.config.patch_size))
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Raises UserError where the model was built without an encoder."""
@@ -148,41 +142,30 @@ class WanVideoModel:
 
 
 def load(source: str, *, device: torch.device, dtype: torch.dtype) -> WanVideoModel:
-    """A folder that diffusers saved, or a name on the hub. The VAE comes in float32 whatever the dtype, as its authors run it. Raises UserError."""
+    """A folder that diffusers saved, or a name on the hub. VAE and image encoder come in float32 whatever the dtype, as its authors run them. Raises UserError."""
     import diffusers
-    from transformers import AutoTokenizer, UMT5EncoderModel
+    from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from base_model.families.wan_experts import Experts
+    from base_model.families.wan_image import ImageStates, WanImageVideoModel
+
+    def part(kind: Any, name: str, dtype: torch.dtype | None = None) -> Any:
+        return load_part(kind, source, name, device=device, dtype=dtype)
 
     index = read_index(source)
-    scheduler = index.get("scheduler", [None, None])[1]
-    if scheduler not in SCHEDULERS:
-        raise UserError(f"{source} is sampled with {scheduler}, whose grid is not known. Give a checkpoint with one of {', '.join(SCHEDULERS)}")
-    network = load_part(diffusers.WanTransformer3DModel, source, "transformer", device=device, dtype=dtype)
-    vae = load_part(diffusers.AutoencoderKLWan, source, "vae", device=device, dtype=torch.float32)
-    umt5 = load_part(UMT5EncoderModel, source, "text_encoder", device=device, dtype=dtype)
-    encoder = PromptStates(load_part(AutoTokenizer, source, "tokenizer", device=device), umt5)
-    return WanVideoModel(network, vae, encoder, load_part(getattr(diffusers, scheduler), source, "scheduler", device=device))
-
-
-def random_transformer(config: dict[str, Any], *, device: torch.device, dtype: torch.dtype) -> Any:
-    """A frozen `WanTransformer3DModel` with fresh weights, made on the device in its precision."""
-    from diffusers import WanTransformer3DModel
-
-    return _made(WanTransformer3DModel, config, device, dtype)
-
-
-def random_vae(config: dict[str, Any], *, device: torch.device, dtype: torch.dtype) -> Any:
-    """A frozen `AutoencoderKLWan` with fresh weights, made on the device in its precision."""
-    from diffusers import AutoencoderKLWan
-
-    return _made(AutoencoderKLWan, config, device, dtype)
-
-
-def _made(kind: Any, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            made: nn.Module = kind(**config)
-    finally:
-        torch.set_default_dtype(before)
-    return made.requires_grad_(False).eval()
+    parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1] is not None}
+    if parts.get("scheduler") not in SCHEDULERS:
+        raise UserError(f"{source} is sampled with {parts.get('scheduler')}, whose grid is not known. Give a checkpoint with one of {', '.join(SCHEDULERS)}")
+    network, vae = part(diffusers.WanTransformer3DModel, "transformer", dtype), part(diffusers.AutoencoderKLWan, "vae", torch.float32)
+    channels, expected = network.config.in_channels, (vae.config.z_dim, 2 * vae.config.z_dim + vae.config.scale_factor_temporal)
+    if channels not in expected:
+        raise UserError(f"{source} takes {channels} channels where {expected[0]} or, from an image, {expected[1]} are known. Give a text or image to video checkpoint of Wan")
+    if "transformer_2" in parts and index.get("boundary_ratio") is not None:
+        network = Experts(network, part(diffusers.WanTransformer3DModel, "transformer_2", dtype), index["boundary_ratio"])
+    encoder = PromptStates(part(AutoTokenizer, "tokenizer"), part(UMT5EncoderModel, "text_encoder", dtype))
+    scheduler = part(getattr(diffusers, parts["scheduler"]), "scheduler")
+    if channels == expected[0]:
+        return WanVideoModel(network, vae, encoder, scheduler)
+    eye = ImageStates(part(CLIPImageProcessorPil, "image_processor"), part(CLIPVisionModel, "image_encoder", torch.float32)) if "image_encoder" in parts else None
+    return WanImageVideoModel(network, vae, encoder, scheduler, eye)

@@ -36,7 +36,8 @@ from align.optimizers import BETAS, build_optimizer
 from align.trajectory import rollout
 from align.windows import fixed_window
 from base_model.errors import UserError
-from base_model.families.wan import T2V_1_3B, TEXT_TOKENS, VAE_2_1, WanVideoModel, random_transformer, random_vae
+from base_model.families.wan import TEXT_TOKENS, WanVideoModel
+from base_model.families.wan_random import T2V_1_3B, VAE_2_1, random_transformer, random_vae
 from base_model.guidance import Guided
 from base_model.lora import add_lora
 from base_model.networks.attention import Backend, attention_backend

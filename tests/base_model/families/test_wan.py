@@ -14,7 +14,8 @@ from torch import Tensor
 from align.kernels import ODE
 from align.trajectory import rollout
 from base_model.errors import UserError
-from base_model.families.wan import LORA_TARGETS, MLP_TARGETS, WanVideoModel, load, random_transformer, random_vae
+from base_model.families.wan import LORA_TARGETS, MLP_TARGETS, WanVideoModel, load
+from base_model.families.wan_random import random_transformer, random_vae
 from base_model.guidance import Guided
 from base_model.lora import add_lora, reference
 from base_model.types import ClipShape, Conditioning, VideoModel
@@ -75,7 +76,7 @@ def test_the_network_is_told_a_thousand_t(model: WanVideoModel) -> None:
 def test_an_oracle_recovers_the_data_through_the_scheduler_and_through_our_kernel(scheduler: str) -> None:
     x0, eps = torch.randn(2, 2, 16, 2, 4, 4)
 
-    def oracle(**told: Tensor) -> tuple[Tensor]:
+    def oracle(**told: Any) -> tuple[Tensor]:
         return ((eps - x0).expand_as(told["hidden_states"]),)
 
     network: Any = oracle

@@ -61,10 +61,73 @@ def unipc(shift: float = 3.0) -> Any:
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
+def vae(**changes: Any) -> Any:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(**{**VAE, **changes}).eval()
+
+
 def text_to_video() -> Any:
-    from diffusers import AutoencoderKLWan, WanPipeline
+    from diffusers import WanPipeline
 
     torch.manual_seed(0)
-    made = WanPipeline(tokenizer(), text_encoder(), AutoencoderKLWan(**VAE).eval(), euler(), transformer())
-    made.set_progress_bar_config(disable=True)
-    return made
+    return quiet(WanPipeline(tokenizer(), text_encoder(), vae(), euler(), transformer()))
+
+
+def a14b() -> Any:
+    """Two experts."""
+    from diffusers import WanPipeline
+
+    torch.manual_seed(0)
+    return quiet(WanPipeline(tokenizer(), text_encoder(), vae(), euler(), transformer(), transformer(), boundary_ratio=0.875))
+
+
+def image_to_video() -> Any:
+    """2.1: with an image encoder."""
+    from diffusers import WanImageToVideoPipeline
+
+    torch.manual_seed(0)
+    network = transformer(in_channels=36, image_dim=16, added_kv_proj_dim=64)
+    return quiet(WanImageToVideoPipeline(tokenizer(), text_encoder(), vae(), euler(), *eye(), network))
+
+
+def image_a14b() -> Any:
+    """2.2: two experts, no image encoder."""
+    from diffusers import WanImageToVideoPipeline
+
+    torch.manual_seed(0)
+    experts = transformer(in_channels=36), transformer(in_channels=36)
+    return quiet(WanImageToVideoPipeline(tokenizer(), text_encoder(), vae(), euler(), None, None, *experts, boundary_ratio=0.9))
+
+
+def eye() -> tuple[Any, Any]:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    config = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=8)
+    return processor, CLIPVisionModel(config).eval()
+
+
+def ti2v(*, image: bool) -> Any:
+    """2.2 5B: 48 latent channels of 16x16 pixels, one time a token; its pipeline for text alone or with an image."""
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    torch.manual_seed(0)
+    patches = vae(
+        z_dim=48,
+        in_channels=12,
+        out_channels=12,
+        is_residual=True,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[k / 100 for k in range(48)],
+        latents_std=[1 + k / 100 for k in range(48)],
+    )
+    parts = {"tokenizer": tokenizer(), "text_encoder": text_encoder(), "vae": patches, "scheduler": euler(5.0), "transformer": transformer(in_channels=48, out_channels=48)}
+    return quiet((WanImageToVideoPipeline if image else WanPipeline)(**parts, expand_timesteps=True))
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
