@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from base_model.errors import UserError
 from base_model.families.parts import read_index
+from base_model.quantize import to_nf4
 
 MODULES = {
     "WanPipeline": "wan",
@@ -39,10 +41,11 @@ NAMES = {
 """Short name -> name on the hub."""
 
 
-def load_family(source: str, *, device: torch.device, dtype: torch.dtype) -> Any:
+def load_family(source: str, *, device: torch.device, dtype: torch.dtype, nf4: bool = False) -> Any:
     """The `VideoModel` of a folder that diffusers saved, of a short name of `NAMES`, or of a name on the hub ("owner/name"). Raises UserError.
 
-    dtype: of the network and the text encoder; bfloat16 on a GPU, float32 on a CPU.
+    dtype: of the network and the text encoder; bfloat16 on a GPU, float32 on a CPU. nf4: attention and mlp of the network's blocks in four bits; they are read into the
+    memory of the CPU and reach the device as such. Embeddings, norms and the last layer stay as they are.
     """
     where = NAMES.get(source, source)
     if not Path(where).exists() and where.count("/") != 1:
@@ -50,7 +53,13 @@ def load_family(source: str, *, device: torch.device, dtype: torch.dtype) -> Any
     named = str(read_index(where).get("_class_name"))
     if named not in MODULES:
         raise UserError(f"{source} holds a {named}, which no family reads. {_nearest(named, MODULES)}")
-    return importlib.import_module(f"base_model.families.{MODULES[named]}").load(where, device=device, dtype=dtype)
+    module = importlib.import_module(f"base_model.families.{MODULES[named]}")
+    model = module.load(where, device=torch.device("cpu") if nf4 else device, dtype=dtype)
+    if nf4:
+        names = "|".join(map(re.escape, (*module.LORA_TARGETS, *module.MLP_TARGETS)))
+        to_nf4(model.network, rf"(?!.*embedder).*blocks\.\d+\.(.*\.)?({names})", device)
+        model.to(device)
+    return model
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
