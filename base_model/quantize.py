@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
+import torch
 from torch import nn
 
 from base_model.errors import UserError
@@ -12,11 +13,12 @@ from base_model.errors import UserError
 BLOCK = 64  # weights that share a scale
 
 
-def to_nf4(network: nn.Module, targets: str) -> int:
+def to_nf4(network: nn.Module, targets: str, device: torch.device | None = None) -> int:
     """Turns every `nn.Linear` whose whole name matches the pattern `targets` into a frozen 4-bit one, in place; returns how many.
 
-    Computes in the dtype that the weights had. peft is told, so that LoRA goes onto the 4-bit layers. Raises ValueError where nothing matches, UserError where
-    rows are no multiple of a block of 64 weights long: on a CPU bitsandbytes reads such rows wrongly.
+    device: where they go, one after another, so that the whole network need never be there in full; None where they are. Computes in the dtype that the weights had. peft
+    is told, so that LoRA goes onto the 4-bit layers. Raises ValueError where nothing matches, UserError where rows are no multiple of a block of 64 weights long: on a CPU
+    bitsandbytes reads such rows wrongly.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel of 4-bit inference
     import bitsandbytes
@@ -34,6 +36,6 @@ def to_nf4(network: nn.Module, targets: str) -> int:
         if bias is not None:
             small.bias = nn.Parameter(bias.data, requires_grad=False)
         small.support_avx512bf16_for_cpu = False  # else the first scoring repacks the weights in bfloat16, in place and not exactly back
-        network.set_submodule(name, small.to(weight.device))
+        network.set_submodule(name, small.to(device or weight.device))
     network.is_loaded_in_4bit = True  # type: ignore[assignment]  # the mark peft looks for
     return len(found)

@@ -71,6 +71,7 @@ class Conditioning:
     mask: Tensor  # [B, L] bool
     pooled: Tensor | None = None  # [B, P]
     known: Known | None = None  # B; None where the text is all that is told
+    image: Tensor | None = None  # [B, M, E] states of an image encoder, for a network that is told them beside its text
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -80,19 +81,20 @@ class Conditioning:
         return self[torch.arange(len(self)).repeat_interleave(n)]
 
     def followed_by(self, other: Conditioning) -> Conditioning:
-        """The conditions of both, clips of `other` last. Shorter texts are padded. Raises ValueError where only one of them holds `pooled` or `known`."""
-        if (self.pooled is None) != (other.pooled is None) or (self.known is None) != (other.known is None):
+        """The conditions of both, clips of `other` last. Shorter texts are padded. Raises ValueError where only one of them holds `pooled`, `known` or `image`."""
+        if any((getattr(self, name) is None) != (getattr(other, name) is None) for name in ("pooled", "known", "image")):
             raise ValueError("conditions that hold different things cannot be one batch")
         longest = max(self.text.shape[1], other.text.shape[1])
         text, mask = ([pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1])) for part in parts] for parts in ((self.text, other.text), (self.mask, other.mask)))
-        pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
+        pooled, image = (None if a is None or b is None else torch.cat([a, b]) for a, b in ((self.pooled, other.pooled), (self.image, other.image)))
         known = None if self.known is None or other.known is None else Known(torch.cat([self.known.values, other.known.values]), torch.cat([self.known.mask, other.known.mask]))
-        return Conditioning((*self.prompts, *other.prompts), torch.cat(text), torch.cat(mask), pooled, known)
+        return Conditioning((*self.prompts, *other.prompts), torch.cat(text), torch.cat(mask), pooled, known, image)
 
     def to(self, device: torch.device) -> Conditioning:
         """The same conditions with their tensors on `device`."""
-        pooled = None if self.pooled is None else self.pooled.to(device)
-        return Conditioning(self.prompts, self.text.to(device), self.mask.to(device), pooled, None if self.known is None else self.known.to(device))
+        pooled, image = (None if part is None else part.to(device) for part in (self.pooled, self.image))
+        known = None if self.known is None else self.known.to(device)
+        return Conditioning(self.prompts, self.text.to(device), self.mask.to(device), pooled, known, image)
 
     @overload
     def __getitem__(self, index: slice) -> Conditioning: ...
@@ -102,8 +104,9 @@ class Conditioning:
     def __getitem__(self, index: Sequence[int]) -> Conditioning: ...
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Conditioning:
         rows = (torch.arange(len(self))[index] if isinstance(index, slice) else torch.as_tensor(index)).to(self.text.device)
-        pooled, known = None if self.pooled is None else self.pooled[rows], None if self.known is None else self.known[rows]
-        return Conditioning(tuple(self.prompts[i] for i in rows.tolist()), self.text[rows], self.mask[rows], pooled, known)
+        pooled, image = (None if part is None else part[rows] for part in (self.pooled, self.image))
+        known = None if self.known is None else self.known[rows]
+        return Conditioning(tuple(self.prompts[i] for i in rows.tolist()), self.text[rows], self.mask[rows], pooled, known, image)
 
 
 class VideoModel(Protocol):

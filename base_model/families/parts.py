@@ -29,6 +29,18 @@ def load_part(kind: Any, source: str, part: str, *, device: torch.device, dtype:
     return loaded if dtype is None else loaded.requires_grad_(False).eval().to(device)
 
 
+def read_index(source: str) -> dict[str, Any]:
+    """`model_index.json` of a checkpoint: the class of its pipeline and of every part. Raises UserError where there is none."""
+    from huggingface_hub import hf_hub_download
+
+    name = "model_index.json"
+    try:
+        file = Path(source) / name if Path(source).exists() else Path(hf_hub_download(source, name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no checkpoint {source} ({_first_line(error)}). Give a folder that diffusers saved, or check the name on the hub") from error
+    return read_json(file, "the index of a diffusers checkpoint")
+
+
 def check_class(file: Path, kind: Any) -> None:
     """Raises UserError where a configuration is of another class; diffusers would go on with whatever names match."""
     if not file.is_file():

@@ -1,47 +1,61 @@
-"""Wan2.1 text to video behind `VideoModel`: diffusers' transformer and, where clips are decoded, its VAE.
+"""Wan 2.1 and 2.2 behind `VideoModel`: diffusers' transformer, VAE, text encoder and sampling grid. Image to video is `wan_image.py`, A14B's network `wan_experts.py`.
 
-Wan is trained on the rectified path and predicts eps - x0, which is our velocity as it stands; only its clock differs: it is told 1000 t. Texts are `UMT5` states,
-zero behind the end of a prompt, and never masked.
+Wan is trained on the rectified path and predicts eps - x0, which is our velocity as it stands; only its clock differs: it is told 1000 t. Texts are UMT5 states of
+512 tokens, zero behind the end of a prompt, and never masked: the network looks at those zeros too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from base_model.errors import UserError
+from base_model.families.parts import load_part, read_index
 from base_model.paths import RectifiedFlow
-from base_model.types import Conditioning, LatentSpec
+from base_model.prompts.conditions import Canvas, encode_known, obey
+from base_model.types import ClipShape, Conditioning, LatentSpec
 
-T2V_1_3B: dict[str, Any] = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 12,
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 8960,
-    "num_layers": 30,
-}
-"""`WanTransformer3DModel` of Wan2.1-T2V-1.3B; what is not named is the class's own default."""
-VAE_2_1: dict[str, Any] = {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
-"""`AutoencoderKLWan` of Wan2.1."""
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+MLP_TARGETS = ("ffn.net.0.proj", "ffn.net.2")
 TEXT_TOKENS = 512
-Encoder = Callable[[Sequence[str]], Tensor]  # B prompts -> states [B,512,D]
+SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
+Encoder = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+"""B prompts -> states [B,512,D], zero behind the end of a prompt, and which are of a prompt [B,512]."""
+
+
+class PromptStates(nn.Module):
+    """The text encoder as Wan's pipeline calls it."""
+
+    def __init__(self, tokenizer: Any, umt5: Any) -> None:
+        super().__init__()
+        self.tokenizer, self.umt5 = tokenizer, umt5
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        clean = [prompt_clean(prompt) for prompt in prompts]
+        tokens = self.tokenizer(clean, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt").to(self.umt5.device)
+        states, mask = self.umt5(tokens.input_ids, tokens.attention_mask).last_hidden_state, tokens.attention_mask.bool()  # [B,512,D], [B,512]
+        return states.where(mask[..., None], 0), mask
 
 
 @dataclass
 class WanVideoModel:
-    """A `VideoModel`. The network computes in the precision of its weights; velocities come back in float32."""
+    """A `VideoModel`. The network computes in the precision of its weights; velocities come back in float32.
 
-    network: Any  # WanTransformer3DModel, or peft's wrapper of it
+    What a visual prompt gives (`cond.known`) is told to the network as tokens of time 0: what TI2V 5B was trained on, and a text-to-video checkpoint was not.
+    """
+
+    network: Any  # WanTransformer3DModel, two of them (`Experts`), or peft's wrapper of either
     vae: Any = None  # AutoencoderKLWan
     encoder: Encoder | None = None
+    scheduler: Any = None  # one of SCHEDULERS; only its grid is used
 
     @property
     def path(self) -> RectifiedFlow:
@@ -49,20 +63,57 @@ class WanVideoModel:
 
     @property
     def latents(self) -> LatentSpec:
-        return LatentSpec(channels=16, time_stride=4, space_stride=8)
+        """As the VAE says; Wan2.1's where there is none."""
+        if self.vae is None:
+            return LatentSpec(channels=16, time_stride=4, space_stride=8)
+        config = self.vae.config
+        return LatentSpec(config.z_dim, config.scale_factor_temporal, config.scale_factor_spatial)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device) -> WanVideoModel:
+        """Moves all parts, in place."""
+        for part in vars(self).values():
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
+
+    def times(self, steps: int, clip: ClipShape) -> Tensor:
+        """The scheduler's grid, [steps + 1] from 1 to 0: its shift is the same for every clip."""
+        if self.scheduler is None:
+            raise UserError("this model was built without a scheduler, which holds its sampling grid. Give it one, or sampling_times(model.path, steps, shift=3.0)")
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps)
+        return torch.where(scheduler.sigmas > 1 - 1e-5, 1, scheduler.sigmas)  # UniPC begins at 1 - 1e-6, where alpha is rounding noise
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """x_t [B,C,F,H,W], t [B] -> u [B,C,F,H,W], float32."""
+        """x_t [B,C,F,H,W], t [B] -> u [B,C,F,H,W], float32; where `cond.known` gives a latent, u leads from x_t straight to it."""
+        t = t.expand(len(x_t))
+        if cond.known is None:
+            return self._velocity(x_t, t, cond)
+        return obey(lambda x, times: self._velocity(x, times.reshape(len(x), -1), cond), self.path, self.network.config.patch_size, x_t, t, cond.known)
+
+    def _velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """t [B], or one a token [B,n]."""
         dtype = self.network.dtype
-        u: Tensor = self.network(hidden_states=x_t.to(dtype), timestep=1000 * t.expand(len(x_t)), encoder_hidden_states=cond.text.to(dtype), return_dict=False)[0]
+        text, image = cond.text.where(cond.mask[..., None], 0).to(dtype), None if cond.image is None else cond.image.to(dtype)  # [B,L,D], [B,M,E]
+        if image is not None:
+            text = pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1]))  # [B,512,D]: the network takes what is more for the image
+        told = {"hidden_states": x.to(dtype), "timestep": 1000 * t, "encoder_hidden_states": text, "encoder_hidden_states_image": image}
+        u: Tensor = self.network(**told, return_dict=False)[0]
         return u.float()
+
+    def with_canvases(self, cond: Conditioning, canvases: Sequence[Canvas]) -> Conditioning:
+        """B texts and B canvases, which may give what they like."""
+        return replace(cond, known=encode_known(self, canvases, self.network.config.patch_size))
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Raises UserError where the model was built without an encoder."""
         if self.encoder is None:
             raise UserError("this model was built without a text encoder. Give it one")
-        text = self.encoder(prompts)  # [B,L,D]
-        return Conditioning(tuple(prompts), text, torch.ones(text.shape[:2], dtype=torch.bool, device=text.device))
+        return Conditioning(tuple(prompts), *self.encoder(prompts))
 
     def encode(self, video: Tensor) -> Tensor:
         """[B,T,3,H,W] in [0,1] -> latents [B,C,F,H,W] float32, one clip after another."""
@@ -90,26 +141,31 @@ class WanVideoModel:
         return mean, std
 
 
-def random_transformer(config: dict[str, Any], *, device: torch.device, dtype: torch.dtype) -> Any:
-    """A frozen `WanTransformer3DModel` with fresh weights, made on the device in its precision."""
-    from diffusers import WanTransformer3DModel
+def load(source: str, *, device: torch.device, dtype: torch.dtype) -> WanVideoModel:
+    """A folder that diffusers saved, or a name on the hub. VAE and image encoder come in float32 whatever the dtype, as its authors run them. Raises UserError."""
+    import diffusers
+    from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    return _made(WanTransformer3DModel, config, device, dtype)
+    from base_model.families.wan_experts import Experts
+    from base_model.families.wan_image import ImageStates, WanImageVideoModel
 
+    def part(kind: Any, name: str, dtype: torch.dtype | None = None) -> Any:
+        return load_part(kind, source, name, device=device, dtype=dtype)
 
-def random_vae(config: dict[str, Any], *, device: torch.device, dtype: torch.dtype) -> Any:
-    """A frozen `AutoencoderKLWan` with fresh weights, made on the device in its precision."""
-    from diffusers import AutoencoderKLWan
-
-    return _made(AutoencoderKLWan, config, device, dtype)
-
-
-def _made(kind: Any, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            made: nn.Module = kind(**config)
-    finally:
-        torch.set_default_dtype(before)
-    return made.requires_grad_(False).eval()
+    index = read_index(source)
+    parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1] is not None}
+    if parts.get("scheduler") not in SCHEDULERS:
+        raise UserError(f"{source} is sampled with {parts.get('scheduler')}, whose grid is not known. Give a checkpoint with one of {', '.join(SCHEDULERS)}")
+    network, vae = part(diffusers.WanTransformer3DModel, "transformer", dtype), part(diffusers.AutoencoderKLWan, "vae", torch.float32)
+    channels, expected = network.config.in_channels, (vae.config.z_dim, 2 * vae.config.z_dim + vae.config.scale_factor_temporal)
+    if channels not in expected:
+        raise UserError(f"{source} takes {channels} channels where {expected[0]} or, from an image, {expected[1]} are known. Give a text or image to video checkpoint of Wan")
+    if "transformer_2" in parts and index.get("boundary_ratio") is not None:
+        network = Experts(network, part(diffusers.WanTransformer3DModel, "transformer_2", dtype), index["boundary_ratio"])
+    encoder = PromptStates(part(AutoTokenizer, "tokenizer"), part(UMT5EncoderModel, "text_encoder", dtype))
+    scheduler = part(getattr(diffusers, parts["scheduler"]), "scheduler")
+    if channels == expected[0]:
+        return WanVideoModel(network, vae, encoder, scheduler)
+    eye = ImageStates(part(CLIPImageProcessorPil, "image_processor"), part(CLIPVisionModel, "image_encoder", torch.float32)) if "image_encoder" in parts else None
+    return WanImageVideoModel(network, vae, encoder, scheduler, eye)

@@ -36,7 +36,8 @@ from align.optimizers import BETAS, build_optimizer
 from align.trajectory import rollout
 from align.windows import fixed_window
 from base_model.errors import UserError
-from base_model.families.wan import T2V_1_3B, TEXT_TOKENS, VAE_2_1, WanVideoModel, random_transformer, random_vae
+from base_model.families.wan import TEXT_TOKENS, WanVideoModel
+from base_model.families.wan_random import T2V_1_3B, VAE_2_1, random_transformer, random_vae
 from base_model.guidance import Guided
 from base_model.lora import add_lora
 from base_model.networks.attention import Backend, attention_backend
@@ -272,12 +273,13 @@ def tokens_of(clip: ClipShape) -> int:
     return (1 + (clip.frames - 1) // 4) * (clip.height // 16) * (clip.width // 16)
 
 
-def encoder_of(s: Sizes) -> Callable[[Sequence[str]], Tensor]:
-    """Prompts -> random states [B,L,D], the same for the same number of prompts."""
+def encoder_of(s: Sizes) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
+    """Prompts -> random states [B,L,D], the same for the same number of prompts, all of them of a prompt [B,L]."""
 
-    def encode(prompts: Sequence[str]) -> Tensor:
+    def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(len(prompts[0]))
-        return torch.randn(len(prompts), s.text_tokens, s.wan["text_dim"], generator=generator).to(s.device, s.dtype)
+        states = torch.randn(len(prompts), s.text_tokens, s.wan["text_dim"], generator=generator).to(s.device, s.dtype)
+        return states, torch.ones(states.shape[:2], dtype=torch.bool, device=s.device)
 
     return encode
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from base_model.errors import UserError
-from base_model.families.wan import T2V_1_3B, random_transformer
+from base_model.families.wan_random import T2V_1_3B, random_transformer
 from base_model.lora import add_lora
 from base_model.recompute import recompute_blocks
 

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from base_model.errors import UserError
-from base_model.families.wan import T2V_1_3B, WanVideoModel, random_transformer
+from base_model.families.wan import WanVideoModel
+from base_model.families.wan_random import T2V_1_3B, random_transformer
 from base_model.lora import add_lora
 from base_model.recompute import recompute_blocks
 from recipes import cli
