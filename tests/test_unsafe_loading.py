@@ -18,7 +18,7 @@ CALLED = {
     *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.__import__"),
 }
 SAFE_ONLY = {"trust_remote_code": False, "weights_only": True, "allow_pickle": False, "use_safetensors": True, "shell": False}
-WITHOUT_WEIGHTS = ("Config", "Tokenizer", "TokenizerFast", "Scheduler", "Processor")
+WITHOUT_WEIGHTS = ("Config", "Tokenizer", "TokenizerFast", "Scheduler", "Processor", "_without_weights")
 
 
 def aliases(tree: ast.AST) -> dict[str, str]:

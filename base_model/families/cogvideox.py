@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from base_model.errors import UserError
-from base_model.families.parts import load_part
+from base_model.families.parts import load_part, load_plain
 from base_model.paths import VariancePreserving
 from base_model.types import ClipShape, Conditioning, LatentSpec
 
@@ -150,8 +150,8 @@ def load(source: str, *, device: torch.device, dtype: torch.dtype) -> CogVideoXV
     vae = load_part(AutoencoderKLCogVideoX, source, "vae", device=device, dtype=dtype)
     if network.config.in_channels != vae.config.latent_channels:
         raise UserError(f"{source} takes {network.config.in_channels} channels a latent of {vae.config.latent_channels}: a model of images to video. Give one of text to video")
-    scheduler = load_part(CogVideoXDDIMScheduler, source, "scheduler", device=device)
+    scheduler = load_plain(CogVideoXDDIMScheduler, source, "scheduler")
     if scheduler.config.prediction_type != "v_prediction":
         raise UserError(f"{source} predicts {scheduler.config.prediction_type}: CogVideoX is read with v_prediction only. Mend scheduler/scheduler_config.json")
     text_encoder = load_part(T5EncoderModel, source, "text_encoder", device=device, dtype=dtype)
-    return CogVideoXVideoModel(network, vae, text_encoder, load_part(T5Tokenizer, source, "tokenizer", device=device), scheduler)
+    return CogVideoXVideoModel(network, vae, text_encoder, load_plain(T5Tokenizer, source, "tokenizer"), scheduler)

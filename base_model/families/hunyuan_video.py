@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from base_model.errors import UserError
-from base_model.families.parts import load_part
+from base_model.families.parts import load_part, load_plain
 from base_model.paths import RectifiedFlow
 from base_model.types import ClipShape, Conditioning, LatentSpec
 
@@ -124,8 +124,8 @@ def load(source: str, *, device: torch.device, dtype: torch.dtype) -> HunyuanVid
         network,
         vae,
         text_encoder=load_part(LlamaModel, source, "text_encoder", device=device, dtype=dtype),
-        tokenizer=load_part(PreTrainedTokenizerFast, source, "tokenizer", device=device),  # LlamaTokenizer would split Llama 3's words as Llama 2's
+        tokenizer=load_plain(PreTrainedTokenizerFast, source, "tokenizer"),  # LlamaTokenizer would split Llama 3's words as Llama 2's
         pooled_encoder=load_part(CLIPTextModel, source, "text_encoder_2", device=device, dtype=dtype),
-        pooled_tokenizer=load_part(CLIPTokenizer, source, "tokenizer_2", device=device),
-        scheduler=load_part(FlowMatchEulerDiscreteScheduler, source, "scheduler", device=device),
+        pooled_tokenizer=load_plain(CLIPTokenizer, source, "tokenizer_2"),
+        scheduler=load_plain(FlowMatchEulerDiscreteScheduler, source, "scheduler"),
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from base_model.errors import UserError
-from base_model.families.parts import load_part
+from base_model.families.parts import load_part, load_plain
 from base_model.paths import RectifiedFlow
 from base_model.types import ClipShape, Conditioning, LatentSpec
 
@@ -137,6 +137,6 @@ def load(source: str, *, device: torch.device, dtype: torch.dtype) -> LTXVideoMo
         network,
         vae=load_part(AutoencoderKLLTXVideo, source, "vae", device=device, dtype=dtype),
         text_encoder=load_part(T5EncoderModel, source, "text_encoder", device=device, dtype=dtype),
-        tokenizer=load_part(T5TokenizerFast, source, "tokenizer", device=device),
-        scheduler=load_part(FlowMatchEulerDiscreteScheduler, source, "scheduler", device=device),
+        tokenizer=load_plain(T5TokenizerFast, source, "tokenizer"),
+        scheduler=load_plain(FlowMatchEulerDiscreteScheduler, source, "scheduler"),
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from base_model.errors import UserError
-from base_model.families.parts import load_part
+from base_model.families.parts import load_part, load_plain
 from base_model.paths import RectifiedFlow
 from base_model.types import ClipShape, Conditioning, LatentSpec
 
@@ -128,8 +128,8 @@ def load(source: str, *, device: torch.device, dtype: torch.dtype) -> MochiVideo
         load_part(MochiTransformer3DModel, source, "transformer", device=device, dtype=dtype),
         vae=load_part(AutoencoderKLMochi, source, "vae", device=device, dtype=dtype),
         text_encoder=load_part(T5EncoderModel, source, "text_encoder", device=device, dtype=dtype),
-        tokenizer=load_part(T5TokenizerFast, source, "tokenizer", device=device),
-        scheduler=load_part(FlowMatchEulerDiscreteScheduler, source, "scheduler", device=device),
+        tokenizer=load_plain(T5TokenizerFast, source, "tokenizer"),
+        scheduler=load_plain(FlowMatchEulerDiscreteScheduler, source, "scheduler"),
         zero_empty=_zeroes_empty_prompts(source),
     )
 

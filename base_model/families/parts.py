@@ -1,33 +1,45 @@
-"""Parts of a diffusers checkpoint, a local folder or a name on the hub, with one line where one cannot be had. Every family reads its own through `load_part`."""
+"""Parts of a diffusers checkpoint, a local folder or a name on the hub, with one line where one cannot be had. Every family reads its own through these."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from base_model.checkpoint import read_json
 from base_model.errors import UserError
 
 
-def load_part(kind: Any, source: str, part: str, *, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """The part in the subfolder `part` of `source`, of the class `kind` of diffusers or transformers. Networks come frozen, in evaluation mode, from safetensors alone.
+def load_part(kind: Any, source: str, part: str, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """The network in the subfolder `part` of `source`, of the class `kind` of diffusers or transformers: frozen, in evaluation mode, from safetensors alone.
 
-    dtype: None for what has no weights (tokenizers, schedulers). Raises UserError where it is not there, not allowed, or of another class.
+    Raises UserError where it is not there, not allowed, or of another class.
     """
-    found = Path(source) / part
-    if Path(source).exists() and not found.is_dir():
+    with _explained(source, part):
+        check_class(Path(source) / part / "config.json", kind)
+        loaded = kind.from_pretrained(source, subfolder=part, torch_dtype=dtype, use_safetensors=True)
+    return loaded.requires_grad_(False).eval().to(device)
+
+
+def load_plain(kind_without_weights: Any, source: str, part: str) -> Any:
+    """The tokenizer, scheduler or processor in the subfolder `part` of `source`. Raises UserError where it is not there or not allowed."""
+    assert not issubclass(kind_without_weights, nn.Module)
+    with _explained(source, part):
+        return kind_without_weights.from_pretrained(source, subfolder=part)
+
+
+@contextmanager
+def _explained(source: str, part: str) -> Iterator[None]:
+    if Path(source).exists() and not (Path(source) / part).is_dir():
         raise UserError(f"{source} holds no {part}/. Give a folder that diffusers saved, or the name of one on the hub")
-    if dtype is not None:
-        check_class(found / "config.json", kind)
-    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype, "use_safetensors": True}
     try:
-        loaded = kind.from_pretrained(source, subfolder=part, **options)
+        yield
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {part}/ of {source} ({_first_line(error)}). Check the path or the name; for a gated model, log in and agree to its terms") from error
-    return loaded if dtype is None else loaded.requires_grad_(False).eval().to(device)
-
 
 def read_index(source: str) -> dict[str, Any]:
     """`model_index.json` of a checkpoint: the class of its pipeline and of every part. Raises UserError where there is none."""

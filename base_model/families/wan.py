@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from base_model.errors import UserError
-from base_model.families.parts import load_part, read_index
+from base_model.families.parts import load_part, load_plain, read_index
 from base_model.paths import RectifiedFlow
 from base_model.prompts.conditions import Canvas, encode_known, obey
 from base_model.types import ClipShape, Conditioning, LatentSpec
@@ -144,13 +144,13 @@ class WanVideoModel:
 def load(source: str, *, device: torch.device, dtype: torch.dtype) -> WanVideoModel:
     """A folder that diffusers saved, or a name on the hub. VAE and image encoder come in float32 whatever the dtype, as its authors run them. Raises UserError."""
     import diffusers
-    from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+    from transformers import CLIPVisionModel, T5TokenizerFast, UMT5EncoderModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     from base_model.families.wan_experts import Experts
     from base_model.families.wan_image import ImageStates, WanImageVideoModel
 
-    def part(kind: Any, name: str, dtype: torch.dtype | None = None) -> Any:
+    def part(kind: Any, name: str, dtype: torch.dtype) -> Any:
         return load_part(kind, source, name, device=device, dtype=dtype)
 
     index = read_index(source)
@@ -163,9 +163,9 @@ def load(source: str, *, device: torch.device, dtype: torch.dtype) -> WanVideoMo
         raise UserError(f"{source} takes {channels} channels where {expected[0]} or, from an image, {expected[1]} are known. Give a text or image to video checkpoint of Wan")
     if "transformer_2" in parts and index.get("boundary_ratio") is not None:
         network = Experts(network, part(diffusers.WanTransformer3DModel, "transformer_2", dtype), index["boundary_ratio"])
-    encoder = PromptStates(part(AutoTokenizer, "tokenizer"), part(UMT5EncoderModel, "text_encoder", dtype))
-    scheduler = part(getattr(diffusers, parts["scheduler"]), "scheduler")
+    encoder = PromptStates(load_plain(T5TokenizerFast, source, "tokenizer"), part(UMT5EncoderModel, "text_encoder", dtype))
+    scheduler = load_plain(getattr(diffusers, parts["scheduler"]), source, "scheduler")
     if channels == expected[0]:
         return WanVideoModel(network, vae, encoder, scheduler)
-    eye = ImageStates(part(CLIPImageProcessorPil, "image_processor"), part(CLIPVisionModel, "image_encoder", torch.float32)) if "image_encoder" in parts else None
+    eye = ImageStates(load_plain(CLIPImageProcessorPil, source, "image_processor"), part(CLIPVisionModel, "image_encoder", torch.float32)) if "image_encoder" in parts else None
     return WanImageVideoModel(network, vae, encoder, scheduler, eye)
