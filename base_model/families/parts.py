@@ -21,9 +21,9 @@ def load_part(kind: Any, source: str, part: str, *, device: torch.device, dtype:
         raise UserError(f"{source} holds no {part}/. Give a folder that diffusers saved, or the name of one on the hub")
     if dtype is not None:
         check_class(found / "config.json", kind)
-    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype, "use_safetensors": True}
+    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
     try:
-        loaded = kind.from_pretrained(source, subfolder=part, **options)
+        loaded = kind.from_pretrained(source, subfolder=part, use_safetensors=True, **options)  # which what has no weights ignores
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {part}/ of {source} ({_first_line(error)}). Check the path or the name; for a gated model, log in and agree to its terms") from error
     return loaded if dtype is None else loaded.requires_grad_(False).eval().to(device)
