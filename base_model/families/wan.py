@@ -97,7 +97,10 @@ class WanVideoModel:
 
     def _velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """t [B], or one a token [B,n]."""
-        dtype = self.network.dtype
+        dtype, patch = self.network.dtype, self.network.config.patch_size
+        if any(size % side for size, side in zip(x.shape[2:], patch, strict=True)):
+            side = patch[1] * self.latents.space_stride
+            raise UserError(f"Wan reads latents in patches, and {x.shape[3]}x{x.shape[4]} of them make no whole number. Give clips whose height and width are multiples of {side}")
         text, image = cond.text.where(cond.mask[..., None], 0).to(dtype), None if cond.image is None else cond.image.to(dtype)  # [B,L,D], [B,M,E]
         if image is not None:
             text = pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1]))  # [B,512,D]: the network takes what is more for the image

@@ -80,7 +80,7 @@ def test_an_oracle_recovers_the_data_through_the_scheduler_and_through_our_kerne
         return ((eps - x0).expand_as(told["hidden_states"]),)
 
     network: Any = oracle
-    network.dtype = torch.float32
+    network.dtype, network.config = torch.float32, SimpleNamespace(patch_size=(1, 2, 2))
     model = WanVideoModel(network, scheduler=tiny_wan.euler() if scheduler == "euler" else tiny_wan.unipc())
     cond = Conditioning(("a", "b"), torch.randn(2, 4, 16), torch.ones(2, 4, dtype=torch.bool))
     times = model.times(8, CLIPS[0])
@@ -219,6 +219,11 @@ def test_clips_go_through_the_vae_and_come_back_in_range() -> None:
     with torch.no_grad():
         video = model.decode(model.encode(torch.rand(2, 5, 3, 16, 16)))
     assert video.shape == (2, 5, 3, 16, 16) and float(video.min()) >= 0 and float(video.max()) <= 1
+
+
+def test_a_clip_of_no_whole_number_of_patches_is_refused(model: WanVideoModel) -> None:
+    with pytest.raises(UserError, match=r"4x5 of them .* multiples of 16"):
+        model(noise(model, ClipShape(5, 32, 40)), torch.tensor([0.5]), model.encode_text(PROMPTS))
 
 
 def test_what_a_model_was_built_without_is_said() -> None:
