@@ -18,6 +18,7 @@ from reward.app.answering import Answer, Demonstration, Skip, Unsafe
 from reward.app.schema import answer, assignment, clip, event, item, person, private_text, project, task
 from reward.app.security import Actor, Denied
 from reward.app.store import Store, new_id
+from reward.app.upkeep import come_up_to_date
 from tests.reward.app.conftest import add_clips, add_member, add_project
 
 NO_CHECKS = {"mixture": {"active": 1, "random": 0, "gold": 0, "repeat": 0, "mirrored": 0}, "practice": 0}
@@ -201,6 +202,7 @@ def test_an_answer_after_the_time_counts_while_nobody_took_the_place(each_store:
     first, now = taken(each_store, ann, project_id), each_store.now()
     each_store.now = lambda: now + 3_600_000
     taken(each_store, bob, project_id)
+    come_up_to_date(each_store)
     assert row_of(each_store, first).state == "expired"
     assert answering.submit(each_store, ann, first, an_answer()).assignment_id == first
     each_store.now = lambda: now - 3_600_000  # a clock that jumps back takes nothing away
