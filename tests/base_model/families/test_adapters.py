@@ -38,7 +38,7 @@ class Tiny(NamedTuple):
 
 def wan(pipeline: Any, x: Tensor, clip: ClipShape) -> Tensor:
     size = {"height": clip.height, "width": clip.width, "num_frames": clip.frames}
-    found: Tensor = pipeline(prompt=PROMPTS, **size, num_inference_steps=3, guidance_scale=1.0, latents=x, output_type="latent").frames
+    found: Tensor = pipeline(prompt=PROMPTS, **size, num_inference_steps=4, guidance_scale=1.0, latents=x, output_type="latent").frames
     return found
 
 
@@ -68,7 +68,7 @@ class World(NamedTuple):
         return torch.randn(2, *model.latents.shape(self.tiny.clip), generator=torch.Generator().manual_seed(1))
 
     def sampled(self, model: Any) -> Tensor:
-        return rollout(model, ODE(), self.noise(model), model.times(3, self.tiny.clip), model.encode_text(PROMPTS), noise=torch.Generator()).x0
+        return rollout(model, ODE(), self.noise(model), model.times(4, self.tiny.clip), model.encode_text(PROMPTS), noise=torch.Generator()).x0
 
     def pipeline(self) -> Any:
         made = self.tiny.make()
