@@ -204,9 +204,12 @@ def base_of(cfg: Config, here: str) -> str:
 
 @contextlib.contextmanager
 def alone(cfg: Config) -> Iterator[None]:
-    """Holds the folder for this server. Raises UserError where another server of this machine has it."""
-    cfg.out.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(cfg.out / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Holds the folder for this server. Raises UserError where another server of this machine has it, or where it cannot be made."""
+    try:
+        cfg.out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(cfg.out / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UserError(f"cannot open the store in {cfg.out}: {error}. Check the folder, or give another --out") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
