@@ -50,7 +50,8 @@ def read_index(source: str) -> dict[str, Any]:
     try:
         file = Path(source) / name if Path(source).exists() else Path(hf_hub_download(source, name))
     except (OSError, ValueError) as error:
-        raise UserError(f"no checkpoint {source} ({_first_line(error)}). Give a folder that diffusers saved, or check the name on the hub") from error
+        advice = "Give a folder that diffusers saved, or check the name; for a gated model, log in and agree to its terms"
+        raise UserError(f"no checkpoint {source} ({_first_line(error)}). {advice}") from error
     return read_json(file, "the index of a diffusers checkpoint")
 
 
