@@ -42,9 +42,7 @@ CASES = {
     "mochi": Case(partial(tiny_mochi.tiny_pipeline, wide=True), "mochi", ClipShape(7, 32, 48), r"norm1(_context)?\.linear(_1)?|attn1\.add_q_proj", 6 + 7 + 2 + 4, 0.1),
     "cogvideox 2b": Case(partial(tiny_cogvideox.tiny_pipeline, wide=True), "cogvideox", ClipShape(9, 32, 48), r"norm[12]\.linear", 2 * 6, 0.03),
     "cogvideox 1.5": Case(partial(tiny_cogvideox.tiny_pipeline, "1.5", wide=True), "cogvideox", ClipShape(9, 32, 48), r"norm[12]\.linear", 2 * 6, 0.03),
-    "hunyuan_video": Case(
-        partial(tiny_hunyuan_video.tiny_pipeline, wide=True), "hunyuan_video", ClipShape(5, 32, 48), r"norm(1|1_context)?\.linear", 8 + 4 + 5, 0.02
-    ),
+    "hunyuan_video": Case(partial(tiny_hunyuan_video.tiny_pipeline, wide=True), "hunyuan_video", ClipShape(5, 32, 48), r"norm(1|1_context)?\.linear", 8 + 4 + 5, 0.02),
 }
 
 
