@@ -1,7 +1,7 @@
 """LoRA files that diffusers' pipelines and ComfyUI read, of an adapter that was trained here, and back.
 
 diffusers: keys `transformer.<module>.lora_A.weight`, rank and alpha in the header (`lora_adapter_metadata`). ComfyUI: `diffusion_model.<module>`, by the names of the
-original code, alpha beside every pair. Both scale B A by alpha / rank, as peft does.
+original code; its B holds the factor alpha / rank, which not every reader of such a file knows of. Layers that are one there get one pair of the sum of their ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
@@ -20,23 +20,50 @@ from base_model.lora import TRAINED, adapter_state, add_lora, load_adapter_state
 from base_model.types import VideoModel
 
 HEADER = "lora_adapter_metadata"
+FAMILY = "network"
+"""Where a file says the class of the transformer: CogVideoX 5B and Mochi have layers of the same names and sizes."""
 PEFT = "base_model.model."
 UNREAD = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")  # what changes how a LoRA is scaled or computed
 EXPERTS = {"transformer.": "high_noise", "transformer_2.": "low_noise"}
 """Names of the parts of a network of two experts, which are diffusers' prefixes too -> what ComfyUI's users call them."""
-COMFY: dict[str, tuple[tuple[str, str], ...]] = {
+REFINER, THEIR_REFINER = r"context_embedder\.token_refiner\.refiner_blocks\.(\d+)\.", r"txt_in.individual_token_refiner.blocks.\1."
+COMFY: dict[str, tuple[tuple[str, tuple[str, ...], str], ...]] = {
     "WanTransformer3DModel": (
-        (".attn1.to_out.0", ".self_attn.o"),
-        (".attn2.to_out.0", ".cross_attn.o"),
-        (".attn1.to_", ".self_attn."),
-        (".attn2.to_", ".cross_attn."),
-        (".attn2.add_k_proj", ".cross_attn.k_img"),
-        (".attn2.add_v_proj", ".cross_attn.v_img"),
-        (".ffn.net.0.proj", ".ffn.0"),
-        (".ffn.net.2", ".ffn.2"),
-    )
+        (r"(blocks\.\d+)\.attn1\.", ("to_q",), r"\1.self_attn.q"),
+        (r"(blocks\.\d+)\.attn1\.", ("to_k",), r"\1.self_attn.k"),
+        (r"(blocks\.\d+)\.attn1\.", ("to_v",), r"\1.self_attn.v"),
+        (r"(blocks\.\d+)\.attn1\.", ("to_out.0",), r"\1.self_attn.o"),
+        (r"(blocks\.\d+)\.attn2\.", ("to_q",), r"\1.cross_attn.q"),
+        (r"(blocks\.\d+)\.attn2\.", ("to_k",), r"\1.cross_attn.k"),
+        (r"(blocks\.\d+)\.attn2\.", ("to_v",), r"\1.cross_attn.v"),
+        (r"(blocks\.\d+)\.attn2\.", ("to_out.0",), r"\1.cross_attn.o"),
+        (r"(blocks\.\d+)\.attn2\.", ("add_k_proj",), r"\1.cross_attn.k_img"),
+        (r"(blocks\.\d+)\.attn2\.", ("add_v_proj",), r"\1.cross_attn.v_img"),
+        (r"(blocks\.\d+)\.ffn\.", ("net.0.proj",), r"\1.ffn.0"),
+        (r"(blocks\.\d+)\.ffn\.", ("net.2",), r"\1.ffn.2"),
+    ),
+    "LTXVideoTransformer3DModel": tuple(
+        (r"(transformer_blocks\.\d+\.)", (name,), rf"\1{name}")
+        for name in (*(f"{attention}.to_{end}" for attention in ("attn1", "attn2") for end in ("q", "k", "v", "out.0")), "ff.net.0.proj", "ff.net.2")
+    ),
+    "HunyuanVideoTransformer3DModel": (
+        (r"transformer_blocks\.(\d+)\.attn\.", ("to_q", "to_k", "to_v"), r"double_blocks.\1.img_attn_qkv"),
+        (r"transformer_blocks\.(\d+)\.attn\.", ("to_out.0",), r"double_blocks.\1.img_attn_proj"),
+        (r"transformer_blocks\.(\d+)\.attn\.", ("add_q_proj", "add_k_proj", "add_v_proj"), r"double_blocks.\1.txt_attn_qkv"),
+        (r"transformer_blocks\.(\d+)\.attn\.", ("to_add_out",), r"double_blocks.\1.txt_attn_proj"),
+        (r"transformer_blocks\.(\d+)\.ff\.", ("net.0.proj",), r"double_blocks.\1.img_mlp.fc1"),
+        (r"transformer_blocks\.(\d+)\.ff\.", ("net.2",), r"double_blocks.\1.img_mlp.fc2"),
+        (r"transformer_blocks\.(\d+)\.ff_context\.", ("net.0.proj",), r"double_blocks.\1.txt_mlp.fc1"),
+        (r"transformer_blocks\.(\d+)\.ff_context\.", ("net.2",), r"double_blocks.\1.txt_mlp.fc2"),
+        (r"single_transformer_blocks\.(\d+)\.", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), r"single_blocks.\1.linear1"),
+        (r"single_transformer_blocks\.(\d+)\.", ("proj_out",), r"single_blocks.\1.linear2"),
+        (rf"{REFINER}attn\.", ("to_q", "to_k", "to_v"), rf"{THEIR_REFINER}self_attn_qkv"),
+        (rf"{REFINER}attn\.", ("to_out.0",), rf"{THEIR_REFINER}self_attn_proj"),
+        (rf"{REFINER}ff\.", ("net.0.proj",), rf"{THEIR_REFINER}mlp.fc1"),
+        (rf"{REFINER}ff\.", ("net.2",), rf"{THEIR_REFINER}mlp.fc2"),
+    ),
 }
-"""Class of the transformer -> its names in diffusers and in the original code. Where none fits, ComfyUI has no name for it."""
+"""Class of the transformer -> (start of the name in diffusers, its ends, the name in the original code). Several ends are one layer there, their outputs one behind the other."""
 
 
 def save_lora(model: VideoModel, file: Path, *, comfy: bool = False) -> list[Path]:
@@ -58,14 +85,15 @@ def save_lora(model: VideoModel, file: Path, *, comfy: bool = False) -> list[Pat
         for prefix, keys in parts.items():
             modules = sorted({_module(key.removeprefix(prefix)) for key in keys})
             header |= {f"{prefix}r": config.r, f"{prefix}lora_alpha": config.lora_alpha, f"{prefix}target_modules": modules}
-        save_weights(file, tensors, {"format": "pt", HEADER: json.dumps(header, sort_keys=True)})
+        save_weights(file, tensors, {"format": "pt", FAMILY: _family(network), HEADER: json.dumps(header, sort_keys=True)})
         return [file]
     files = []
     for prefix, keys in parts.items():
-        renamed = {_comfy_key(network, key, prefix): tensors[key] for key in keys}
-        alphas = {f"{_module(key)}.alpha": torch.tensor(float(config.lora_alpha)) for key in renamed}
+        base = network.get_base_model()
+        transformer = base.get_submodule(prefix.rstrip(".")) if _is_pair(base) else base
+        found = _for_comfy(transformer, {key.removeprefix(prefix): tensors[key] for key in keys}, config.lora_alpha / config.r)
         files.append(file if len(parts) == 1 else file.with_stem(f"{file.stem}_{EXPERTS[prefix]}"))
-        save_weights(files[-1], renamed | alphas, {"format": "pt"})
+        save_weights(files[-1], found, {"format": "pt"})
     return files
 
 
@@ -78,6 +106,8 @@ def load_lora(model: Any, file: Path) -> None:
     header, network = _header(metadata, file), model.network
     wrapped = hasattr(network, "peft_config")
     base = network.get_base_model() if wrapped else network
+    if metadata.get(FAMILY, family := _family(network)) != family:
+        raise UserError(f"{file} is the adapter of another model: of a {metadata[FAMILY]}, and this is a {family}. Give one that was made for this model")
     found, ranks, alphas = {}, set(), set()
     for key, tensor in sorted(tensors.items()):
         name = key if _is_pair(base) else key.removeprefix("transformer.")
@@ -140,10 +170,27 @@ def _header(metadata: dict[str, str], file: Path) -> dict[str, Any]:
     return header
 
 
-def _comfy_key(network: Any, key: str, prefix: str) -> str:
-    base = network.get_base_model()
-    transformer = base.get_submodule(prefix.rstrip(".")) if _is_pair(base) else base
-    for old, new in COMFY.get(type(transformer).__name__, ()):
-        if old in key:
-            return "diffusion_model." + key.removeprefix(prefix).replace(old, new)
-    raise UserError(f"ComfyUI's name for {key} of {type(transformer).__name__} is not known here. Save it in diffusers' format, or adapt attention and mlp of {', '.join(COMFY)}")
+def _for_comfy(transformer: nn.Module, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Pairs A [r,in] and B [out,r] of layers by diffusers' names -> by ComfyUI's. Of layers that are one there A stands below A and B diagonally behind B."""
+    found: dict[str, Tensor] = {}
+    for name, modules in dict(_comfy_name(transformer, _module(key)) for key in tensors).items():
+        there = [module for module in modules if f"{module}.lora_A.weight" in tensors]
+        down = torch.cat([tensors[f"{module}.lora_A.weight"] for module in there])
+        ups = [scale * tensors[f"{module}.lora_B.weight"] if module in there else down.new_zeros(_layer(transformer, module).out_features, 0) for module in modules]
+        found |= {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": torch.block_diag(*ups)}
+    return found
+
+
+def _comfy_name(transformer: nn.Module, module: str) -> tuple[str, list[str]]:
+    """ComfyUI's name of a layer, and diffusers' names of all that are the same layer there. Raises UserError where it has none."""
+    family = type(transformer).__name__
+    for start, ends, name in COMFY.get(family, ()):
+        if match := re.fullmatch(f"({start})({'|'.join(map(re.escape, ends))})", module):
+            return re.sub(start, name, match[1]), [match[1] + end for end in ends]
+    raise UserError(f"ComfyUI's name for {module} of {family} is not known here. Save it in diffusers' format, or adapt attention and mlp of {', '.join(COMFY)}")
+
+
+def _family(network: Any) -> str:
+    """Class of the transformer; of two experts, of each."""
+    base = network.get_base_model() if hasattr(network, "peft_config") else network
+    return type(base.transformer if _is_pair(base) else base).__name__

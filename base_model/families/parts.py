@@ -41,6 +41,7 @@ def _explained(source: str, part: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {part}/ of {source} ({_first_line(error)}). Check the path or the name; for a gated model, log in and agree to its terms") from error
 
+
 def read_index(source: str) -> dict[str, Any]:
     """`model_index.json` of a checkpoint: the class of its pipeline and of every part. Raises UserError where there is none."""
     from huggingface_hub import hf_hub_download
@@ -49,7 +50,8 @@ def read_index(source: str) -> dict[str, Any]:
     try:
         file = Path(source) / name if Path(source).exists() else Path(hf_hub_download(source, name))
     except (OSError, ValueError) as error:
-        raise UserError(f"no checkpoint {source} ({_first_line(error)}). Give a folder that diffusers saved, or check the name on the hub") from error
+        advice = "Give a folder that diffusers saved, or check the name; for a gated model, log in and agree to its terms"
+        raise UserError(f"no checkpoint {source} ({_first_line(error)}). {advice}") from error
     return read_json(file, "the index of a diffusers checkpoint")
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from base_model.errors import UserError
-from base_model.families.adapters import load_lora, save_lora
+from base_model.families.cogvideox import CogVideoXVideoModel
+from base_model.families.hunyuan_video import HunyuanVideoModel
 from base_model.families.loading import MODULES, NAMES, load_family
-from base_model.families.wan import LORA_TARGETS, WanVideoModel
-from base_model.lora import add_lora
-from base_model.prompts.conditions import give_frames
-from base_model.types import ClipShape
-from tests.base_model.families import tiny_wan
+from base_model.families.ltx import LTXVideoModel
+from base_model.families.mochi import MochiVideoModel
+from base_model.families.wan import WanVideoModel
+from base_model.families.wan_image import WanImageVideoModel
+from tests.base_model.families import tiny_cogvideox, tiny_hunyuan_video, tiny_ltx, tiny_mochi, tiny_wan
 
 CPU = torch.device("cpu")
 
@@ -28,10 +32,54 @@ def index(folder: Path, named: str) -> str:
     return str(folder)
 
 
-def test_a_saved_pipeline_is_read_by_its_own_family(tmp_path: Path) -> None:
-    tiny_wan.text_to_video().save_pretrained(tmp_path)
-    model = load_family(str(tmp_path), device=CPU, dtype=torch.float32)
-    assert isinstance(model, WanVideoModel) and model.encode_text(["a red ball"]).text.shape == (1, 512, 16)
+class Saved(NamedTuple):
+    make: Callable[[], Any]
+    kind: type
+    text: tuple[int, ...]  # shape of one prompt's states
+
+
+SAVED = {
+    "WanPipeline": Saved(tiny_wan.text_to_video, WanVideoModel, (1, 512, 16)),
+    "WanImageToVideoPipeline": Saved(tiny_wan.image_to_video, WanImageVideoModel, (1, 512, 16)),
+    "LTXPipeline": Saved(tiny_ltx.tiny_pipeline, LTXVideoModel, (1, 128, 32)),
+    "MochiPipeline": Saved(tiny_mochi.tiny_pipeline, MochiVideoModel, (1, 256, 32)),
+    "CogVideoXPipeline": Saved(tiny_cogvideox.tiny_pipeline, CogVideoXVideoModel, (1, 12, 16)),
+    "HunyuanVideoPipeline": Saved(tiny_hunyuan_video.tiny_pipeline, HunyuanVideoModel, (1, 256, 16)),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {named: tmp_path_factory.mktemp(named) for named in SAVED}
+    for named, folder in made.items():
+        SAVED[named].make().save_pretrained(folder)
+    return made
+
+
+def refused(source: str, match: str) -> None:
+    """In one line."""
+    with pytest.raises(UserError, match=match) as raised:
+        load_family(source, device=CPU, dtype=torch.float32)
+    assert "\n" not in str(raised.value)
+
+
+def test_every_saved_pipeline_is_read_by_its_own_family(folders: dict[str, Path]) -> None:
+    assert SAVED.keys() == MODULES.keys()
+    for named, folder in folders.items():
+        model = load_family(str(folder), device=CPU, dtype=torch.float32)
+        assert type(model) is SAVED[named].kind and model.encode_text(["a red ball"]).text.shape == SAVED[named].text
+
+
+@pytest.mark.parametrize("other", SAVED)
+def test_a_folder_under_the_class_of_another_family_is_refused(folders: dict[str, Path], other: str, tmp_path: Path) -> None:
+    for named, folder in folders.items():
+        if MODULES[named] == MODULES[other]:
+            continue
+        copy = Path(shutil.copytree(folder, tmp_path / named))
+        file = copy / "model_index.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "_class_name": other}))
+        network = json.loads((copy / "transformer" / "config.json").read_text())["_class_name"]
+        refused(str(copy), rf"holds a {network}, no \w+Transformer3DModel|is sampled with \w+, whose grid is not known")
 
 
 @pytest.mark.parametrize(("named", "module"), MODULES.items())
@@ -42,47 +90,6 @@ def test_every_class_of_pipeline_leads_to_its_module(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, f"base_model.families.{module}", stand_in)
     load_family(index(tmp_path, named), device=CPU, dtype=torch.bfloat16)
     assert asked == [(str(tmp_path), torch.bfloat16)]
-
-
-@pytest.mark.parametrize("make", [tiny_wan.text_to_video, tiny_wan.a14b, tiny_wan.image_to_video])
-def test_in_four_bits_are_attention_and_mlp_and_nothing_else_and_an_adapter_trains_on_them(tmp_path: Path, make: Any) -> None:
-    from bitsandbytes.nn import Linear4bit
-    from torch import nn
-
-    make().save_pretrained(tmp_path / "wan")
-    full, model = (load_family(str(tmp_path / "wan"), device=CPU, dtype=torch.float32, nf4=nf4) for nf4 in (False, True))
-    small = {name for name, module in model.network.named_modules() if isinstance(module, Linear4bit)}
-    linears = {name for name, module in full.network.named_modules() if isinstance(module, nn.Linear)}
-    assert small == {name for name in linears if "blocks." in name} and len(small) == (2 if make is tiny_wan.a14b else 1) * 2 * (12 if make is tiny_wan.image_to_video else 10)
-    assert all(model.network.get_parameter(f"{name}.weight").dtype == torch.float32 for name in linears - small)
-
-    clip = ClipShape(5, 32, 64)
-    x, t, cond = torch.randn(2, *model.latents.shape(clip)), torch.tensor([0.95, 0.3]), model.encode_text(["a red ball", "a cube"])
-    if make is tiny_wan.image_to_video:
-        cond = model.with_canvases(cond, [give_frames(clip, {0: torch.rand(1, 3, 32, 64)})] * 2)
-    before = model(x, t, cond)
-    assert 1e-3 < (before - full(x, t, cond)).norm() / before.norm() < 0.1
-
-    model.network = add_lora(model.network, rank=2, alpha=2, targets=LORA_TARGETS)
-    frozen = {name: p.clone() for name, p in model.network.named_parameters() if not p.requires_grad}
-    trained = [p for p in model.network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    losses = []
-    for _ in range(6):
-        optimizer.zero_grad()
-        loss = model(x, t, cond).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.95 * losses[0] and all(p.grad is not None and bool(p.grad.any()) for p in trained)
-    assert all(torch.equal(model.network.get_parameter(name), p) for name, p in frozen.items())
-
-    save_lora(model, tmp_path / "lora.safetensors")
-    load_lora(full, tmp_path / "lora.safetensors")
-    again = load_family(str(tmp_path / "wan"), device=CPU, dtype=torch.float32, nf4=True)
-    load_lora(again, tmp_path / "lora.safetensors")
-    with torch.no_grad():
-        assert torch.allclose(again(x, t, cond), model(x, t, cond), atol=1e-5) and (full(x, t, cond) - model(x, t, cond)).norm() < 0.1 * before.norm()
 
 
 def test_short_names_are_names_on_the_hub_of_families_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,13 +105,49 @@ def test_short_names_are_names_on_the_hub_of_families_that_are_there(monkeypatch
 
 
 def test_what_is_none_of_them_is_said_with_the_nearest_name(tmp_path: Path) -> None:
-    def refused(source: str, match: str) -> None:
-        with pytest.raises(UserError, match=match) as raised:
-            load_family(source, device=CPU, dtype=torch.float32)
-        assert "\n" not in str(raised.value)
-
     refused("wan2.1-13b", r"no folder wan2.1-13b.* Did you mean wan2.1-1.3b\? There are: wan2.1-1.3b, .*hunyuan-video")
     refused(index(tmp_path, "LTXPipelines"), r"holds a LTXPipelines, .*Did you mean LTXPipeline\? There are: WanPipeline, ")
-    (tmp_path / "model_index.json").unlink()
+
+
+def test_an_index_that_is_missing_damaged_or_silent_is_said(tmp_path: Path) -> None:
     refused(str(tmp_path), "cannot read the index of a diffusers checkpoint")
-    refused("nobody/has-this", "no checkpoint nobody/has-this")
+    for content, match in (("{", "cannot read the index"), ("[]", "index of a diffusers checkpoint"), ("{}", "holds a None, which no family reads")):
+        (tmp_path / "model_index.json").write_text(content)
+        refused(str(tmp_path), match)
+
+
+def test_a_name_on_the_hub_that_is_not_at_hand_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    refused("nobody/has-this", r"^no checkpoint nobody/has-this \(.*\)\. Give a folder")  # offline, as all tests are
+    response = SimpleNamespace(headers={}, request=None)
+    for error in (GatedRepoError, RepositoryNotFoundError):
+
+        def stopped(source: str, name: str, kind: Any = error) -> str:
+            raise kind("Cannot access it.\nAccess is restricted.\nPlease log in.", response=response)
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", stopped)
+        refused("owner/gated", r"^no checkpoint owner/gated \(Cannot access it\.\)\. .*for a gated model, log in and agree to its terms")
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_file_alone_is_read_as_sentencepiece_reads_it(tmp_path: Path) -> None:
+    import sentencepiece
+
+    lines = ["a red ball rolls to the left", "a blue cube stops", "two red circles move slowly and then stop", "the rain falls on the cat"] * 5
+    told = io.BytesIO()
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}  # T5's
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=told, vocab_size=50, hard_vocab_limit=False, minloglevel=2, **ids)
+    pipeline = tiny_ltx.tiny_pipeline()
+    pipeline.text_encoder.resize_token_embeddings(64)
+    pipeline.save_pretrained(tmp_path)
+    for file in (tmp_path / "tokenizer").iterdir():
+        file.unlink()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(told.getvalue())
+
+    model, pieces = load_family(str(tmp_path), device=CPU, dtype=torch.float32), sentencepiece.SentencePieceProcessor(model_proto=told.getvalue())
+    prompts = ["a red cat", "the ball stops slowly"]
+    found = model.tokenizer(prompts).input_ids
+    assert found == [[*pieces.encode(prompt), pieces.eos_id()] for prompt in prompts] and len({*found[0], *found[1]}) > 6
+    assert model.encode_text(prompts).mask.sum(1).tolist() == [len(tokens) for tokens in found]

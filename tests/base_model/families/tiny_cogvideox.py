@@ -29,8 +29,8 @@ OF_KIND: dict[Kind, dict[str, Any]] = {
 SCHEDULER = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "clip_sample": False, "set_alpha_to_one": True}
 
 
-def tiny_pipeline(kind: Kind = "2b") -> Any:
-    """A `CogVideoXPipeline` in evaluation mode, float32, with DDIM; clips of 1 + 4 k frames (1.5: 8 k), sides multiples of 16 pixels."""
+def tiny_pipeline(kind: Kind = "2b", *, wide: bool = False) -> Any:
+    """A `CogVideoXPipeline` in evaluation mode, float32, with DDIM; clips of 1 + 4 k frames (1.5: 8 k), sides multiples of 16 pixels. wide: rows of a multiple of 64 weights."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -43,7 +43,7 @@ def tiny_pipeline(kind: Kind = "2b") -> Any:
         norm_num_groups=2,
         scaling_factor=1.15258426 if kind == "2b" else 0.7,
     )
-    transformer = CogVideoXTransformer3DModel(**TRANSFORMER, **OF_KIND[kind])
+    transformer = CogVideoXTransformer3DModel(**TRANSFORMER | OF_KIND[kind] | ({"attention_head_dim": 32} if wide else {}))
     text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     scheduler = CogVideoXDDIMScheduler(**SCHEDULER, snr_shift_scale=3.0 if kind == "2b" else 1.0)
     pipeline = CogVideoXPipeline(tokenizer, text_encoder.eval(), vae.eval(), transformer.eval(), scheduler)

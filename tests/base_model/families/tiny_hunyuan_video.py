@@ -10,8 +10,11 @@ import torch
 HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>"]
 
 
-def tiny_pipeline(*, distilled: bool = True) -> Any:
-    """A `HunyuanVideoPipeline` in evaluation mode, float32; clips of 1 + 4 k frames, sides multiples of 16 pixels. distilled: whether it is told its guidance."""
+def tiny_pipeline(*, distilled: bool = True, wide: bool = False) -> Any:
+    """A `HunyuanVideoPipeline` in evaluation mode, float32; clips of 1 + 4 k frames, sides multiples of 16 pixels. distilled: whether it is told its guidance.
+
+    wide: rows of a multiple of 64 weights.
+    """
     from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
     from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
@@ -25,13 +28,13 @@ def tiny_pipeline(*, distilled: bool = True) -> Any:
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
-        attention_head_dim=10,
+        attention_head_dim=32 if wide else 10,
         num_layers=1,
         num_single_layers=1,
         num_refiner_layers=1,
         text_embed_dim=16,
         pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
+        rope_axes_dim=(8, 12, 12) if wide else (2, 4, 4),
         guidance_embeds=distilled,
     )
     pipeline = HunyuanVideoPipeline(

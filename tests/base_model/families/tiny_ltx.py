@@ -22,10 +22,11 @@ def tiny_t5() -> Any:
     return T5EncoderModel(config)
 
 
-def tiny_pipeline(*, timed_decoder: bool = False) -> Any:
-    """timed_decoder: a VAE whose decoder is told a time and draws noise, as that of 0.9.1."""
+def tiny_pipeline(*, timed_decoder: bool = False, wide: bool = False) -> Any:
+    """timed_decoder: a VAE whose decoder is told a time and draws noise, as that of 0.9.1. wide: rows of a multiple of 64 weights."""
     torch.manual_seed(7)
-    inner = {"num_attention_heads": 4, "attention_head_dim": 8, "cross_attention_dim": 32, "num_layers": 2}
+    head = 16 if wide else 8
+    inner = {"num_attention_heads": 4, "attention_head_dim": head, "cross_attention_dim": 4 * head, "num_layers": 2}
     transformer = LTXVideoTransformer3DModel(in_channels=CHANNELS, out_channels=CHANNELS, caption_channels=WIDTH, **inner)
     timed = {"timestep_conditioning": True, "decoder_inject_noise": (True, True, False, False, False)} if timed_decoder else {}
     vae = AutoencoderKLLTXVideo(

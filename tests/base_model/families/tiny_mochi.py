@@ -10,9 +10,11 @@ from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, Mochi
 from tests.base_model.families.tiny_ltx import WIDTH, tiny_t5, tiny_tokenizer
 
 
-def tiny_pipeline(*, zero_empty: bool = True) -> Any:
+def tiny_pipeline(*, zero_empty: bool = True, wide: bool = False) -> Any:
+    """wide: rows of a multiple of 64 weights, also in the MLPs, which are 8/3 as wide."""
     torch.manual_seed(7)
-    inner = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "pooled_projection_dim": 16, "time_embed_dim": 16}
+    head = 96 if wide else 8
+    inner = {"num_attention_heads": 2, "attention_head_dim": head, "num_layers": 2, "pooled_projection_dim": 2 * head, "time_embed_dim": 16}
     transformer = MochiTransformer3DModel(text_embed_dim=WIDTH, **inner)
     transformer.pos_frequencies.data.normal_()  # zero in a fresh network
     blocks = (32, 32, 32, 32)  # the VAE's norms ask for 32
