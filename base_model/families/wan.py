@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ TEXT_TOKENS = 512
 SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
 Encoder = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 """B prompts -> states [B,512,D], zero behind the end of a prompt, and which are of a prompt [B,512]."""
+Ask = Callable[[Tensor, Tensor], Tensor]
+"""What the network is given [B,C',F,H,W] and times, [B] or one a token [B,n] -> velocity [B,C,F,H,W]."""
 
 
 class PromptStates(nn.Module):
@@ -90,21 +93,30 @@ class WanVideoModel:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """x_t [B,C,F,H,W], t [B] -> u [B,C,F,H,W], float32; where `cond.known` gives a latent, u leads from x_t straight to it."""
-        t = t.expand(len(x_t))
-        if cond.known is None:
-            return self._velocity(x_t, t, cond)
-        return obey(lambda x, times: self._velocity(x, times.reshape(len(x), -1), cond), self.path, self.network.config.patch_size, x_t, t, cond.known)
+        return self.through(partial(self._velocity, cond=cond), x_t, t.expand(len(x_t)), cond)
 
-    def _velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """t [B], or one a token [B,n]."""
-        dtype, patch = self.network.dtype, self.network.config.patch_size
-        if any(size % side for size, side in zip(x.shape[2:], patch, strict=True)):
-            side = patch[1] * self.latents.space_stride
-            raise UserError(f"Wan reads latents in patches, and {x.shape[3]}x{x.shape[4]} of them make no whole number. Give clips whose height and width are multiples of {side}")
+    def through(self, ask: Ask, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The velocity where `ask` answers for the network, which knows texts and images: all that a packed pass does clip by clip (`wan_packed.py`)."""
+        if cond.known is None:
+            return ask(x_t, t)
+        return obey(lambda x, times: ask(x, times.reshape(len(x), -1)), self.path, self.network.config.patch_size, x_t, t, cond.known)
+
+    def states(self, cond: Conditioning) -> tuple[Tensor, Tensor | None]:
+        """The texts [B,L,D] and images [B,M,E] that the network is told."""
+        dtype = self.network.dtype
         text, image = cond.text.where(cond.mask[..., None], 0).to(dtype), None if cond.image is None else cond.image.to(dtype)  # [B,L,D], [B,M,E]
         if image is not None:
             text = pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1]))  # [B,512,D]: the network takes what is more for the image
-        told = {"hidden_states": x.to(dtype), "timestep": 1000 * t, "encoder_hidden_states": text, "encoder_hidden_states_image": image}
+        return text, image
+
+    def _velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """t [B], or one a token [B,n]. Raises UserError for a clip that is no whole number of patches."""
+        patch = self.network.config.patch_size
+        if any(size % side for size, side in zip(x.shape[2:], patch, strict=True)):
+            side = patch[1] * self.latents.space_stride
+            raise UserError(f"Wan reads latents in patches, and {x.shape[3]}x{x.shape[4]} of them make no whole number. Give clips whose height and width are multiples of {side}")
+        text, image = self.states(cond)
+        told = {"hidden_states": x.to(self.network.dtype), "timestep": 1000 * t, "encoder_hidden_states": text, "encoder_hidden_states_image": image}
         u: Tensor = self.network(**told, return_dict=False)[0]
         return u.float()
 

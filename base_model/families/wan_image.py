@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from base_model.errors import UserError
-from base_model.families.wan import WanVideoModel
+from base_model.families.wan import Ask, WanVideoModel
 from base_model.prompts.conditions import Canvas, known_mask
 from base_model.types import Conditioning, Known
 
@@ -39,13 +39,13 @@ class WanImageVideoModel(WanVideoModel):
 
     eye: ImageStates | None = None
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def through(self, ask: Ask, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """x_t [B,C,F,H,W], t [B] -> u [B,C,F,H,W], float32. Raises UserError where no image is told."""
         if cond.known is None or (cond.image is None and self.network.config.image_dim is not None):
             raise UserError("this Wan makes clips from an image, and none is told. Put it into the conditions with model.with_canvases")
         shown = cond.known.mask[:, None].expand(-1, self.latents.time_stride, -1, -1, -1)  # [B,4,F,H,W]
         given = torch.cat([x_t, shown.to(x_t), cond.known.values.to(x_t)], dim=1)  # [B,2C+4,F,H,W]
-        return self._velocity(given, t.expand(len(x_t)), cond)
+        return ask(given, t)
 
     def with_canvases(self, cond: Conditioning, canvases: Sequence[Canvas]) -> Conditioning:
         """B texts and B canvases that give their first frame, and others as far as whole latents. `known.values` holds the whole grey-filled clip, also where the mask is False."""

@@ -29,9 +29,9 @@ from base_model.networks.dit import DiT, DiTConfig
 from base_model.networks.layers import SelfAttention
 from base_model.networks.packing import Segments, balanced_packs, first_fit_decreasing, forward_flops, grid_positions
 from base_model.types import ClipShape
+from recipes.bench._packing_wan import Grid, measure_wan
 from recipes.bench._results import Bench, Row, here, paired_ratio, spread, timed, write
 
-Grid = tuple[int, int, int]  # tokens of a clip: frames, rows, columns
 WAN_FLOPS = partial(forward_flops, width=1536, depth=30, mlp_width=8960, token_width=64, text_tokens=512, text_width=4096)
 CAPACITIES = (32_768, 131_072)
 SHRINK: Grid = (2, 4, 4)
@@ -53,6 +53,8 @@ class Config(Bench):
     """Clips of the mix that are timed. `quick` takes at most 24."""
     repeats: Count = 5
     """Measured repeats. `quick` takes at most 2."""
+    wan: bool = False
+    """Times diffusers' own Wan at toy size instead, on one core: packed, padded, one by one. Only `seed`, `timed_clips` and `repeats` matter then."""
 
 
 # The mix, and the buckets for it
@@ -354,7 +356,15 @@ def _row(entrant: Scheme, found: Row, reference: Sequence[float]) -> Row:
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: a benchmark is measured anew."""
     less = {"timed_clips": min(cfg.timed_clips, 24), "repeats": min(cfg.repeats, 2)} if cfg.quick else {}
-    rows = measure(cfg.model_copy(update=less))
-    if cfg.write:
+    measured = cfg.model_copy(update=less)
+    rows = wan_rows(measured) if cfg.wan else measure(measured)
+    if cfg.write and cfg.wan:
+        write(cfg, "packing-wan", here("packing", cfg), "Packs through Wan's own network", {f"{measured.timed_clips} clips on one core": rows})
+    elif cfg.write:
         write(cfg, "packing", here("packing", cfg), "Packing, padding and buckets", {f"An epoch of {cfg.clips:,} clips on {cfg.ranks} ranks": rows})
     return {"rows": rows}
+
+
+def wan_rows(cfg: Config) -> list[Row]:
+    """One row a way through diffusers' own network."""
+    return measure_wan([shrunk(grid_of(clip)) for clip in mixed_clips(cfg.timed_clips, cfg.seed + 1)], repeats=cfg.repeats)

@@ -15,7 +15,7 @@ from align.data import PackSampler
 from base_model.errors import UserError
 from base_model.networks.packing import first_fit_decreasing
 from base_model.types import ClipShape
-from recipes.bench import packing
+from recipes.bench import _packing_wan, packing
 from recipes.bench.packing import Batch, Config, Networks, Work, account, draw_inputs, mixed_clips, num_tokens
 from tests.recipes.test_bench import assert_flat
 
@@ -191,3 +191,35 @@ def test_the_bench_gives_one_flat_row_a_scheme(tmp_path: Path) -> None:
 def test_too_few_clips_for_the_ranks_are_the_users_error() -> None:
     with pytest.raises(UserError, match="too few to measure"):
         packing.main(load(Config, None, ["--clips", "20"]))
+
+
+# Wan's own network
+
+
+def test_all_ways_through_wan_train_on_the_same_velocities() -> None:
+    model = _packing_wan.wan_model()
+    entrants = _packing_wan.arms(model)
+
+    def gradient(arm: _packing_wan.Arm, clips: _packing_wan.Clips) -> torch.Tensor:
+        model.network.zero_grad()
+        _packing_wan.train(arm.passes, [clips])
+        return torch.cat([parameter.grad.flatten() for parameter in model.network.parameters()])
+
+    mixed, equal = (_packing_wan.draw_clips(grids, torch.Generator().manual_seed(0)) for grids in (((2, 3, 4), (1, 2, 5), (3, 3, 3)), ((2, 3, 2),) * 3))
+    for clips in (mixed, equal):
+        alone, padded, packed = (gradient(arm, clips) for arm in entrants)
+        assert (packed - alone).norm() < 1e-5 * alone.norm()
+        assert ((padded - alone).norm() < 1e-5 * alone.norm()) == (clips is equal), "what is padded looks at its padding"
+    assert [arm.computed(mixed) for arm in entrants] == [61, 3 * 3 * 3 * 5, 61] and [arm.computed(equal) for arm in entrants] == [36] * 3
+
+
+def test_the_bench_of_wan_gives_one_flat_row_a_way(tmp_path: Path) -> None:
+    words = ["--wan", "--quick", "--timed-clips", "3", "--repeats", "1", "--write", "--results", str(tmp_path), "--date", "2026-11"]
+    rows = packing.main(load(Config, None, words))["rows"]
+    assert isinstance(rows, list)
+    assert_flat(rows)
+    assert [row["scheme"] for row in rows] == ["one by one", "padded to the largest", "packed"] and {row["clips"] for row in rows} == {3}
+    assert [row["useful_share"] == 1 for row in rows] == [True, False, True] and rows[2]["times_slower_than_packs"] is None
+    assert all(row["useful_tokens_per_second"] > 0 < row["seconds_per_step"] for row in rows)
+    (file,) = tmp_path.iterdir()
+    assert file.name == "2026-11_2-core-cpu_packing-wan.md" and "--wan" in file.read_text()
