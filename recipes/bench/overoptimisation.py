@@ -30,7 +30,6 @@ from align.run import Run, derived_seed, read_metrics
 from align.trajectory import path_kl, rollout
 from base_model.checkpoint import load_weights, save_weights
 from base_model.prompts.text import TextEncoder
-from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.video.files import write_atomic
 from recipes import nft, reward_model
@@ -41,7 +40,7 @@ from recipes.best_of_n import verdict
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
 from recipes.feedback import Assessor, HeldOut, Look, standardised
-from recipes.generate import Sampler, network_lineage, safety_runner, sample, seeded_noise
+from recipes.generate import Sampler, network_lineage, safety_runner, sample, seeded_noise, times_of
 from recipes.guards import Guards
 from recipes.match import SHIPPED
 from recipes.quality import SHIPPED as QUALITY
@@ -261,7 +260,7 @@ class Watched(HeldOut):
         """Mean over paths of so many steps, nats a clip; and the sigma of the noise that is left before the last step."""
         cond = self.cond[: self.kl_clips]
         noise = seeded_noise(model, self.sampler.clip, [derived_seed(self.seed, "path", k) % 2**31 for k in range(len(cond))])  # [B,C,F,H,W]
-        times = sampling_times(model.path, steps, shift=self.sampler.shift)  # [K+1]
+        times = times_of(model, self.sampler.model_copy(update={"steps": steps}))  # [K+1]
         taken = rollout(model, Ancestral(), noise, times, cond, noise=torch.Generator().manual_seed(derived_seed(self.seed, "path noise", 0)))
         return float(path_kl(model, self.prior, Ancestral(), taken).mean()), float(model.path.sigma(times[-2]))
 
