@@ -20,7 +20,7 @@ def file_hash(path: Path) -> str:
 
 def write_card(
     path: Path,
-    save: Callable[[Path], None],
+    save: Callable[[Path], object],
     *,
     recipe: str,
     cfg: Config,

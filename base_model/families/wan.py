@@ -71,7 +71,8 @@ class WanVideoModel:
 
     @property
     def patch(self) -> tuple[int, int, int]:
-        return tuple(self.network.config.patch_size)  # type: ignore[no-any-return]
+        frames, height, width = self.network.config.patch_size
+        return frames, height, width
 
     @property
     def lora_targets(self) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from align.trajectory import path_kl, rollout
 from base_model.checkpoint import load_weights, save_weights
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import LatentVideoModel, load_tiny
+from base_model.types import TrainableModel
 from base_model.video.files import write_atomic
 from recipes import nft, reward_model
 from recipes.bench._people import panel_worth, perceived, to_tensor
@@ -252,11 +253,11 @@ class Watched(HeldOut):
     kl_steps: int
     kl_clips: int
 
-    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
+    def watch(self, model: TrainableModel, assess: Assessor, iteration: int) -> Look:
         seen = super().watch(model, assess, iteration)
         return seen._replace(told=seen.told | {"path_kl": self.kl(model, self.kl_steps)[0]})
 
-    def kl(self, model: LatentVideoModel, steps: int) -> tuple[float, float]:
+    def kl(self, model: TrainableModel, steps: int) -> tuple[float, float]:
         """Mean over paths of so many steps, nats a clip; and the sigma of the noise that is left before the last step."""
         cond = self.cond[: self.kl_clips]
         noise = seeded_noise(model, self.sampler.clip, [derived_seed(self.seed, "path", k) % 2**31 for k in range(len(cond))])  # [B,C,F,H,W]

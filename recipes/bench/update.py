@@ -36,6 +36,7 @@ from align.trajectory import path_kl, rollout
 from base_model.checkpoint import load_weights
 from base_model.lora import merge
 from base_model.tiny import LatentVideoModel, load_tiny, save_network
+from base_model.types import TrainableModel
 from base_model.video.files import write_atomic
 from recipes import ddpo, feedback, grpo, nft
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
@@ -207,7 +208,7 @@ class Clocked(HeldOut):
 
     spent: Spent
 
-    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
+    def watch(self, model: TrainableModel, assess: Assessor, iteration: int) -> Look:
         begun = time.process_time()
         seen = super().watch(model, assess, iteration)
         self.spent.looks += time.process_time() - begun

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from align.run import latest_checkpoint, read_metrics
@@ -25,6 +26,7 @@ from recipes.feedback import Feedback, Setting
 from recipes.generate import Sampler
 from recipes.guards import Guards
 from recipes.models import load_model, model_lineage
+from recipes.visual import Visual
 from recipes.weights import file_hash, read_card
 from tests.base_model.families import tiny_cogvideox, tiny_hunyuan_video, tiny_ltx, tiny_mochi, tiny_wan
 from tests.recipes.small import save_small_network, save_small_reward_model
@@ -41,10 +43,19 @@ class Family(NamedTuple):
     clip: ClipShape
 
 
+def clear(pipeline: Any) -> Any:
+    """With a decoder that has no biases, in which a random one would drown what latents say."""
+    with torch.no_grad():
+        for name, parameter in pipeline.vae.decoder.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    return pipeline
+
+
 FAMILIES = {
-    "wan": Family(tiny_wan.text_to_video, ClipShape(5, 16, 16)),
-    "wan-5b": Family(lambda: tiny_wan.ti2v(image=False), ClipShape(5, 32, 32)),
-    "wan-a14b": Family(tiny_wan.a14b, ClipShape(5, 16, 16)),
+    "wan": Family(lambda: clear(tiny_wan.text_to_video()), ClipShape(5, 16, 16)),
+    "wan-5b": Family(lambda: clear(tiny_wan.ti2v(image=False)), ClipShape(5, 32, 32)),
+    "wan-a14b": Family(lambda: clear(tiny_wan.a14b()), ClipShape(5, 16, 16)),
     "ltx": Family(tiny_ltx.tiny_pipeline, ClipShape(9, 32, 32)),
     "mochi": Family(tiny_mochi.tiny_pipeline, ClipShape(7, 16, 16)),
     "cogvideox-5b": Family(lambda: tiny_cogvideox.tiny_pipeline("5b"), ClipShape(5, 16, 16)),
@@ -71,7 +82,7 @@ def sampler_of(clip: ClipShape) -> Sampler:
 def align(recipe: str, out: Path, folder: Path, family: str, *, resume: bool = False, clip: ClipShape | None = None, **policy: Any) -> dict[str, Any]:
     """What the command returns after two rollouts."""
     module = importlib.import_module(COMMANDS[recipe].module)
-    small = {"iterations": 2, "prompts": 1, "group_size": 2, "micro_batch": 2, "lora_rank": 2, "lr": 1e-2, "evaluate_every": 100, "save_every": 1}
+    small = {"iterations": 2, "prompts": 1, "group_size": 2, "micro_batch": 1, "lora_rank": 2, "lr": 1e-2, "evaluate_every": 100, "save_every": 1}
     setting = {"out": out, "model": folder / family, "reward": folder / "reward", "guards": Guards(watch=False), "prompt_pool": 2, "held_out_prompts": 1, "constrained": False}
     cfg = module.Config(**setting, sampler=sampler_of(clip or FAMILIES[family].clip), policy=module.Policy(**{**small, **policy}))
     found: dict[str, Any] = module.main(cfg, resume=resume)
@@ -118,3 +129,110 @@ def test_a_recipe_moves_a_family_and_saves_its_lora(recipe: str, family: str, fo
     adapted, plain = (said(load_model(folder / family, device=CPU, adapter=adapter), family) for adapter in (file, None))
     assert (adapted - plain).abs().max() > 1e-4
     assert (said(with_lora_of_diffusers(folder / family, file), family) - adapted).abs().max() < 1e-5
+
+
+def test_a_killed_run_of_a_family_ends_with_the_bits_of_one_that_was_not(folder: Path, tmp_path: Path) -> None:
+    align("grpo", tmp_path / "whole", folder, "wan")
+    align("grpo", tmp_path / "cut", folder, "wan", iterations=1)
+    for file in ("adapter.safetensors", "adapter.json"):
+        (tmp_path / "cut" / file).unlink()
+    align("grpo", tmp_path / "cut", folder, "wan", resume=True)
+
+    def left(out: Path) -> dict[str, str]:
+        checkpoint = latest_checkpoint(out)
+        assert checkpoint is not None
+        return {file.name: file_hash(file) for file in (out / "adapter.safetensors", *checkpoint.glob("*.safetensors"))}
+
+    assert left(tmp_path / "cut") == left(tmp_path / "whole") and len(left(tmp_path / "whole")) == 4
+    both = ([row for row in read_metrics(tmp_path / name, wall_clock=False) if "grad_norm" in row] for name in ("cut", "whole"))
+    assert next(both) == next(both)
+
+
+def test_clips_are_made_with_a_lora_that_was_trained_here(folder: Path, tmp_path: Path) -> None:
+    align("grpo", tmp_path / "run", folder, "wan", lr=1.0)
+    adapter = tmp_path / "run" / "adapter.safetensors"
+    cfg = generate.Config(out=tmp_path / "clips", model=folder / "wan", prompts=("a red ball rolls",), clips_per_prompt=2, sampler=sampler_of(FAMILIES["wan"].clip))
+    plain, adapted = generate.main(cfg), generate.main(cfg.model_copy(update={"adapter": adapter}))
+    assert len({*plain["clips"], *adapted["clips"]}) == 4  # type: ignore[misc]
+    store = ClipStore(cfg.out)
+    assert {row.generator_rev for row in store.rows()} == {model_lineage(cfg.model), model_lineage(cfg.model, adapter)}
+
+    model = with_lora_of_diffusers(folder / "wan", adapter)
+    wanted = torch.cat(list(generate.sample(model, model.encode_text(cfg.prompts).repeat(2), [0, 1], cfg.sampler)))
+    made = {row.seed: store.load(row.clip_id) for row in store.rows() if row.generator_rev == model_lineage(cfg.model, adapter)}
+    assert all((made[seed] - clip).abs().max() < 1.5 / 255 for seed, clip in enumerate(wanted))
+    assert generate.main(cfg)["clips"] == plain["clips"]
+
+
+def test_the_name_of_a_family_in_a_store_is_that_of_its_weights_and_its_grid(folder: Path, tmp_path: Path) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    for each in (first, other):
+        FAMILIES["wan"].make().save_pretrained(each)
+    assert model_lineage(first) == model_lineage(other)
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 5.0}))
+    told = {model_lineage(first), model_lineage(other)}
+    with (first / "transformer" / "diffusion_pytorch_model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert len({*told, model_lineage(first)}) == 3
+
+
+def test_the_grid_is_the_familys_own_unless_a_shift_is_given(folder: Path) -> None:
+    for name, family in FAMILIES.items():
+        model, sampler = load_model(folder / name, device=CPU), sampler_of(family.clip).model_copy(update={"steps": 4})
+        assert torch.equal(generate.times_of(model, sampler), model.times(4, family.clip))
+        shifted = generate.times_of(model, sampler.model_copy(update={"shift": 2.0}))
+        assert shifted[0] == torch.tensor(model.path.t_max) and shifted[-1] == 0
+        assert not torch.allclose(generate.times_of(model, sampler), shifted)
+    model = load_model(folder / "network.safetensors", device=CPU)
+    assert torch.equal(generate.times_of(model, Sampler()), generate.times_of(model, Sampler(shift=3.0)))
+
+
+@pytest.mark.parametrize(
+    ("family", "clip", "says"),
+    [
+        ("wan", ClipShape(6, 16, 16), "frames must be 1 [+] a multiple of 4"),
+        ("wan", ClipShape(5, 24, 16), "cannot be cut into patches of 1x2x2"),
+        ("ltx", ClipShape(9, 16, 32), "sides a multiple of 32"),
+        ("mochi", ClipShape(5, 16, 16), "frames must be 1 [+] a multiple of 6"),
+        ("cogvideox-1.5", ClipShape(5, 16, 16), "frames must be 1 [+] a multiple of 8"),
+        ("hunyuan-video", ClipShape(5, 16, 24), "cannot be cut into patches of 1x2x2"),
+    ],
+)
+def test_a_clip_that_a_family_cannot_make_is_said_on_one_line_before_anything_is_made(family: str, clip: ClipShape, says: str, folder: Path, tmp_path: Path) -> None:
+    size = f"sampler of {clip}: .*{says}.* Change sampler.frames, sampler.height or sampler.width"
+    with pytest.raises(UserError, match=size):
+        align("grpo", tmp_path / "run", folder, family, clip=clip)
+    with pytest.raises(UserError, match=size):
+        generate.main(generate.Config(out=tmp_path / "clips", model=folder / family, sampler=sampler_of(clip)))
+    assert not (tmp_path / "run" / "held_out").exists()
+
+
+def test_what_fits_one_kind_of_model_alone_is_refused_with_the_other(folder: Path, tmp_path: Path) -> None:
+    def refused(says: str, **changes: Any) -> None:
+        given = {"out": tmp_path / "clips", "model": folder / "wan", "sampler": sampler_of(ClipShape(5, 32, 32)), "clips_per_prompt": 1, "prompts": ("a red ball",)}
+        with pytest.raises(UserError, match=says) as raised:
+            generate.main(generate.Config(**{**given, **changes}))
+        assert "\n" not in str(raised.value)
+
+    tiny_wan.image_to_video().save_pretrained(tmp_path / "image")
+    refused("nf4 is for open families", model=None, nf4=True)
+    refused(r"an adapter goes onto an open family.*network\.safetensors", model=None, adapter=tmp_path / "adapter.safetensors")
+    refused(r"no folder .*wan2\.1-13b.*Did you mean wan2\.1-1\.3b", model=Path("wan2.1-13b"))
+    refused("none is told", model=tmp_path / "image")
+    picture = Visual(kind="image", file=tmp_path / "picture.png")
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "picture.png")
+    refused("clips from text alone", model=folder / "hunyuan-video", visual=picture)
+    found = generate.main(generate.Config(out=tmp_path / "clips", model=tmp_path / "image", sampler=sampler_of(ClipShape(5, 32, 32)), visual=picture, clips_per_prompt=1))
+    assert len(found["clips"]) == 2  # type: ignore[arg-type]
+
+
+def test_in_four_bits_a_family_is_moved_and_its_lora_fits_the_whole_weights(folder: Path, tmp_path: Path) -> None:
+    module = importlib.import_module(COMMANDS["nft"].module)
+    policy = module.Policy(iterations=1, prompts=1, group_size=2, updates=1, lora_rank=2)
+    setting = {"model": folder / "wan", "reward": folder / "reward", "guards": Guards(watch=False), "prompt_pool": 2, "held_out_prompts": 1, "constrained": False}
+    module.main(module.Config(out=tmp_path, nf4=True, sampler=sampler_of(FAMILIES["wan"].clip), policy=policy, **setting))
+    adapter = tmp_path / "adapter.safetensors"
+    whole, small = (said(load_model(folder / "wan", device=CPU, adapter=adapter, nf4=nf4), "wan") for nf4 in (False, True))
+    assert 1e-4 < (whole - small).norm() / whole.norm() < 0.1
