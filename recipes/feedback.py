@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from align import selfcheck
 from align.advantage import Advantage
@@ -130,6 +130,8 @@ class Setting(BaseConfig):
     hub; none means the shipped base."""
     nf4: bool = False
     """Attention and mlp of a family's frozen network in four bits: less memory, a little slower."""
+    recompute: Share = 0.0
+    """Share of a family's blocks whose activations a backward pass computes again: less memory, at most a third more time."""
     guard: Path | None = None
     """Folder of a second reward model that watches and may stop the run."""
     captions: tuple[str, ...] = ()
@@ -333,29 +335,34 @@ def guided(model: VideoModel, sampler: Sampler, *, train_empty: bool = True) -> 
 def check_first_step(policy: VideoModel, kernel: Kernel, taken: Trajectory, reward: Tensor, group_size: int) -> None:
     """Before the first update: rewards are known and differ, the replayed step is what was sampled and its ratio is 1, in the rollout's own batch and in another split, the KL has
     a gradient, and the fresh adapter changes nothing."""
-    step = taken.steps()[0]
+    step, half = taken.steps()[0], in_half_precision(policy.network)
     selfcheck.known_rewards(reward)
     selfcheck.reward_spread(reward, group_size)
     now = replay(policy, kernel, step, taken.cond)
     with reference(policy.network), torch.no_grad():
         prior = replay(policy, kernel, step, taken.cond)
-    selfcheck.fresh_adapter(now.mean, prior.mean)
+    selfcheck.fresh_adapter(now.mean, prior.mean, half=half)
     selfcheck.kl_gradient(now, prior, policy.network.parameters())
     selfcheck.first_residual(now, step.x_next)
-    selfcheck.first_ratio(now.log_prob(step.x_next), step.log_prob, same_batches=len(step.rows) == len(taken.cond))
+    selfcheck.first_ratio(now.log_prob(step.x_next), step.log_prob, same_batches=len(step.rows) == len(taken.cond), half=half)
     with torch.no_grad():
         part = step.select(slice((len(step.rows) + 1) // 2))
         now = replay(policy, kernel, part, taken.cond)
-        selfcheck.first_ratio(now.log_prob(part.x_next), part.log_prob, same_batches=False)
+        selfcheck.first_ratio(now.log_prob(part.x_next), part.log_prob, same_batches=False, half=half)
+
+
+def in_half_precision(network: nn.Module) -> bool:
+    """Whether any of its weights, and so what it computes, is bfloat16 or float16; an adapter on it may not be."""
+    return any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in network.parameters())
 
 
 def check_first_velocity(model: TrainableModel, x_t: Tensor, t: Tensor, cond: Conditioning, u_old: Tensor, prior: Tensor) -> None:
     """The same where no step has a density: the velocity of noised clips x_t [b,C,F,H,W] at t [b] is the remembered one, equal to the reference's `prior`, and their distance has a
     gradient."""
     u = model(x_t, t, cond)
-    one = torch.ones((), device=u.device)
-    selfcheck.first_velocity(u, u_old)
-    selfcheck.fresh_adapter(u_old, prior)
+    one, half = torch.ones((), device=u.device), in_half_precision(model.network)
+    selfcheck.first_velocity(u, u_old, half=half)
+    selfcheck.fresh_adapter(u_old, prior, half=half)
     selfcheck.kl_gradient(Gaussian(u, one), Gaussian(prior, one), model.network.parameters())
 
 
@@ -583,7 +590,7 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
 
     Several processes share the clips of a rollout; the first one looks at the held-out prompts and saves. Raises StoppedByGuard, after saving, where the guard ended the run.
     """
-    model = load_model(cfg.model, device=run.device, nf4=cfg.nf4)
+    model = load_model(cfg.model, device=run.device, nf4=cfg.nf4, recompute=cfg.recompute)
     check_sampler(model, cfg.sampler)
     encode = reward_text(model)
     guard = standardised(load_scorer(cfg.guard, fps=cfg.sampler.fps, encode=encode)) if cfg.guard else None

@@ -27,6 +27,7 @@ from base_model.families.loading import load_family, network_files
 from base_model.lora import adapter_state, merge
 from base_model.prompts.conditions import Canvas
 from base_model.prompts.text import TextEncoder
+from base_model.recompute import recompute_blocks
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny, save_network
 from base_model.types import Conditioning, TrainableModel
 from recipes.weights import file_hash, write_card
@@ -47,19 +48,22 @@ def is_built_in(source: Path | None) -> bool:
     return source is None or source.is_file() or source.suffix == ".safetensors"
 
 
-def load_model(source: Path | None, *, device: torch.device, nf4: bool = False, adapter: Path | None = None) -> TrainableModel:
+def load_model(source: Path | None, *, device: torch.device, nf4: bool = False, recompute: float = 0.0, adapter: Path | None = None) -> TrainableModel:
     """The model, its network frozen. A family computes in bfloat16 on a GPU, in float32 on a CPU.
 
-    nf4: attention and mlp of a family's network in four bits. adapter: a LoRA of the family, as diffusers' pipelines read it. Raises UserError.
+    nf4: attention and mlp of a family's network in four bits. recompute: share of its blocks whose activations are computed again in a backward pass.
+    adapter: a LoRA of the family, as diffusers' pipelines read it. Raises UserError.
     """
     if not is_built_in(source):
         family: TrainableModel = load_family(str(source), device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, nf4=nf4)
+        if recompute:
+            recompute_blocks(family.network, recompute)
         if adapter is not None:
             load_lora(family, adapter)
         family.network.requires_grad_(False)
         return family
-    if nf4:
-        raise UserError("nf4 is for open families, and the built-in model is small enough. Leave it out, or give --model a checkpoint that diffusers saved")
+    if nf4 or recompute:
+        raise UserError("nf4 and recompute are for open families, and the built-in model is small enough. Leave them out, or give --model a checkpoint that diffusers saved")
     if adapter is not None:
         raise UserError(f"an adapter goes onto an open family, {adapter}. Give --model the {NETWORK} beside it: the adapter is merged there")
     model = load_tiny(source).to(device)

@@ -1,4 +1,4 @@
-"""Every recipe of alignment moves every open family, whose adapter diffusers' pipeline then reads: two steps each, on pipelines of real classes, of a toy's size, saved in a folder."""
+"""Every recipe of alignment moves every open family, and diffusers' pipeline reads the adapter: two steps each, on saved pipelines of real classes and of a toy's size."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from align.run import latest_checkpoint, read_metrics
 from base_model.errors import UserError
 from base_model.families.loading import load_family
 from base_model.families.wan_experts import Experts
+from base_model.lora import add_lora
 from base_model.types import ClipShape
 from base_model.video.store import ClipStore
 from recipes import generate, grpo
@@ -217,7 +218,7 @@ def test_what_fits_one_kind_of_model_alone_is_refused_with_the_other(folder: Pat
         assert "\n" not in str(raised.value)
 
     tiny_wan.image_to_video().save_pretrained(tmp_path / "image")
-    refused("nf4 is for open families", model=None, nf4=True)
+    refused("nf4 and recompute are for open families", model=None, nf4=True)
     refused(r"an adapter goes onto an open family.*network\.safetensors", model=None, adapter=tmp_path / "adapter.safetensors")
     refused(r"no folder .*wan2\.1-13b.*Did you mean wan2\.1-1\.3b", model=Path("wan2.1-13b"))
     refused("none is told", model=tmp_path / "image")
@@ -226,6 +227,30 @@ def test_what_fits_one_kind_of_model_alone_is_refused_with_the_other(folder: Pat
     refused("clips from text alone", model=folder / "hunyuan-video", visual=picture)
     found = generate.main(generate.Config(out=tmp_path / "clips", model=tmp_path / "image", sampler=sampler_of(ClipShape(5, 32, 32)), visual=picture, clips_per_prompt=1))
     assert len(found["clips"]) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_that_are_computed_again_give_the_same_gradient(family: str, folder: Path) -> None:
+    found = []
+    for recompute in (0.0, 1.0):
+        model = load_model(folder / family, device=CPU, recompute=recompute)
+        model.network = add_lora(model.network, rank=2, alpha=2, targets=model.lora_targets)
+        x = torch.randn(1, *model.latents.shape(FAMILIES[family].clip), generator=torch.Generator().manual_seed(0))
+        model(x, torch.tensor([0.9]), model.encode_text(["a red circle"])).square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.network.parameters() if p.grad is not None]))
+    assert torch.allclose(*found, atol=1e-7) and found[0].any()
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "nft"])
+def test_a_network_in_half_precision_passes_the_checks_before_the_first_update(recipe: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where that is the precision."""
+
+    def halved(source: str, *, device: torch.device, dtype: torch.dtype, nf4: bool) -> Any:
+        return load_family(source, device=device, dtype=torch.bfloat16, nf4=nf4)
+
+    monkeypatch.setattr("recipes.models.load_family", halved)
+    align(recipe, tmp_path, folder, "wan", group_size=4, micro_batch=4)
+    assert all(0 < row["grad_norm"] < math.inf for row in read_metrics(tmp_path) if "grad_norm" in row)
 
 
 def test_in_four_bits_a_family_is_moved_and_its_lora_fits_the_whole_weights(folder: Path, tmp_path: Path) -> None:
