@@ -293,8 +293,13 @@ def ruled_by(row: ClipRow, runner: SafetyRunner) -> bool:
     return told.get("verdict") not in (None, "error") and runner.clip_rulers <= named
 
 
+def memory_of_token(model: Path | None) -> int:
+    """What a token takes of the memory that `check_memory` looks at: nothing where an open family runs on a GPU."""
+    return BYTES_A_TOKEN if is_built_in(model) or best_device().type == "cpu" else 0
+
+
 def check_memory(sampler: Sampler, clips: int, seconds: float, *, bytes_a_token: int = BYTES_A_TOKEN) -> None:
-    """Raises UserError where so many clips, as many as are made together, would not fit the memory that is free. bytes_a_token: 0 where they are made on a GPU."""
+    """Raises UserError where so many clips, as many as are made together, would not fit the memory that is free."""
     import psutil
 
     tokens = (1 + sampler.frames // 4) * (sampler.height // 8) * (sampler.width // 8)
@@ -330,7 +335,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     check_can_write(cfg.out)
     signer = credentials_of(cfg.export, cfg.out) if cfg.export.folder else None
     requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
-    check_memory(cfg.sampler, len(requests), cfg.visual.seconds, bytes_a_token=BYTES_A_TOKEN if is_built_in(cfg.model) or best_device().type == "cpu" else 0)
+    check_memory(cfg.sampler, len(requests), cfg.visual.seconds, bytes_a_token=memory_of_token(cfg.model))
     model, runner, store = load_model(cfg.model, device=best_device(), nf4=cfg.nf4, adapter=cfg.adapter), safety_runner(cfg.filters), ClipStore(cfg.out)
     sampling: Sampling = sample
     lineage, given = model_lineage(cfg.model, cfg.adapter), ""
