@@ -19,6 +19,7 @@ from base_model.errors import UserError
 from base_model.families.loading import load_family
 from base_model.families.wan_experts import Experts
 from base_model.lora import add_lora
+from base_model.prompts.text import TextEncoder
 from base_model.types import ClipShape
 from base_model.video.store import ClipStore
 from recipes import generate, grpo
@@ -29,8 +30,11 @@ from recipes.guards import Guards
 from recipes.models import load_model, model_lineage
 from recipes.visual import Visual
 from recipes.weights import file_hash, read_card
+from reward.matcher import Matcher
+from reward.model import RewardModel, save_reward_model
+from reward.quality import Quality
 from tests.base_model.families import tiny_cogvideox, tiny_hunyuan_video, tiny_ltx, tiny_mochi, tiny_wan
-from tests.recipes.small import save_small_network, save_small_reward_model
+from tests.recipes.small import save_small_network
 
 CPU = torch.device("cpu")
 RECIPES = [name for name, command in COMMANDS.items() if name != "bench" and issubclass(importlib.import_module(command.module).Config, Setting)]
@@ -71,7 +75,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
     for name, family in FAMILIES.items():
         family.make().save_pretrained(folder / name)
-    save_small_reward_model(folder / "reward", seed=1)
+    torch.manual_seed(1)
+    reward = RewardModel(Matcher(), Quality(), ("overall",), TextEncoder())
+    reward.scale.fill_(1e-3)  # a fresh one says almost the same of all clips
+    (folder / "reward").mkdir()
+    save_reward_model(folder / "reward", reward, {})
     save_small_network(folder / "network.safetensors")
     return folder
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from base_model.lora import LORA_TARGETS
 from base_model.paths import Path as ProbabilityPath
 from base_model.types import ClipShape, Conditioning, LatentSpec, TrainableModel
 from recipes import ddpo, dpo, grpo, nft, ppo, reward_gradient
@@ -18,7 +19,7 @@ from tests.recipes.small import run_small, small_model
 class Bare:
     """The members of `TrainableModel`, one by one."""
 
-    patch, lora_targets = (1, 2, 2), ("qkv", "mlp_in")
+    patch, lora_targets = (1, 2, 2), LORA_TARGETS
 
     def __init__(self) -> None:
         self._model = small_model().to(best_device())
