@@ -560,9 +560,10 @@ class Run:
         self._spend(clips, clips)
 
     def _count_backward(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
+        first = output[0] if isinstance(output, tuple) else output  # diffusers' networks give a tuple of one
+        if isinstance(first, Tensor) and first.requires_grad:
             clips = self._clips(arguments, named)
-            output.register_hook(lambda gradient: self._spend(0, 2 * clips))
+            first.register_hook(lambda gradient: self._spend(0, 2 * clips))
 
     def _spend(self, passes: int, equivalents: int) -> None:
         with self._counting:

@@ -24,6 +24,7 @@ LEAST_KNOWN = 0.95  # of the rewards
 SIGMAS = 6.0  # standard errors that residuals may be off
 RANKS_APART = 1e-5  # of a gradient's norm, which rounding explains
 ROUNDING = 1e-5  # of the largest value: what a GPU may differ by between a pass with gradient and one without, which take different kernels; a CPU does not
+HALF_RATIO, HALF_ROUNDING = 1e-3, 3e-2  # TOLERANCE and ROUNDING of a network that computes in half precision, whose steps are 2^-8 or 2^-11 of a value
 
 RATIO = "replayed ratio is 1"
 OTHER_BATCHES = "replayed ratio is 1 in other micro-batches"
@@ -74,15 +75,17 @@ def _tell(name: str, passed: bool, said: str, remedy: str) -> None:
         raise GuardStop(f"self-check: {said}: {remedy}")
 
 
-def rounding(device: torch.device, largest: float = 1.0) -> float:
-    """How far two passes over the same clips may be apart."""
-    return 0.0 if device.type == "cpu" else ROUNDING * largest
+def rounding(device: torch.device, largest: float = 1.0, *, half: bool = False) -> float:
+    """How far two passes over the same clips may be apart. half: whether the network computes in half precision."""
+    return 0.0 if device.type == "cpu" else (HALF_ROUNDING if half else ROUNDING) * largest
 
 
-def first_ratio(log_prob: Tensor, old_log_prob: Tensor, *, same_batches: bool) -> float:
-    """max |ratio - 1| over the replayed steps [B] before any update: exactly 0 in the rollout's own micro-batches on a CPU, at most 1e-6 in others and 1e-5 on a GPU."""
+def first_ratio(log_prob: Tensor, old_log_prob: Tensor, *, same_batches: bool, half: bool = False) -> float:
+    """max |ratio - 1| over the replayed steps [B] before any update: exactly 0 in the rollout's own micro-batches on a CPU, at most 1e-6 in others and 1e-5 on a GPU; at most 1e-3
+    in both where the network computes in half precision."""
     off = float((log_prob.detach() - old_log_prob).double().expm1().abs().max())
-    allowed = max(0.0 if same_batches else TOLERANCE, rounding(log_prob.device))
+    on_a_cpu = log_prob.device.type == "cpu"
+    allowed = (0.0 if same_batches and on_a_cpu else HALF_RATIO) if half else max(0.0 if same_batches else TOLERANCE, rounding(log_prob.device))
     remedy = "replay differs from sampling (dropout, guidance, dtype or conditions). Make both call transition() with the same model state"
     _tell(RATIO if same_batches else OTHER_BATCHES, off <= allowed, f"the first ratio is off by {off:.3g}, allowed {allowed:g}", remedy)
     return off
@@ -101,19 +104,19 @@ def first_residual(step: Gaussian, x_next: Tensor) -> float:
     return off
 
 
-def first_velocity(u: Tensor, u_old: Tensor) -> float:
+def first_velocity(u: Tensor, u_old: Tensor, *, half: bool = False) -> float:
     """max |u - u_old| before any update, [B,C,F,H,W] each, for methods that need no density but the velocity of the policy that made the clips: exactly 0 on a CPU, at most 1e-5 of
-    the largest |u_old| on a GPU."""
-    off, allowed = float((u.detach() - u_old).abs().max()), rounding(u.device, float(u_old.abs().max()))
+    the largest |u_old| on a GPU, 3e-2 in half precision."""
+    off, allowed = float((u.detach() - u_old).abs().max()), rounding(u.device, float(u_old.abs().max()), half=half)
     remedy = "the trained pass differs from the one that is remembered (dropout, dtype or conditions). Make both call the same model in the same state"
     _tell(RESIDUAL, off <= allowed, f"the first velocity is off by {off:.3g}, allowed {allowed:.3g}", remedy)
     return off
 
 
-def fresh_adapter(u: Tensor, reference: Tensor) -> float:
+def fresh_adapter(u: Tensor, reference: Tensor, *, half: bool = False) -> float:
     """max difference of what the policy and the reference say before any update, of one shape each: exactly 0 on a CPU, for a LoRA adapter begins with B = 0; at most 1e-5 of the
-    largest |reference| on a GPU."""
-    off, allowed = float((u.detach() - reference.detach()).abs().max()), rounding(u.device, float(reference.detach().abs().max()))
+    largest |reference| on a GPU, 3e-2 in half precision."""
+    off, allowed = float((u.detach() - reference.detach()).abs().max()), rounding(u.device, float(reference.detach().abs().max()), half=half)
     remedy = "the adapter is not zero at the start, or the reference is another network. Begin with a fresh add_lora()"
     _tell(ADAPTER, off <= allowed, f"policy and reference are {off:.3g} apart, allowed {allowed:.3g}", remedy)
     return off

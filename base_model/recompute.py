@@ -17,8 +17,9 @@ def recompute_blocks(network: Any, share: float = 1.0) -> int:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"a share of the blocks lies in [0, 1], not {share}")
-    kinds = set(getattr(network, "_repeated_blocks", None) or ())
-    blocks = [module for module in network.modules() if type(module).__name__ in kinds]
+    kinds = set(getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ())  # of Mochi and CogVideoX only the second is told
+    listed = [module for modules in network.modules() if isinstance(modules, nn.ModuleList) for module in modules]
+    blocks = [module for module in listed if type(module).__name__ in kinds]
     if not blocks or not getattr(network, "_supports_gradient_checkpointing", False):
         raise UserError(f"{type(network).__name__} has no blocks to compute again. Train it without gradient checkpointing")
     chosen = {id(block) for k, block in enumerate(blocks) if int((k + 1) * share + 1e-9) > int(k * share + 1e-9)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Literal, TypeVar
@@ -14,17 +14,21 @@ from torch import Tensor, nn
 
 from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
+from base_model.lora import LORA_TARGETS
 from base_model.networks.dit import DiT, DiTConfig
 from base_model.networks.layers import NetworkConfig
 from base_model.networks.packing import Packed, Patch, Segments, grid_positions, patchify, token_grid, unpatchify
 from base_model.networks.uvit import UViT, UViTConfig
 from base_model.networks.vae import VAEConfig, VideoVAE
 from base_model.paths import Path, RectifiedFlow
-from base_model.prompts.conditions import obey
+from base_model.prompts.conditions import Canvas, encode_known, obey
 from base_model.prompts.text import TextEncoder
-from base_model.types import Conditioning, LatentSpec
+from base_model.times import sampling_times
+from base_model.types import ClipShape, Conditioning, LatentSpec
 
 LARGEST = 2**16
+SHIFT = 3.0
+"""Shift of the sampling grid."""
 WEIGHTS = FilePath(__file__).parent / "weights"
 
 NetworkName = Literal["dit", "uvit"]
@@ -101,6 +105,18 @@ class LatentVideoModel:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    @property
+    def patch(self) -> Patch:
+        return self.config.patch
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return LORA_TARGETS
+
+    def times(self, steps: int, clip: ClipShape) -> Tensor:
+        """Uniform, then shifted by `SHIFT`, [steps + 1]; the same for every clip."""
+        return sampling_times(self.path, steps, shift=SHIFT)
+
     def to(self, device: torch.device) -> LatentVideoModel:
         """Moves network and codec; text is encoded on the CPU, its states follow the network."""
         self.network.to(device)
@@ -118,6 +134,10 @@ class LatentVideoModel:
         grid = token_grid(x_t.shape, self.config.patch)
         u = self.network(*packed(x_t, self.config.patch), t, *packed_text(cond))  # [B n,c]
         return unpatchify(u.unflatten(0, (len(x_t), -1)), x_t.shape[1], grid, self.config.patch).float()
+
+    def with_canvases(self, cond: Conditioning, canvases: Sequence[Canvas]) -> Conditioning:
+        """B texts and B canvases, which may give what they like."""
+        return replace(cond, known=encode_known(self, canvases, self.config.patch))
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         return self.text(prompts).to(self.device)

@@ -131,3 +131,28 @@ class VideoModel(Protocol):
     def decode(self, x0: Tensor) -> Tensor:
         """Latents [B,C,F,H,W] -> [B,T,3,H,W] in [0,1]; differentiable."""
         ...
+
+
+class TrainableModel(VideoModel, Protocol):
+    """What a recipe asks of a model beyond `VideoModel`: a network that an adapter can wrap, and what only the model knows of how it is adapted and sampled."""
+
+    network: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is; conditions and noise go there."""
+        ...
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of latents that are one token of the network."""
+        ...
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Ends of the names of the linears that an adapter goes onto (`lora.py: add_lora`)."""
+        ...
+
+    def times(self, steps: int, clip: ClipShape) -> Tensor:
+        """The model's own sampling grid, [steps + 1] from noise to 0. May raise ValueError for a clip, or a number of steps, that it is not sampled in."""
+        ...

@@ -28,7 +28,7 @@ from align.config import load
 from align.selfcheck import Finding
 from base_model.errors import RushesError, UserError
 from recipes.cli import COMMANDS, shipped_config
-from recipes.generate import check_memory
+from recipes.generate import check_memory, memory_of_token
 from recipes.guards import Guards
 from recipes.memory import PeakMemory
 
@@ -133,7 +133,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     name = recipe_of(cfg)
     module = importlib.import_module(COMMANDS[name].module)
     recipe = load(module.Config, cfg.file or shipped_config(name), cfg.keys)
-    check_memory(recipe.sampler, recipe.sampler.batch * torch.get_num_threads(), 0.0)
+    check_memory(recipe.sampler, recipe.sampler.batch * torch.get_num_threads(), 0.0, bytes_a_token=memory_of_token(recipe.model))
     found, error = dry_run(module, recipe)
     failed = [finding for finding in found if not finding.passed]
     result: dict[str, object] = {"recipe": name, **lines(found), "seconds": round(time.monotonic() - started, 1)}

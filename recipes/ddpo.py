@@ -34,11 +34,11 @@ from align.trajectory import Trajectory, join_steps, replay, rollout
 from align.windows import random_window
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
-from base_model.times import sampling_times
-from base_model.tiny import LatentVideoModel
-from base_model.types import Conditioning, VideoModel
+from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
+from recipes.generate import times_of
+from recipes.models import encode_prompts
 
 
 class Policy(BaseConfig):
@@ -86,7 +86,7 @@ class Policy(BaseConfig):
 
 class Config(Feedback):
     out: Path = Path("runs/ddpo")
-    """Folder of the run: `adapter.safetensors`, and `network.safetensors` with the adapter merged."""
+    """Folder of the run: `adapter.safetensors`, and of the built-in model `network.safetensors` with the adapter merged."""
     policy: Policy = Policy()
     """How the policy moves."""
 
@@ -135,7 +135,7 @@ def prior_of(policy: VideoModel, kernel: Kernel, taken: Trajectory) -> Gaussian:
         return replay(policy, kernel, step.select(feedback.eighth(len(step.rows))), taken.cond)
 
 
-def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
+def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
     p = cfg.policy
     feedback.check_steps(cfg.sampler)
     clips, branches = p.prompts * p.group_size, p.group_size if p.same_noise else 1
@@ -144,12 +144,12 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     if p.updates > len(batches):
         raise UserError(f"policy.updates is {p.updates}, but {clips} clips in micro-batches of {together} cannot be shared among so many. Lower policy.micro_batch")
     prompt_ids, texts = feedback.training_prompts(cfg)
-    pool = model.encode_text(texts)
+    pool = encode_prompts(model, texts)
     kernel = Ancestral(p.eta)
-    times = sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)  # [K+1]
+    times = times_of(model, cfg.sampler)  # [K+1]
     latent_shape = model.latents.shape(cfg.sampler.clip)  # C F H W
 
-    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
+    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
     policy = feedback.guided(model, cfg.sampler, train_empty=p.train_empty)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     schedule = warmup_cosine(optimizer, p.iterations * p.updates, warmup=2)

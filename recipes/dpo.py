@@ -37,11 +37,12 @@ from align.threads import in_threads
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
 from base_model.paths import add_noise
-from base_model.times import quantile_times, sampling_times, stratified_logit_normal
-from base_model.tiny import LatentVideoModel
-from base_model.types import Conditioning, VideoModel
+from base_model.times import quantile_times, stratified_logit_normal
+from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import feedback, guards
 from recipes.feedback import Assessor, GuardWatch, HeldOut, Setting
+from recipes.generate import times_of
+from recipes.models import encode_prompts
 from recipes.preferences import Ranked, Takes, Which, count, fresh_pairs, numbered, stored_pairs
 
 QUANTILES = 4  # noise levels at which held-out pairs are looked at
@@ -91,7 +92,7 @@ class Policy(BaseConfig):
 
 class Config(Setting):
     out: Path = Path("runs/dpo")
-    """Folder of the run: `adapter.safetensors`, and `network.safetensors` with the adapter merged."""
+    """Folder of the run: `adapter.safetensors`, and of the built-in model `network.safetensors` with the adapter merged."""
     comparisons: Path | None = None
     """Folder of rankings to learn from, as `reward/comparisons.py` writes it; none: fresh clips are made, and scored by `reward`."""
     clips: Path = Path("runs/candidates")
@@ -157,7 +158,7 @@ def batch_loss(p: Policy, model: VideoModel, pairs: int, part: tuple[Noised, tup
 class HeldOutPairs:
     """Pairs of rankings that are not learned from, at fixed noise: does the policy order them as people do?"""
 
-    def __init__(self, p: Policy, model: LatentVideoModel, takes: Sequence[Takes], run: Run) -> None:
+    def __init__(self, p: Policy, model: TrainableModel, takes: Sequence[Takes], run: Run) -> None:
         """What the SFT policy says of them is asked here, once, in the process that looks at them."""
         self._model, self._device, generator = model, run.device, run.generator("held-out pairs", 0)
         chosen = numbered(takes, torch.randperm(count(takes), generator=generator)[: p.held_out_pairs].tolist(), p.micro_batch)
@@ -180,7 +181,7 @@ class HeldOutPairs:
         return torch.stack(win).mean(0), torch.stack(lose).mean(0)
 
 
-def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
+def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
     p = cfg.policy
     if cfg.comparisons is None and assess.reward is None:
         raise UserError("nothing to make pairs of, comparisons and reward. Give --comparisons FOLDER --clips STORE, or --reward FOLDER")
@@ -188,10 +189,10 @@ def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held
     if cfg.comparisons is not None:
         ranked = stored_pairs(cfg.comparisons, cfg.clips, model, assess.runner, dimension=cfg.dimension, which=p.which, commercial=cfg.commercial, constrained=cfg.constrained)
     _, texts = feedback.training_prompts(cfg)
-    pool = model.encode_text(texts)
-    times = sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)  # [K+1]
+    pool = encode_prompts(model, texts)
+    times = times_of(model, cfg.sampler)  # [K+1]
     shape, clips = model.latents.shape(cfg.sampler.clip), p.prompts * p.group_size  # C F H W
-    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
+    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
     policy = feedback.guided(model, cfg.sampler)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg, assess)

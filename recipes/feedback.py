@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from align import selfcheck
 from align.advantage import Advantage
@@ -30,17 +30,18 @@ from align.trajectory import Trajectory, replay, rollout
 from base_model.checkpoint import save_weights
 from base_model.errors import GuardStop, UserError
 from base_model.guidance import Guided
-from base_model.lora import adapter_state, load_adapter_state, merge, reference
-from base_model.tiny import LatentVideoModel, load_tiny, save_network
-from base_model.types import Conditioning, VideoModel
+from base_model.lora import adapter_state, load_adapter_state, reference
+from base_model.prompts.text import TextEncoder
+from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import guards
 from recipes.filters import Filters
-from recipes.generate import Sampler, latent_shape, safety_runner, sample_with_latents
+from recipes.generate import Sampler, check_sampler, safety_runner, sample_with_latents
 from recipes.guards import Guards
 from recipes.guards import GuardWatch as GuardWatch
+from recipes.models import built_in, encode_prompts, load_model, reward_text, save_policy
 from recipes.scorers import card_of, load_scorer, tier_of
 from recipes.shapes.prompts import make_prompts
-from recipes.weights import file_hash, write_card
+from recipes.weights import file_hash
 from reward import latent
 from reward.latent import LatentMixture
 from reward.mirror import swap_sides
@@ -125,7 +126,12 @@ class Setting(BaseConfig):
     seed: Seed = 0
     """Seed of prompts and noise."""
     model: Path | None = None
-    """Network to start from and to stay near; none means the shipped base."""
+    """What to start from and to stay near: a network of the built-in model, or an open family by a folder that diffusers saved, a short name (wan2.1-1.3b) or owner/name on the
+    hub; none means the shipped base."""
+    nf4: bool = False
+    """Attention and mlp of a family's frozen network in four bits: less memory, a little slower."""
+    recompute: Share = 0.0
+    """Share of a family's blocks whose activations a backward pass computes again: less memory, at most a third more time."""
     guard: Path | None = None
     """Folder of a second reward model that watches and may stop the run."""
     captions: tuple[str, ...] = ()
@@ -198,7 +204,7 @@ class Assessor:
     looks: bool = True
 
     @torch.no_grad()
-    def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None, *, gather: Gather = list) -> Assessment:
+    def finished(self, model: TrainableModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None, *, gather: Gather = list) -> Assessment:
         """Finished latents of B clips in batches [b,C,F,H,W], decoded where somebody looks at pixels; video: [B,T,3,H,W] where they are decoded already."""
         if not isinstance(self.reward, LatentMixture):
             return self(decode(model, x0) if video is None else video, cond.prompts, gather=gather)
@@ -301,7 +307,7 @@ class HeldOut:
     seed: int
     folder: Path
 
-    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
+    def watch(self, model: TrainableModel, assess: Assessor, iteration: int) -> Look:
         """Samples, keeps and scores the held-out clips."""
         seeds = [derived_seed(self.seed, "held out", k) % 2**31 for k in range(len(self.cond))]
         x0, clips = zip(*sample_with_latents(model, self.cond, seeds, self.sampler), strict=True)
@@ -329,29 +335,34 @@ def guided(model: VideoModel, sampler: Sampler, *, train_empty: bool = True) -> 
 def check_first_step(policy: VideoModel, kernel: Kernel, taken: Trajectory, reward: Tensor, group_size: int) -> None:
     """Before the first update: rewards are known and differ, the replayed step is what was sampled and its ratio is 1, in the rollout's own batch and in another split, the KL has
     a gradient, and the fresh adapter changes nothing."""
-    step = taken.steps()[0]
+    step, half = taken.steps()[0], in_half_precision(policy.network)
     selfcheck.known_rewards(reward)
     selfcheck.reward_spread(reward, group_size)
     now = replay(policy, kernel, step, taken.cond)
     with reference(policy.network), torch.no_grad():
         prior = replay(policy, kernel, step, taken.cond)
-    selfcheck.fresh_adapter(now.mean, prior.mean)
+    selfcheck.fresh_adapter(now.mean, prior.mean, half=half)
     selfcheck.kl_gradient(now, prior, policy.network.parameters())
     selfcheck.first_residual(now, step.x_next)
-    selfcheck.first_ratio(now.log_prob(step.x_next), step.log_prob, same_batches=len(step.rows) == len(taken.cond))
+    selfcheck.first_ratio(now.log_prob(step.x_next), step.log_prob, same_batches=len(step.rows) == len(taken.cond), half=half)
     with torch.no_grad():
         part = step.select(slice((len(step.rows) + 1) // 2))
         now = replay(policy, kernel, part, taken.cond)
-        selfcheck.first_ratio(now.log_prob(part.x_next), part.log_prob, same_batches=False)
+        selfcheck.first_ratio(now.log_prob(part.x_next), part.log_prob, same_batches=False, half=half)
 
 
-def check_first_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Conditioning, u_old: Tensor, prior: Tensor) -> None:
+def in_half_precision(network: nn.Module) -> bool:
+    """Whether any of its weights, and so what it computes, is bfloat16 or float16; an adapter on it may not be."""
+    return any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in network.parameters())
+
+
+def check_first_velocity(model: TrainableModel, x_t: Tensor, t: Tensor, cond: Conditioning, u_old: Tensor, prior: Tensor) -> None:
     """The same where no step has a density: the velocity of noised clips x_t [b,C,F,H,W] at t [b] is the remembered one, equal to the reference's `prior`, and their distance has a
     gradient."""
     u = model(x_t, t, cond)
-    one = torch.ones((), device=u.device)
-    selfcheck.first_velocity(u, u_old)
-    selfcheck.fresh_adapter(u_old, prior)
+    one, half = torch.ones((), device=u.device), in_half_precision(model.network)
+    selfcheck.first_velocity(u, u_old, half=half)
+    selfcheck.fresh_adapter(u_old, prior, half=half)
     selfcheck.kl_gradient(Gaussian(u, one), Gaussian(prior, one), model.network.parameters())
 
 
@@ -361,7 +372,7 @@ def eighth(clips: int) -> Tensor:
 
 
 @torch.no_grad()
-def reference_distance(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Conditioning, sampled_by: Callable[[], AbstractContextManager[object]]) -> float:
+def reference_distance(model: TrainableModel, x_t: Tensor, t: Tensor, cond: Conditioning, sampled_by: Callable[[], AbstractContextManager[object]]) -> float:
     """Mean squared distance of the velocity from the SFT policy's, per latent element, of noised clips x_t [b,C,F,H,W] at t [b]; sampled_by: switches to the policy that is asked
     about."""
     with sampled_by():
@@ -370,7 +381,7 @@ def reference_distance(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Co
         return float((u - model(x_t, t, cond)).square().mean())
 
 
-def check_velocity(model: LatentVideoModel, x_t: Tensor, t: Tensor, cond: Conditioning) -> None:
+def check_velocity(model: TrainableModel, x_t: Tensor, t: Tensor, cond: Conditioning) -> None:
     """`check_first_velocity` where nothing of these clips is remembered yet: policy and reference are asked now."""
     with torch.no_grad():
         u_old = model(x_t, t, cond)
@@ -430,7 +441,7 @@ def correction_of(safety: SafetyLimit, clip_filters: str) -> Correction | None:
     return Correction(partial(by_audit, review=review, confidence=confidence), bound, audited=True)
 
 
-def register(run: Run, model: LatentVideoModel, optimizer: Any, multiplier: Multiplier | None, watch: GuardWatch) -> None:
+def register(run: Run, model: TrainableModel, optimizer: Any, multiplier: Multiplier | None, watch: GuardWatch) -> None:
     """Everything an RL run must find again when it resumes, and the forward-pass counter."""
     run.register("network", model.network, trainable_only=True)
     run.register("optimizer", optimizer)
@@ -440,7 +451,7 @@ def register(run: Run, model: LatentVideoModel, optimizer: Any, multiplier: Mult
     run.count_forwards(model.network)
 
 
-def look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, watch: GuardWatch, iteration: int, *, every: int) -> dict[str, float]:
+def look(run: Run, held_out: HeldOut, model: TrainableModel, assess: Assessor, watch: GuardWatch, iteration: int, *, every: int) -> dict[str, float]:
     """Every `every` rollouts: the held-out metrics, the guards' light, and the end of the run where it is red. Else nothing."""
     with run.looking():
         told = {} if iteration % every else watch_over(run, watch, held_out, model, assess, iteration)
@@ -450,7 +461,7 @@ def look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor,
     return told
 
 
-def watch_over(run: Run, watch: GuardWatch, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, iteration: int) -> dict[str, float]:
+def watch_over(run: Run, watch: GuardWatch, held_out: HeldOut, model: TrainableModel, assess: Assessor, iteration: int) -> dict[str, float]:
     """The metrics of a look, those of the guards among them, if they watch; `watch.fallen` then says whether the run is to end."""
 
     def looked() -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -473,7 +484,7 @@ def roll_out_clean(model: VideoModel, times: Tensor, cond: Conditioning, noise: 
     return rollout(model, ODE(), noise[rows], times, cond[rows], noise=torch.Generator())
 
 
-def last_look(run: Run, held_out: HeldOut, model: LatentVideoModel, assess: Assessor, watch: GuardWatch) -> dict[str, float]:
+def last_look(run: Run, held_out: HeldOut, model: TrainableModel, assess: Assessor, watch: GuardWatch) -> dict[str, float]:
     """A look after the loop and, where the run fell, the way back to the best adapter and a look at that: the metrics of what is kept, logged."""
     with run.looking():
         looked = watch_over(run, watch, held_out, model, assess, run.iteration)
@@ -528,16 +539,16 @@ def check_steps(sampler: Sampler) -> None:
         raise UserError(f"sampler.steps is {sampler.steps}, but a policy learns from noisy steps and the last one has none. Give at least 2")
 
 
-def encode_all(model: LatentVideoModel, *prompts: Sequence[str]) -> None:
+def encode_all(encode: TextEncoder, *prompts: Sequence[str]) -> None:
     """Encodes prompts as they are and with their sides swapped, for a reward model looks at every clip mirrored, too. The states of a prompt depend, in their last bits, on what it
     is encoded with: left to the rollouts, they would depend on where the run was resumed."""
     for texts in prompts:
-        model.encode_text(texts)
-    model.encode_text([swap_sides(text) for texts in prompts for text in texts])
+        encode(texts)
+    encode([swap_sides(text) for texts in prompts for text in texts])
 
 
 C = TypeVar("C", bound=Setting)
-Train = Callable[[C, Run, LatentVideoModel, Assessor, HeldOut], GuardWatch]
+Train = Callable[[C, Run, TrainableModel, Assessor, HeldOut], GuardWatch]
 
 
 def training_prompts(cfg: Setting) -> tuple[list[str], list[str]]:
@@ -565,45 +576,43 @@ def people_term(scorer: Calibrated, pessimism: float) -> Term:
     return Term("people", scorer.dims[0], center=float(scorer.center[0]), scale=float(scorer.scale[0]), pessimism=pessimism)
 
 
-def load_reward(folder: Path, model: LatentVideoModel, pessimism: float, fps: float) -> Mixture | LatentMixture:
+def load_reward(folder: Path, model: TrainableModel, pessimism: float, fps: float, encode: TextEncoder | None = None) -> Mixture | LatentMixture:
     """The first dimension of the reward in a folder, in standard deviations of its training clips, minus `pessimism` spreads: of a reward model on pixels, or of a latent reward on
-    `model`, whose network has no adapter yet. Raises UserError where it cannot be used."""
+    `model`, whose network has no adapter yet. encode: what a reward model reads prompts with. Raises UserError where it cannot be used."""
     if tier_of(card_of(folder)) != latent.TIER:
-        return standardised(load_scorer(folder, fps=fps, encode=model.text), pessimism)
-    scorer = latent.load_latent_reward(folder, model)
+        return standardised(load_scorer(folder, fps=fps, encode=encode or reward_text(model)), pessimism)
+    scorer = latent.load_latent_reward(folder, built_in(model, f"a latent reward, {folder},"))
     return LatentMixture(scorer, (people_term(scorer, pessimism),))
 
 
 def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None) -> dict[str, object]:
-    """Loads the model, the scorers and the filters, trains, looks once more, and saves the adapter and the merged network. reward: folder of a reward model.
+    """Loads the model, the scorers and the filters, trains, looks once more, and saves the policy (`models.py`). reward: folder of a reward model.
 
     Several processes share the clips of a rollout; the first one looks at the held-out prompts and saves. Raises StoppedByGuard, after saving, where the guard ended the run.
     """
-    model = load_tiny(cfg.model).to(run.device)
-    model.network.requires_grad_(False)
-    latent_shape(model, cfg.sampler.clip)
-    guard = standardised(load_scorer(cfg.guard, fps=cfg.sampler.fps, encode=model.text)) if cfg.guard else None
+    model = load_model(cfg.model, device=run.device, nf4=cfg.nf4, recompute=cfg.recompute)
+    check_sampler(model, cfg.sampler)
+    encode = reward_text(model)
+    guard = standardised(load_scorer(cfg.guard, fps=cfg.sampler.fps, encode=encode)) if cfg.guard else None
     texts = held_out_texts(cfg)
-    held_out = HeldOut(texts, model.encode_text(texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
-    scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps) if reward else None
+    held_out = HeldOut(texts, encode_prompts(model, texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
+    scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps, encode) if reward else None
     assess = Assessor(scorer, safety_runner(cfg.filters), cfg.sampler.fps, looks=cfg.constrained)
     run.note("safety", assess.runner.lineage())
     if isinstance(scorer, LatentMixture) and not cfg.constrained and run.is_main:
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)
-    encode_all(model, training_prompts(cfg)[1], texts)
+    encode_all(encode, training_prompts(cfg)[1], texts)
     watch = train(cfg, run, model, assess, held_out)
 
     looked = last_look(run, held_out, model, assess, watch)
-    weights, adapter = run.out / "network.safetensors", adapter_state(model.network)
-    model.network = merge(model.network)
     data = hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
-    def saved() -> str:
-        save_weights(run.out / "adapter.safetensors", adapter, {})
-        write_card(weights, lambda path: save_network(path, model), recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked, safety=assess.runner.lineage())
-        return file_hash(weights)
+    def saved() -> tuple[Path, str]:
+        file = save_policy(model, run.out, recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked, safety=assess.runner.lineage())
+        return file, file_hash(file)
 
-    result = {"weights": str(weights), "sha256": run.on_main(saved), "stopped_by_guard": bool(watch.fallen), "forward_passes": run.forward_passes, **looked}
+    weights, sha256 = run.on_main(saved)
+    result = {"weights": str(weights), "sha256": sha256, "stopped_by_guard": bool(watch.fallen), "forward_passes": run.forward_passes, **looked}
     if watch.said:
         result["guards"] = watch.said
     if watch.fallen:

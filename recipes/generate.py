@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from align.config import Config as BaseConfig
@@ -30,16 +30,16 @@ from base_model.errors import UserError
 from base_model.guidance import Guided
 from base_model.networks.packing import token_grid
 from base_model.paths import add_noise
-from base_model.prompts.conditions import Canvas, encode_known, give_frames
+from base_model.prompts.conditions import give_frames
 from base_model.times import sampling_times
-from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny
-from base_model.types import ClipShape, Conditioning
+from base_model.tiny import SHIFT
+from base_model.types import ClipShape, Conditioning, TrainableModel
 from base_model.video.store import ClipRow, ClipStore, NewClip, request_key
 from recipes.filters import NONE, Filters, load_filters
-from recipes.provenance import Export, credentials_of, export, origin_of
+from recipes.models import encode_prompts, is_built_in, load_model, model_lineage, with_canvases
+from recipes.provenance import Export, credentials_of, export, origin_of, origin_of_family
 from recipes.stack import Stack, frame_shape, load_stack, sample_stack, stack_lineage
 from recipes.visual import Prepared, Visual, head_frames, prepare
-from recipes.weights import file_hash
 from reward.safety.contract import PromptFilter, SafetyRunner, VideoFilter, allowed, to_json
 from reward.safety.policy import load_policy
 from reward.safety.process import InProcess
@@ -58,27 +58,20 @@ class Sampler(BaseConfig):
 
     steps: Annotated[int, Field(ge=1, le=1000)] = 6
     """Denoising steps of the probability-flow ODE."""
-    shift: Annotated[float, Field(ge=0.01, le=100)] = 3.0
-    """Shift of the time grid; above 1 spends more steps on noise."""
+    shift: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    """Shift of a uniform time grid; above 1 spends more steps on noise. None: the model's own grid, which for the built-in one is a shift of 3."""
     guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Scale of classifier-free guidance; 1 is none, any other costs two passes a step."""
     frames: Annotated[int, Field(ge=1, le=1025)] = 13
-    """Frames of a clip, 1 + a multiple of 4."""
+    """Frames of a clip: 1 + a multiple of the model's stride in time, 4 for the built-in one."""
     height: Side = 32
-    """Height in pixels, a multiple of 8."""
+    """Height in pixels, a multiple of 8; of 16 or 32 for most open families."""
     width: Side = 32
-    """Width in pixels, a multiple of 8."""
+    """Width in pixels, likewise."""
     fps: Annotated[float, Field(ge=0.1, le=240)] = 12.0
     """Frames a second."""
     batch: Count = 32
     """Clips denoised together; on a CPU every core has a batch of its own."""
-
-    @field_validator("frames")
-    @classmethod
-    def _frames_fall_on_the_grid(cls, frames: int) -> int:
-        if frames % 4 != 1:
-            raise ValueError(f"expected 1 + a multiple of 4, got {frames}")
-        return frames
 
     @property
     def clip(self) -> ClipShape:
@@ -89,7 +82,11 @@ class Config(BaseConfig):
     out: Path = Path("runs/generate")
     """Folder of the clip store."""
     model: Path | None = None
-    """Network of the model; none means the shipped base."""
+    """Network of the built-in model, or an open family: a folder that diffusers saved, a short name (wan2.1-1.3b) or owner/name on the hub. None means the shipped base."""
+    adapter: Path | None = None
+    """LoRA of an open family that the clips are made with, in diffusers' format: the `adapter.safetensors` of a run."""
+    nf4: bool = False
+    """Attention and mlp of a family's network in four bits."""
     stack: Path | None = None
     """Folder of a stack of small models (`recipes/stack.py`), which makes the clips instead; finished at the size the sampler says."""
     prompts: tuple[str, ...] = ("a red circle moves to the left", "a blue bar grows")
@@ -126,23 +123,39 @@ def safety_runner(filters: Filters = NONE, *, isolated: bool = False) -> SafetyR
     return SafetyRunner(chosen, policy, limits={each.id: ISOLATED for each in chosen}, transport=InProcess)
 
 
-def latent_shape(model: LatentVideoModel, clip: ClipShape) -> tuple[int, int, int, int]:
+def latent_shape(model: TrainableModel, clip: ClipShape) -> tuple[int, int, int, int]:
     """(C, F, H, W) of a clip. Raises UserError where it does not fit the latent grid or the model's patches."""
     try:
         shape = model.latents.shape(clip)
-        token_grid(shape, model.config.patch)
+        token_grid(shape, model.patch)
     except ValueError as error:
         raise UserError(f"sampler of {clip}: {error}. Change sampler.frames, sampler.height or sampler.width.") from error
     return shape
 
 
-def seeded_noise(model: LatentVideoModel, clip: ClipShape, seeds: Sequence[int]) -> Tensor:
+def times_of(model: TrainableModel, sampler: Sampler) -> Tensor:
+    """The sampling grid, [K+1] from noise to 0. Raises UserError where the model is not sampled in so many steps, or not at this size."""
+    if sampler.shift is not None:
+        return sampling_times(model.path, sampler.steps, shift=sampler.shift)
+    try:
+        return model.times(sampler.steps, sampler.clip)
+    except ValueError as error:
+        raise UserError(f"sampler of {sampler.steps} steps and {sampler.clip}: {error}. Change sampler.steps, or sampler.height and sampler.width") from error
+
+
+def check_sampler(model: TrainableModel, sampler: Sampler) -> None:
+    """Raises UserError for clips that the model cannot make, before anything is made."""
+    latent_shape(model, sampler.clip)
+    times_of(model, sampler)
+
+
+def seeded_noise(model: TrainableModel, clip: ClipShape, seeds: Sequence[int]) -> Tensor:
     """One stream a seed, whatever the batch: [B,C,F,H,W]. Raises UserError where the clip does not fit the latent grid."""
     shape = latent_shape(model, clip)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(model.device)
 
 
-def sample(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, start: Tensor | None = None, strength: float = 1.0) -> Iterator[Tensor]:
+def sample(model: TrainableModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, start: Tensor | None = None, strength: float = 1.0) -> Iterator[Tensor]:
     """Denoises and decodes B clips, yielded in order in batches [b,T,3,H,W] on the CPU; two batches a core are made at a time.
 
     start: latents [C,F,H,W] that are noised to `strength` of the way and denoised from there (SDEdit, Meng et al. 2022, arXiv 2108.01073), instead of noise alone.
@@ -153,12 +166,13 @@ def sample(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sa
 
 @torch.no_grad()
 def sample_with_latents(
-    model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, start: Tensor | None = None, strength: float = 1.0
+    model: TrainableModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, start: Tensor | None = None, strength: float = 1.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`sample`, with the finished latents [b,C,F,H,W], where the model is, before each batch of clips."""
-    times = sampling_times(model.path, sampler.steps, shift=sampler.shift) * strength  # [K+1]
+    times = times_of(model, sampler) * strength  # [K+1]
     guided = Guided(model, sampler.guidance)
-    model.encode_text([""])  # kept from here on: what guidance needs is not encoded in several threads
+    if sampler.guidance != 1:
+        guided.unprompted  # noqa: B018 (kept from here on: what guidance needs is not encoded in several threads)
 
     def make(begin: int) -> tuple[Tensor, Tensor]:
         part = slice(begin, begin + sampler.batch)
@@ -174,16 +188,17 @@ def sample_with_latents(
         yield from in_threads(make, begins[k : k + together], model.device)
 
 
-Sampling = Callable[[LatentVideoModel, Conditioning, Sequence[int], Sampler], Iterator[Tensor]]
+Sampling = Callable[[TrainableModel, Conditioning, Sequence[int], Sampler], Iterator[Tensor]]
 
 
 def stack_sampling(stack: Stack) -> Sampling:
     """`sample`, but by the stack; of the model it uses nothing."""
 
-    def sampling(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
+    def sampling(model: TrainableModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
+        shift = SHIFT if sampler.shift is None else sampler.shift
         for begin in range(0, len(seeds), sampler.batch):
             part = slice(begin, begin + sampler.batch)
-            yield sample_stack(stack, cond[part], sampler.clip, seeds=seeds[part], steps=sampler.steps, shift=sampler.shift, guidance=sampler.guidance)
+            yield sample_stack(stack, cond[part], sampler.clip, seeds=seeds[part], steps=sampler.steps, shift=shift, guidance=sampler.guidance)
 
     return sampling
 
@@ -191,22 +206,22 @@ def stack_sampling(stack: Stack) -> Sampling:
 def visual_sampling(visual: Visual, prepared: Prepared) -> Sampling:
     """`sample`, but from what is given; clips may be longer than the sampler's."""
 
-    def sampling(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
+    def sampling(model: TrainableModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
         yield make_clips(model, cond, seeds, sampler, visual, prepared)
 
     return sampling
 
 
-def make_clips(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, visual: Visual, prepared: Prepared) -> Tensor:
+def make_clips(model: TrainableModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, visual: Visual, prepared: Prepared) -> Tensor:
     """B clips [B,T',3,H,W], joined to what was given and as long as `visual` asks."""
-    start = None if prepared.start is None else model.encode(prepared.start[None])  # [1,C,F,H,W]
+    start = None if prepared.start is None else model.encode(prepared.start[None].to(model.device))  # [1,C,F,H,W]
     told = with_canvases(model, cond, [prepared.canvas] * len(cond)) if prepared.canvas.given.any() else cond
     made = torch.cat(list(sample(model, told, seeds, sampler, start, visual.strength if start is not None else 1.0)))  # [B,T,3,H,W]
     clips, frames = torch.stack([prepared.join(clip) for clip in made]), round(visual.seconds * sampler.fps)  # [B,T',3,H,W]
     return go_on(model, cond, seeds, sampler, clips, frames=frames, ahead=visual.frames) if frames else clips
 
 
-def go_on(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, clips: Tensor, *, frames: int, ahead: int) -> Tensor:
+def go_on(model: TrainableModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, clips: Tensor, *, frames: int, ahead: int) -> Tensor:
     """[B,t,3,H,W] -> [B,frames,3,H,W]: clips go on from their last `ahead` frames, at most, a clip of the sampler's at a time, again and again."""
     there, stride = clips.shape[1], model.latents.time_stride
     ahead = head_frames(ahead, min(there, sampler.frames), sampler.frames - stride, stride)
@@ -218,14 +233,9 @@ def go_on(model: LatentVideoModel, cond: Conditioning, seeds: Sequence[int], sam
     return clips[:, :frames]
 
 
-def with_canvases(model: LatentVideoModel, cond: Conditioning, canvases: Sequence[Canvas]) -> Conditioning:
-    """B texts and B canvases."""
-    return replace(cond, known=encode_known(model, canvases, model.config.patch))
-
-
 def fill_store(
     store: ClipStore,
-    model: LatentVideoModel,
+    model: TrainableModel,
     requests: Sequence[Request],
     *,
     lineage: str,
@@ -244,7 +254,7 @@ def fill_store(
     settings = {key: value for key, value in dump(sampler).items() if key != "batch"} | ({"visual": given} if given else {})
     texts = list(dict.fromkeys(r.prompt for r in requests))
     passed = {text for text, decision in zip(texts, runner.check_prompts(texts), strict=True) if allowed(decision)}
-    cond = model.encode_text(texts)
+    cond = encode_prompts(model, texts)
     row_of = {text: k for k, text in enumerate(texts)}
     keys = [request_key(r.prompt, r.seed, settings, lineage) for r in requests]
     served = [i for i, r in enumerate(requests) if r.prompt in passed]
@@ -283,14 +293,19 @@ def ruled_by(row: ClipRow, runner: SafetyRunner) -> bool:
     return told.get("verdict") not in (None, "error") and runner.clip_rulers <= named
 
 
-def check_memory(sampler: Sampler, clips: int, seconds: float) -> None:
+def memory_of_token(model: Path | None) -> int:
+    """What a token takes of the memory that `check_memory` looks at: nothing where an open family runs on a GPU."""
+    return BYTES_A_TOKEN if is_built_in(model) or best_device().type == "cpu" else 0
+
+
+def check_memory(sampler: Sampler, clips: int, seconds: float, *, bytes_a_token: int = BYTES_A_TOKEN) -> None:
     """Raises UserError where so many clips, as many as are made together, would not fit the memory that is free."""
     import psutil
 
     tokens = (1 + sampler.frames // 4) * (sampler.height // 8) * (sampler.width // 8)
     together = min(clips, sampler.batch * torch.get_num_threads())
     finished = 12 * sampler.height * sampler.width * max(sampler.frames, round(seconds * sampler.fps))  # bytes of a clip's pixels; filters and writers hold up to three copies more
-    needed, free = together * (tokens * BYTES_A_TOKEN + 4 * finished), psutil.virtual_memory().available
+    needed, free = together * (tokens * bytes_a_token + 4 * finished), psutil.virtual_memory().available
     if needed > free:
         raise UserError(
             f"clips of {sampler.clip} need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. "
@@ -304,8 +319,8 @@ def best_device() -> torch.device:
 
 
 def network_lineage(path: Path | None) -> str:
-    """sha256 of the network's file: what names a model in the store."""
-    return file_hash(path or WEIGHTS / "dit.safetensors")
+    """sha256 of the network's file: what names the built-in model in the store."""
+    return model_lineage(path)
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
@@ -319,21 +334,23 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     check_can_write(cfg.out)
     signer = credentials_of(cfg.export, cfg.out) if cfg.export.folder else None
-    model, runner, store = load_tiny(cfg.model).to(best_device()), safety_runner(cfg.filters), ClipStore(cfg.out)
     requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
-    check_memory(cfg.sampler, len(requests), cfg.visual.seconds)
+    check_memory(cfg.sampler, len(requests), cfg.visual.seconds, bytes_a_token=memory_of_token(cfg.model))
+    model, runner, store = load_model(cfg.model, device=best_device(), nf4=cfg.nf4, adapter=cfg.adapter), safety_runner(cfg.filters), ClipStore(cfg.out)
     sampling: Sampling = sample
-    lineage, given = network_lineage(cfg.model), ""
+    lineage, given = model_lineage(cfg.model, cfg.adapter), ""
     if cfg.stack is not None:
         stack = load_stack(cfg.stack).to(model.device)
         frame_shape(stack, cfg.sampler.clip)
         sampling, lineage = stack_sampling(stack), stack_lineage(cfg.stack)
     elif cfg.visual != Visual():
-        prepared = prepare(cfg.visual, cfg.sampler.clip, cfg.sampler.fps, model.latents, model.config.patch)
+        prepared = prepare(cfg.visual, cfg.sampler.clip, cfg.sampler.fps, model.latents, model.patch)
         sampling, given = visual_sampling(cfg.visual, prepared), prepared.key
+    if cfg.stack is None:
+        check_sampler(model, cfg.sampler)
     rows = fill_store(store, model, requests, lineage=lineage, sampler=cfg.sampler, runner=runner, sampling=sampling, given=given)
     made = [row for row in rows if row is not None]
-    origin = origin_of(cfg.model) if cfg.stack is None else {"stack": lineage}
+    origin = {"stack": lineage} if cfg.stack else origin_of(cfg.model) if is_built_in(cfg.model) else origin_of_family(lineage, cfg.adapter)
     signed = {"signed": [str(file) for file in export(cfg.export, store, made, origin, signer)]} if signer else {}
     return {
         "store": str(cfg.out),

@@ -33,12 +33,11 @@ from align.trajectory import Step, Trajectory, replay, rollout
 from align.windows import all_steps, fixed_window, one_step_a_prompt, random_window, sliding_window
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
-from base_model.times import sampling_times
-from base_model.tiny import LatentVideoModel
-from base_model.types import Conditioning, VideoModel
+from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, HeldOut
-from recipes.generate import Sampler
+from recipes.generate import Sampler, times_of
+from recipes.models import encode_prompts
 
 METRICS = {
     **feedback.METRICS,
@@ -105,7 +104,7 @@ class Policy(BaseConfig):
 
 class Config(Feedback):
     out: Path = Path("runs/grpo")
-    """Folder of the run: `adapter.safetensors`, and `network.safetensors` with the adapter merged."""
+    """Folder of the run: `adapter.safetensors`, and of the built-in model `network.safetensors` with the adapter merged."""
     policy: Policy = Policy()
     """How the policy moves."""
 
@@ -178,13 +177,13 @@ def losses_of(p: Policy, policy: VideoModel, kernel: Kernel, total: float, lesso
         yield Loss(loss.value * share, {**loss.stats, **{name: value.detach().mean() * share for name, value in shares.items()}})
 
 
-def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> feedback.GuardWatch:
+def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_out: HeldOut) -> feedback.GuardWatch:
     p = cfg.policy
     check_policy(p, cfg.sampler)
     _, texts = feedback.training_prompts(cfg)
-    states = model.encode_text(texts)
-    kernel, times = build_kernel(p.kernel, p.noise_level), sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)
-    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
+    states = encode_prompts(model, texts)
+    kernel, times = build_kernel(p.kernel, p.noise_level), times_of(model, cfg.sampler)
+    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
     policy = feedback.guided(model, cfg.sampler, train_empty=p.train_empty)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg, assess)

@@ -31,10 +31,8 @@ from base_model.checkpoint import atomic_write, read_json
 from base_model.errors import UserError
 from base_model.guidance import Guided
 from base_model.lora import reference
-from base_model.times import sampling_times
-from base_model.tiny import LatentVideoModel
-from base_model.types import Conditioning
-from recipes.generate import Sampler, sample, seeded_noise
+from base_model.types import Conditioning, TrainableModel
+from recipes.generate import Sampler, sample, seeded_noise, times_of
 from recipes.quality import SHIPPED
 from reward.features import LUMA
 from reward.quality import FAULT_SIGNALS, Quality, fault_signals, load_quality
@@ -189,17 +187,17 @@ def distance(one: Tensor, other: Tensor) -> Tensor:
     return (small[0] - small[1]).square().flatten(1).mean(-1).sqrt()
 
 
-def second_clips(model: LatentVideoModel, cond: Conditioning, sampler: Sampler, seed: int) -> Tensor:
+def second_clips(model: TrainableModel, cond: Conditioning, sampler: Sampler, seed: int) -> Tensor:
     """Another clip of each prompt, [P,T,3,H,W]."""
     return torch.cat(list(sample(model, cond, [derived_seed(seed, "second held out", k) % 2**31 for k in range(len(cond))], sampler)))
 
 
 @torch.no_grad()
-def kl_of(model: LatentVideoModel, cond: Conditioning, sampler: Sampler, seed: int) -> Tensor:
+def kl_of(model: TrainableModel, cond: Conditioning, sampler: Sampler, seed: int) -> Tensor:
     """KL of the sampling path from that with the adapter off, [P] nats per latent element: of ancestral paths on the sampler's grid (see `align.trajectory.path_kl`)."""
     policy = Guided(model, sampler.guidance)
     noise = seeded_noise(model, sampler.clip, [derived_seed(seed, "held out path", k) % 2**31 for k in range(len(cond))])  # [P,C,F,H,W]
-    times = sampling_times(model.path, sampler.steps, shift=sampler.shift)  # [K+1]
+    times = times_of(model, sampler)  # [K+1]
     taken = rollout(policy, Ancestral(), noise, times, cond, noise=torch.Generator().manual_seed(derived_seed(seed, "held out path noise", 0)))
     steps = taken.steps()
     now = [replay(policy, Ancestral(), step, cond) for step in steps]
@@ -208,7 +206,7 @@ def kl_of(model: LatentVideoModel, cond: Conditioning, sampler: Sampler, seed: i
     return torch.stack([one.kl(other) for one, other in zip(now, before, strict=True)]).sum(0).cpu()
 
 
-def measure(guards: Guards, video: Tensor, guard: Tensor | None, model: LatentVideoModel, cond: Conditioning, sampler: Sampler, seed: int) -> dict[str, Tensor]:
+def measure(guards: Guards, video: Tensor, guard: Tensor | None, model: TrainableModel, cond: Conditioning, sampler: Sampler, seed: int) -> dict[str, Tensor]:
     """Everything that is watched of the held-out clips [P,T,3,H,W], their guard scores [P], and of the policy that made them: measure -> values of all or of the first prompts."""
     values = measures_of(video) | ({} if guard is None else {"guard": guard})
     pairs, few = min(guards.pairs, len(video)), max(1, len(video) // 8)

@@ -36,11 +36,12 @@ from align.run import Run
 from align.threads import in_threads
 from base_model.lora import ShadowAdapter, add_lora, reference, using
 from base_model.paths import add_noise
-from base_model.times import sampling_times, stratified_logit_normal
-from base_model.tiny import LatentVideoModel
-from base_model.types import Conditioning
+from base_model.times import stratified_logit_normal
+from base_model.types import Conditioning, TrainableModel
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
+from recipes.generate import times_of
+from recipes.models import encode_prompts
 
 
 class Policy(BaseConfig):
@@ -92,7 +93,7 @@ class Policy(BaseConfig):
 
 class Config(Feedback):
     out: Path = Path("runs/nft")
-    """Folder of the run: `adapter.safetensors`, and `network.safetensors` with the adapter merged."""
+    """Folder of the run: `adapter.safetensors`, and of the built-in model `network.safetensors` with the adapter merged."""
     policy: Policy = Policy()
     """How the policy moves."""
 
@@ -130,7 +131,7 @@ class Lessons(NamedTuple):
         return Lessons(*(each[rows].to(device) for each in self))
 
 
-def batch_loss(p: Policy, model: LatentVideoModel, lessons: Lessons, known: float, part: tuple[Noised, Tensor | None, Tensor | None]) -> Iterator[Loss]:
+def batch_loss(p: Policy, model: TrainableModel, lessons: Lessons, known: float, part: tuple[Noised, Tensor | None, Tensor | None]) -> Iterator[Loss]:
     """The loss of a micro-batch, as its share of an update that learns from `known` clips. part: the clips, and what the old policy (none: the one that is trained) and the SFT
     policy say of them."""
     noised, u_old, prior = part
@@ -160,13 +161,13 @@ def value_of_relative(p: Policy, mine: Lessons, u: Tensor, u_old: Tensor, prior:
     return flow_matching(error, weight=mine.imitated, valid=mine.valid).value
 
 
-def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
+def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
     p = cfg.policy
     feedback.check_unguided(cfg.sampler)
     _, texts = feedback.training_prompts(cfg)
-    pool = model.encode_text(texts)
-    times = sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)  # [K+1]
-    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
+    pool = encode_prompts(model, texts)
+    times = times_of(model, cfg.sampler)  # [K+1]
+    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg, assess)
     feedback.register(run, model, optimizer, multiplier, watch)

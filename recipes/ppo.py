@@ -38,11 +38,11 @@ from align.trajectory import Step, Trajectory, replay, rollout
 from align.windows import random_window
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
-from base_model.times import sampling_times
-from base_model.tiny import LatentVideoModel
-from base_model.types import Conditioning, VideoModel
+from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
+from recipes.generate import times_of
+from recipes.models import encode_prompts
 
 LARGEST_ADVANTAGE = 5.0
 
@@ -102,7 +102,7 @@ class Policy(BaseConfig):
 
 class Config(Feedback):
     out: Path = Path("runs/ppo")
-    """Folder of the run: `adapter.safetensors`, and `network.safetensors` with the adapter merged."""
+    """Folder of the run: `adapter.safetensors`, and of the built-in model `network.safetensors` with the adapter merged."""
     policy: Policy = Policy()
     """How the policy moves."""
 
@@ -160,13 +160,13 @@ def critic_losses(p: Policy, critic: Critic, values: Tensor, returns: Tensor, va
         yield Loss(loss.value * (float(taught.sum()) / known / len(part.steps)), loss.stats)
 
 
-def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
+def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
     p = cfg.policy
     kernel = check_policy(cfg)
     _, texts = feedback.training_prompts(cfg)
-    pool = model.encode_text(texts)
-    times = sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)  # [K+1]
-    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
+    pool = encode_prompts(model, texts)
+    times = times_of(model, cfg.sampler)  # [K+1]
+    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
     policy = feedback.guided(model, cfg.sampler, train_empty=p.train_empty)
     critic = Critic(model.latents.channels, pool.text.shape[-1], width=p.critic_width, seed=cfg.seed).to(run.device)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)

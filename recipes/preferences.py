@@ -18,11 +18,11 @@ from torch import Tensor
 
 from align.objectives.preference import Pairs, preference_pairs
 from base_model.errors import UserError
-from base_model.tiny import LatentVideoModel
-from base_model.types import ClipShape, Conditioning
+from base_model.types import ClipShape, Conditioning, TrainableModel
 from base_model.video.store import ClipStore
 from recipes.feedback import Assessment, Assessor
 from recipes.generate import latent_shape
+from recipes.models import encode_prompts
 from recipes.reward_model import Answers, Rankings, load_answers, load_rankings
 from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate
 
@@ -67,7 +67,7 @@ class Ranked(NamedTuple):
 
 
 def stored_pairs(
-    comparisons: Path, clips: Path, model: LatentVideoModel, runner: SafetyRunner, *, dimension: str, which: Which, commercial: bool, constrained: bool
+    comparisons: Path, clips: Path, model: TrainableModel, runner: SafetyRunner, *, dimension: str, which: Which, commercial: bool, constrained: bool
 ) -> Ranked:
     """Of the rankings in a folder, their clips in a clip store.
 
@@ -90,12 +90,12 @@ def stored_pairs(
     return Ranked(**found)
 
 
-def takes_of(model: LatentVideoModel, part: Rankings, permitted: Tensor, judged: Tensor, which: Which) -> Takes:
+def takes_of(model: TrainableModel, part: Rankings, permitted: Tensor, judged: Tensor, which: Which) -> Takes:
     """The C clips of one size as latents, and their pairs: a rank is a score. permitted, judged: bool [C]."""
     ranks, rows = part.ranks.flatten(), part.index.flatten()  # [E K] each
     score = -ranks.float().where(ranks > 0, torch.nan)  # [E K]
     pairs = lawful_pairs(score, permitted[rows], judged[rows], part.ranks.shape[1], which)
-    return Takes(encode(model, part), model.encode_text(part.prompts), Pairs(rows[pairs.win], rows[pairs.lose], pairs.weight))
+    return Takes(encode(model, part), encode_prompts(model, part.prompts), Pairs(rows[pairs.win], rows[pairs.lose], pairs.weight))
 
 
 def rulings_of(runner: SafetyRunner, answers: Answers, part: Rankings, *, batch: int = 64) -> tuple[Tensor, Tensor]:
@@ -114,14 +114,14 @@ def rulings_of(runner: SafetyRunner, answers: Answers, part: Rankings, *, batch:
     return permitted, torch.tensor([Verdict.ERROR not in (prompt.verdict, clip.verdict) for prompt, clip in both])
 
 
-def encode(model: LatentVideoModel, part: Rankings, *, batch: int = 64) -> Tensor:
+def encode(model: TrainableModel, part: Rankings, *, batch: int = 64) -> Tensor:
     """The latents of C stored clips, [C,C',F,H,W]. Raises UserError where they fit no latent grid."""
     _, frames, _, height, width = part.video.shape
     try:
         latent_shape(model, ClipShape(frames, height, width))
     except UserError as error:
         raise UserError(f"the clip {part.clip_ids[0]} cannot be one of this model: {error.__cause__}. Rank clips of another size, or give another model") from error
-    return torch.cat([model.encode(part.pixels(rows)).cpu() for rows in torch.arange(len(part.video)).split(batch)])
+    return torch.cat([model.encode(part.pixels(rows).to(model.device)).cpu() for rows in torch.arange(len(part.video)).split(batch)])
 
 
 def count(takes: Sequence[Takes]) -> int:

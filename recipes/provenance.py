@@ -45,10 +45,20 @@ def credentials_of(cfg: Export, store: Path) -> Credentials:
 def origin_of(network: Path | None) -> dict[str, Any]:
     """What names a network: its hash and recipe, and of the run it lies in the adapter's hash, the hash of `run.json`, its commit and seed; None where there is none."""
     file = network or WEIGHTS / "dit.safetensors"
+    return {"model_sha256": file_hash(file), **_of_run(file)}
+
+
+def origin_of_family(lineage: str, adapter: Path | None) -> dict[str, Any]:
+    """The same for an open family: its lineage, and what its adapter and the run that lies in say."""
+    if adapter is None:
+        return {"model_sha256": lineage} | dict.fromkeys(("recipe", "adapter_sha256", "run_sha256", "run_commit", "run_seed"))
+    return {"model_sha256": lineage} | _of_run(adapter) | {"adapter_sha256": file_hash(adapter)}
+
+
+def _of_run(file: Path) -> dict[str, Any]:
     card, adapter, run = file.with_suffix(".json"), file.parent / "adapter.safetensors", file.parent / "run.json"
     told = read_json(run, "the description of the run") if run.is_file() else {}
     return {
-        "model_sha256": file_hash(file),
         "recipe": read_json(card, "the card of a network").get("recipe") if card.is_file() else None,
         "adapter_sha256": file_hash(adapter) if adapter.is_file() else None,
         "run_sha256": file_hash(run) if run.is_file() else None,

@@ -41,11 +41,12 @@ from align.threads import in_threads
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
 from base_model.paths import add_noise
-from base_model.times import sampling_times, stratified_logit_normal
-from base_model.tiny import LatentVideoModel
-from base_model.types import Conditioning, VideoModel
+from base_model.times import stratified_logit_normal
+from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
+from recipes.generate import times_of
+from recipes.models import encode_prompts
 from reward.mixture import Mixture
 
 
@@ -93,7 +94,7 @@ class Policy(BaseConfig):
 
 class Config(Feedback):
     out: Path = Path("runs/reward-gradient")
-    """Folder of the run: `adapter.safetensors`, and `network.safetensors` with the adapter merged."""
+    """Folder of the run: `adapter.safetensors`, and of the built-in model `network.safetensors` with the adapter merged."""
     policy: Policy = Policy()
     """How the policy moves."""
 
@@ -159,14 +160,14 @@ def losses_of(p: Policy, model: VideoModel, score: Score, learned: Tensor, limit
     yield Loss(p.cost_weight * repulsion + p.kl_coef * distance, {"reference_distance": distance.detach()})
 
 
-def train(cfg: Config, run: Run, model: LatentVideoModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
+def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
     p = cfg.policy
     score = differentiable(assess)
     check_policy(cfg, model)
     _, texts = feedback.training_prompts(cfg)
-    pool = model.encode_text(texts)
-    times = sampling_times(model.path, cfg.sampler.steps, shift=cfg.sampler.shift)  # [K+1]
-    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, seed=cfg.seed)
+    pool = encode_prompts(model, texts)
+    times = times_of(model, cfg.sampler)  # [K+1]
+    model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg, assess)
     feedback.register(run, model, optimizer, multiplier, watch)

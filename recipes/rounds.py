@@ -39,7 +39,6 @@ from align.trajectory import path_kl, rollout
 from base_model.checkpoint import disk_errors
 from base_model.errors import RushesError, UserError
 from base_model.guidance import Guided
-from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.types import Conditioning
 from base_model.video.store import ClipStore
@@ -49,7 +48,7 @@ from recipes.demo import prompts_to_rank
 from recipes.evaluate import clip_seeds, network_file
 from recipes.evaluate_reward import look
 from recipes.feedback import Assessor, Setting, StoppedByGuard, held_out_texts, standardised
-from recipes.generate import Request, Sampler, best_device, fill_store, network_lineage, safety_runner, sample, seeded_noise
+from recipes.generate import Request, Sampler, best_device, fill_store, network_lineage, safety_runner, sample, seeded_noise, times_of
 from recipes.rankings import TASKS, Task, answers_to, ask, rank_by_panel, read_tasks, served
 from recipes.scorers import load_scorer
 from recipes.shapes import labelers
@@ -292,7 +291,7 @@ def kl_between(policy: LatentVideoModel, first: LatentVideoModel, cond: Conditio
         return math.nan
     now, before = Guided(policy, sampler.guidance), Guided(first, sampler.guidance)
     noise = seeded_noise(policy, sampler.clip, clip_seeds(seed, len(cond)))  # [P,C,F,H,W]
-    times = sampling_times(policy.path, sampler.steps, shift=sampler.shift)  # [K+1]
+    times = times_of(policy, sampler)  # [K+1]
     taken = rollout(now, Ancestral(), noise, times, cond, noise=torch.Generator().manual_seed(seed))
     return float(path_kl(now, before, Ancestral(), taken).mean()) / noise[0].numel()
 

@@ -15,12 +15,13 @@ from base_model.errors import UserError
 
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_card(
     path: Path,
-    save: Callable[[Path], None],
+    save: Callable[[Path], object],
     *,
     recipe: str,
     cfg: Config,

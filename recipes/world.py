@@ -21,7 +21,8 @@ from align.run import derived_seed
 from base_model.prompts.conditions import give_frames
 from base_model.tiny import LatentVideoModel
 from base_model.types import ClipShape
-from recipes.generate import Sampler, go_on, sample, with_canvases
+from recipes.generate import Sampler, go_on, sample
+from recipes.models import with_canvases
 from recipes.shapes.dataset import by_shape
 from recipes.shapes.events import EVENTS, NEARNESS, SHAPES_OF_EVENTS, Event, sample_event
 from recipes.shapes.judge import Reading, read

@@ -54,6 +54,14 @@ class CogVideoXVideoModel:
         return torch.atan2((1 - kept).sqrt(), kept.sqrt()).float()
 
     @property
+    def patch(self) -> tuple[int, int, int]:
+        return 1, self.network.config.patch_size, self.network.config.patch_size
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return LORA_TARGETS
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 

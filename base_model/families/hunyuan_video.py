@@ -49,6 +49,14 @@ class HunyuanVideoModel:
         return LatentSpec(vae.latent_channels, vae.temporal_compression_ratio, vae.spatial_compression_ratio)
 
     @property
+    def patch(self) -> tuple[int, int, int]:
+        return self.network.config.patch_size_t, self.network.config.patch_size, self.network.config.patch_size
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return LORA_TARGETS
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from base_model.errors import UserError
-from base_model.families.parts import read_index
+from base_model.families.parts import INDEX, index_file, read_index
 from base_model.quantize import to_nf4
 
 MODULES = {
@@ -60,6 +60,13 @@ def load_family(source: str, *, device: torch.device, dtype: torch.dtype, nf4: b
         to_nf4(model.network, rf"(?!.*embedder).*blocks\.\d+\.(.*\.)?({names})", device)
         model.to(device)
     return model
+
+
+def network_files(source: str) -> list[tuple[str, Path]]:
+    """Files of a checkpoint that was loaded before, with their names in it: what its networks, its VAE and its sampling grid are read from, and its index. Raises UserError."""
+    folder = index_file(NAMES.get(source, source)).parent
+    files = [(str(file.relative_to(folder)), file) for part in ("transformer*", "vae", "scheduler") for file in folder.glob(f"{part}/*")]
+    return sorted((name, file) for name, file in [*files, (INDEX, folder / INDEX)] if file.suffix in (".json", ".safetensors"))
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -47,6 +47,14 @@ class MochiVideoModel:
         return LatentSpec(self.network.config["in_channels"], self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio)
 
     @property
+    def patch(self) -> tuple[int, int, int]:
+        return 1, self.network.config["patch_size"], self.network.config["patch_size"]
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return LORA_TARGETS
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 

@@ -13,6 +13,8 @@ from torch import nn
 from base_model.checkpoint import read_json
 from base_model.errors import UserError
 
+INDEX = "model_index.json"
+
 
 def load_part(kind: Any, source: str, part: str, *, device: torch.device, dtype: torch.dtype) -> Any:
     """The network in the subfolder `part` of `source`, of the class `kind` of diffusers or transformers: frozen, in evaluation mode, from safetensors alone.
@@ -42,17 +44,20 @@ def _explained(source: str, part: str) -> Iterator[None]:
         raise UserError(f"cannot load {part}/ of {source} ({_first_line(error)}). Check the path or the name; for a gated model, log in and agree to its terms") from error
 
 
-def read_index(source: str) -> dict[str, Any]:
-    """`model_index.json` of a checkpoint: the class of its pipeline and of every part. Raises UserError where there is none."""
+def index_file(source: str) -> Path:
+    """`model_index.json` of a checkpoint, in the folder that its parts lie in. Raises UserError where there is no such checkpoint."""
     from huggingface_hub import hf_hub_download
 
-    name = "model_index.json"
     try:
-        file = Path(source) / name if Path(source).exists() else Path(hf_hub_download(source, name))
+        return Path(source) / INDEX if Path(source).exists() else Path(hf_hub_download(source, INDEX))
     except (OSError, ValueError) as error:
-        advice = "Give a folder that diffusers saved, or check the name; for a gated model, log in and agree to its terms"
+        advice = "Give a folder that diffusers saved, or check the name (HF_HUB_OFFLINE=0 lets it be downloaded); for a gated model, log in and agree to its terms"
         raise UserError(f"no checkpoint {source} ({_first_line(error)}). {advice}") from error
-    return read_json(file, "the index of a diffusers checkpoint")
+
+
+def read_index(source: str) -> dict[str, Any]:
+    """The class of a checkpoint's pipeline and of every part. Raises UserError where there is none."""
+    return read_json(index_file(source), "the index of a diffusers checkpoint")
 
 
 def check_class(file: Path, kind: Any) -> None:

@@ -73,6 +73,15 @@ class WanVideoModel:
         return LatentSpec(config.z_dim, config.scale_factor_temporal, config.scale_factor_spatial)
 
     @property
+    def patch(self) -> tuple[int, int, int]:
+        frames, height, width = self.network.config.patch_size
+        return frames, height, width
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return LORA_TARGETS
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from align.run import Run
 from base_model.tiny import LatentVideoModel
-from base_model.types import Conditioning
+from base_model.types import Conditioning, TrainableModel
 from recipes.feedback import Assessment, Assessor, Feedback, Gather, HeldOut, Look
 
 PHASES = ("rollout", "decode", "reward", "update")
@@ -68,7 +68,7 @@ class TimedModel(LatentVideoModel):
 class TimedAssessor(Assessor):
     laps: Laps = field(default_factory=Laps)
 
-    def finished(self, model: LatentVideoModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None, *, gather: Gather = list) -> Assessment:
+    def finished(self, model: TrainableModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None, *, gather: Gather = list) -> Assessment:
         self.laps.lap("rollout")
         seen = super().finished(model, x0, cond, video, gather=gather)
         self.laps.lap("reward")
@@ -91,5 +91,5 @@ class TimedRun(Run):
 class NoLook(HeldOut):
     """Nothing is held out: looks are no part of an update."""
 
-    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
+    def watch(self, model: TrainableModel, assess: Assessor, iteration: int) -> Look:
         return Look(dict.fromkeys(("held_out_reward", "held_out_guard", "held_out_violation_rate"), math.nan), torch.zeros(0), None)

@@ -30,8 +30,8 @@ from align.run import Run, derived_seed, read_metrics
 from align.trajectory import path_kl, rollout
 from base_model.checkpoint import load_weights, save_weights
 from base_model.prompts.text import TextEncoder
-from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel, load_tiny
+from base_model.types import TrainableModel
 from base_model.video.files import write_atomic
 from recipes import nft, reward_model
 from recipes.bench._people import panel_worth, perceived, to_tensor
@@ -41,7 +41,7 @@ from recipes.best_of_n import verdict
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
 from recipes.feedback import Assessor, HeldOut, Look, standardised
-from recipes.generate import Sampler, network_lineage, safety_runner, sample, seeded_noise
+from recipes.generate import Sampler, network_lineage, safety_runner, sample, seeded_noise, times_of
 from recipes.guards import Guards
 from recipes.match import SHIPPED
 from recipes.quality import SHIPPED as QUALITY
@@ -253,15 +253,15 @@ class Watched(HeldOut):
     kl_steps: int
     kl_clips: int
 
-    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
+    def watch(self, model: TrainableModel, assess: Assessor, iteration: int) -> Look:
         seen = super().watch(model, assess, iteration)
         return seen._replace(told=seen.told | {"path_kl": self.kl(model, self.kl_steps)[0]})
 
-    def kl(self, model: LatentVideoModel, steps: int) -> tuple[float, float]:
+    def kl(self, model: TrainableModel, steps: int) -> tuple[float, float]:
         """Mean over paths of so many steps, nats a clip; and the sigma of the noise that is left before the last step."""
         cond = self.cond[: self.kl_clips]
         noise = seeded_noise(model, self.sampler.clip, [derived_seed(self.seed, "path", k) % 2**31 for k in range(len(cond))])  # [B,C,F,H,W]
-        times = sampling_times(model.path, steps, shift=self.sampler.shift)  # [K+1]
+        times = times_of(model, self.sampler.model_copy(update={"steps": steps}))  # [K+1]
         taken = rollout(model, Ancestral(), noise, times, cond, noise=torch.Generator().manual_seed(derived_seed(self.seed, "path noise", 0)))
         return float(path_kl(model, self.prior, Ancestral(), taken).mean()), float(model.path.sigma(times[-2]))
 

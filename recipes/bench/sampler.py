@@ -20,11 +20,10 @@ from align.progress import Progress
 from align.threads import in_threads
 from align.trajectory import rollout
 from base_model.networks.packing import token_grid
-from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.types import Conditioning
 from recipes.bench._results import Bench, Row, here, paired_ratio, spread, timed, write
-from recipes.generate import Sampler, seeded_noise
+from recipes.generate import Sampler, seeded_noise, times_of
 from recipes.shapes.prompts import make_prompts
 
 Name = Literal["ours", "one clip at a time", "diffusers"]
@@ -65,7 +64,7 @@ class Contestant:
 
 def contestants(model: LatentVideoModel, sampler: Sampler, peers: Sequence[Name]) -> dict[Name, Contestant]:
     """Ours first, then the peers asked for."""
-    times = sampling_times(model.path, sampler.steps, shift=sampler.shift)  # [K+1]
+    times = times_of(model, sampler)  # [K+1]
 
     def denoise(noise: Tensor, cond: Conditioning) -> Tensor:
         return rollout(model, ODE(), noise, times, cond, noise=torch.Generator()).x0

@@ -35,8 +35,8 @@ from align.run import Run, derived_seed, read_metrics
 from align.trajectory import path_kl, rollout
 from base_model.checkpoint import load_weights
 from base_model.lora import merge
-from base_model.times import sampling_times
 from base_model.tiny import LatentVideoModel, load_tiny, save_network
+from base_model.types import TrainableModel
 from base_model.video.files import write_atomic
 from recipes import ddpo, feedback, grpo, nft
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
@@ -46,7 +46,7 @@ from recipes.bench.selection import needed
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
 from recipes.feedback import Assessor, HeldOut, Look
-from recipes.generate import Sampler, best_device, network_lineage, safety_runner, sample, seeded_noise
+from recipes.generate import Sampler, best_device, network_lineage, safety_runner, sample, seeded_noise, times_of
 from recipes.guards import Guards
 from recipes.scorers import load_scorer
 from recipes.shapes.measure import diversities, flash_counts, means, measure, shares
@@ -208,7 +208,7 @@ class Clocked(HeldOut):
 
     spent: Spent
 
-    def watch(self, model: LatentVideoModel, assess: Assessor, iteration: int) -> Look:
+    def watch(self, model: TrainableModel, assess: Assessor, iteration: int) -> Look:
         begun = time.process_time()
         seen = super().watch(model, assess, iteration)
         self.spent.looks += time.process_time() - begun
@@ -233,7 +233,7 @@ def climb(cfg: Config, start: Start, name: Name, lr: float, seed: int, budget: f
     texts, spent = [prompt.text for prompt in asked], Spent()
     guard = feedback.standardised(load_scorer(start.guard, fps=sampler.fps, encode=model.text))
     held_out = Clocked(texts, model.encode_text(texts), looked_with(cfg, name), guard, HELD_OUT_SEED, folder / "held_out", spent)
-    feedback.encode_all(model, feedback.training_prompts(settings)[1], texts)
+    feedback.encode_all(model.text, feedback.training_prompts(settings)[1], texts)
     run.register("spent", spent)
     watch = algorithm.recipe.train(settings, run, model, assess, held_out)
     seconds = spent.seconds
@@ -276,7 +276,7 @@ def kl_of(policy: LatentVideoModel, prior: LatentVideoModel, cond: Any, sampler:
     """Mean KL of the policy's ancestral paths from the prior's, both under the sampler's guidance, nats a clip."""
     guided, reference = (feedback.guided(model, sampler) for model in (policy, prior))
     noise = seeded_noise(policy, sampler.clip, clip_seeds(EVALUATION_SEED, len(cond)))  # [B,C,F,H,W]
-    times = sampling_times(policy.path, KL_STEPS, shift=sampler.shift)  # [K+1]
+    times = times_of(policy, sampler.model_copy(update={"steps": KL_STEPS}))  # [K+1]
     taken = rollout(guided, Ancestral(), noise, times, cond, noise=torch.Generator().manual_seed(derived_seed(EVALUATION_SEED, "path noise", 0)))
     return float(path_kl(guided, reference, Ancestral(), taken).mean())
 

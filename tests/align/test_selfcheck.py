@@ -97,6 +97,15 @@ def test_a_gpu_may_round_otherwise_with_a_gradient_and_a_cpu_may_not() -> None:
     assert rounding(torch.device("cpu"), 3.0) == 0 and rounding(torch.device("cuda"), 3.0) == pytest.approx(3e-5)
 
 
+def test_half_precision_rounds_a_thousand_times_as_far_but_on_a_cpu_not_in_the_same_batch() -> None:
+    assert rounding(torch.device("cpu"), 3.0, half=True) == 0 and rounding(torch.device("cuda"), 3.0, half=True) == pytest.approx(0.09)
+    old = torch.zeros(2)
+    assert first_ratio(old + 5e-4, old, same_batches=False, half=True) == pytest.approx(5e-4, rel=1e-2)
+    for off, same_batches, half in ((5e-4, True, True), (2e-3, False, True), (5e-4, False, False)):
+        with pytest.raises(GuardStop, match="ratio"):
+            first_ratio(old + off, old, same_batches=same_batches, half=half)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_a_rounding_passes_and_another_network_does_not() -> None:
     u = noise(0).cuda()

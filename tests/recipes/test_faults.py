@@ -104,7 +104,7 @@ def test_an_unknown_key_names_the_nearest_and_a_wrong_type_says_both(tmp_path: P
         ("generate", "sampler.steps", "1001"),
         ("generate", "sampler.shift", "0"),
         ("generate", "sampler.frames", "-3"),
-        ("generate", "sampler.frames", "12"),
+        ("generate", "sampler.frames", "1026"),
         ("generate", "sampler.height", "36"),
         ("generate", "sampler.width", "0"),
         ("generate", "sampler.width", "8192"),
@@ -206,8 +206,8 @@ def test_a_demo_that_failed_to_start_can_be_begun_with_other_settings(tmp_path: 
 @pytest.mark.parametrize("command", ["demo", "evaluate", "generate", "sft"])
 def test_an_out_that_is_a_file_is_refused_before_the_work(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
-    for module in ("generate", "evaluate"):
-        monkeypatch.setattr(f"recipes.{module}.load_tiny", None)
+    for loads in ("generate.load_model", "evaluate.load_tiny"):
+        monkeypatch.setattr(f"recipes.{loads}", None)
     for out in ("file", "file/below"):
         fails(capfd, [command, "--out", str(tmp_path / out)], "is a file, not a folder")
     assert (tmp_path / "file").read_text() == "mine"

@@ -17,6 +17,7 @@ from base_model.video.store import ClipStore
 from recipes import generate
 from recipes.generate import Config, Sampler, check_memory, make_clips, sample
 from recipes.memory import PeakMemory
+from recipes.models import with_canvases
 from recipes.visual import Visual, head_frames, prepare, tail_frames
 from tests.recipes.small import save_small_network, small_model
 
@@ -91,7 +92,7 @@ def test_given_pixels_come_out_as_the_autoencoder_gives_them_back(model: LatentV
     else:
         clip_file(tmp_path / "a.mkv", 13, height=16, width=8)
         visual = Visual(kind="outpaint", file=tmp_path / "a.mkv")
-    told = generate.with_canvases(model, model.encode_text(["a red circle grows"]), [prepare(visual, SAMPLER.clip, 12, SPEC, PATCH).canvas]).known
+    told = with_canvases(model, model.encode_text(["a red circle grows"]), [prepare(visual, SAMPLER.clip, 12, SPEC, PATCH).canvas]).known
     assert told is not None and {"image": 6, "inpaint": 24 - 4 * 2, "outpaint": 8}[kind] == int(told.mask.sum()) // 4
     seen: list[Tensor] = []
     decode = model.decode
