@@ -32,7 +32,7 @@ from base_model.lora import add_lora, reference
 from base_model.paths import RectifiedFlow, add_noise
 from base_model.predictions import convert
 from base_model.times import sampling_times
-from base_model.types import ClipShape, Conditioning, LatentSpec, VideoModel
+from base_model.types import ClipShape, Conditioning, LatentSpec, TrainableModel
 
 CPU, CLIP, PROMPTS = torch.device("cpu"), ClipShape(5, 16, 16), ["a red ball", "blue"]
 
@@ -102,6 +102,18 @@ class MirrorVideoModel:
     @property
     def latents(self) -> LatentSpec:
         return LatentSpec(self.network.config["channels"], time_stride=1, space_stride=4)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        return 1, 1, 1
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return LORA_TARGETS
 
     def to(self, device: torch.device) -> MirrorVideoModel:
         for part in (self.network, self.vae, self.text_encoder):
@@ -173,7 +185,7 @@ def test_sixty_lines_put_it_behind_the_protocol_and_the_table_finds_it(folder: P
     lines = [*inspect.getsource(MirrorVideoModel).splitlines(), *inspect.getsource(load).splitlines()]
     assert len(lines) <= 60
     model = read(folder)
-    protocol: VideoModel = model
+    protocol: TrainableModel = model
     assert type(protocol) is MirrorVideoModel and not any(p.requires_grad for p in model.network.parameters())
     (folder / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
     with pytest.raises(UserError, match="holds a AutoencoderKLWan, no MirrorVAE"):
