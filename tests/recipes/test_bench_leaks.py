@@ -29,16 +29,26 @@ def drawn(number: int) -> Tensor:
     return torch.stack([torch.as_tensor(each).float() for each in frames])
 
 
-def test_a_forgetful_filter_misses_the_share_it_is_told_to_and_the_same_clips_always() -> None:
+def test_a_filter_that_misses_by_chance_misses_the_share_it_is_told_to_and_the_same_clips_always() -> None:
     clips, policy = drawn(120), load_policy()
     true = [rulings[0].verdict for rulings in FlashFilter(policy).check_videos(clips, [""] * 120, 12.0)]
-    found = [[rulings[0].verdict for rulings in bench.ForgetfulFlash(policy, 0.4).check_videos(part, [""] * len(part), 12.0)] for part in (clips, clips[:7], clips.flip(0))]
+    found = [[rulings[0].verdict for rulings in bench.WrongFlash(policy, bench.by_chance(0.4)).check_videos(part, [""] * len(part), 12.0)] for part in (clips, clips[:7], clips.flip(0))]
     missed = [a == Verdict.BLOCK and b == Verdict.ALLOW for a, b in zip(true, found[0], strict=True)]
     digests = [hashlib.sha256((clip.numpy() * np.float32(255)).round().astype(np.uint8).tobytes()).digest() for clip in clips]
     assert missed == [a == Verdict.BLOCK and int.from_bytes(digest[:8]) < 0.4 * 2**64 for a, digest in zip(true, digests, strict=True)]
     assert binomtest(sum(missed), true.count(Verdict.BLOCK), 0.4).pvalue > 0.01 and true.count(Verdict.BLOCK) > 100
     assert found[0][:7] == found[1] and found[0][::-1] == found[2], "which, hangs on the clip alone"
     assert all(b in (a, Verdict.ALLOW) for a, b in zip(true, found[0], strict=True))
+
+
+def test_a_blind_filter_misses_every_flashing_clip_whose_prompt_names_the_colour_and_no_other() -> None:
+    clips, policy = drawn(12), load_policy()
+    prompts = ["a red circle grows", "a blue circle moves to the left", "two bars, yellow and blue"] * 4
+    true = [rulings[0].verdict for rulings in FlashFilter(policy).check_videos(clips, prompts, 12.0)]
+    found = [rulings[0] for rulings in bench.WrongFlash(policy, bench.blind_to(("red", "yellow"))).check_videos(clips, prompts, 12.0)]
+    assert true.count(Verdict.BLOCK) > 8
+    assert [each.verdict for each in found] == [a if "red" not in prompt and "yellow" not in prompt else Verdict.ALLOW for a, prompt in zip(true, prompts, strict=True)]
+    assert all(each.score < 0.05 for each, prompt in zip(found, prompts, strict=True) if "red" in prompt)
 
 
 def test_the_reward_pays_for_flashing_up_to_a_swing_and_the_truth_is_the_flash_filter() -> None:
