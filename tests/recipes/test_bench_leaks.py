@@ -32,7 +32,8 @@ def drawn(number: int) -> Tensor:
 def test_a_filter_that_misses_by_chance_misses_the_share_it_is_told_to_and_the_same_clips_always() -> None:
     clips, policy = drawn(120), load_policy()
     true = [rulings[0].verdict for rulings in FlashFilter(policy).check_videos(clips, [""] * 120, 12.0)]
-    found = [[rulings[0].verdict for rulings in bench.WrongFlash(policy, bench.by_chance(0.4)).check_videos(part, [""] * len(part), 12.0)] for part in (clips, clips[:7], clips.flip(0))]
+    wrong = bench.WrongFlash(policy, bench.by_chance(0.4))
+    found = [[rulings[0].verdict for rulings in wrong.check_videos(part, [""] * len(part), 12.0)] for part in (clips, clips[:7], clips.flip(0))]
     missed = [a == Verdict.BLOCK and b == Verdict.ALLOW for a, b in zip(true, found[0], strict=True)]
     digests = [hashlib.sha256((clip.numpy() * np.float32(255)).round().astype(np.uint8).tobytes()).digest() for clip in clips]
     assert missed == [a == Verdict.BLOCK and int.from_bytes(digest[:8]) < 0.4 * 2**64 for a, digest in zip(true, digests, strict=True)]
