@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from base_model.errors import UserError
-from base_model.families.parts import load_part, load_plain
+from base_model.families.parts import decode_clips, encode_clips, load_part, load_plain
 from base_model.paths import VariancePreserving
 from base_model.types import ClipShape, Conditioning, LatentSpec
 
@@ -106,17 +106,14 @@ class CogVideoXVideoModel:
 
     def encode(self, video: Tensor) -> Tensor:
         """[B,T,3,H,W] in [0,1] -> latents [B,C,F,H,W] float32, one clip after another. 1.5: the first latent frame is repeated in front, as in its training."""
-        pixels = (2 * video - 1).transpose(1, 2).to(self.vae.dtype)  # [B,3,T,H,W]
-        found = torch.cat([self.vae.encode(clip).latent_dist.mode() for clip in pixels.split(1)]).float().transpose(1, 2)  # [B,F,C,H,W]
+        found = encode_clips(self.vae, video).transpose(1, 2)  # [B,F,C,H,W]
         frames = torch.cat([found[:, :1].repeat(1, self.joined - 1, 1, 1, 1), found], dim=1)
         return self.vae.config.scaling_factor * _join(frames, self.joined)
 
     def decode(self, x0: Tensor) -> Tensor:
         """Latents [B,C,F,H,W] -> [B,T,3,H,W] in [0,1], float32, one clip after another: activations of the decoder are large."""
         frames = _split(x0.float(), self.joined)[:, self.joined - 1 :]  # [B,F,C,H,W]
-        latents = (frames.transpose(1, 2) / self.vae.config.scaling_factor).to(self.vae.dtype)  # [B,C,F,H,W]
-        video = torch.cat([self.vae.decode(clip, return_dict=False)[0] for clip in latents.split(1)]).float()  # [B,3,T,H,W] in [-1,1]
-        return ((video + 1) / 2).clamp(0, 1).transpose(1, 2)
+        return decode_clips(self.vae, frames.transpose(1, 2) / self.vae.config.scaling_factor)
 
     def _rotary(self, frames: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines of every patch's position in clips [B,F,C,H,W], [N,D] each; None for 2B, which has sine positions of its own."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from base_model.errors import UserError
-from base_model.families.parts import load_part, load_plain
+from base_model.families.parts import decode_clips, encode_clips, load_part, load_plain
 from base_model.paths import RectifiedFlow
 from base_model.types import ClipShape, Conditioning, LatentSpec
 
@@ -109,14 +109,11 @@ class HunyuanVideoModel:
 
     def encode(self, video: Tensor) -> Tensor:
         """[B,T,3,H,W] in [0,1] -> latents [B,C,F,H,W] float32, one clip after another."""
-        pixels = (2 * video - 1).transpose(1, 2).to(self.vae.dtype)  # [B,3,T,H,W]
-        return self.vae.config.scaling_factor * torch.cat([self.vae.encode(clip).latent_dist.mode() for clip in pixels.split(1)]).float()
+        return self.vae.config.scaling_factor * encode_clips(self.vae, video)
 
     def decode(self, x0: Tensor) -> Tensor:
         """Latents [B,C,F,H,W] -> [B,T,3,H,W] in [0,1], float32, one clip after another: activations of the decoder are large."""
-        latents = (x0.float() / self.vae.config.scaling_factor).to(self.vae.dtype)
-        video = torch.cat([self.vae.decode(clip, return_dict=False)[0] for clip in latents.split(1)]).float()  # [B,3,T,H,W] in [-1,1]
-        return ((video + 1) / 2).clamp(0, 1).transpose(1, 2)
+        return decode_clips(self.vae, x0.float() / self.vae.config.scaling_factor)
 
 
 def load(source: str, *, device: torch.device, dtype: torch.dtype) -> HunyuanVideoModel:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from base_model.errors import UserError
-from base_model.families.parts import load_part, load_plain
+from base_model.families.parts import decode_clips, encode_clips, load_part, load_plain
 from base_model.paths import RectifiedFlow
 from base_model.types import ClipShape, Conditioning, LatentSpec
 
@@ -104,16 +104,12 @@ class LTXVideoModel:
     def encode(self, video: Tensor) -> Tensor:
         """[B,T,3,H,W] in [0,1] -> latents [B,C,F,H,W] float32, one clip after another."""
         mean, std = self._statistics()
-        pixels = (2 * video - 1).transpose(1, 2).to(self.vae.dtype)  # [B,3,T,H,W]
-        found = torch.cat([self.vae.encode(clip).latent_dist.mode() for clip in pixels.split(1)]).float()  # [B,C,F,H,W]
-        return (found - mean) / std
+        return (encode_clips(self.vae, video) - mean) / std
 
     def decode(self, x0: Tensor) -> Tensor:
         """Latents [B,C,F,H,W] -> [B,T,3,H,W] in [0,1], float32, one clip after another. A decoder that draws noise draws the same for every clip."""
         mean, std = self._statistics()
-        latents = (x0.float() * std + mean).to(self.vae.dtype)
-        video = torch.cat([self._decode_clip(clip) for clip in latents.split(1)]).float()  # [B,3,T,H,W] in [-1,1]
-        return ((video + 1) / 2).clamp(0, 1).transpose(1, 2)
+        return decode_clips(self.vae, x0.float() * std + mean, self._decode_clip)
 
     def _decode_clip(self, latents: Tensor) -> Tensor:
         """[1,C,F,H,W] as the VAE made them -> [1,3,T,H,W] in [-1,1]. The decoder draws from the global generator, which is put back."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from base_model.errors import UserError
-from base_model.families.parts import load_part, load_plain
+from base_model.families.parts import decode_clips, encode_clips, load_part, load_plain
 from base_model.paths import RectifiedFlow
 from base_model.types import ClipShape, Conditioning, LatentSpec
 
@@ -109,16 +109,12 @@ class MochiVideoModel:
     def encode(self, video: Tensor) -> Tensor:
         """[B,T,3,H,W] in [0,1] -> latents [B,C,F,H,W] float32, one clip after another."""
         mean, std = self._statistics()
-        pixels = (2 * video - 1).transpose(1, 2).to(self.vae.dtype)  # [B,3,T,H,W]
-        found = torch.cat([self.vae.encode(clip).latent_dist.mode() for clip in pixels.split(1)]).float()  # [B,C,F,H,W]
-        return (found - mean) / std
+        return (encode_clips(self.vae, video) - mean) / std
 
     def decode(self, x0: Tensor) -> Tensor:
         """Latents [B,C,F,H,W] -> [B,T,3,H,W] in [0,1], float32, one clip after another: activations of the decoder are large."""
         mean, std = self._statistics()
-        latents = (x0.float() * std + mean).to(self.vae.dtype)
-        video = torch.cat([self.vae.decode(clip, return_dict=False)[0] for clip in latents.split(1)]).float()  # [B,3,T,H,W] in [-1,1]
-        return ((video + 1) / 2).clamp(0, 1).transpose(1, 2)
+        return decode_clips(self.vae, x0.float() * std + mean)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of the VAE's latents, [C,1,1,1]."""

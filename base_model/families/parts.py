@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from base_model.checkpoint import read_json
 from base_model.errors import UserError
@@ -73,3 +73,19 @@ def check_class(file: Path, kind: Any) -> None:
 def _first_line(error: BaseException) -> str:
     told = str(error).strip().splitlines()
     return told[0][:200] if told else type(error).__name__
+
+
+def encode_clips(vae: Any, video: Tensor) -> Tensor:
+    """[B,T,3,H,W] in [0,1] -> latents [B,C,F,H,W] as the VAE makes them, float32, one clip after another."""
+    pixels = (2 * video - 1).transpose(1, 2).to(vae.dtype)  # [B,3,T,H,W]
+    return torch.cat([vae.encode(clip).latent_dist.mode() for clip in pixels.split(1)]).float()
+
+
+def decode_clips(vae: Any, latents: Tensor, decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Latents [B,C,F,H,W] as the VAE made them -> [B,T,3,H,W] in [0,1], float32, one clip after another: activations of the decoder are large.
+
+    decode: one clip [1,C,F,H,W] -> [1,3,T,H,W] in [-1,1], where the VAE's own call does not do.
+    """
+    clips = latents.to(vae.dtype).split(1)
+    video = torch.cat([vae.decode(clip, return_dict=False)[0] if decode is None else decode(clip) for clip in clips]).float()  # [B,3,T,H,W]
+    return ((video + 1) / 2).clamp(0, 1).transpose(1, 2)

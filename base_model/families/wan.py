@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from base_model.errors import UserError
-from base_model.families.parts import load_part, load_plain, read_index
+from base_model.families.parts import decode_clips, encode_clips, load_part, load_plain, read_index
 from base_model.paths import RectifiedFlow
 from base_model.prompts.conditions import Canvas, encode_known, obey
 from base_model.types import ClipShape, Conditioning, LatentSpec
@@ -142,16 +142,12 @@ class WanVideoModel:
     def encode(self, video: Tensor) -> Tensor:
         """[B,T,3,H,W] in [0,1] -> latents [B,C,F,H,W] float32, one clip after another."""
         vae, (mean, std) = self._vae(), self._statistics(video.device)
-        pixels = (2 * video - 1).transpose(1, 2).to(vae.dtype)  # [B,3,T,H,W]
-        found = torch.cat([vae.encode(clip).latent_dist.mode() for clip in pixels.split(1)]).float()  # [B,C,F,H,W]
-        return (found - mean) / std
+        return (encode_clips(vae, video) - mean) / std
 
     def decode(self, x0: Tensor) -> Tensor:
         """Latents [B,C,F,H,W] -> [B,T,3,H,W] in [0,1], float32, one clip after another: activations of the decoder are large."""
         vae, (mean, std) = self._vae(), self._statistics(x0.device)
-        latents = (x0.float() * std + mean).to(vae.dtype)
-        video = torch.cat([vae.decode(clip, return_dict=False)[0] for clip in latents.split(1)]).float()  # [B,3,T,H,W] in [-1,1]
-        return ((video + 1) / 2).clamp(0, 1).transpose(1, 2)
+        return decode_clips(vae, x0.float() * std + mean)
 
     def _vae(self) -> Any:
         if self.vae is None:

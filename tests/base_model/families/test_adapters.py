@@ -259,7 +259,7 @@ def deltas(tensors: dict[str, Tensor], scale: float = 1.0, every: int = 1) -> di
 def equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     """None but the wanted layers are changed, each by what is wanted; zeros are no change."""
     changed = {name for name, delta in found.items() if delta.any()}
-    return changed == wanted.keys() and all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
+    return bool(wanted) and changed == wanted.keys() and all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
 
 
 @pytest.mark.parametrize("targets", [r"single_.*\.(attn\.to_[qkv]|proj_mlp|proj_out)", r"single_.*\.(attn\.to_[kv]|proj_mlp)", r"single_.*\.to_v"])
