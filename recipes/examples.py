@@ -1,0 +1,104 @@
+"""What supervised training reads: captioned clips as latents and states of their captions; and the one way to ask a model about clips of any size. Shared by recipes, no command."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from base_model.families.wan import WanVideoModel
+from base_model.families.wan_experts import Experts
+from base_model.families.wan_packed import PackedWan, packed_velocity
+from base_model.networks.packing import pack, unpack
+from base_model.tiny import LatentVideoModel, packed_text
+from base_model.types import Conditioning, TrainableModel
+
+Shape = tuple[int, int, int, int]
+"""[C,F,H,W] of a clip's latents."""
+
+
+class Examples(Protocol):
+    """N captioned clips. Sizes and captions are known without reading any; everything else is read when it is asked for, and is on the CPU."""
+
+    @property
+    def texts(self) -> Sequence[str]: ...
+    @property
+    def shapes(self) -> Sequence[Shape]: ...
+    @property
+    def sources(self) -> Sequence[str]:
+        """Which file each is from: examples of one file are never on both sides of a split."""
+        ...
+
+    def __len__(self) -> int: ...
+    def latents(self, row: int) -> Tensor:
+        """[C,F,H,W], float32."""
+        ...
+
+    def cond(self, row: int | None) -> Conditioning:
+        """Its caption, 1; of None, the empty prompt."""
+        ...
+
+    def video(self, row: int) -> Tensor:
+        """Its pixels, uint8 [T,3,H,W]: what visual prompts are cut from."""
+        ...
+
+
+def num_tokens(shape: Shape, patch: tuple[int, int, int]) -> int:
+    """Tokens of latents of that shape."""
+    return math.prod(side // by for side, by in zip(shape[1:], patch, strict=True))
+
+
+class Velocities:
+    """Asks a model about clips of any sizes, each with its own time and condition: in one sequence where its network packs (the built-in one, Wan), else one pass a shape.
+
+    network: what is called, and what forward passes are counted at. Texts must be of one length where clips of a shape are asked about together.
+    """
+
+    def __init__(self, model: TrainableModel) -> None:
+        self.model = model
+        self.wan = PackedWan(model.network) if isinstance(model, WanVideoModel) and not _two_experts(model.network) else None
+        self.network: nn.Module = self.wan or model.network
+
+    @property
+    def packs(self) -> bool:
+        """Whether clips of different shapes share a pass."""
+        return self.wan is not None or isinstance(self.model, LatentVideoModel)
+
+    def __call__(self, x_t: Sequence[Tensor], t: Tensor, conds: Sequence[Conditioning]) -> list[Tensor]:
+        """x_t: S clips [C,F,H,W]; t [S]; conds: one clip each -> u [C,F,H,W] of each, float32."""
+        if self.wan is not None and isinstance(self.model, WanVideoModel):
+            return packed_velocity(self.wan, self.model, x_t, t, conds)
+        if isinstance(self.model, LatentVideoModel) and all(cond.known is None for cond in conds):
+            return _packed_tiny(self.model, x_t, t, conds)
+        return _by_shape(self.model, x_t, t, conds)
+
+
+def _two_experts(network: Any) -> bool:
+    return isinstance(network.get_base_model() if hasattr(network, "get_base_model") else network, Experts)
+
+
+def _packed_tiny(model: LatentVideoModel, x_t: Sequence[Tensor], t: Tensor, conds: Sequence[Conditioning]) -> list[Tensor]:
+    packed = pack(x_t, model.patch)  # tokens [N,c]
+    u = model.network(packed.tokens, packed.positions.to(t.device), packed.segments, t, *packed_text(together(conds)))  # [N,c]
+    return unpack(u, x_t, model.patch)
+
+
+def _by_shape(model: TrainableModel, x_t: Sequence[Tensor], t: Tensor, conds: Sequence[Conditioning]) -> list[Tensor]:
+    rows: dict[torch.Size, list[int]] = {}
+    for k, x in enumerate(x_t):
+        rows.setdefault(x.shape, []).append(k)
+    found: dict[int, Tensor] = {}
+    for some in rows.values():
+        found.update(zip(some, model(torch.stack([x_t[k] for k in some]), t[some], together([conds[k] for k in some])), strict=True))
+    return [found[k] for k in range(len(x_t))]
+
+
+def together(conds: Sequence[Conditioning]) -> Conditioning:
+    """Conditions of one clip each as one of S."""
+    first, *others = conds
+    for other in others:
+        first = first.followed_by(other)
+    return first
