@@ -1,4 +1,4 @@
-"""What supervised training reads: captioned clips as latents and states of their captions; and the one way to ask a model about clips of any size. Shared by recipes, no command."""
+"""What supervised training reads: captioned clips as latents and states of captions; and the one way to ask a model about clips of any size. Shared by recipes, no command."""
 
 from __future__ import annotations
 
