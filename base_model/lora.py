@@ -19,11 +19,19 @@ LORA_TARGETS = ("qkv", "q", "kv", "out", "mlp_in", "mlp_out", "skip")
 
 
 def add_lora(
-    network: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...] | str = LORA_TARGETS, token_rows: Sequence[int] = (), seed: int = 0
+    network: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: tuple[str, ...] | str = LORA_TARGETS,
+    dora: bool = False,
+    token_rows: Sequence[int] = (),
+    seed: int = 0,
 ) -> Any:
     """Wraps `network` so that only low-rank updates B A of the target linears train (Hu et al. 2021, arXiv 2106.09685, eq. 3); B = 0 at the start.
 
-    targets: ends of the linears' names, or a pattern for whole names. token_rows: rows of the input embedding that train too.
+    targets: ends of the linears' names, or a pattern for whole names. dora: the norm of each output's weights trains too, beside their direction W + B A (Liu et al. 2024,
+    arXiv 2402.09353, eq. 5). token_rows: rows of the input embedding that train too.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which warns of an optional kernel of 4-bit inference
     from peft import LoraConfig, get_peft_model
@@ -32,7 +40,7 @@ def add_lora(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks transformers' models by the old name
         torch.manual_seed(seed)
-        return get_peft_model(network, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, trainable_token_indices=rows))
+        return get_peft_model(network, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, use_dora=dora, trainable_token_indices=rows))
 
 
 @contextmanager
