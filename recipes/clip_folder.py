@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,7 +36,6 @@ from base_model.video.files import FRAME_PIXELS, KEPT_BYTES, Frame, each_frame
 VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv"))
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 TABLE = "metadata.jsonl"
-SETTLED_NS = 2_000_000_000  # a file that changed a moment ago may change again within one tick of the file system's clock
 
 
 # How clips become examples
@@ -270,18 +268,6 @@ def reason_of(error: UserError, path: Path | str) -> str:
     """What happened, without where it did and what to do."""
     what, found, _ = str(error).partition(f", {path}")
     return what if found else what.partition(". ")[0]
-
-
-def stamp(path: Path) -> str:
-    """What the file system says of a file: while it says the same, its bytes need not be hashed again. Raises OSError."""
-    told = path.stat()
-    return f"{told.st_ino}.{told.st_size}.{told.st_mtime_ns}.{told.st_ctime_ns}"
-
-
-def seal(path: Path) -> str:
-    """Its `stamp`, to be believed another day; empty where the file changed a moment ago, and might again without a sign. Raises OSError."""
-    told = path.stat()
-    return stamp(path) if time.time_ns() - max(told.st_mtime_ns, told.st_ctime_ns) > SETTLED_NS else ""
 
 
 # What is in them

@@ -30,7 +30,7 @@ from align.progress import Progress
 from base_model.checkpoint import atomic_write, check_can_write
 from base_model.errors import UserError
 from base_model.types import ClipShape, TrainableModel
-from recipes.clip_folder import Cut, Dropped, Facts, Named, Span, Windows, all_windows, cut_for, find_clips, read_frames, reason_of, seal, some_windows, stamp
+from recipes.clip_folder import Cut, Dropped, Facts, Named, Span, Windows, all_windows, cut_for, find_clips, read_frames, reason_of, some_windows
 from recipes.examples import num_tokens
 from recipes.latents import (
     DTYPES,
@@ -48,7 +48,7 @@ from recipes.latents import (
     text_key,
 )
 from recipes.models import load_model
-from recipes.shards import entry_key, missing
+from recipes.shards import entry_key, missing, seal, stamp
 from recipes.weights import file_hash
 
 T = TypeVar("T")

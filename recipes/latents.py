@@ -31,10 +31,10 @@ from base_model.families.loading import NAMES
 from base_model.families.parts import INDEX, index_file
 from base_model.tiny import WEIGHTS
 from base_model.types import Conditioning, TrainableModel
-from recipes.clip_folder import Cut, Facts, Span, inside, read_frames, some_windows, stamp
+from recipes.clip_folder import Cut, Facts, Span, inside, read_frames, some_windows
 from recipes.examples import Shape
 from recipes.models import is_built_in
-from recipes.shards import Entry, Shards, entry_key
+from recipes.shards import Entry, Shards, entry_key, stamp
 from recipes.weights import file_hash
 
 ENCODING = 1

@@ -28,13 +28,13 @@ from torch import Tensor
 
 from base_model.checkpoint import atomic_write, check_can_write, check_is_safetensors, weights_bytes
 from base_model.errors import UserError
-from recipes.clip_folder import seal, stamp
 
 SHARD_BYTES = 64 << 20
 MOST_SECONDS = 60.0  # between making an entry and writing it
 OPEN_FILES = 128
 ROOM = 1 << 20  # kept free on the disk
 LEFT_BEHIND = 3600.0  # seconds after which a half-written file is nobody's
+SETTLED_NS = 2_000_000_000  # a file that changed a moment ago may change again within one tick of the file system's clock
 NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 INDEX = "index.parquet"
 Entry = Mapping[str, Tensor]
@@ -243,3 +243,18 @@ def _schema() -> Any:
 def missing(shards: Shards, keys: Iterable[str]) -> list[str]:
     """Those of the keys that are not kept, each once, in order."""
     return [key for key in dict.fromkeys(keys) if key not in shards]
+
+
+# What the file system says
+
+
+def stamp(path: Path) -> str:
+    """What the file system says of a file: while it says the same, its bytes need not be hashed again. Raises OSError."""
+    told = path.stat()
+    return f"{told.st_ino}.{told.st_size}.{told.st_mtime_ns}.{told.st_ctime_ns}"
+
+
+def seal(path: Path) -> str:
+    """Its `stamp`, to be believed another day; empty where the file changed a moment ago, and might again without a sign. Raises OSError."""
+    told = path.stat()
+    return stamp(path) if time.time_ns() - max(told.st_mtime_ns, told.st_ctime_ns) > SETTLED_NS else ""

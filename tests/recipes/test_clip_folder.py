@@ -16,7 +16,7 @@ from base_model.families import cogvideox, hunyuan_video, ltx, mochi, wan
 from base_model.types import ClipShape, TrainableModel
 from base_model.video.files import Frame, cover, from_uint8, read_video, write_mp4
 from recipes import clip_folder
-from recipes.clip_folder import Cut, Dropped, Facts, Named, Span, Windows, all_windows, cut_for, find_clips, fit, read_frames, seal, some_windows, stamp
+from recipes.clip_folder import Cut, Dropped, Facts, Named, Span, Windows, all_windows, cut_for, find_clips, fit, read_frames, some_windows
 from tests.base_model.families import tiny_cogvideox, tiny_hunyuan_video, tiny_ltx, tiny_mochi, tiny_wan
 from tests.recipes.small import small_model
 
@@ -264,17 +264,6 @@ def test_frames_one_by_one_are_those_of_the_whole_clip(tmp_path: Path) -> None:
     write_mp4(tmp_path / "a.mp4", torch.rand(9, 3, 32, 48), 12.0)
     whole, parts = read_video(tmp_path / "a.mp4"), list(read_frames(tmp_path / "a.mp4"))
     assert np.array_equal(np.stack([frame for frame, _ in parts]), whole.frames) and {fps for _, fps in parts} == {whole.fps}
-
-
-def test_a_stamp_changes_with_the_bytes_and_is_believed_later_only_once_the_file_has_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"1")
-    assert seal(path) == ""
-    monkeypatch.setattr(clip_folder, "SETTLED_NS", 0)
-    first = seal(path)
-    assert first and first == stamp(path)
-    path.write_bytes(b"22")
-    assert stamp(path) != first
 
 
 def test_spans_of_a_cut_are_plain() -> None:
