@@ -293,9 +293,14 @@ class Window(NamedTuple):
     video: Tensor  # uint8 [T,3,h,w]
 
 
+def is_image(name: str) -> bool:
+    """Whether a file of that name is read as an image."""
+    return Path(name).suffix.lower() in IMAGES
+
+
 def read_frames(path: Path) -> Iterator[tuple[Frame, float]]:
     """The frames of a clip and its rate, or an image and 0. Raises UserError where it cannot be read, at the latest behind the last frame."""
-    return iter([(_image(path), 0.0)]) if path.suffix.lower() in IMAGES else each_frame(path)
+    return iter([(_image(path), 0.0)]) if is_image(path.name) else each_frame(path)
 
 
 def all_windows(frames: Iterable[tuple[Frame, float]], cut: Cut) -> Generator[Window, None, Facts]:

@@ -30,7 +30,7 @@ from align.progress import Progress
 from base_model.checkpoint import atomic_write, check_can_write
 from base_model.errors import UserError
 from base_model.types import ClipShape, TrainableModel
-from recipes.clip_folder import Cut, Dropped, Facts, Named, Span, Windows, all_windows, cut_for, find_clips, read_frames, reason_of, some_windows
+from recipes.clip_folder import Cut, Dropped, Facts, Named, Span, Windows, all_windows, cut_for, find_clips, is_image, read_frames, reason_of, some_windows
 from recipes.examples import num_tokens
 from recipes.latents import (
     DTYPES,
@@ -198,13 +198,13 @@ class Decoder:
             return
         except UserError as error:
             found = reason_of(error, path).replace(str(path), name)
-        self.findings.add(content, seal(path), found)
+        self.findings.add(content, seal(path), found, image=is_image(name))
         self.findings.hashes[before] = content
         yield Seen(name, found if isinstance(found, str) else None)
 
     def _windows(self, path: Path, content: str) -> Generator[Cutout, None, Facts | str]:
         """The missing windows of a clip. Returns what it is, or why it cannot be used."""
-        facts = self.findings.facts.get(content)
+        facts = self.findings.facts.get((content, is_image(path.name)))
         if isinstance(facts, str):
             return facts
         if facts is None:
@@ -360,7 +360,7 @@ def _known(folder: Path, name: str, findings: Findings) -> tuple[str, Facts | st
         content = findings.hashes.get(stamp(path)) or file_hash(path)
     except OSError as error:
         return "", "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
-    return content, findings.facts.get(content, "changed while it was read")
+    return content, findings.facts.get((content, is_image(name)), "changed while it was read")
 
 
 def _use(cut: Cut, facts: Facts | str) -> tuple[str | None, tuple[int, int] | None, list[Span]]:

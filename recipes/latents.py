@@ -149,7 +149,7 @@ class Findings:
         import av
 
         self.path, self.reader = folder / "clips.jsonl", str(av.__version__)
-        self.facts: dict[str, Facts | str] = {}  # sha256 -> what it is, or why it cannot be used
+        self.facts: dict[tuple[str, bool], Facts | str] = {}  # (sha256, whether it is read as an image) -> what it is, or why it cannot be used
         self.hashes: dict[str, str] = {}  # stamp -> sha256
         self._lock, self._new, self._read_to = threading.Lock(), list[str](), 0
         self.read()
@@ -166,24 +166,25 @@ class Findings:
         for line in whole.split(b"\n"):
             try:
                 row = json.loads(line)
-                self._note(row["sha256"], row["stamp"], row["reason"] if "reason" in row else Facts(row["frames"], row["fps"], row["height"], row["width"]), row["reader"])
+                found = row["reason"] if "reason" in row else Facts(row["frames"], row["fps"], row["height"], row["width"])
+                self._note((row["sha256"], row["image"]), row["stamp"], found, row["reader"])
             except (ValueError, KeyError, TypeError):
                 continue
 
-    def add(self, sha256: str, stamped: str, found: Facts | str) -> None:
+    def add(self, sha256: str, stamped: str, found: Facts | str, *, image: bool) -> None:
         """stamped: what the file system says of the file, empty where that is not to be believed. found: what it is, or why it cannot be used."""
         told = found._asdict() if isinstance(found, Facts) else {"reason": found}
         with self._lock:
-            if self.facts.get(sha256) == found and (not stamped or self.hashes.get(stamped) == sha256):
+            if self.facts.get((sha256, image)) == found and (not stamped or self.hashes.get(stamped) == sha256):
                 return
-            self._note(sha256, stamped, found, self.reader)
-            self._new.append(json.dumps({"sha256": sha256, "stamp": stamped, "reader": self.reader, **told}))
+            self._note((sha256, image), stamped, found, self.reader)
+            self._new.append(json.dumps({"sha256": sha256, "image": image, "stamp": stamped, "reader": self.reader, **told}))
 
-    def _note(self, sha256: str, stamped: str, found: Facts | str, reader: str) -> None:
+    def _note(self, content: tuple[str, bool], stamped: str, found: Facts | str, reader: str) -> None:
         if stamped:
-            self.hashes[stamped] = sha256
+            self.hashes[stamped] = content[0]
         if isinstance(found, Facts) or reader == self.reader:  # another version of the decoder may read what this one did not
-            self.facts[sha256] = found
+            self.facts[content] = found
 
     def flush(self) -> None:
         """Raises UserError (full disk, no permission)."""
@@ -244,7 +245,7 @@ class CachedClips:
 
     def latents(self, row: int) -> Tensor:
         """[C,F,H,W], float32. Raises UserError where its file is damaged or gone."""
-        return self.cache.latents.get(self.rows[row].key)["latents"].float()
+        return self.cache.latents.get(self.rows[row].key)["latents"].to(torch.float32, copy=True)
 
     def cond(self, row: int | None) -> Conditioning:
         """Its caption, 1; of None, the empty prompt. Raises UserError where its file is damaged or gone."""

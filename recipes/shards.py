@@ -112,12 +112,12 @@ class Shards:
         content = weights_bytes(tensors, {"about": self.about})
         name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
         keys = tuple(self._pending)
-        self._pending, self._pending_bytes = {}, 0
         atomic_write(self.folder / name, content)
+        self._pending, self._pending_bytes = {}, 0
         self._add(name, Shard(self._stamp(name), self.about, keys))
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """The parts of an entry, mapped into memory. Raises UserError where its file is damaged or gone; KeyError where there is no such entry."""
+        """The parts of an entry, mapped into memory: not to be changed in place. Raises UserError where its file is damaged or gone; KeyError where there is no such entry."""
         if key in self._pending:
             return dict(self._pending[key])
         name = self._held[key]
