@@ -20,6 +20,7 @@ from base_model.networks.packing import Patch, token_grid
 from base_model.tiny import LatentVideoModel
 from base_model.types import Conditioning
 from base_model.video.files import cover, from_uint8, read_video, resample_fps, to_uint8, write_atomic
+from recipes.clip_folder import inside
 from recipes.examples import Shape
 from recipes.shapes.dataset import ClipSet, by_shape
 
@@ -106,18 +107,6 @@ def to_native_size(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return to_uint8(cover(from_uint8(frame[None]), height, width))[0]
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The file of that name in the folder. Raises UserError where the name leads out of it (absolute, `..`, a link)."""
-    try:
-        (folder / name).exists()  # a name that is too long cannot even be asked for
-        leaves_it = not (folder / name).resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"no clip can be named {name!r}, {folder / 'metadata.jsonl'}: {error}. Name a file in that folder") from error
-    if leaves_it:
-        raise UserError(f"{name!r} lies outside its folder, {folder / 'metadata.jsonl'}. Copy the clip into the folder and name it there")
-    return folder / name
-
-
 def read_clip_folder(folder: Path, *, frames: int, fps: float, every: int = 6) -> ClipSet:
     """Real clips with captions (`metadata.jsonl` with `file_name` and `text`, the layout of datasets' videofolder) as windows of `frames` frames at `fps`.
 
@@ -130,7 +119,7 @@ def read_clip_folder(folder: Path, *, frames: int, fps: float, every: int = 6) -
     texts: list[str] = []
     videos: list[Tensor] = []
     for row in _caption_rows(table):
-        video = read_video(_inside(folder, row["file_name"]), shrink=to_native_size)
+        video = read_video(inside(folder, row["file_name"]), shrink=to_native_size)
         small = resample_fps(torch.from_numpy(video.frames).permute(0, 3, 1, 2), video.fps, fps)  # [T,3,h,w]
         if len(small) < frames:
             lasts = f"{len(video.frames)} frames at {video.fps:g} a second, {len(small)} at {fps:g}"

@@ -126,16 +126,29 @@ def read_video(path: str | Path, *, max_frames: int | None = None, seconds: floa
     return Video(np.stack(frames), fps)
 
 
+def each_frame(path: str | Path) -> Iterator[tuple[Frame, float]]:
+    """What `read_video` decodes, one frame [H,W,3] and its rate after another: no clip is too long to look at. Raises as `read_video`, at the latest behind the last frame."""
+    path = Path(path)
+    _require_file(path)
+    with open(path, "rb") as file:
+        _refuse_truncated_mp4(file, path.stat().st_size, path)
+    for pixels in _each(path):
+        yield pixels.frame, pixels.fps
+
+
+def each_frame_of(content: bytes, name: str, bounds: Bounds) -> Iterator[tuple[Frame, float]]:
+    """What `decode_video` decodes, as `each_frame` gives it. A lossless clip's digest is not looked at."""
+    for pixels in _each(name, content=content, kind=_kind(content, name), bounds=bounds):
+        yield pixels.frame, pixels.fps
+
+
 def decode_video(content: bytes, name: str, bounds: Bounds, *, codecs: Sequence[str] = CODECS) -> Video:
     """Decodes a clip that came from outside: mp4 or Matroska, told by its first bytes, with one of `codecs`, from memory, so that no path in it leads anywhere.
 
     Nothing larger than `bounds` is decoded, whatever the file says of itself: the decoder refuses a frame before it makes room for it. `name` stands in errors.
     Raises UserError where it is no such file, larger than `bounds`, truncated or damaged, or not the lossless clip that its own digest says.
     """
-    kind = next((kind for at, magic, kind in CONTAINERS if content[at : at + len(magic)] == magic), None)
-    if kind is None:
-        raise UserError(f"neither mp4 nor Matroska, {name}. Give a clip in one of them")
-    _refuse_truncated_mp4(io.BytesIO(content), len(content), name)
+    kind = _kind(content, name)
     frames, fps, digest = _decode(name, content=content, kind=kind, bounds=bounds, codecs=codecs)
     video = np.stack(frames)
     if digest is not None and digest != digest_of(video):
@@ -239,6 +252,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write: {error.strerror or error}, {path}. Free some space or choose another folder") from error
 
 
+def _kind(content: bytes, name: str) -> str:
+    """What PyAV calls its container. Raises UserError where it is neither mp4 nor Matroska, or an mp4 that was cut off."""
+    kind = next((kind for at, magic, kind in CONTAINERS if content[at : at + len(magic)] == magic), None)
+    if kind is None:
+        raise UserError(f"neither mp4 nor Matroska, {name}. Give a clip in one of them")
+    _refuse_truncated_mp4(io.BytesIO(content), len(content), name)
+    return kind
+
+
 def _require_file(path: Path) -> None:
     if not path.exists():
         raise UserError(f"no such video file, {path}. Check the path")
@@ -248,6 +270,14 @@ def _require_file(path: Path) -> None:
         raise UserError(f"the video file is empty, {path}. Copy or make it again")
     if not os.access(path, os.R_OK):
         raise UserError(f"no permission to read the video file, {path}. Change its permissions")
+
+
+class _Pixels(NamedTuple):
+    """One decoded frame, and what its file says of all of them."""
+
+    frame: Frame
+    fps: float
+    digest: str | None
 
 
 def _decode(
@@ -262,15 +292,36 @@ def _decode(
     codecs: Sequence[str] = CODECS,
 ) -> tuple[list[NDArray[np.uint8]], float, str | None]:
     """(frames, fps, the digest the file carries) of the file at `path`, or of `content`, which is of that `kind` and one of `codecs`."""
+    frames: list[Frame] = []
+    kept = 0
+    for pixels in _each(path, max_frames, seconds=seconds, content=content, kind=kind, bounds=bounds, codecs=codecs):
+        frames.append(shrink(pixels.frame) if shrink else pixels.frame)
+        kept += frames[-1].nbytes
+        if kept > KEPT_BYTES:
+            height, width = pixels.frame.shape[:2]
+            raise UserError(f"{len(frames)} frames of {width}x{height} are more than {KEPT_BYTES >> 30} GiB, {path}. Cut the clip or make it smaller")
+    return frames, pixels.fps, pixels.digest
+
+
+def _each(
+    path: Path | str,
+    max_frames: int | None = None,
+    *,
+    seconds: float | None = None,
+    content: bytes | None = None,
+    kind: str | None = None,
+    bounds: Bounds = LOCAL,
+    codecs: Sequence[str] = CODECS,
+) -> Iterator[_Pixels]:
+    """What `_decode` decodes, frame by frame, at least one. The last one is given before it is known whether the file ends as it should: then it raises."""
     import av
     from av.video.reformatter import VideoReformatter
 
-    frames: list[Frame] = []
+    count = 0
     sizes: set[tuple[int, ...]] = set()
     reformatter = VideoReformatter()
     decoding = {"err_detect": "crccheck+explode", "max_pixels": str(min(bounds.pixels, FRAME_PIXELS))}
     options = {**decoding, "format_whitelist": FORMATS, "protocol_whitelist": "file", "max_streams": str(MOST_STREAMS + 1), "enable_drefs": "0"}
-    kept = 0
     try:
         with av.open(str(path) if content is None else io.BytesIO(content), format=kind, options=options) as container:
             if len(container.streams) > MOST_STREAMS:  # a demuxer that met one too many either fails or leaves the rest out
@@ -290,25 +341,22 @@ def _decode(
             _check_bounds(max(0, min(told, most or told) - 1), size, bounds, path)
             for packet in container.demux(stream):
                 if packet.is_corrupt:
-                    raise UserError(f"the video file is truncated or damaged after {len(frames)} frames, {path}. Copy or make it again")
+                    raise UserError(f"the video file is truncated or damaged after {count} frames, {path}. Copy or make it again")
                 for frame in packet.decode():
-                    _check_bounds(len(frames), (frame.height, frame.width), bounds, path)
+                    _check_bounds(count, (frame.height, frame.width), bounds, path)
                     pixels = _rgb(frame, reformatter)
                     sizes.add(pixels.shape)
-                    frames.append(shrink(pixels) if shrink else pixels)
-                    kept += frames[-1].nbytes
-                    if kept > KEPT_BYTES:
-                        raise UserError(f"{len(frames)} frames of {size[1]}x{size[0]} are more than {KEPT_BYTES >> 30} GiB, {path}. Cut the clip or make it smaller")
-                    if len(frames) == most:
-                        return frames, fps or 1.0, digest
+                    count += 1
+                    yield _Pixels(pixels, fps or 1.0, digest)
+                    if count == most:
+                        return
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"cannot read the video: {reason} after {len(frames)} frames, {path}. Copy or make it again, or give a file ffmpeg can play") from error
-    if not frames:
+        raise UserError(f"cannot read the video: {reason} after {count} frames, {path}. Copy or make it again, or give a file ffmpeg can play") from error
+    if not count:
         raise UserError(f"the video file holds no frame, {path}. Copy or make it again")
     if len(sizes) > 1:
         raise UserError(f"the frames change their size, {path}. Encode the video again with one size")
-    return frames, fps or 1.0, digest
 
 
 def _check_bounds(before: int, size: tuple[int, int], bounds: Bounds, path: Path | str) -> None:
