@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from base_model.quantize import dequantized, from_nf4, is_nf4
+
 TRAINED = "default"
 LORA_TARGETS = ("qkv", "q", "kv", "out", "mlp_in", "mlp_out", "skip")
 
@@ -51,9 +53,26 @@ def reference(network: Any) -> Iterator[None]:
 
 
 def merge(network: Any) -> nn.Module:
-    """Adds the adapter into the weights it adapts and returns the plain network."""
+    """Adds the adapter into the weights it adapts and returns the plain network. Weights in four bits become plain ones, in the dtype that they compute in: added to as they were
+    rounded for training, and not rounded to four bits again."""
+    for name, module in [(name, module) for name, module in network.named_modules() if hasattr(module, "lora_A") and is_nf4(module.get_base_layer())]:
+        network.set_submodule(name, _merged_in_full(module))
     merged: nn.Module = network.merge_and_unload()
+    from_nf4(merged)
     return merged.requires_grad_(True)
+
+
+@torch.no_grad()
+def _merged_in_full(layer: Any) -> nn.Linear:
+    """The plain linear that peft's layer on a 4-bit one computes: W + s B A, of a DoRA m (W + s B A) / |W + s B A| row by row; computed in float32."""
+    plain = dequantized(layer.get_base_layer())
+    weight = plain.weight.float()
+    for name in layer.active_adapters:
+        weight = weight + layer.get_delta_weight(name).float()  # [out,in]
+        if name in layer.lora_magnitude_vector:
+            weight = weight * (layer.lora_magnitude_vector[name].weight.float() / weight.norm(dim=1))[:, None]
+    plain.weight.copy_(weight)
+    return plain
 
 
 def adapter_state(network: Any, name: str = TRAINED) -> dict[str, Tensor]:

@@ -82,6 +82,10 @@ class WanVideoModel:
         return LORA_TARGETS
 
     @property
+    def mlp_targets(self) -> tuple[str, ...]:
+        return MLP_TARGETS
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
