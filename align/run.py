@@ -72,7 +72,7 @@ BUILT_IN_METRICS = {
     "forward_passes": "Clips sent through the counted networks since the run began, training and sampling together.",
     "forward_equivalents": "What training alone cost, in forward passes of a clip: a backward pass counts two, looks at held-out clips nothing.",
 }
-WALL_CLOCK_FIELDS = frozenset({"seconds", "iteration_seconds", "clips_per_second", "peak_memory_bytes"})
+WALL_CLOCK_FIELDS = frozenset({"seconds", "iteration_seconds", "clips_per_second", "tokens_per_second", "mfu", "data_wait", "peak_memory_bytes"})
 """Metrics that depend on the machine: the only ones that differ between a resumed run and an uninterrupted one."""
 
 CHECKPOINTS_KEPT = 2

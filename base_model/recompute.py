@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a share of a transformer's blocks: memory for time, as finely as the memory asks."""
+"""The repeated blocks of a transformer: their activations computed again for memory, a share of them; and compiled, one for all."""
 
 from __future__ import annotations
 
@@ -41,3 +41,16 @@ def recompute_blocks(network: Any, share: float = 1.0) -> int:
 
     network.enable_gradient_checkpointing(run)
     return len(chosen)
+
+
+def compile_blocks(network: nn.Module, backend: str = "inductor") -> int:
+    """From now on the repeated blocks run compiled, one compilation a kind and a few for other lengths; names of weights stay. Returns how many they are.
+
+    Raises UserError where there are none.
+    """
+    blocks = repeated_blocks(network)
+    if not blocks:
+        raise UserError(f"{type(network).__name__} has no blocks to compile. Train it without compiled")
+    for block in blocks:
+        block.compile(backend=backend)
+    return len(blocks)

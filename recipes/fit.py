@@ -101,10 +101,11 @@ def packed_conditions(fit: Fit, model: LatentVideoModel, examples: Examples, row
     return pack(values, model.config.patch).tokens, torch.cat(given)
 
 
-def pack_loss(fit: Fit, model: LatentVideoModel, examples: Examples, clips: int, part: tuple[Sequence[int], torch.Generator]) -> Iterator[Loss]:
-    """The error of a pack, as its share of a step of `clips` clips. part: which S examples are in the pack, and the generator of their noise."""
+def pack_loss(fit: Fit, model: LatentVideoModel, examples: Examples, whole: float, part: Part) -> Iterator[Loss]:
+    """The error of a pack of S clips, as its share of a step that is `whole` (`whole_of`)."""
     rows, generator = part
     packed = pack([examples.latent(j) for j in rows], model.config.patch)  # tokens [N,c]
+    lengths = packed.segments.lengths  # S
     dropped = torch.rand(len(rows), generator=generator) < fit.text_dropout  # [S]
     cond = model.encode_text(["" if drop else examples.texts[j] for j, drop in zip(rows, dropped.tolist(), strict=True)])
     values, given = packed.tokens, torch.zeros(packed.segments.total, dtype=torch.bool)  # [N,c], [N]
@@ -114,7 +115,7 @@ def pack_loss(fit: Fit, model: LatentVideoModel, examples: Examples, clips: int,
         rates = fit.token_drop * torch.rand(len(rows), generator=generator)  # [S]
         kept = kept_tokens(packed.segments, rates, generator)  # [K]
         packed, values, given = take_tokens(packed, kept), values[kept], given[kept]  # N is K from here on
-    t = stratified_logit_normal(model.path, len(rows), shift=fit.time_shift, generator=generator)  # [S]
+    t = stratified_logit_normal(model.path, len(rows), shift=shifts(fit, lengths), generator=generator)  # [S]
     t_token = packed.segments.spread(t)  # [N]
     eps = torch.randn(packed.tokens.shape, generator=generator)  # [N,c]
     x_t, target = add_noise(model.path, packed.tokens, eps, t_token), model.path.velocity(packed.tokens, eps, t_token)  # [N,c] each
@@ -128,7 +129,10 @@ def pack_loss(fit: Fit, model: LatentVideoModel, examples: Examples, clips: int,
     segment, learned = packed.segments.ids, packed.segments.mean((~given).float()) > 0  # [N], [S] a clip may have dropped all that is not given
     error = packed_clip_error(u, target.to(device), segment.to(device), len(rows), keep=~given.to(device))  # [S]
     loss = flow_matching(error, valid=learned.to(device))
-    yield Loss(loss.value * (float(learned.sum()) / clips), loss.stats)
+    if fit.reduction == "token":
+        yield Loss((torch.tensor(lengths, device=device) * error.where(learned.to(device), 0)).sum() / whole, loss.stats)
+    else:
+        yield Loss(loss.value * (float(learned.sum()) / whole), loss.stats)
 
 
 def whole_of(fit: Fit, lengths: Sequence[int]) -> float:

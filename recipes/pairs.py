@@ -24,6 +24,8 @@ from recipes.clip_folder import inside
 from recipes.examples import Shape
 from recipes.shapes.dataset import ClipSet, by_shape
 
+VIDEOS = "videos.safetensors"
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -75,13 +77,18 @@ def encode_pairs(model: LatentVideoModel, clips: ClipSet, *, batch: int = 64) ->
 
 def save_pairs(folder: Path, clips: ClipSet) -> None:
     """`captions.jsonl`, one line a clip, and its exact frames in `videos.safetensors` (uint8 [T,3,H,W], "000000" for the first line)."""
-    save_weights(folder / "videos.safetensors", {f"{i:06d}": video for i, video in enumerate(clips.videos)}, {})
+    save_weights(folder / VIDEOS, {f"{i:06d}": video for i, video in enumerate(clips.videos)}, {})
     write_atomic(folder / "captions.jsonl", "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in clips.texts).encode())
+
+
+def is_pairs(folder: Path) -> bool:
+    """Whether `save_pairs` made that folder, and not a user, out of files."""
+    return (folder / VIDEOS).exists()
 
 
 def load_pairs(folder: Path) -> ClipSet:
     """What `save_pairs` wrote. Raises UserError for a folder that is missing, empty or damaged."""
-    videos, _ = load_weights(folder / "videos.safetensors")
+    videos, _ = load_weights(folder / VIDEOS)
     try:
         texts = tuple(json.loads(line)["text"] for line in (folder / "captions.jsonl").read_text(encoding="utf-8").split("\n") if line)
     except (OSError, ValueError, KeyError, TypeError) as error:

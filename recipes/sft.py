@@ -3,48 +3,58 @@
 Flow matching on the model's own path (Lipman et al. 2022, arXiv 2210.02747, eq. 14), one noise level a clip; all weights, or LoRA. Where the network packs (the built-in one, Wan)
 clips of any sizes share a sequence; elsewhere those of one shape share a batch. No clip is dropped, and none is seen twice before all have been seen once.
 Some clips give part of themselves as a visual prompt (`conditions`): that has noise level 0 and no loss. Clips of what the model did before (`remember`) keep it from forgetting.
+What it leaves out: captions are not made (`rushes caption` will), several resolutions of one clip, context parallelism.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from align.config import Config as BaseConfig
-from align.config import Count, Positive, Seed, Whole
-from align.data import PackSampler
+from align.config import Count, Positive, Seed, Share, Whole
 from align.ema import EMA
-from align.objectives import Loss
-from align.optimizers import build_optimizer, warmup_cosine
+from align.progress import duration
 from align.run import Run
+from base_model.checkpoint import atomic_write
+from base_model.errors import UserError
+from base_model.flops import peak_flops
 from base_model.lora import add_lora, merge
 from base_model.networks.routing import middle
-from base_model.tiny import LatentVideoModel, load_tiny, save_network
-from base_model.types import ClipShape
+from base_model.recompute import compile_blocks
+from base_model.tiny import LatentVideoModel, save_network
+from base_model.types import Conditioning, TrainableModel
+from recipes import steps
+from recipes.clip_folder import Windows, cut_for
+from recipes.encode import encode_folder
+from recipes.examples import Examples, Velocities, num_tokens
 from recipes.filters import read_lineage
 from recipes.fit import Fit as Fit
-from recipes.fit import held_out_losses, pack_loss
-from recipes.pairs import Pairs, encode_pairs, load_pairs
+from recipes.fit import held_out_losses, shifts
+from recipes.generate import Sampler, check_sampler
+from recipes.latents import lineage_of
+from recipes.memory import peak_memory
+from recipes.models import encode_prompts, load_model, save_policy
+from recipes.pairs import Pairs, encode_pairs, is_pairs, load_pairs
+from recipes.sample_grid import sample_grid
 from recipes.shapes.dataset import draw_clips
+from recipes.shapes.prompts import ShapesPrompt, make_prompts
+from recipes.shapes.render import DEMO_CLIP
+from recipes.steps import Lesson, Speed, dry_run, fit_network, step_of
+from recipes.validation import Look, Summary, Validation, append_look, pixels, read_looks, split
+from recipes.validation_page import write_page
 from recipes.weights import file_hash, write_card
 
 METRICS = {
-    "loss": "Flow-matching error, mean over the elements of a clip, then over the clips of the step (over their tokens by fit.reduction); unit velocity^2 per latent element.",
-    "remembered_loss": "The same of the clips to remember, before its weight; only where some are given.",
-    "grad_norm": "Norm of the gradient before clipping.",
-    "learning_rate": "Learning rate of this step.",
-    "clips": "Clips in the micro-batches of the step.",
-    "tokens": "Latent tokens in the micro-batches of the step, before any are dropped.",
-    "clips_per_second": "Clips learned from a second, without the time of looks at held-out clips.",
-    "tokens_per_second": "Latent tokens a second, likewise.",
-    "mfu": "Model FLOPs a second as a share of what the processes' devices can do at most (`base_model/flops.py`); what is computed again is not counted.",
-    "data_wait": "Share of the step's time in which it waited for latents and captions.",
-    "peak_memory_bytes": "Most memory so far: of the GPU, or of this process and its children where there is none.",
+    **steps.METRICS,
     "held_out_loss": "Flow-matching error of held-out clips at fixed noise quantiles, on the averaged weights.",
     "held_out_loss_raw": "The same on the weights as they are.",
     "held_out_loss_low_noise": "The same as held_out_loss, at the quarter of the quantiles with the least noise.",
@@ -64,116 +74,250 @@ class Remember(BaseConfig):
     """Micro-batches of a step that are theirs, on top of `fit.packs`."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step learns from: micro-batches ready to be asked for their loss. Those of the clips that are learned come first, `own` of them."""
+class Samples(BaseConfig):
+    """Clips made on the way from fixed noise, on the averaged weights."""
 
-    parts: Sequence[Callable[[], Iterator[Loss]]]
-    own: int
-    clips: int
-    tokens: int
-    flops: float = 0.0
-
-
-class Speed:
-    """What the last step did a second, and how long it waited for data."""
-
-    def __init__(self, peak: float, waited: Callable[[], float], memory: Callable[[], int]) -> None:
-        """peak: FLOP/s of all devices; waited: seconds of waiting so far; memory: most bytes so far."""
-        self.peak, self.waited, self.memory = peak, waited, memory
-        self.begin()
-
-    def begin(self) -> None:
-        """A step begins; what was before does not count."""
-        self._begun, self._waited = time.monotonic(), self.waited()
-
-    def of(self, step: Step) -> dict[str, float]:
-        seconds = time.monotonic() - self._begun
-        found = {"clips_per_second": step.clips / seconds, "tokens_per_second": step.tokens / seconds, "mfu": step.flops / seconds / self.peak}
-        return {**found, "data_wait": (self.waited() - self._waited) / seconds, "peak_memory_bytes": float(self.memory())}
+    prompts: tuple[str, ...] = ()
+    """What they show; none means captions of held-out clips, or prompts of the built-in world."""
+    every: Count = 4
+    """They are made at every so many looks at held-out clips, and at the last."""
+    steps: Count = 20
+    """Denoising steps, on the model's own grid."""
+    guidance: Positive | None = None
+    """Scale of guidance; none means 5 for a family, and 1, which is none, for the built-in model."""
 
 
-def fit_network(
-    fit: Fit, run: Run, network: torch.nn.Module, step_of: Callable[[int], Step], look: Callable[[EMA], None], *, fused: bool = False, speed: Speed | None = None
-) -> None:
-    """Fits what trains of `network`, and leaves the averaged weights in it. look: called every `evaluate_every` steps and behind the last one."""
-    optimizer = build_optimizer(network, fit.optimizer, lr=fit.lr, fused=fused)
-    schedule = warmup_cosine(optimizer, fit.iterations)
-    average = EMA(network, fit.ema_decay)
-    for name, thing in (("optimizer", optimizer), ("schedule", schedule), ("average", average)):
-        run.register(name, thing)
-    for i in run.iterations(fit.iterations, save_every=fit.save_every, label="sft"):
-        if speed is not None:
-            speed.begin()
-        step = step_of(i)
-        losses = run.backward_each(optimizer, lambda part: part(), run.share(step.parts))
-        rate = optimizer.param_groups[0]["lr"]
-        norm = run.step(optimizer, fit.max_grad_norm, schedule)
-        average.update()
-        remembered = {} if step.own == len(losses) else {"remembered_loss": torch.stack([loss.stats["remembered"] for loss in losses[step.own :]]).sum()}
-        own = torch.stack([loss.value for loss in losses[: step.own]]).sum()
-        pace = {} if speed is None else speed.of(step)
-        run.log(loss=own, grad_norm=norm, learning_rate=rate, clips=step.clips, tokens=step.tokens, **remembered, **pace)
-        if (i + 1) % fit.evaluate_every == 0 or i + 1 == fit.iterations:
-            look(average)
-    average.apply()
+class Config(BaseConfig):
+    out: Path = Path("runs/sft")
+    """Folder of the run. The built-in model ends up in `network.safetensors` there, a family's adapter in `adapter.safetensors`, a whole family in `checkpoint`."""
+    seed: Seed = 0
+    """Seed of data and noise."""
+    model: Path | None = None
+    """What to start from: a network of the built-in model, or an open family by a folder that diffusers saved, a short name (wan2.1-1.3b) or owner/name on the hub; none means the
+    shipped base."""
+    data: Path | None = None
+    """Folder of captioned clips: video files with `metadata.jsonl`, or `a.txt` beside `a.mp4`; or exact pairs (`recipes/pairs.py`). None draws `clips` curated ones from the
+    built-in world."""
+    windows: Windows = Windows()
+    """How clips of a folder are cut into examples."""
+    cache: Path = Path("runs/latents")
+    """Folder of latents and captions that were encoded once (`rushes encode`); what is missing there is encoded first."""
+    clips: Count = 4_000
+    """Curated pairs of native sizes to draw, where there is no `data`."""
+    lora_rank: Whole = 0
+    """Rank of a LoRA adapter; 0 trains every weight."""
+    dora: bool = False
+    """Learns how large each row of the adapted weights is beside where it points (DoRA)."""
+    mlp: bool = False
+    """Adapts a family's mlp as well as its attention."""
+    nf4: bool = False
+    """Keeps a family's frozen weights in four bits, under LoRA (QLoRA)."""
+    recompute: Share = 0.0
+    """Share of a family's blocks whose activations a backward pass computes again: less memory, at most a third more time."""
+    compiled: bool = False
+    """Compiles a family's blocks, one kind once: worth its minute on a GPU."""
+    shard: bool = False
+    """Spreads weights, gradients and optimizer over the processes (FSDP2), where one device has no room for them."""
+    fit: Fit = Fit(iterations=250, lr=5e-4)
+    """How the network is fitted."""
+    remember: Remember = Remember()
+    """What it must not forget."""
+    samples: Samples = Samples()
+    """Clips made on the way."""
+
+
+# What is learned from
+
+
+class Data(NamedTuple):
+    """What is learned from and what is held out, and what is said of both."""
+
+    examples: Examples
+    learned: Sequence[int]
+    held: Examples
+    held_out: Sequence[int]
+    fps: float
+    sha256: str
+    report: Sequence[str]
+    asked: Sequence[ShapesPrompt] = ()  # prompts for samples, where the judge knows what they say
+
+
+def drawn_data(cfg: Config, model: LatentVideoModel) -> Data:
+    """Curated pairs, from a folder or out of the built-in world; held-out ones are drawn."""
+    clips = load_pairs(cfg.data) if cfg.data else draw_clips("curated", cfg.clips, seed=cfg.seed)
+    held_out = draw_clips("curated", cfg.fit.held_out, seed=cfg.seed + 1_000_003, shape=DEMO_CLIP)
+    pairs, held, asked = encode_pairs(model, clips), encode_pairs(model, held_out), make_prompts(4, seed=cfg.seed, split="eval", two_objects=0.0)
+    report = [f"{len(clips):,} clips, none dropped; {sum(pairs.num_tokens(model.patch)):,} tokens"]
+    return Data(pairs, range(len(pairs)), held, range(len(held)), 12.0, clips.fingerprint(), report, asked)
+
+
+def folder_data(cfg: Config, run: Run, model: TrainableModel, folder: Path) -> Data:
+    """The clips of a folder, encoded where they are not yet, some of them held out."""
+    encoded = encode_folder(
+        model,
+        folder,
+        cfg.cache,
+        lineage=lineage_of(cfg.model, model),
+        windows=cfg.windows,
+        rank=run.accelerator.process_index,
+        ranks=run.processes,
+        wait=run.accelerator.wait_for_everyone,
+        quiet=run.quiet,
+    )
+    examples, report = encoded
+    learned, held_out = split(examples, cfg.fit.held_out, seed=cfg.seed)
+    told = [*report.lines(), f"{len(learned):,} examples are learned from, {len(held_out):,} are held out"]
+    return Data(examples, learned, examples, held_out, cut_for(model, cfg.windows).fps, examples.sha256, told)
+
+
+def data_of(cfg: Config, run: Run, model: TrainableModel) -> Data:
+    if cfg.data is not None and not is_pairs(cfg.data):
+        return folder_data(cfg, run, model, cfg.data)
+    if not isinstance(model, LatentVideoModel):
+        raise UserError("no clips, data: those of the built-in world are for the built-in model. Give a folder of captioned clips, --data FOLDER")
+    return drawn_data(cfg, model)
+
+
+# The run
 
 
 def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: Pairs) -> None:
-    """Fits the built-in `model.network` to `pairs`; leaves the averaged weights in it. Raises UserError where tokens are to skip the middle of a network that has none."""
+    """Fits the built-in `model.network` to pairs in memory, without looking at more than the held-out loss; leaves the averaged weights in it."""
     if fit.routed:
         middle(model.config.depth)
-    lengths = pairs.num_tokens(model.config.patch)
-    sampler = PackSampler(lengths, fit.capacity, seed=run.seed)
+    velocities = Velocities(model)
+    lesson = Lesson(fit, run, velocities, pairs, range(len(pairs)), packs=fit.packs, balanced=False)
 
-    def step_of(i: int) -> Step:
-        chosen = [sampler[i * fit.packs + k] for k in range(fit.packs)]  # packs times S clips
-        clips = sum(map(len, chosen))
-        parts = [partial(pack_loss, fit, model, pairs, clips, (rows, run.generator("noise", i * fit.packs + k))) for k, rows in enumerate(chosen)]
-        return Step(parts, len(parts), clips, sum(lengths[j] for rows in chosen for j in rows))
-
-    def look(average: EMA) -> None:
+    def look(number: int, average: EMA) -> None:
         with average.swap(), run.looking():
             errors = held_out_losses(model, held_out, run.generator("held out", 0))
         run.log(held_out_loss=errors.mean(), held_out_loss_low_noise=errors[:2].mean(), held_out_loss_high_noise=errors[-2:].mean())
 
     run.register("network", model.network)
     run.count_forwards(model.network)
-    fit_network(fit, run, model.network, step_of, look)
+    fit_network(fit, run, model.network, partial(step_of, lesson), look)
 
 
-class Config(BaseConfig):
-    out: Path = Path("runs/sft")
-    """Folder of the run; the network ends up in `network.safetensors` there."""
-    seed: Seed = 0
-    """Seed of data and noise."""
-    base: Path | None = None
-    """Network to start from; none means the shipped base."""
-    pairs: Path | None = None
-    """Folder of captioned clips (`recipes/pairs.py`); none draws `clips` curated ones from the built-in world."""
-    clips: Count = 4_000
-    """Curated pairs of native sizes to draw."""
-    lora_rank: Whole = 0
-    """Rank of a LoRA adapter that is merged at the end; 0 trains every weight."""
-    fit: Fit = Fit(iterations=250, lr=5e-4)
-    """How the network is fitted."""
+def load_to_train(cfg: Config, device: torch.device) -> TrainableModel:
+    """The model with what trains of it: an adapter, or all weights. Raises UserError for what does not go together."""
+    if cfg.nf4 and not cfg.lora_rank:
+        raise UserError("weights in four bits do not train, nf4. Give lora_rank, or leave nf4 off")
+    if cfg.dora and not cfg.lora_rank:
+        raise UserError("dora is a kind of LoRA. Give lora_rank, or leave dora off")
+    model = load_model(cfg.model, device=device, nf4=cfg.nf4, recompute=cfg.recompute)
+    if isinstance(model, LatentVideoModel):
+        if cfg.fit.routed:
+            middle(model.config.depth)
+    elif cfg.fit.token_drop or cfg.fit.routed or cfg.fit.condition_noise:
+        raise UserError("fit.token_drop, fit.routed and fit.condition_noise are for the built-in model. Leave them out")
+    if cfg.lora_rank:
+        targets = model.lora_targets + (model.mlp_targets if cfg.mlp else ())
+        model.network = add_lora(model.network, rank=cfg.lora_rank, alpha=cfg.lora_rank, targets=targets, seed=cfg.seed, dora=cfg.dora)
+    else:
+        model.network.requires_grad_(True)
+    if cfg.compiled:
+        compile_blocks(model.network)
+    return model
+
+
+def validation_of(cfg: Config, velocities: Velocities, data: Data) -> Validation:
+    """The held-out clips at fixed noise, at the shift that clips of their size are trained with."""
+    tokens = [num_tokens(data.held.shapes[row], velocities.model.patch) for row in data.held_out]
+    return Validation(velocities, data.held, data.held_out, cfg.seed, shifts(cfg.fit, tokens), capacity=cfg.fit.capacity)
+
+
+def samples_of(cfg: Config, model: TrainableModel, data: Data) -> tuple[Conditioning, Sampler]:
+    """What the samples show, encoded once, and how they are made: of the size of the first held-out clip."""
+    prompts = cfg.samples.prompts or [prompt.text for prompt in data.asked] or list(dict.fromkeys(data.held.texts[row] for row in data.held_out))[:4]
+    guidance = cfg.samples.guidance or (1.0 if isinstance(model, LatentVideoModel) else 5.0)
+    size = pixels(model.latents, data.held.shapes[data.held_out[0]])
+    sampler = Sampler(steps=cfg.samples.steps, guidance=guidance, fps=data.fps, frames=size.frames, height=size.height, width=size.width, batch=1)
+    check_sampler(model, sampler)
+    return encode_prompts(model, prompts), sampler
+
+
+class Looks:
+    """What is looked at on the way: held-out clips on the weights as they are and on their average, and samples of the average."""
+
+    def __init__(self, cfg: Config, run: Run, validation: Validation, data: Data) -> None:
+        model = validation.velocities.model
+        self.cfg, self.run, self.validation, self.asked = cfg, run, validation, () if cfg.samples.prompts else data.asked
+        self.cond, self.sampler = samples_of(cfg, model, data)
+
+    def __call__(self, number: int, average: EMA) -> None:
+        """After so many steps."""
+        fit, run, right = self.cfg.fit, self.run, None
+        with run.looking():
+            raw = self._summary()
+            with average.swap():
+                averaged = self._summary()
+                if number // fit.evaluate_every % self.cfg.samples.every == 0 or number == fit.iterations:
+                    right = self._samples(number)
+        if run.is_main:
+            append_look(run.out, Look(number, raw, averaged, right))
+            write_page(run.out)
+        told = {} if right is None else {"right": right}
+        losses = {"held_out_loss_low_noise": averaged.low_noise, "held_out_loss_high_noise": averaged.high_noise}
+        run.log(held_out_loss=averaged.mean, held_out_loss_raw=raw.mean, **losses, **told)
+
+    def _summary(self) -> Summary:
+        with self.run.whole():
+            return self.validation.summary(self.validation.errors(share=self.run.share, gather=self.run.gather))
+
+    def _samples(self, number: int) -> float | None:
+        sheet = self.run.out / "samples" / f"{number:06d}.png"
+        draw = partial(sample_grid, self.validation.velocities.model, self.cond, self.sampler, seed=self.cfg.seed, sheet=sheet, asked=self.asked)
+        with self.run.whole():
+            return self.run.on_main(lambda: draw().right)
+
+
+def tell(cfg: Config, run: Run, data: Data, lesson: Lesson, seconds_a_flop: float) -> None:
+    """The report before the first step, on the terminal and as `data.json`."""
+    steps_an_epoch = len(lesson.rows) / statistics.fmean(sum(map(len, lesson.chosen(i))) for i in range(16))
+    flops = cfg.fit.iterations / steps_an_epoch * sum(lesson.flops.values())
+    left = duration(seconds_a_flop * flops / run.processes)
+    report = [*data.report, f"{cfg.fit.iterations:,} steps, {cfg.fit.iterations / steps_an_epoch:.1f} epochs, {flops:.2e} FLOPs; about {left}, without looks at held-out clips"]
+    if run.is_main:
+        print(*(f"sft: {line}" for line in report), sep="\n", file=sys.stderr, flush=True)
+        atomic_write(cfg.out / "data.json", (json.dumps({"report": report, "sha256": data.sha256}, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
-    model = load_tiny(cfg.base).to(run.device)
-    if cfg.lora_rank:
-        model.network = add_lora(model.network, rank=cfg.lora_rank, alpha=cfg.lora_rank, seed=cfg.seed)
-    filters = read_lineage(cfg.pairs)
+    model = load_to_train(cfg, run.device)
+    data = data_of(cfg, run, model)
+    before = folder_data(cfg, run, model, cfg.remember.data) if cfg.remember.data else None
+    filters = read_lineage(cfg.data)
     run.note("safety", filters)
-    clips = load_pairs(cfg.pairs) if cfg.pairs else draw_clips("curated", cfg.clips, seed=cfg.seed)
-    held_out = draw_clips("curated", cfg.fit.held_out, seed=cfg.seed + 1_000_003, shape=ClipShape(13, 32, 32))
-    train(cfg.fit, run, model, encode_pairs(model, clips), encode_pairs(model, held_out))
+    run.note("data_sha256", data.sha256)
+
+    velocities = Velocities(model)
+    looks = Looks(cfg, run, validation_of(cfg, velocities, data), data)
+    if cfg.shard:
+        run.shard(velocities.network)
+    lesson = Lesson(cfg.fit, run, velocities, data.examples, data.learned, packs=cfg.fit.packs, balanced=cfg.data is not None)
+    remembered = before and Lesson(cfg.fit, run, velocities, before.examples, before.learned, packs=cfg.remember.packs, stream="remembered noise")
+    tell(cfg, run, data, lesson, dry_run(run, lesson))
+    run.register("network", model.network, trainable_only=bool(cfg.lora_rank))
+    run.count_forwards(velocities.network)
+    speed = Speed(run.processes * peak_flops(run.device), lambda: lesson.waited, partial(peak_memory, run.device))
+    plan = partial(step_of, lesson, remembered=remembered, weight=cfg.remember.weight)
+    fit_network(cfg.fit, run, velocities.network, plan, looks, fused=not isinstance(model, LatentVideoModel), speed=speed)
+
+    run.unshard()
+    found = read_looks(cfg.out)[-1].averaged
+    measured = {"held_out_loss": found.mean if found else None}
+    weights = run.on_main(partial(export, cfg, model, run.seconds, data, filters, measured))
+    return {"weights": str(weights), "sha256": file_hash(weights), **measured, "wall_seconds": round(time.monotonic() - started, 1)}
+
+
+def export(cfg: Config, model: TrainableModel, seconds: float, data: Data, filters: Sequence[Mapping[str, Any]], measured: Mapping[str, object]) -> Path:
+    """Writes what was trained, with its card: the built-in network with its adapter merged; a family's adapter; a whole family, as a checkpoint that diffusers reads."""
+    if not isinstance(model, LatentVideoModel):
+        return save_policy(model, cfg.out, recipe="sft", cfg=cfg, data=data.sha256, seconds=seconds, measured=measured, safety=filters)
     if cfg.lora_rank:
         model.network = merge(model.network)
     weights = cfg.out / "network.safetensors"
-    loss = float(held_out_losses(model, encode_pairs(model, held_out), run.generator("held out", 0)).mean())
-    measured, data = {"held_out_loss": loss}, clips.fingerprint()
-    write_card(weights, lambda path: save_network(path, model), recipe="sft", cfg=cfg, data=data, seconds=run.seconds, measured=measured, safety=filters)
-    return {"weights": str(weights), "sha256": file_hash(weights), "held_out_loss": loss, "wall_seconds": round(time.monotonic() - started, 1)}
+    write_card(weights, lambda path: save_network(path, model), recipe="sft", cfg=cfg, data=data.sha256, seconds=seconds, measured=measured, safety=filters)
+    return weights

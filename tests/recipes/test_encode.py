@@ -135,7 +135,7 @@ def test_kept_captions_give_the_velocity_of_fresh_ones_to_the_bit(family: str, t
 def test_half_precision_halves_the_file_and_rounds_once(tmp_path: Path) -> None:
     folder = clips_in(tmp_path / "clips", {"a.mp4": clip(0)})
     whole, half = (encoded(folder, tmp_path / stored, stored=stored).examples for stored in DTYPES)
-    assert torch.equal(half.latents(0), whole.latents(0).bfloat16().float()) and half.latents(0).dtype == torch.float32
+    assert torch.equal(half.latent(0), whole.latent(0).bfloat16().float()) and half.latent(0).dtype == torch.float32
     sizes = [sum(path.stat().st_size for path in (tmp_path / stored / "latents").glob("*.safetensors")) for stored in DTYPES]
     assert sizes[1] < 0.7 * sizes[0]
 
@@ -182,7 +182,7 @@ def test_entries_of_another_codec_encoder_or_precision_are_never_read(tmp_path: 
         examples, report = encoded(folder, out, model, lineage=lineage)
         assert (model.clips.total(), model.captions.total()) == (new_clips, new_captions) and report.stale > 0
         assert "entries of the cache are of another codec, encoder or precision and were not read" in report.lines()[-1]
-        assert torch.equal(examples.latent(0), first.latents(0)) == (lineage.codec == "codec")
+        assert torch.equal(examples.latent(0), first.latent(0)) == (lineage.codec == "codec")
     assert encoded(folder, out, changed, stored="bfloat16").report.stale > 0 and changed.clips.total() == 2
 
 
@@ -343,7 +343,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     (plan,) = (out / "plans").glob("*.parquet")
     assert load_plan(plan) == list(examples.rows)
     again = CachedClips(load_plan(plan), Cache(out, LINEAGE, "float32"), folder, examples.cut)
-    assert again.shapes == examples.shapes and torch.equal(again.latents(2), examples.latent(2)) and torch.equal(again.video(2), examples.video(2))
+    assert again.shapes == examples.shapes and torch.equal(again.latent(2), examples.latent(2)) and torch.equal(again.video(2), examples.video(2))
     plan.write_bytes(b"PAR1")
     with pytest.raises(UserError, match="no plan of examples"):
         load_plan(plan)
@@ -363,7 +363,7 @@ def test_ranks_share_the_clips_and_all_see_the_same_examples(ranks: int, tmp_pat
     assert max(model.clips.total() for model in models) <= 7 // ranks + 1
     for each in [*found, last]:
         assert each.report == report and each.examples.rows == alone.rows
-        assert all(torch.equal(each.examples.latent(row), alone.latents(row)) for row in range(7))
+        assert all(torch.equal(each.examples.latent(row), alone.latent(row)) for row in range(7))
     assert len(list((tmp_path / "shared" / "plans").glob("*.parquet"))) == 1
 
 
