@@ -8,6 +8,7 @@ What it leaves out: captions are not made (`rushes caption` will), several resol
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import sys
@@ -26,7 +27,7 @@ from align.progress import duration
 from align.run import Run
 from base_model.checkpoint import atomic_write
 from base_model.errors import UserError
-from base_model.flops import peak_flops
+from base_model.flops import FlopCounter, peak_flops
 from base_model.lora import add_lora, merge
 from base_model.networks.routing import middle
 from base_model.recompute import compile_blocks
@@ -34,6 +35,7 @@ from base_model.tiny import LatentVideoModel, save_network
 from base_model.types import Conditioning, TrainableModel
 from recipes import steps
 from recipes.clip_folder import Windows, cut_for
+from recipes.clip_stream import ClipStream, Stream, stream_of
 from recipes.encode import encode_folder
 from recipes.examples import Examples, Velocities, num_tokens
 from recipes.filters import read_lineage
@@ -48,7 +50,7 @@ from recipes.sample_grid import sample_grid
 from recipes.shapes.dataset import draw_clips
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.shapes.render import DEMO_CLIP
-from recipes.steps import Lesson, Speed, dry_run, fit_network, step_of
+from recipes.steps import Lesson, Speed, Step, StreamLesson, dry_run, fit_network, micro_batch, with_remembered
 from recipes.validation import Look, Summary, Validation, append_look, pixels, read_looks, split
 from recipes.validation_page import write_page
 from recipes.weights import file_hash, write_card
@@ -100,6 +102,8 @@ class Config(BaseConfig):
     built-in world."""
     windows: Windows = Windows()
     """How clips of a folder are cut into examples."""
+    stream: Stream | None = None
+    """A dataset that is larger than the disk, in place of `data`: read in order and encoded on the way."""
     cache: Path = Path("runs/latents")
     """Folder of latents and captions that were encoded once (`rushes encode`); what is missing there is encoded first."""
     clips: Count = 4_000
@@ -171,11 +175,22 @@ def folder_data(cfg: Config, run: Run, model: TrainableModel, folder: Path) -> D
 
 
 def data_of(cfg: Config, run: Run, model: TrainableModel) -> Data:
+    """Raises UserError where a family is given no clips."""
     if cfg.data is not None and not is_pairs(cfg.data):
         return folder_data(cfg, run, model, cfg.data)
     if not isinstance(model, LatentVideoModel):
         raise UserError("no clips, data: those of the built-in world are for the built-in model. Give a folder of captioned clips, --data FOLDER")
     return drawn_data(cfg, model)
+
+
+def stream_data(cfg: Config, source: ClipStream) -> Data:
+    """Held-out examples of the beginning of a stream, which never gives them."""
+    examples = source.beginning()
+    learned, held_out = split(examples, cfg.fit.held_out, seed=cfg.seed)
+    source.without = frozenset(examples.sha256(row) for row in held_out)
+    sha256 = hashlib.sha256("".join(map(examples.sha256, range(len(examples)))).encode()).hexdigest()
+    report = [f"a stream; of its first {len(examples):,} examples {len(held_out):,} are held out"]
+    return Data(examples, learned, examples, held_out, source.cut.fps, sha256, report)
 
 
 # The run
@@ -195,13 +210,15 @@ def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: P
 
     run.register("network", model.network)
     run.count_forwards(model.network)
-    fit_network(fit, run, model.network, partial(step_of, lesson), look)
+    fit_network(fit, run, model.network, lesson.step, look)
 
 
 def load_to_train(cfg: Config, device: torch.device) -> TrainableModel:
     """The model with what trains of it: an adapter, or all weights. Raises UserError for what does not go together."""
     if cfg.nf4 and not cfg.lora_rank:
         raise UserError("weights in four bits do not train, nf4. Give lora_rank, or leave nf4 off")
+    if cfg.stream and (cfg.data or cfg.shard):
+        raise UserError("a stream stands in place of data, and is not sharded, stream. Leave data and shard out")
     if cfg.dora and not cfg.lora_rank:
         raise UserError("dora is a kind of LoRA. Give lora_rank, or leave dora off")
     model = load_model(cfg.model, device=device, nf4=cfg.nf4, recompute=cfg.recompute)
@@ -271,12 +288,16 @@ class Looks:
             return self.run.on_main(lambda: draw().right)
 
 
-def tell(cfg: Config, run: Run, data: Data, lesson: Lesson, seconds_a_flop: float) -> None:
-    """The report before the first step, on the terminal and as `data.json`."""
-    steps_an_epoch = len(lesson.rows) / statistics.fmean(sum(map(len, lesson.chosen(i))) for i in range(16))
-    flops = cfg.fit.iterations / steps_an_epoch * sum(lesson.flops.values())
-    left = duration(seconds_a_flop * flops / run.processes)
-    report = [*data.report, f"{cfg.fit.iterations:,} steps, {cfg.fit.iterations / steps_an_epoch:.1f} epochs, {flops:.2e} FLOPs; about {left}, without looks at held-out clips"]
+def tell(cfg: Config, run: Run, data: Data, lesson: Lesson, source: ClipStream | None) -> None:
+    """Tries the costliest micro-batch, and reports what is ahead, on the terminal and as `data.json`."""
+    rows = lesson.costliest()
+    loss = micro_batch(cfg.fit, lesson.velocities, lesson.examples, 1.0, (rows, run.generator("dry run", 0)))
+    seconds = dry_run(run, lesson.velocities, [lesson.examples.shapes[row] for row in rows], loss)
+    clips = source.step if source else statistics.fmean(sum(map(len, lesson.chosen(i))) for i in range(16))
+    flops = cfg.fit.iterations * clips * statistics.fmean(lesson.flops.values())
+    left = duration(seconds / sum(lesson.flops[row] for row in rows) * flops / run.processes)
+    epochs = "" if source else f"{cfg.fit.iterations * clips / len(lesson.rows):.1f} epochs, "
+    report = [*data.report, f"{cfg.fit.iterations:,} steps, {epochs}{flops:.2e} FLOPs; about {left}, without looks at held-out clips"]
     if run.is_main:
         print(*(f"sft: {line}" for line in report), sep="\n", file=sys.stderr, flush=True)
         atomic_write(cfg.out / "data.json", (json.dumps({"report": report, "sha256": data.sha256}, indent=2, ensure_ascii=False) + "\n").encode())
@@ -286,23 +307,31 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     model = load_to_train(cfg, run.device)
-    data = data_of(cfg, run, model)
+    source = stream_of(cfg.stream, model, cut_for(model, cfg.windows), seed=cfg.seed) if cfg.stream else None
+    data = stream_data(cfg, source) if source else data_of(cfg, run, model)
     before = folder_data(cfg, run, model, cfg.remember.data) if cfg.remember.data else None
     filters = read_lineage(cfg.data)
     run.note("safety", filters)
     run.note("data_sha256", data.sha256)
 
-    velocities = Velocities(model)
+    velocities, counter = Velocities(model), FlopCounter(model)
     looks = Looks(cfg, run, validation_of(cfg, velocities, data), data)
+    known = Lesson(cfg.fit, run, velocities, data.examples, data.learned, packs=cfg.fit.packs, counter=counter, balanced=cfg.data is not None)
+    lesson = StreamLesson(cfg.fit, run, velocities, source, counter=counter) if source else known
+    remembered = before and Lesson(cfg.fit, run, velocities, before.examples, before.learned, packs=cfg.remember.packs, counter=counter, stream="remembered noise")
     if cfg.shard:
         run.shard(velocities.network)
-    lesson = Lesson(cfg.fit, run, velocities, data.examples, data.learned, packs=cfg.fit.packs, balanced=cfg.data is not None)
-    remembered = before and Lesson(cfg.fit, run, velocities, before.examples, before.learned, packs=cfg.remember.packs, stream="remembered noise")
-    tell(cfg, run, data, lesson, dry_run(run, lesson))
+    tell(cfg, run, data, known, source)
     run.register("network", model.network, trainable_only=bool(cfg.lora_rank))
+    if source:
+        run.register("stream", source)
     run.count_forwards(velocities.network)
-    speed = Speed(run.processes * peak_flops(run.device), lambda: lesson.waited, partial(peak_memory, run.device))
-    plan = partial(step_of, lesson, remembered=remembered, weight=cfg.remember.weight)
+
+    def plan(i: int) -> Step:
+        step = lesson.step(i)
+        return with_remembered(step, remembered.step(i), cfg.remember.weight) if remembered else step
+
+    speed = Speed(run.processes * peak_flops(run.device).rate, lambda: lesson.waited, partial(peak_memory, run.device))
     fit_network(cfg.fit, run, velocities.network, plan, looks, fused=not isinstance(model, LatentVideoModel), speed=speed)
 
     run.unshard()

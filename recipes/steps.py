@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,8 +20,11 @@ from align.objectives import Loss
 from align.optimizers import build_optimizer, warmup_cosine
 from align.run import Run
 from base_model.errors import UserError
+from base_model.flops import FlopCounter
+from base_model.networks.packing import balanced_packs, first_fit_decreasing
 from base_model.tiny import LatentVideoModel
-from recipes.examples import Ahead, Examples, Velocities, num_tokens
+from recipes.clip_stream import ClipStream
+from recipes.examples import Ahead, Examples, Shape, Velocities, num_tokens
 from recipes.fit import Fit, Part, clips_loss, pack_loss, whole_of
 from recipes.pairs import Pairs
 
@@ -54,17 +57,28 @@ class Step:
 class Lesson:
     """Examples, and which of them every step learns from: each once in every epoch.
 
-    balanced: the micro-batches of a step cost about the same; else they come as they fall. stream: name of the random numbers.
+    counter: what a clip costs; without it costs are told as tokens. balanced: the micro-batches of a step cost about the same; else they come as they fall. stream: name of the
+    random numbers.
     """
 
     def __init__(
-        self, fit: Fit, run: Run, velocities: Velocities, examples: Examples, rows: Sequence[int], *, packs: int, stream: str = "noise", balanced: bool = True
+        self,
+        fit: Fit,
+        run: Run,
+        velocities: Velocities,
+        examples: Examples,
+        rows: Sequence[int],
+        *,
+        packs: int,
+        counter: FlopCounter | None = None,
+        balanced: bool = True,
+        stream: str = "noise",
     ) -> None:
         self.fit, self.run, self.velocities, self.rows, self.packs, self.stream = fit, run, velocities, list(rows), packs, stream
         self.examples = examples if isinstance(examples, Pairs) else Ahead(examples)
         shapes = [examples.shapes[row] for row in self.rows]
-        self.tokens = dict(zip(self.rows, (num_tokens(shape, velocities.model.patch) for shape in shapes), strict=True))
-        self.flops = dict(zip(self.rows, flops_of(velocities, shapes), strict=True))
+        self.tokens = {row: num_tokens(shape, velocities.model.patch) for row, shape in zip(self.rows, shapes, strict=True)}
+        self.flops = dict(zip(self.rows, flops_of(counter, examples, shapes), strict=True)) if counter else {row: float(n) for row, n in self.tokens.items()}
         ranks, costs = (packs, list(self.flops.values())) if balanced else (1, [])
         buckets = () if velocities.packs else shapes
         self.sampler = PackSampler(list(self.tokens.values()), fit.capacity, seed=run.seed, ranks=ranks, costs=costs, buckets=buckets)
@@ -74,20 +88,16 @@ class Lesson:
         packs = self.sampler.step(i) if self.sampler.ranks == self.packs else [self.sampler[i * self.packs + k] for k in range(self.packs)]
         return [[self.rows[k] for k in pack] for pack in packs]
 
-    def parts(self, i: int) -> list[Callable[[], Iterator[Loss]]]:
-        """The micro-batches of a step. What this process needs of it, and of the next one, is read meanwhile."""
+    def step(self, i: int) -> Step:
+        """What this process needs of it, and of the next one, is read meanwhile."""
         chosen = self.chosen(i)
         if isinstance(self.examples, Ahead):
             self.examples.begin(row for rows in (*self.run.share(chosen), *self.run.share(self.chosen(i + 1))) for row in rows)
-        whole = whole_of(self.fit, [self.tokens[row] for rows in chosen for row in rows])
-        return [partial(self.loss, whole, (rows, self.run.generator(self.stream, i * self.packs + k))) for k, rows in enumerate(chosen)]
-
-    def loss(self, whole: float, part: Part) -> Iterator[Loss]:
-        """The error of a micro-batch as its share of a step that is `whole`."""
-        model = self.velocities.model
-        if isinstance(model, LatentVideoModel):
-            return pack_loss(self.fit, model, self.examples, whole, part)
-        return clips_loss(self.fit, self.velocities, self.examples, whole, part)
+        rows = [row for some in chosen for row in some]
+        tokens = [self.tokens[row] for row in rows]
+        generators = [self.run.generator(self.stream, i * self.packs + k) for k in range(self.packs)]
+        parts = [partial(micro_batch, self.fit, self.velocities, self.examples, whole_of(self.fit, tokens), part) for part in zip(chosen, generators, strict=True)]
+        return Step(parts, len(parts), len(rows), sum(tokens), sum(self.flops[row] for row in rows))
 
     def costliest(self) -> list[int]:
         """The micro-batch of an epoch that takes the most FLOPs."""
@@ -106,14 +116,51 @@ class Lesson:
         return self.examples.waited if isinstance(self.examples, Ahead) else 0.0
 
 
-def step_of(lesson: Lesson, i: int, remembered: Lesson | None = None, weight: float = 1.0) -> Step:
-    """What step i learns from, and, at this weight, what it must not forget."""
-    rows, parts = [row for some in lesson.chosen(i) for row in some], lesson.parts(i)
-    own, flops = len(parts), sum(lesson.flops[row] for row in rows)
-    if remembered is not None:
-        parts += [partial(_as_remembered, part, weight) for part in remembered.parts(i)]
-        flops += sum(remembered.flops[row] for some in remembered.chosen(i) for row in some)
-    return Step(parts, own, len(rows), sum(lesson.tokens[row] for row in rows), flops)
+class StreamLesson:
+    """The next examples of a stream in every step, in as few micro-batches as hold them. Every process reads and encodes all of it, and learns from its share."""
+
+    def __init__(self, fit: Fit, run: Run, velocities: Velocities, source: ClipStream, *, counter: FlopCounter) -> None:
+        self.fit, self.run, self.velocities, self.source, self.counter = fit, run, velocities, source, counter
+        self.waited = 0.0
+
+    def step(self, i: int) -> Step:
+        begun = time.monotonic()
+        examples = self.source.take(self.source.step)
+        self.waited += time.monotonic() - begun
+        tokens = [num_tokens(shape, self.velocities.model.patch) for shape in examples.shapes]
+        flops = flops_of(self.counter, examples, examples.shapes)
+        chosen = self._micro_batches(examples.shapes, tokens, flops)
+        generators = [self.run.generator(f"noise of step {i}", k) for k in range(len(chosen))]
+        parts = [partial(micro_batch, self.fit, self.velocities, examples, whole_of(self.fit, tokens), part) for part in zip(chosen, generators, strict=True)]
+        return Step(parts, len(parts), len(examples), sum(tokens), sum(flops))
+
+    def _micro_batches(self, shapes: Sequence[Shape], tokens: Sequence[int], flops: Sequence[float]) -> list[list[int]]:
+        if self.velocities.packs:
+            return balanced_packs(tokens, flops, self.fit.capacity)
+        groups: dict[Shape, list[int]] = {}
+        for row, shape in enumerate(shapes):
+            groups.setdefault(shape, []).append(row)
+        return [[rows[k] for k in pack] for rows in groups.values() for pack in first_fit_decreasing([tokens[row] for row in rows], self.fit.capacity)]
+
+
+def flops_of(counter: FlopCounter, examples: Examples, shapes: Sequence[Shape]) -> list[float]:
+    """FLOPs of training on one clip of each shape, with a caption as long as the first one."""
+    cond = examples.cond(0)
+    found = {shape: float(counter(shape, cond).trained) for shape in set(shapes)}
+    return [found[shape] for shape in shapes]
+
+
+def micro_batch(fit: Fit, velocities: Velocities, examples: Examples, whole: float, part: Part) -> Iterator[Loss]:
+    """Its error as its share of a step that is `whole`."""
+    if isinstance(velocities.model, LatentVideoModel):
+        return pack_loss(fit, velocities.model, examples, whole, part)
+    return clips_loss(fit, velocities, examples, whole, part)
+
+
+def with_remembered(step: Step, other: Step, weight: float) -> Step:
+    """A step that, at this weight, also learns from what must not be forgotten."""
+    parts: list[Callable[[], Iterator[Loss]]] = [*step.parts, *(partial(_as_remembered, part, weight) for part in other.parts)]
+    return replace(step, parts=parts, flops=step.flops + other.flops)
 
 
 def _as_remembered(part: Callable[[], Iterator[Loss]], weight: float) -> Iterator[Loss]:
@@ -121,19 +168,19 @@ def _as_remembered(part: Callable[[], Iterator[Loss]], weight: float) -> Iterato
         yield Loss(weight * loss.value, {**loss.stats, "remembered": loss.value.detach()})
 
 
-def dry_run(run: Run, lesson: Lesson) -> float:
-    """The costliest micro-batch forward and backward, before anything is learned: what has no room fails now. Returns seconds a FLOP. Raises UserError where memory does not do."""
-    rows, begun = lesson.costliest(), time.monotonic()
+def dry_run(run: Run, velocities: Velocities, shapes: Sequence[Shape], loss: Iterator[Loss]) -> float:
+    """The costliest micro-batch forward and backward, before anything is learned: what has no room fails now. Returns its seconds. Raises UserError where memory does not do."""
+    begun = time.monotonic()
     try:
-        with run.looking():
-            for loss in lesson.loss(1.0, (rows, run.generator("dry run", 0))):
-                loss.value.backward()
+        for each in loss:
+            each.value.backward()
     except torch.OutOfMemoryError as error:
-        shapes = ", ".join(sorted({"x".join(map(str, lesson.examples.shapes[row][1:])) for row in rows}))
-        told = f"the costliest micro-batch has no room on {run.device}: {len(rows)} clips of latents {shapes}, {sum(lesson.tokens[row] for row in rows):,} tokens"
-        raise UserError(f"{told}. Lower fit.capacity, windows.frames or windows.area, raise recompute, or take nf4 or shard") from error
-    lesson.velocities.network.zero_grad(set_to_none=True)
-    return (time.monotonic() - begun) / sum(lesson.flops[row] for row in rows)
+        told = ", ".join(sorted({"x".join(map(str, shape[1:])) for shape in shapes}))
+        tokens = sum(num_tokens(shape, velocities.model.patch) for shape in shapes)
+        what = f"the costliest micro-batch has no room on {run.device}: {len(shapes)} clips of latents {told}, {tokens:,} tokens"
+        raise UserError(f"{what}. Lower fit.capacity, windows.frames or windows.area, raise recompute, or take nf4 or shard") from error
+    velocities.network.zero_grad(set_to_none=True)
+    return time.monotonic() - begun
 
 
 class Speed:
@@ -180,8 +227,3 @@ def fit_network(
 
 def _total(values: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(values)).sum()
-
-
-def flops_of(velocities: Velocities, shapes: Sequence[tuple[int, int, int, int]]) -> list[float]:
-    """FLOPs of training on one clip of each shape."""
-    return [float(num_tokens(shape, velocities.model.patch)) for shape in shapes]

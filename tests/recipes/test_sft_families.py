@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from align.config import load
 from align.run import read_metrics
 from base_model.errors import UserError
 from base_model.recompute import compile_blocks
@@ -19,6 +22,7 @@ from recipes.clip_folder import Windows
 from recipes.models import load_model
 from recipes.validation import read_looks
 from recipes.weights import file_hash, read_card
+from tests.recipes.small import save_small_network
 from tests.recipes.test_families import CPU, FAMILIES, said, with_lora_of_diffusers
 
 CAPTIONS = ("a red ball rolls to the left", "a blue cube", "a circle stops", "the blue ball rolls slowly", "a red circle and a cube", "a ball to the right")
@@ -134,3 +138,43 @@ def test_what_does_not_go_together_is_refused_in_one_line(changes: dict[str, Any
     with pytest.raises(UserError, match=says) as raised:
         sft.main(config(tmp_path / "run", folder, family, **changes))
     assert "\n" not in str(raised.value) and not (tmp_path / "run" / "run.json").exists()
+
+
+def rows_of(folder: Path, out: Path) -> Path:
+    """The clips as rows of a parquet file, the last of them twice, and one that is cut off."""
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    clips = [((folder / line["file_name"]).read_bytes(), line["text"]) for line in lines]
+    clips += [(clips[0][0][:-200], "cut off")]
+    videos = pa.array([{"bytes": content, "path": f"{k}.mp4"} for k, (content, _) in enumerate(clips)])
+    pq.write_table(pa.table({"video": videos, "text": [text for _, text in clips]}), out)
+    return out
+
+
+@pytest.mark.parametrize("family", ["wan", "ltx"])
+def test_a_stream_is_learned_from_epoch_after_epoch(family: str, folder: Path, tmp_path: Path) -> None:
+    stream = {"path": "parquet", "files": str(rows_of(folder / "clips", tmp_path / "rows.parquet")), "buffer": 5, "step": 3}
+    sft.main(config(tmp_path / "run", folder, family, data=None, stream=stream, lora_rank=2, fit={"iterations": 5, "evaluate_every": 5}))
+    rows = [row for row in read_metrics(tmp_path / "run") if "grad_norm" in row]
+    assert [row["clips"] for row in rows] == [3] * 5 and rows[0]["data_wait"] > 0
+    report = json.loads((tmp_path / "run" / "data.json").read_text())["report"]
+    assert "are held out" in report[0] and report[1].startswith("5 steps, ") and "epochs" not in report[1]
+
+
+@pytest.mark.parametrize("family", ["wan", "ltx", "mochi", "cogvideox", "hunyuan_video"])
+def test_a_family_s_configuration_asks_for_no_edit_but_the_model_and_the_clips(family: str, folder: Path, tmp_path: Path) -> None:
+    """All else is as it is written, but for the number of steps; the toys of two families are too narrow for four bits."""
+    toy = folder / {"cogvideox": "cogvideox-5b", "hunyuan_video": "hunyuan-video"}.get(family, family)
+    words = ["--model", str(toy), "--data", str(folder / "clips"), "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "latents")]
+    cfg = load(sft.Config, Path("recipes/configs") / family / "sft.yaml", [*words, "--fit.iterations", "2", *(["--nf4", "false"] if family in ("mochi", "hunyuan_video") else [])])
+    assert not isinstance(cfg.model, str) and cfg.lora_rank == 32 and cfg.recompute == 1
+    told = sft.main(cfg)
+    assert load_model(toy, device=CPU, adapter=Path(str(told["weights"]))) is not None
+    report = json.loads((tmp_path / "run" / "data.json").read_text())["report"]
+    assert report[0].startswith("6 clips found, 6 used"), "and whatever of them is too short for a model is told"
+
+
+def test_the_built_in_model_takes_the_same_folder(folder: Path, tmp_path: Path) -> None:
+    fit = sft.Fit.model_validate({"iterations": 2, "lr": 1e-3, "held_out": 2, "evaluate_every": 1})
+    weights = save_small_network(tmp_path / "network.safetensors")
+    told = sft.main(sft.Config(out=tmp_path / "run", model=weights, data=folder / "clips", cache=tmp_path / "latents", fit=fit, samples=sft.Samples(steps=2)))
+    assert told["weights"] == str(tmp_path / "run" / "network.safetensors") and len(read_looks(tmp_path / "run")[-1].raw.by_shape) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,9 @@ from recipes.weights import file_hash
 from tests.base_model.families import tiny_ltx, tiny_wan
 from tests.recipes.killed import Ended, Server
 from tests.recipes.test_resume import finished, killed_and_resumed
-from tests.recipes.test_sft_families import write_clips
+from tests.recipes.test_sft_families import rows_of, write_clips
 
-WAYS = {"lora": ["--lora-rank", "2"], "qlora": ["--lora-rank", "2", "--nf4", "true"], "full": [], "sharded": ["--shard", "true"]}
+WAYS = {"lora": ["--lora-rank", "2"], "qlora": ["--lora-rank", "2", "--nf4", "true"], "full": [], "sharded": ["--shard", "true"], "stream": ["--lora-rank", "2"]}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_ltx.tiny_pipeline().save_pretrained(folder / "ltx")
     write_clips(folder / "clips")
     write_clips(folder / "before", sides=2)
+    rows_of(folder / "clips", folder / "rows.parquet")
     return folder
 
 
@@ -40,7 +42,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def command(out: Path, folder: Path, way: str, family: str = "wan") -> list[str]:
     """Four steps of two packs, with LoRA of one more of what is remembered."""
     fit = {"iterations": 4, "capacity": 48, "packs": 2, "held_out": 2, "evaluate_every": 2, "save_every": 1, "lr": 0.003, "ema_decay": 0.5}
-    words = ["sft", "--out", str(out), "--seed", "3", "--model", str(folder / family), "--data", str(folder / "clips"), "--cache", str(folder / f"{family}-latents"), *WAYS[way]]
+    words = ["sft", "--out", str(out), "--seed", "3", "--model", str(folder / family), *WAYS[way]]
+    words += ["--data", str(folder / "clips"), "--cache", str(folder / f"{family}-latents")] if way != "stream" else []
+    words += ["--stream", json.dumps({"path": "parquet", "files": str(folder / "rows.parquet"), "buffer": 4, "step": 3})] if way == "stream" else []
     words += ["--remember.data", str(folder / "before")] if way == "lora" else []
     words += ["--windows.frames", "9", "--windows.fps", "12", "--windows.area", "1024", "--samples.steps", "1", "--samples.guidance", "1"]
     return words + [x for key, value in fit.items() for x in (f"--fit.{key}", str(value))]
@@ -70,7 +74,17 @@ def whole(folder: Path, server: Server, tmp_path_factory: pytest.TempPathFactory
     return Runs()
 
 
-@pytest.mark.parametrize(("way", "processes", "moments"), [("lora", 1, ["update", "checkpoint"]), ("full", 1, ["update"]), ("lora", 2, ["update"]), ("sharded", 2, ["update", "checkpoint"])])
+KILLED = [
+    ("lora", 1, ["update", "checkpoint"]),
+    ("full", 1, ["update"]),
+    ("stream", 1, ["update", "update"]),
+    ("lora", 2, ["update"]),
+    ("sharded", 2, ["update", "checkpoint"]),
+    ("stream", 2, ["update"]),
+]
+
+
+@pytest.mark.parametrize(("way", "processes", "moments"), KILLED)
 def test_killed_again_and_again_it_ends_with_the_same_bits(way: str, processes: int, moments: list[str], whole: Any, folder: Path, server: Server, tmp_path: Path) -> None:
     undisturbed, ended = whole[way, processes]
     print(killed_and_resumed(server, command(tmp_path, folder, way), ended, moments, random.Random(way), processes))
