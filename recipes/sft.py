@@ -1,97 +1,145 @@
-"""Supervised fine-tuning on captioned clips of mixed sizes and lengths, packed into one sequence a step (`rushes sft`).
+"""Supervised fine-tuning on captioned clips of mixed sizes and lengths, of the built-in model or of an open family (`rushes sft`).
 
-Flow matching on the model's own path (Lipman et al. 2022, arXiv 2210.02747, eq. 14), one noise level a clip, mean per clip. Full fine-tuning, or LoRA merged at the end.
-Some clips give part of themselves as a visual prompt (`conditions`): those tokens have noise level 0 and no loss.
-What it leaves out: gradient checkpointing, several resolutions of one clip.
+Flow matching on the model's own path (Lipman et al. 2022, arXiv 2210.02747, eq. 14), one noise level a clip; all weights, or LoRA. Where the network packs (the built-in one, Wan)
+clips of any sizes share a sequence; elsewhere those of one shape share a batch. No clip is dropped, and none is seen twice before all have been seen once.
+Some clips give part of themselves as a visual prompt (`conditions`): that has noise level 0 and no loss. Clips of what the model did before (`remember`) keep it from forgetting.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
-from torch import Tensor
 
 from align.config import Config as BaseConfig
-from align.config import Count, Positive, Seed, Share, Whole
+from align.config import Count, Positive, Seed, Whole
 from align.data import PackSampler
 from align.ema import EMA
 from align.objectives import Loss
-from align.objectives.regression import clip_error, flow_matching, packed_clip_error
-from align.optimizers import OptimizerName, build_optimizer, warmup_cosine
+from align.optimizers import build_optimizer, warmup_cosine
 from align.run import Run
 from base_model.lora import add_lora, merge
-from base_model.networks.packing import kept_tokens, pack, take_tokens, token_grid
-from base_model.networks.routing import choose_route, middle
-from base_model.paths import add_noise
-from base_model.prompts.conditions import Canvas, Kind, draw_given, encode_known, token_mask
-from base_model.times import quantile_times, stratified_logit_normal
-from base_model.tiny import LatentVideoModel, load_tiny, packed_text, save_network
+from base_model.networks.routing import middle
+from base_model.tiny import LatentVideoModel, load_tiny, save_network
 from base_model.types import ClipShape
 from recipes.filters import read_lineage
+from recipes.fit import Fit as Fit
+from recipes.fit import held_out_losses, pack_loss
 from recipes.pairs import Pairs, encode_pairs, load_pairs
 from recipes.shapes.dataset import draw_clips
 from recipes.weights import file_hash, write_card
 
 METRICS = {
-    "loss": "Flow-matching error, mean over the elements of a clip, then over the clips of the step; unit velocity^2 per latent element.",
+    "loss": "Flow-matching error, mean over the elements of a clip, then over the clips of the step (over their tokens by fit.reduction); unit velocity^2 per latent element.",
+    "remembered_loss": "The same of the clips to remember, before its weight; only where some are given.",
     "grad_norm": "Norm of the gradient before clipping.",
     "learning_rate": "Learning rate of this step.",
-    "clips": "Clips in the packs of the step.",
-    "tokens": "Latent tokens in the packs of the step, before any are dropped.",
-    "held_out_loss": "Flow-matching error of held-out curated clips at fixed noise quantiles, on the averaged weights.",
-    "held_out_loss_low_noise": "The same, at the quarter of the quantiles with the least noise.",
-    "held_out_loss_high_noise": "The same, at the quarter of the quantiles with the most noise.",
+    "clips": "Clips in the micro-batches of the step.",
+    "tokens": "Latent tokens in the micro-batches of the step, before any are dropped.",
+    "clips_per_second": "Clips learned from a second, without the time of looks at held-out clips.",
+    "tokens_per_second": "Latent tokens a second, likewise.",
+    "mfu": "Model FLOPs a second as a share of what the processes' devices can do at most (`base_model/flops.py`); what is computed again is not counted.",
+    "data_wait": "Share of the step's time in which it waited for latents and captions.",
+    "peak_memory_bytes": "Most memory so far: of the GPU, or of this process and its children where there is none.",
+    "held_out_loss": "Flow-matching error of held-out clips at fixed noise quantiles, on the averaged weights.",
+    "held_out_loss_raw": "The same on the weights as they are.",
+    "held_out_loss_low_noise": "The same as held_out_loss, at the quarter of the quantiles with the least noise.",
+    "held_out_loss_high_noise": "The same as held_out_loss, at the quarter of the quantiles with the most noise.",
+    "right": "Share of the sample grid's clips that the judge of the built-in world finds right in every attribute; only where it knows the prompts.",
 }
 
 
-class Fit(BaseConfig):
-    """How a denoiser is fitted to captioned clips."""
+class Remember(BaseConfig):
+    """Loss on data of what the model did before, so that it does not forget it."""
 
-    iterations: Count
-    """Optimizer steps."""
-    lr: Positive
-    """Peak learning rate, warmed up, then a cosine."""
-    capacity: Count = 2048
-    """Latent tokens a pack may hold."""
-    packs: Count = 2
-    """Packs of a step: the batch size, said in tokens, is `packs` times `capacity`. On a CPU every core has a pack of its own."""
-    optimizer: OptimizerName = "adamw"
-    """`adamw`, `adamw8bit` (bitsandbytes), or `muon`: fewer steps from a fresh network."""
-    text_dropout: Share = 0.1
-    """Share of clips trained without their caption, so that guidance is possible."""
-    conditions: dict[Kind, Share] = Field(default={})
-    """Visual prompts to learn: kind (image, head, tail, ends, hole, margin) -> share of the clips that give that of themselves. The rest have their text alone."""
-    condition_noise: Share = 0.0
-    """What is given is noised to a level of its own, drawn up to this one and told: above 0, the model takes given frames less literally."""
-    token_drop: Share = 0.0
-    """Largest share of its tokens that a clip is trained without; each clip draws its own, uniform from 0. No loss there."""
-    routed: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each clip's tokens that skip the middle blocks in training (TREAD); sampling uses all. 0 routes none."""
-    time_shift: Positive = 3.0
-    """Shift s of the training times: logit-normal(log s, 1); above 1 looks more at noise."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the averaged weights, which are what is saved."""
-    max_grad_norm: Positive = 1.0
-    """Gradients are clipped to this norm."""
-    held_out: Count = 128
-    """Held-out clips for the held-out loss."""
-    evaluate_every: Count = 50
-    """Iterations between held-out losses."""
-    save_every: Count = 50
-    """Iterations between checkpoints."""
+    data: Path | None = None
+    """Folder of captioned clips, as `data`: such as the model was trained on, or clips that it made itself. None remembers nothing."""
+    weight: Positive = 1.0
+    """Weight of their mean error beside that of the clips that are learned."""
+    packs: Count = 1
+    """Micro-batches of a step that are theirs, on top of `fit.packs`."""
 
-    @field_validator("conditions")
-    @classmethod
-    def _shares_fit_into_one(cls, conditions: dict[Kind, float]) -> dict[Kind, float]:
-        if sum(conditions.values()) > 1 + 1e-9:
-            raise ValueError(f"the shares add up to {sum(conditions.values()):g}, expected at most 1")
-        return conditions
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step learns from: micro-batches ready to be asked for their loss. Those of the clips that are learned come first, `own` of them."""
+
+    parts: Sequence[Callable[[], Iterator[Loss]]]
+    own: int
+    clips: int
+    tokens: int
+    flops: float = 0.0
+
+
+class Speed:
+    """What the last step did a second, and how long it waited for data."""
+
+    def __init__(self, peak: float, waited: Callable[[], float], memory: Callable[[], int]) -> None:
+        """peak: FLOP/s of all devices; waited: seconds of waiting so far; memory: most bytes so far."""
+        self.peak, self.waited, self.memory = peak, waited, memory
+        self.begin()
+
+    def begin(self) -> None:
+        """A step begins; what was before does not count."""
+        self._begun, self._waited = time.monotonic(), self.waited()
+
+    def of(self, step: Step) -> dict[str, float]:
+        seconds = time.monotonic() - self._begun
+        found = {"clips_per_second": step.clips / seconds, "tokens_per_second": step.tokens / seconds, "mfu": step.flops / seconds / self.peak}
+        return {**found, "data_wait": (self.waited() - self._waited) / seconds, "peak_memory_bytes": float(self.memory())}
+
+
+def fit_network(
+    fit: Fit, run: Run, network: torch.nn.Module, step_of: Callable[[int], Step], look: Callable[[EMA], None], *, fused: bool = False, speed: Speed | None = None
+) -> None:
+    """Fits what trains of `network`, and leaves the averaged weights in it. look: called every `evaluate_every` steps and behind the last one."""
+    optimizer = build_optimizer(network, fit.optimizer, lr=fit.lr, fused=fused)
+    schedule = warmup_cosine(optimizer, fit.iterations)
+    average = EMA(network, fit.ema_decay)
+    for name, thing in (("optimizer", optimizer), ("schedule", schedule), ("average", average)):
+        run.register(name, thing)
+    for i in run.iterations(fit.iterations, save_every=fit.save_every, label="sft"):
+        if speed is not None:
+            speed.begin()
+        step = step_of(i)
+        losses = run.backward_each(optimizer, lambda part: part(), run.share(step.parts))
+        rate = optimizer.param_groups[0]["lr"]
+        norm = run.step(optimizer, fit.max_grad_norm, schedule)
+        average.update()
+        remembered = {} if step.own == len(losses) else {"remembered_loss": torch.stack([loss.stats["remembered"] for loss in losses[step.own :]]).sum()}
+        own = torch.stack([loss.value for loss in losses[: step.own]]).sum()
+        pace = {} if speed is None else speed.of(step)
+        run.log(loss=own, grad_norm=norm, learning_rate=rate, clips=step.clips, tokens=step.tokens, **remembered, **pace)
+        if (i + 1) % fit.evaluate_every == 0 or i + 1 == fit.iterations:
+            look(average)
+    average.apply()
+
+
+def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: Pairs) -> None:
+    """Fits the built-in `model.network` to `pairs`; leaves the averaged weights in it. Raises UserError where tokens are to skip the middle of a network that has none."""
+    if fit.routed:
+        middle(model.config.depth)
+    lengths = pairs.num_tokens(model.config.patch)
+    sampler = PackSampler(lengths, fit.capacity, seed=run.seed)
+
+    def step_of(i: int) -> Step:
+        chosen = [sampler[i * fit.packs + k] for k in range(fit.packs)]  # packs times S clips
+        clips = sum(map(len, chosen))
+        parts = [partial(pack_loss, fit, model, pairs, clips, (rows, run.generator("noise", i * fit.packs + k))) for k, rows in enumerate(chosen)]
+        return Step(parts, len(parts), clips, sum(lengths[j] for rows in chosen for j in rows))
+
+    def look(average: EMA) -> None:
+        with average.swap(), run.looking():
+            errors = held_out_losses(model, held_out, run.generator("held out", 0))
+        run.log(held_out_loss=errors.mean(), held_out_loss_low_noise=errors[:2].mean(), held_out_loss_high_noise=errors[-2:].mean())
+
+    run.register("network", model.network)
+    run.count_forwards(model.network)
+    fit_network(fit, run, model.network, step_of, look)
 
 
 class Config(BaseConfig):
@@ -109,104 +157,6 @@ class Config(BaseConfig):
     """Rank of a LoRA adapter that is merged at the end; 0 trains every weight."""
     fit: Fit = Fit(iterations=250, lr=5e-4)
     """How the network is fitted."""
-
-
-@torch.no_grad()
-def held_out_errors(model: LatentVideoModel, pairs: Pairs, generator: torch.Generator, *, quantiles: int = 8) -> Tensor:
-    """Error of every clip at fixed noise quantiles, [quantiles,B], least noise first. Clips of one size only."""
-    x0 = torch.stack(pairs.latents).to(model.device)  # [B,C,F,H,W]
-    eps = torch.randn(x0.shape, generator=generator).to(model.device)
-    cond = model.encode_text(pairs.texts)
-    errors = []
-    for t in quantile_times(model.path, quantiles):
-        times = t.expand(len(x0)).to(model.device)  # [B]
-        u = model(add_noise(model.path, x0, eps, times), times, cond)
-        errors.append(clip_error(u, model.path.velocity(x0, eps, times)))
-    return torch.stack(errors)
-
-
-def held_out_losses(model: LatentVideoModel, pairs: Pairs, generator: torch.Generator, *, quantiles: int = 8) -> Tensor:
-    """Mean of `held_out_errors` over the clips, [quantiles]."""
-    return torch.stack([errors.mean() for errors in held_out_errors(model, pairs, generator, quantiles=quantiles)])
-
-
-def packed_conditions(fit: Fit, model: LatentVideoModel, pairs: Pairs, rows: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What the clips `rows` give of themselves, each a kind at random: (values of the given tokens [N,c], which tokens those are [N])."""
-    kinds, shares = list(fit.conditions), torch.tensor([*fit.conditions.values(), max(0.0, 1 - sum(fit.conditions.values()))])
-    drawn = torch.multinomial(shares, len(rows), replacement=True, generator=generator).tolist()
-    values, given = [], []
-    for j, kind in zip(rows, drawn, strict=True):
-        latents, video = pairs.latents[j], pairs.videos[j]
-        if kind == len(kinds):
-            values.append(torch.zeros_like(latents))
-            given.append(torch.zeros(token_grid(latents.shape, model.config.patch), dtype=torch.bool).flatten())
-            continue
-        shape = ClipShape(len(video), *video.shape[-2:])
-        canvas = Canvas(video.float() / 255, draw_given(kinds[kind], shape, model.latents, model.config.patch, generator))
-        known = encode_known(model, [canvas], model.config.patch)
-        values.append(known.values[0].cpu())
-        given.append(token_mask(known.mask, model.config.patch)[0].cpu())
-    return pack(values, model.config.patch).tokens, torch.cat(given)
-
-
-def pack_loss(fit: Fit, model: LatentVideoModel, pairs: Pairs, clips: int, part: tuple[Sequence[int], torch.Generator]) -> Iterator[Loss]:
-    """The error of a pack, as its share of a step of `clips` clips. part: which S pairs are in the pack, and the generator of their noise."""
-    rows, generator = part
-    packed = pack([pairs.latents[j] for j in rows], model.config.patch)  # tokens [N,c]
-    dropped = torch.rand(len(rows), generator=generator) < fit.text_dropout  # [S]
-    cond = model.encode_text(["" if drop else pairs.texts[j] for j, drop in zip(rows, dropped.tolist(), strict=True)])
-    values, given = packed.tokens, torch.zeros(packed.segments.total, dtype=torch.bool)  # [N,c], [N]
-    if fit.conditions:
-        values, given = packed_conditions(fit, model, pairs, rows, generator)
-    if fit.token_drop:
-        rates = fit.token_drop * torch.rand(len(rows), generator=generator)  # [S]
-        kept = kept_tokens(packed.segments, rates, generator)  # [K]
-        packed, values, given = take_tokens(packed, kept), values[kept], given[kept]  # N is K from here on
-    t = stratified_logit_normal(model.path, len(rows), shift=fit.time_shift, generator=generator)  # [S]
-    t_token = packed.segments.spread(t)  # [N]
-    eps = torch.randn(packed.tokens.shape, generator=generator)  # [N,c]
-    x_t, target = add_noise(model.path, packed.tokens, eps, t_token), model.path.velocity(packed.tokens, eps, t_token)  # [N,c] each
-    if fit.conditions:
-        level = packed.segments.spread(model.path.t_max * fit.condition_noise * torch.rand(len(rows), generator=generator))  # [N]
-        x_t = torch.where(given[:, None], add_noise(model.path, values, eps, level), x_t)
-        t = torch.where(given, level, t_token)  # [N]
-    device = model.device
-    route = choose_route(packed.segments, [fit.routed] * len(rows), between=middle(model.config.depth), generator=generator) if fit.routed else None
-    u = model.network(x_t.to(device), packed.positions.to(device), packed.segments, t.to(device), *packed_text(cond), route)  # [N,c]
-    segment, learned = packed.segments.ids, packed.segments.mean((~given).float()) > 0  # [N], [S] a clip may have dropped all that is not given
-    error = packed_clip_error(u, target.to(device), segment.to(device), len(rows), keep=~given.to(device))  # [S]
-    loss = flow_matching(error, valid=learned.to(device))
-    yield Loss(loss.value * (float(learned.sum()) / clips), loss.stats)
-
-
-def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: Pairs) -> None:
-    """Fits `model.network` to `pairs`; leaves the averaged weights in it. Raises UserError where tokens are to skip the middle of a network that has none."""
-    if fit.routed:
-        middle(model.config.depth)
-    optimizer = build_optimizer(model.network, fit.optimizer, lr=fit.lr)
-    schedule = warmup_cosine(optimizer, fit.iterations)
-    average = EMA(model.network, fit.ema_decay)
-    for name, thing in (("network", model.network), ("optimizer", optimizer), ("schedule", schedule), ("average", average)):
-        run.register(name, thing)
-    run.count_forwards(model.network)
-    lengths = pairs.num_tokens(model.config.patch)
-    sampler = PackSampler(lengths, fit.capacity, seed=run.seed)
-
-    for i in run.iterations(fit.iterations, save_every=fit.save_every, label="sft"):
-        chosen = [sampler[i * fit.packs + k] for k in range(fit.packs)]  # packs times S clips
-        clips = sum(map(len, chosen))
-        packs = [(rows, run.generator("noise", i * fit.packs + k)) for k, rows in enumerate(chosen)]
-        losses = run.backward_each(optimizer, partial(pack_loss, fit, model, pairs, clips), run.share(packs))
-        rate = optimizer.param_groups[0]["lr"]
-        norm = run.step(optimizer, fit.max_grad_norm, schedule)
-        average.update()
-        tokens = sum(lengths[j] for rows in chosen for j in rows)
-        run.log(loss=torch.stack([loss.value for loss in losses]).sum(), grad_norm=norm, learning_rate=rate, clips=clips, tokens=tokens)
-        if (i + 1) % fit.evaluate_every == 0 or i + 1 == fit.iterations:
-            with average.swap(), run.looking():
-                errors = held_out_losses(model, held_out, run.generator("held out", 0))
-            run.log(held_out_loss=errors.mean(), held_out_loss_low_noise=errors[:2].mean(), held_out_loss_high_noise=errors[-2:].mean())
-    average.apply()
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
