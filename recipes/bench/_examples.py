@@ -30,7 +30,7 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def latents(self, row: int) -> Tensor:
+    def latent(self, row: int) -> Tensor:
         return self.clips[row]
 
     def cond(self, row: int | None) -> Conditioning:

@@ -74,7 +74,7 @@ def by_hand(model: TrainableModel, examples: InMemory, rows: Iterable[int] = ROW
         line = []
         for row in rows:
             number = list(SOURCES[:row]).count(SOURCES[row])
-            x0 = examples.latents(row)
+            x0 = examples.latent(row)
             eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(derived_seed(seed, f"validation/{SOURCES[row]}/{number}", q)))
             u = model(((1 - t) * x0 + t * eps)[None], torch.tensor([t]), examples.cond(row))[0]
             line.append((u - (eps - x0)).square().mean())
