@@ -73,6 +73,9 @@ class Told:
     def seconds(self) -> list[float]:
         return [told["seconds"] for told in self.rounds]
 
+    def cpu(self) -> list[float]:
+        return [told["cpu"] for told in self.rounds]
+
 
 def measure(cfg: Config, case: Case, train: Literal["full", "lora"], progress: Progress) -> dict[Arm, Told]:
     """All rounds of one setting. Raises UserError where a process ends."""
@@ -114,6 +117,7 @@ def rows_of(case: Case, train: str, told: dict[Arm, Told], tokens: float) -> lis
         theirs = told[peer]
         if case.name == "equal sizes":
             rows.append(_faster(f"{where}: seconds a step", ours.seconds(), theirs.seconds(), peer, 1.0))
+            rows.append({**_faster(f"{where}: CPU seconds a step", ours.cpu(), theirs.cpu(), peer, 1.0), "asked": None, "holds": None})
         else:
             a, b = ([tokens / seconds for seconds in side.seconds()] for side in (ours, theirs))
             rows.append(_more(f"{where}: useful tokens a second", a, b, peer, PACKED))
