@@ -134,7 +134,8 @@ def _errors(velocities: Velocities, x0: Sequence[Tensor], eps: Sequence[Tensor],
     x_t = [add_noise(path, x, noise, level) for x, noise, level in zip(x0, eps, t, strict=True)]  # [C,F,H,W] each
     found: dict[int, Tensor] = {}
     for alike in _alike(velocities, conds):
-        u = velocities([x_t[k] for k in alike], t[alike], [conds[k] for k in alike])  # [C,F,H,W] each
+        with torch.autocast(t.device.type, torch.bfloat16, enabled=t.device.type == "cuda"):  # as in training
+            u = velocities([x_t[k] for k in alike], t[alike], [conds[k] for k in alike])  # [C,F,H,W] each
         for k, velocity in zip(alike, u, strict=True):
             found[k] = clip_error(velocity[None], path.velocity(x0[k], eps[k], t[k])[None], keep=velocities.learned(conds[k]))[0]
     return torch.stack([found[k] for k in range(len(x0))])

@@ -22,12 +22,11 @@ from align.progress import Progress
 from align.run import derived_seed
 from base_model.errors import UserError
 from base_model.times import logit_normal, quantile_times
-from base_model.tiny import LatentVideoModel, load_tiny
+from base_model.tiny import load_tiny
 from base_model.types import ClipShape
-from recipes.bench._examples import InMemory
 from recipes.bench._results import Bench, Row, check_can_end, here, write
 from recipes.examples import Velocities
-from recipes.pairs import encode_pairs, read_clip_folder
+from recipes.pairs import Pairs, encode_pairs, read_clip_folder
 from recipes.shapes.dataset import ClipSet, draw_clips
 from recipes.validation import flow_errors
 
@@ -87,16 +86,11 @@ def size_of(name: str) -> ClipShape:
         raise UserError(f"sizes: {name!r} is no size. Give frames x height x width, as 13x32x32, or `{MIXED}`") from error
 
 
-def examples_of(model: LatentVideoModel, clips: ClipSet) -> InMemory:
-    pairs = encode_pairs(model, clips)
-    return InMemory(pairs.latents, model.encode_text([*pairs.texts, ""]), [str(k) for k in range(len(pairs))])
-
-
 def noise_of(seed: int, k: int, q: int) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, f"noise {k}", q))
 
 
-def look_again(cfg: Config, velocities: Velocities, examples: InMemory, progress: Progress, name: str) -> Looks:
+def look_again(cfg: Config, velocities: Velocities, examples: Pairs, progress: Progress, name: str) -> Looks:
     """`repeats` looks of each kind, noise and random times drawn anew each time."""
     rows, path = range(len(examples)), velocities.model.path
     quantiles = quantile_times(path, cfg.quantiles, shift=cfg.shift)[:, None].expand(-1, len(rows))  # [Q,N]
@@ -148,7 +142,7 @@ def measure(cfg: Config) -> list[Row]:
     rows = []
     with Progress("validation", total=len(sets) * cfg.repeats) as progress:
         for name, clips in sets.items():
-            looks = look_again(cfg, velocities, examples_of(model, clips), progress, name)
+            looks = look_again(cfg, velocities, encode_pairs(model, clips), progress, name)
             rows += [row_of(name, number, looks) for number in cfg.clips]
     return rows
 
