@@ -34,6 +34,7 @@ from base_model.recompute import compile_blocks
 from base_model.tiny import LatentVideoModel, save_network
 from base_model.types import Conditioning, TrainableModel
 from recipes import steps
+from recipes.checkpoints import check_can_save, save_checkpoint
 from recipes.clip_folder import Windows, cut_for
 from recipes.clip_stream import ClipStream, Stream, stream_of
 from recipes.encode import encode_folder
@@ -44,7 +45,7 @@ from recipes.fit import held_out_losses, shifts
 from recipes.generate import Sampler, check_sampler
 from recipes.latents import lineage_of
 from recipes.memory import peak_memory
-from recipes.models import encode_prompts, load_model, save_policy
+from recipes.models import NETWORK, encode_prompts, load_model, model_lineage, save_policy
 from recipes.pairs import Pairs, encode_pairs, is_pairs, load_pairs
 from recipes.sample_grid import sample_grid
 from recipes.shapes.dataset import draw_clips
@@ -55,6 +56,7 @@ from recipes.validation import Look, Summary, Validation, append_look, pixels, r
 from recipes.validation_page import write_page
 from recipes.weights import file_hash, write_card
 
+CHECKPOINT = "checkpoint"
 METRICS = {
     **steps.METRICS,
     "held_out_loss": "Flow-matching error of held-out clips at fixed noise quantiles, on the averaged weights.",
@@ -90,6 +92,8 @@ class Samples(BaseConfig):
 
 
 class Config(BaseConfig):
+    may_change = BaseConfig.may_change | {"shard"}
+
     out: Path = Path("runs/sft")
     """Folder of the run. The built-in model ends up in `network.safetensors` there, a family's adapter in `adapter.safetensors`, a whole family in `checkpoint`."""
     seed: Seed = 0
@@ -122,6 +126,10 @@ class Config(BaseConfig):
     """Compiles a family's blocks, one kind once: worth its minute on a GPU."""
     shard: bool = False
     """Spreads weights, gradients and optimizer over the processes (FSDP2), where one device has no room for them."""
+    merged: bool = False
+    """Saves a whole checkpoint of a family beside its adapter too, with the adapter merged."""
+    data_licence: str = ""
+    """Terms that the clips came under, for the card."""
     fit: Fit = Fit(iterations=250, lr=5e-4)
     """How the network is fitted."""
     remember: Remember = Remember()
@@ -222,6 +230,8 @@ def load_to_train(cfg: Config, device: torch.device) -> TrainableModel:
     if cfg.dora and not cfg.lora_rank:
         raise UserError("dora is a kind of LoRA. Give lora_rank, or leave dora off")
     model = load_model(cfg.model, device=device, nf4=cfg.nf4, recompute=cfg.recompute)
+    if cfg.model is not None and not isinstance(model, LatentVideoModel) and (cfg.merged or not cfg.lora_rank):
+        check_can_save(cfg.model, cfg.out / CHECKPOINT)
     if isinstance(model, LatentVideoModel):
         if cfg.fit.routed:
             middle(model.config.depth)
@@ -337,16 +347,21 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     run.unshard()
     found = read_looks(cfg.out)[-1].averaged
     measured = {"held_out_loss": found.mean if found else None}
-    weights = run.on_main(partial(export, cfg, model, run.seconds, data, filters, measured))
-    return {"weights": str(weights), "sha256": file_hash(weights), **measured, "wall_seconds": round(time.monotonic() - started, 1)}
+    weights, sha256 = run.on_main(partial(export, cfg, model, run.seconds, data, filters, measured))
+    return {"weights": str(weights), "sha256": sha256, **measured, "wall_seconds": round(time.monotonic() - started, 1)}
 
 
-def export(cfg: Config, model: TrainableModel, seconds: float, data: Data, filters: Sequence[Mapping[str, Any]], measured: Mapping[str, object]) -> Path:
-    """Writes what was trained, with its card: the built-in network with its adapter merged; a family's adapter; a whole family, as a checkpoint that diffusers reads."""
-    if not isinstance(model, LatentVideoModel):
-        return save_policy(model, cfg.out, recipe="sft", cfg=cfg, data=data.sha256, seconds=seconds, measured=measured, safety=filters)
-    if cfg.lora_rank:
-        model.network = merge(model.network)
-    weights = cfg.out / "network.safetensors"
-    write_card(weights, lambda path: save_network(path, model), recipe="sft", cfg=cfg, data=data.sha256, seconds=seconds, measured=measured, safety=filters)
-    return weights
+def export(cfg: Config, model: TrainableModel, seconds: float, data: Data, filters: Sequence[Mapping[str, Any]], measured: Mapping[str, object]) -> tuple[Path, str]:
+    """Writes what was trained, with its card, and returns where and its hash: the built-in network with its adapter merged; a family's adapter, or all of it as a checkpoint."""
+    with_card: dict[str, Any] = {"recipe": "sft", "cfg": cfg, "data": data.sha256, "seconds": seconds, "measured": measured, "safety": filters}
+    if isinstance(model, LatentVideoModel):
+        if cfg.lora_rank:
+            model.network = merge(model.network)
+        weights = cfg.out / NETWORK
+        write_card(weights, lambda path: save_network(path, model), **with_card)
+        return weights, file_hash(weights)
+    assert cfg.model is not None, "a family is loaded from somewhere"
+    adapter = save_policy(model, cfg.out, source=cfg.model, **with_card) if cfg.lora_rank else None
+    if adapter is None or cfg.merged:
+        checkpoint = save_checkpoint(model, cfg.model, cfg.out / CHECKPOINT, data_licence=cfg.data_licence, **with_card)
+    return (adapter, file_hash(adapter)) if adapter else (checkpoint, model_lineage(checkpoint))

@@ -11,15 +11,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from diffusers import DiffusionPipeline
 
 from align.config import load
 from align.run import read_metrics
 from base_model.errors import UserError
+from base_model.families.loading import load_family
+from base_model.families.wan_experts import Experts
 from base_model.recompute import compile_blocks
 from base_model.video.files import mp4_bytes
 from recipes import sft
 from recipes.clip_folder import Windows
-from recipes.models import load_model
+from recipes.models import load_model, model_lineage
 from recipes.validation import read_looks
 from recipes.weights import file_hash, read_card
 from tests.recipes.small import save_small_network
@@ -178,3 +182,27 @@ def test_the_built_in_model_takes_the_same_folder(folder: Path, tmp_path: Path) 
     weights = save_small_network(tmp_path / "network.safetensors")
     told = sft.main(sft.Config(out=tmp_path / "run", model=weights, data=folder / "clips", cache=tmp_path / "latents", fit=fit, samples=sft.Samples(steps=2)))
     assert told["weights"] == str(tmp_path / "run" / "network.safetensors") and len(read_looks(tmp_path / "run")[-1].raw.by_shape) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_family_is_trained_and_saved_as_a_checkpoint_that_diffusers_reads(family: str, folder: Path, tmp_path: Path) -> None:
+    told = sft.main(config(tmp_path, folder, family, data_licence="CC0-1.0"))
+    checkpoint = tmp_path / "checkpoint"
+    assert told["weights"] == str(checkpoint) and told["sha256"] == model_lineage(checkpoint) and not (tmp_path / "adapter.safetensors").exists()
+    trained, plain = (said(load_model(each, device=CPU), family) for each in (checkpoint, folder / family))
+    assert (trained - plain).abs().max() > 1e-4
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint)
+    theirs = load_family(str(folder / family), device=CPU, dtype=torch.float32)
+    theirs.network = Experts(pipeline.transformer, pipeline.transformer_2, theirs.network.boundary) if isinstance(theirs.network, Experts) else pipeline.transformer
+    assert (said(theirs, family) - trained).abs().max() < 1e-5
+    card = (checkpoint / "README.md").read_text()
+    assert "CC0-1.0" in card and "rushes sft" in card
+
+
+def test_four_bits_train_merge_and_are_saved_whole(folder: Path, tmp_path: Path) -> None:
+    sft.main(config(tmp_path, folder, "wan", lora_rank=2, nf4=True, merged=True))
+    merged, adapted, plain = (
+        said(load_model(*each[:1], device=CPU, adapter=each[1], nf4=each[2]), "wan")
+        for each in ((tmp_path / "checkpoint", None, False), (folder / "wan", tmp_path / "adapter.safetensors", True), (folder / "wan", None, True))
+    )
+    assert (merged - adapted).abs().max() < 1e-4 < (merged - plain).abs().max()
