@@ -289,7 +289,8 @@ class Looks:
 
     def _summary(self) -> Summary:
         with self.run.whole():
-            return self.validation.summary(self.validation.errors(share=self.run.share, gather=self.run.gather))
+            errors = self.validation.errors() if self.cfg.shard else self.validation.errors(share=self.run.share, gather=self.run.gather)
+        return self.validation.summary(errors)
 
     def _samples(self, number: int) -> float | None:
         sheet = self.run.out / "samples" / f"{number:06d}.png"
