@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def command(out: Path, folder: Path, way: str, family: str = "wan") -> list[str]:
     """Four steps of two packs, with LoRA of one more of what is remembered."""
-    fit = {"iterations": 4, "capacity": 48, "packs": 2, "held_out": 2, "evaluate_every": 2, "save_every": 1, "lr": 0.003, "ema_decay": 0.5}
+    fit = {"iterations": 4, "capacity": 48, "packs": 2, "held_out": 2, "evaluate_every": 2, "save_every": 1, "lr": 1e-4, "ema_decay": 0.5}
     words = ["sft", "--out", str(out), "--seed", "3", "--model", str(folder / family), *WAYS[way]]
     words += ["--data", str(folder / "clips"), "--cache", str(folder / f"{family}-latents")] if way != "stream" else []
     words += ["--stream", json.dumps({"path": "parquet", "files": str(folder / "rows.parquet"), "buffer": 4, "step": 3})] if way == "stream" else []
@@ -99,14 +99,12 @@ def trained(out: Path) -> dict[str, torch.Tensor]:
 
 
 def alike(one: Path, other: Path) -> None:
-    """Losses of every step and look to 1e-5, and weights, but for a few whose gradients are rounding alone, which Adam takes to its own size (a toy hardly looks at its text)."""
+    """Losses of every step and look, and all weights, to 1e-5; a step moves them by 1e-4, also where a gradient is hardly more than rounding."""
     names = ("loss", "remembered_loss", "held_out_loss", "held_out_loss_raw", "grad_norm")
     for row, same in zip(read_metrics(one), read_metrics(other), strict=True):
         assert {name: row[name] for name in names if name in row} == pytest.approx({name: same[name] for name in names if name in same}, rel=1e-5)
     mine, theirs = trained(one), trained(other)
-    assert mine.keys() == theirs.keys()
-    apart = torch.cat([(mine[name] - theirs[name]).abs().flatten() for name in mine])
-    assert (apart > 1e-5).float().mean() < 0.001 and apart.max() < 3e-4, "a tenth of a step"
+    assert mine.keys() == theirs.keys() and max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-5
 
 
 @pytest.mark.parametrize(("one", "other"), [(("lora", 1), ("lora", 2)), (("qlora", 1), ("qlora", 2)), (("full", 1), ("full", 2)), (("full", 2), ("sharded", 2))])
