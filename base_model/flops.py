@@ -53,23 +53,24 @@ class Peak(NamedTuple):
 class FlopCounter:
     """The FLOPs of clips for a model, whatever their sizes and texts.
 
-    Of a transformer they are a polynomial of second degree in n, the tokens of the clip, and L, those of its text: six small clips are counted, and the rest is exact arithmetic.
+    Of a transformer they are a polynomial of second degree in n, the tokens of the clip, and L, those of its text: a few small clips are counted, and the rest is exact arithmetic.
+    A family is asked with texts of one length, which some cannot do without; another length is counted anew.
     Make it before the network is sharded: what trains is what trains then. An adapter's own products are counted, its base's weights get no gradient. Of two experts each clip
     sees one, and both are alike.
     """
 
     def __init__(self, model: Any) -> None:
-        self._model, self._found = replace(model, network=_on_meta(model)), dict[bool, tuple[Polynomial, Polynomial]]()
+        self._model, self._found = replace(model, network=_on_meta(model)), dict[tuple[bool, int], tuple[Polynomial, Polynomial]]()
 
     def __call__(self, shape: Shape, cond: Conditioning) -> ClipFlops:
         """shape: [C,F,H,W] of its latents; cond: of one clip, anywhere. Raises ValueError for conditions of several."""
         if len(cond) != 1:
             raise ValueError(f"FLOPs are counted a clip at a time, got conditions of {len(cond)}")
-        given = cond.known is not None
-        if given not in self._found:
-            self._found[given] = self._fitted(shape[0], cond)
+        kind = cond.known is not None, 0 if self._built_in else cond.text.shape[1]
+        if kind not in self._found:
+            self._found[kind] = self._fitted(shape[0], cond)
         n, words = math.prod(token_grid(shape, self._model.patch)), int(cond.mask.sum()) if self._built_in else cond.text.shape[1]
-        forward, trained = (each(n, words) for each in self._found[given])
+        forward, trained = (each(n, words) for each in self._found[kind])
         return ClipFlops(forward, trained)
 
     @property
@@ -79,7 +80,11 @@ class FlopCounter:
     def _fitted(self, channels: int, cond: Conditioning) -> tuple[Polynomial, Polynomial]:
         f, h, w = self._model.patch
         small = [(channels, f, h * rows, w * COLUMNS) for rows in ROWS]  # no network has no places for so few
-        found = [self.count(small[i], _text_of(cond, WORDS[k], small[i])) for i, k in LATTICE]
+        if self._built_in:
+            found = [self.count(small[i], _text_of(cond, WORDS[k], small[i])) for i, k in LATTICE]
+        else:
+            along_n = [self.count(each, _text_of(cond, cond.text.shape[1], each)) for each in small]
+            found = [along_n[i] for i, _ in LATTICE]
         return Polynomial([each.forward for each in found]), Polynomial([each.trained for each in found])
 
     def count(self, shape: Shape, cond: Conditioning) -> ClipFlops:

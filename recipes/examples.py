@@ -16,8 +16,10 @@ from base_model.families.wan_experts import Experts
 from base_model.families.wan_image import WanImageVideoModel
 from base_model.families.wan_packed import PackedWan, packed_velocity
 from base_model.networks.packing import pack, unpack
+from base_model.prompts.conditions import Canvas, give_frames
 from base_model.tiny import LatentVideoModel, packed_text
-from base_model.types import Conditioning, TrainableModel
+from base_model.types import ClipShape, Conditioning, TrainableModel
+from recipes.models import with_canvases
 
 Shape = tuple[int, int, int, int]
 """[C,F,H,W] of a clip's latents."""
@@ -70,9 +72,14 @@ class Velocities:
         """Whether clips of different shapes share a pass."""
         return self.wan is not None or isinstance(self.model, LatentVideoModel)
 
+    @property
+    def from_image(self) -> bool:
+        """Whether the model makes no clip without an image."""
+        return isinstance(self.model, WanImageVideoModel)
+
     def learned(self, cond: Conditioning) -> Tensor | None:
         """Which latents of a clip its error is a mean over, bool [1,1,F,H,W]; None for all. What a visual prompt gives is not made; Wan from an image makes it again."""
-        return None if cond.known is None or isinstance(self.model, WanImageVideoModel) else ~cond.known.mask[:, None]
+        return None if cond.known is None or self.from_image else ~cond.known.mask[:, None]
 
     def __call__(self, x_t: Sequence[Tensor], t: Tensor, conds: Sequence[Conditioning]) -> list[Tensor]:
         """x_t: S clips [C,F,H,W]; t [S]; conds: one clip each -> u [C,F,H,W] of each, float32."""
@@ -158,3 +165,39 @@ class Ahead:
 
     def video(self, row: int) -> Tensor:
         return self.examples.video(row)
+
+
+class FromImages:
+    """The same examples, each told its own first frame: what a model asks that makes clips from an image."""
+
+    def __init__(self, examples: Examples, model: TrainableModel) -> None:
+        self.examples, self.model = examples, model
+
+    @property
+    def texts(self) -> Sequence[str]:
+        return self.examples.texts
+
+    @property
+    def shapes(self) -> Sequence[Shape]:
+        return self.examples.shapes
+
+    @property
+    def sources(self) -> Sequence[str]:
+        return self.examples.sources
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def latent(self, row: int) -> Tensor:
+        return self.examples.latent(row)
+
+    def video(self, row: int) -> Tensor:
+        return self.examples.video(row)
+
+    def cond(self, row: int | None) -> Conditioning:
+        """Raises ValueError for the empty prompt, which is of no clip."""
+        if row is None:
+            raise ValueError("an image is of a clip, and the empty prompt of none")
+        video = self.video(row).float() / 255  # [T,3,H,W]
+        canvas = give_frames(ClipShape(len(video), *video.shape[-2:]), {0: video[:1]})
+        return with_canvases(self.model, self.examples.cond(row).to(self.model.device), [Canvas(*(part.to(self.model.device) for part in canvas))])

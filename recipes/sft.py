@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 import sys
 import time
@@ -27,6 +28,7 @@ from align.progress import duration
 from align.run import Run
 from base_model.checkpoint import atomic_write
 from base_model.errors import UserError
+from base_model.families.wan_image import WanImageVideoModel
 from base_model.flops import FlopCounter, peak_flops
 from base_model.lora import add_lora, merge
 from base_model.networks.routing import middle
@@ -38,7 +40,7 @@ from recipes.checkpoints import check_can_save, save_checkpoint
 from recipes.clip_folder import Windows, cut_for
 from recipes.clip_stream import ClipStream, Stream, stream_of
 from recipes.encode import encode_folder
-from recipes.examples import Examples, Velocities, num_tokens
+from recipes.examples import Examples, FromImages, Velocities, num_tokens, together
 from recipes.filters import read_lineage
 from recipes.fit import Fit as Fit
 from recipes.fit import held_out_losses, shifts
@@ -201,6 +203,15 @@ def stream_data(cfg: Config, source: ClipStream) -> Data:
     return Data(examples, learned, examples, held_out, source.cut.fps, sha256, report)
 
 
+def from_images(data: Data, model: TrainableModel) -> Data:
+    """The same for a model that makes clips from an image: held-out clips tell their first frames, and images alone, of which nothing is left to make, are not used."""
+    learned, held_out = ([row for row in rows if examples.shapes[row][1] > 1] for rows, examples in ((data.learned, data.examples), (data.held_out, data.held)))
+    if not learned or not held_out:
+        raise UserError("images alone are left, and this model makes clips from them, data. Give longer clips")
+    report = f"{len(data.learned) + len(data.held_out) - len(learned) - len(held_out):,} images are not used: this model makes clips from images"
+    return data._replace(learned=learned, held=FromImages(data.held, model), held_out=held_out, report=[*data.report, report])
+
+
 # The run
 
 
@@ -237,6 +248,8 @@ def load_to_train(cfg: Config, device: torch.device) -> TrainableModel:
             middle(model.config.depth)
     elif cfg.fit.token_drop or cfg.fit.routed or cfg.fit.condition_noise:
         raise UserError("fit.token_drop, fit.routed and fit.condition_noise are for the built-in model. Leave them out")
+    if isinstance(model, WanImageVideoModel) and not math.isclose(sum(cfg.fit.conditions.values()), 1):
+        raise UserError("this Wan makes clips from an image, so every clip has to give one, fit.conditions. Give {image: 1}, or other kinds whose shares add up to 1")
     if cfg.lora_rank:
         targets = model.lora_targets + (model.mlp_targets if cfg.mlp else ())
         model.network = add_lora(model.network, rank=cfg.lora_rank, alpha=cfg.lora_rank, targets=targets, seed=cfg.seed, dora=cfg.dora)
@@ -253,13 +266,16 @@ def validation_of(cfg: Config, velocities: Velocities, data: Data) -> Validation
     return Validation(velocities, data.held, data.held_out, cfg.seed, shifts(cfg.fit, tokens), capacity=cfg.fit.capacity)
 
 
-def samples_of(cfg: Config, model: TrainableModel, data: Data) -> tuple[Conditioning, Sampler]:
-    """What the samples show, encoded once, and how they are made: of the size of the first held-out clip."""
-    prompts = cfg.samples.prompts or [prompt.text for prompt in data.asked] or list(dict.fromkeys(data.held.texts[row] for row in data.held_out))[:4]
+def samples_of(cfg: Config, velocities: Velocities, data: Data) -> tuple[Conditioning, Sampler]:
+    """What the samples show, encoded once, and how they are made: of the size of the first held-out clip. From images, they show held-out clips of that size."""
+    model, shape = velocities.model, data.held.shapes[data.held_out[0]]
     guidance = cfg.samples.guidance or (1.0 if isinstance(model, LatentVideoModel) else 5.0)
-    size = pixels(model.latents, data.held.shapes[data.held_out[0]])
+    size = pixels(model.latents, shape)
     sampler = Sampler(steps=cfg.samples.steps, guidance=guidance, fps=data.fps, frames=size.frames, height=size.height, width=size.width, batch=1)
     check_sampler(model, sampler)
+    if velocities.from_image:
+        return together([data.held.cond(row) for row in data.held_out if data.held.shapes[row] == shape][:4]), sampler
+    prompts = cfg.samples.prompts or [prompt.text for prompt in data.asked] or list(dict.fromkeys(data.held.texts[row] for row in data.held_out))[:4]
     return encode_prompts(model, prompts), sampler
 
 
@@ -267,9 +283,8 @@ class Looks:
     """What is looked at on the way: held-out clips on the weights as they are and on their average, and samples of the average."""
 
     def __init__(self, cfg: Config, run: Run, validation: Validation, data: Data) -> None:
-        model = validation.velocities.model
         self.cfg, self.run, self.validation, self.asked = cfg, run, validation, () if cfg.samples.prompts else data.asked
-        self.cond, self.sampler = samples_of(cfg, model, data)
+        self.cond, self.sampler = samples_of(cfg, validation.velocities, data)
 
     def __call__(self, number: int, average: EMA) -> None:
         """After so many steps."""
@@ -326,6 +341,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     run.note("data_sha256", data.sha256)
 
     velocities, counter = Velocities(model), FlopCounter(model)
+    if velocities.from_image:
+        data = from_images(data, model)
     looks = Looks(cfg, run, validation_of(cfg, velocities, data), data)
     known = Lesson(cfg.fit, run, velocities, data.examples, data.learned, packs=cfg.fit.packs, counter=counter, balanced=cfg.data is not None)
     lesson = StreamLesson(cfg.fit, run, velocities, source, counter=counter) if source else known

@@ -23,8 +23,9 @@ from base_model.errors import UserError
 from base_model.flops import FlopCounter
 from base_model.networks.packing import balanced_packs, first_fit_decreasing
 from base_model.tiny import LatentVideoModel
+from base_model.types import Conditioning
 from recipes.clip_stream import ClipStream
-from recipes.examples import Ahead, Examples, Shape, Velocities, num_tokens
+from recipes.examples import Ahead, Examples, FromImages, Shape, Velocities, num_tokens
 from recipes.fit import Fit, Part, clips_loss, pack_loss, whole_of
 from recipes.pairs import Pairs
 
@@ -78,7 +79,10 @@ class Lesson:
         self.examples = examples if isinstance(examples, Pairs) else Ahead(examples)
         shapes = [examples.shapes[row] for row in self.rows]
         self.tokens = {row: num_tokens(shape, velocities.model.patch) for row, shape in zip(self.rows, shapes, strict=True)}
-        self.flops = dict(zip(self.rows, flops_of(counter, examples, shapes), strict=True)) if counter else {row: float(n) for row, n in self.tokens.items()}
+        self.flops = {row: float(n) for row, n in self.tokens.items()}
+        if counter:
+            told = FromImages(examples, velocities.model) if velocities.from_image else examples
+            self.flops = dict(zip(self.rows, flops_of(counter, told.cond(self.rows[0]), shapes), strict=True))
         ranks, costs = (packs, list(self.flops.values())) if balanced else (1, [])
         buckets = () if velocities.packs else shapes
         self.sampler = PackSampler(list(self.tokens.values()), fit.capacity, seed=run.seed, ranks=ranks, costs=costs, buckets=buckets)
@@ -128,7 +132,7 @@ class StreamLesson:
         examples = self.source.take(self.source.step)
         self.waited += time.monotonic() - begun
         tokens = [num_tokens(shape, self.velocities.model.patch) for shape in examples.shapes]
-        flops = flops_of(self.counter, examples, examples.shapes)
+        flops = flops_of(self.counter, examples.cond(0), examples.shapes)
         chosen = self._micro_batches(examples.shapes, tokens, flops)
         generators = [self.run.generator(f"noise of step {i}", k) for k in range(len(chosen))]
         parts = [partial(micro_batch, self.fit, self.velocities, examples, whole_of(self.fit, tokens), part) for part in zip(chosen, generators, strict=True)]
@@ -143,9 +147,8 @@ class StreamLesson:
         return [[rows[k] for k in pack] for rows in groups.values() for pack in first_fit_decreasing([tokens[row] for row in rows], self.fit.capacity)]
 
 
-def flops_of(counter: FlopCounter, examples: Examples, shapes: Sequence[Shape]) -> list[float]:
-    """FLOPs of training on one clip of each shape, with a caption as long as the first one."""
-    cond = examples.cond(0)
+def flops_of(counter: FlopCounter, cond: Conditioning, shapes: Sequence[Shape]) -> list[float]:
+    """FLOPs of training on one clip of each shape, with a condition as long as this one."""
     found = {shape: float(counter(shape, cond).trained) for shape in set(shapes)}
     return [found[shape] for shape in shapes]
 

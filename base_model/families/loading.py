@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,6 +48,7 @@ def load_family(source: str, *, device: torch.device, dtype: torch.dtype, nf4: b
     dtype: of the network and the text encoder; bfloat16 on a GPU, float32 on a CPU. nf4: attention and mlp of the network's blocks in four bits; they are read into the
     memory of the CPU and reach the device as such. Embeddings, norms and the last layer stay as they are.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which diffusers imports, and which warns of an optional kernel of 4-bit inference
     where = NAMES.get(source, source)
     if not Path(where).exists() and where.count("/") != 1:
         raise UserError(f"no folder {source}, and no such short name. {_nearest(source, NAMES)}, or give owner/name on the hub")

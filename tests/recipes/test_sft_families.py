@@ -15,7 +15,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from align.config import load
-from align.run import read_metrics
+from align.run import latest_checkpoint, read_metrics
+from base_model.checkpoint import load_weights
 from base_model.errors import UserError
 from base_model.families.loading import load_family
 from base_model.families.wan_experts import Experts
@@ -26,6 +27,7 @@ from recipes.clip_folder import Windows
 from recipes.models import load_model, model_lineage
 from recipes.validation import read_looks
 from recipes.weights import file_hash, read_card
+from tests.base_model.families import tiny_cogvideox, tiny_hunyuan_video, tiny_ltx, tiny_mochi, tiny_wan
 from tests.recipes.small import save_small_network
 from tests.recipes.test_families import CPU, FAMILIES, said, with_lora_of_diffusers
 
@@ -82,13 +84,13 @@ def test_lora_on_a_family_moves_it_and_diffusers_reads_it(family: str, folder: P
     assert "6 clips found, 6 used" in json.loads((tmp_path / "data.json").read_text())["report"][0]
 
 
-@pytest.mark.parametrize("way", ["dora", "mlp", "qlora", "adamw8bit", "recomputed", "token"])
+@pytest.mark.parametrize("way", ["dora", "mlp", "qlora", "conditions", "recomputed", "token"])
 def test_every_way_to_adapt_moves_a_family(way: str, folder: Path, tmp_path: Path) -> None:
     ways: dict[str, dict[str, Any]] = {
         "dora": {"dora": True},
         "mlp": {"mlp": True},
         "qlora": {"nf4": True},
-        "adamw8bit": {"fit": {"optimizer": "adamw8bit"}},
+        "conditions": {"fit": {"conditions": {"image": 0.5, "tail": 0.25}}},
         "recomputed": {"recompute": 1.0},
         "token": {"fit": {"reduction": "token", "shift_tokens": 8}},
     }
@@ -206,3 +208,32 @@ def test_four_bits_train_merge_and_are_saved_whole(folder: Path, tmp_path: Path)
         for each in ((tmp_path / "checkpoint", None, False), (folder / "wan", tmp_path / "adapter.safetensors", True), (folder / "wan", None, True))
     )
     assert (merged - adapted).abs().max() < 1e-4 < (merged - plain).abs().max()
+
+
+def test_an_8_bit_optimizer_trains_a_whole_network(folder: Path, tmp_path: Path) -> None:
+    sft.main(config(tmp_path, folder, "wan", fit={"optimizer": "adamw8bit"}))
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None and any(tensor.dtype == torch.uint8 for tensor in load_weights(checkpoint / "optimizer.safetensors")[0].values())
+    assert (said(load_model(tmp_path / "checkpoint", device=CPU), "wan") - said(load_model(folder / "wan", device=CPU), "wan")).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("way", [{"nf4": True}, {"nf4": True, "dora": True}], ids=["qlora", "qdora"])
+@pytest.mark.parametrize("family", ["ltx", "mochi", "cogvideox-5b", "hunyuan-video"])
+def test_other_families_are_adapted_over_four_bits(family: str, way: dict[str, bool], folder: Path, tmp_path: Path) -> None:
+    wide = folder / f"wide-{family}"
+    if not wide.exists():
+        {"ltx": tiny_ltx, "mochi": tiny_mochi, "hunyuan-video": tiny_hunyuan_video}.get(family, tiny_cogvideox).tiny_pipeline(wide=True).save_pretrained(wide)
+    sft.main(config(tmp_path, folder, family, model=wide, cache=folder / f"{wide.name}-latents", lora_rank=2, **way))
+    adapted, plain = (said(load_model(wide, device=CPU, adapter=adapter, nf4=True), family) for adapter in (tmp_path / "adapter.safetensors", None))
+    assert (adapted - plain).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("kind", ["2.1", "2.2"])
+def test_wan_learns_to_make_clips_from_their_first_frames(kind: str, folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "wan"
+    {"2.1": tiny_wan.image_to_video, "2.2": tiny_wan.image_a14b}[kind]().save_pretrained(source)
+    with pytest.raises(UserError, match="every clip has to give one"):
+        sft.main(config(tmp_path / "run", folder, "wan", model=source, lora_rank=2))
+    sft.main(config(tmp_path / "run", folder, "wan", model=source, lora_rank=2, fit={"conditions": {"image": 1.0}}))
+    rows = [row for row in read_metrics(tmp_path / "run") if "grad_norm" in row]
+    assert len(rows) == 2 and all(0 < row["grad_norm"] < math.inf for row in rows) and (tmp_path / "run" / "samples" / "000002.png").exists()
