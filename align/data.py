@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -19,20 +19,34 @@ class PackSampler:
     Where packs do not divide by ranks, an epoch's last ones share a step with the first ones of the next: at any step, no clip is ahead of another by more than one visit.
 
     About half a pack stays empty at the end of a window: packs 99 % full ask for windows of some hundred packs. In a window of all clips, the same ones meet every epoch.
+
+    buckets: what clips of one pack have in common, one a clip, where a network takes clips of one shape only. The window is then the epoch, so that no bucket leaves more than one
+    small pack in it: none is dropped and none waits for others to fill it.
     """
 
     def __init__(
-        self, lengths: Sequence[int], capacity: int, *, seed: int, window: int = 192, ranks: int = 1, rank: int = 0, costs: Sequence[float] = ()
+        self,
+        lengths: Sequence[int],
+        capacity: int,
+        *,
+        seed: int,
+        window: int = 192,
+        ranks: int = 1,
+        rank: int = 0,
+        costs: Sequence[float] = (),
+        buckets: Sequence[Hashable] = (),
     ) -> None:
-        """Raises ValueError for no clips, a rank that is none of the ranks, and several ranks without one cost a clip."""
+        """Raises ValueError for no clips, a rank that is none of the ranks, several ranks without one cost a clip, and buckets that are not one a clip."""
         if not lengths:
             raise ValueError("no clips to sample from")
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} is none of {ranks}")
         if ranks > 1 and len(costs) != len(lengths):
             raise ValueError(f"{ranks} ranks get packs of equal cost, but there are {len(costs)} costs for {len(lengths)} clips: give the FLOPs of each")
-        self.lengths, self.capacity, self.seed, self.window = list(lengths), capacity, seed, window
-        self.ranks, self.rank, self.costs = ranks, rank, list(costs)
+        if buckets and len(buckets) != len(lengths):
+            raise ValueError(f"{len(buckets)} buckets for {len(lengths)} clips: give one a clip")
+        self.lengths, self.capacity, self.seed, self.window = list(lengths), capacity, seed, len(lengths) if buckets else window
+        self.ranks, self.rank, self.costs, self.buckets = ranks, rank, list(costs), list(buckets)
         self._steps: list[list[list[int]]] = []
         self._left: list[list[int]] = []
         self._epochs = 0
@@ -41,7 +55,7 @@ class PackSampler:
         return self.step(iteration)[self.rank]
 
     def step(self, iteration: int) -> list[list[int]]:
-        """The packs of all ranks at an iteration. Raises ValueError where an epoch has fewer packs than ranks."""
+        """The packs of all ranks at an iteration. Of fewer packs an epoch than ranks, several epochs make a step."""
         while len(self._steps) <= iteration:
             self._steps.extend(self._epoch(self._epochs))
             self._epochs += 1
@@ -51,9 +65,17 @@ class PackSampler:
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.lengths)).tolist()
         windows = [order[begin : begin + self.window] for begin in range(0, len(order), self.window)]
-        packs = [[clips[j] for j in pack] for clips in windows for pack in self._pack(clips)]
+        packs = [[clips[j] for j in pack] for window in windows for clips in self._by_bucket(window) for pack in self._pack(clips)]
         first, steps = ([], [[pack] for pack in packs]) if self.ranks == 1 else self._similar(packs)
         return first + [steps[j] for j in rng.permutation(len(steps))]
+
+    def _by_bucket(self, clips: list[int]) -> list[list[int]]:
+        if not self.buckets:
+            return [clips]
+        found: dict[Hashable, list[int]] = {}
+        for clip in clips:
+            found.setdefault(self.buckets[clip], []).append(clip)
+        return list(found.values())
 
     def _pack(self, clips: list[int]) -> list[list[int]]:
         lengths = [self.lengths[c] for c in clips]
@@ -61,8 +83,9 @@ class PackSampler:
 
     def _similar(self, packs: list[list[int]]) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
         """An epoch's packs as (the step that the last epoch left incomplete, if any; steps of packs of similar cost). What is left over now is kept."""
-        if len(packs) < self.ranks:
-            raise ValueError(f"{len(packs)} packs of {self.capacity} tokens an epoch for {self.ranks} ranks: give more clips or a smaller capacity")
+        if len(self._left) + len(packs) < self.ranks:
+            self._left += packs
+            return [], []
         packs = sorted(packs, key=self._cost)
         first = [self._left + self._take(packs, self.ranks - len(self._left), self._mean_cost(self._left))] if self._left else []
         self._left = self._take(packs, len(packs) % self.ranks, self._mean_cost(packs))

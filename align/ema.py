@@ -8,11 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from align.sharding import spread_like
+
 
 class EMA:
     """average <- d average + (1 - d) parameter, float32, over the named parameters of `network` that require a gradient.
 
-    d = min(decay, (1 + n) / (10 + n)) at the n-th update: a short run is not held back by its start. With `warm_up=False` d is `decay` throughout.
+    d = min(decay, (1 + n) / (10 + n)) at the n-th update: a short run is not held back by its start. With `warm_up=False` d is `decay` throughout. Of a sharded network each
+    process averages its own part (`sharding.py`); what is loaded is whole.
     """
 
     def __init__(self, network: nn.Module, decay: float = 0.999, *, warm_up: bool = True) -> None:
@@ -63,4 +66,4 @@ class EMA:
         self.num_updates = int(state["num_updates"])
         with torch.no_grad():
             for name, average in zip(self._names, self._averages, strict=True):
-                average.copy_(state[name])
+                average.copy_(spread_like(state[name], average))

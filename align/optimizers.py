@@ -9,17 +9,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from align.sharding import is_sharded
 from base_model.errors import UserError
 
 OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 BETAS = (0.9, 0.95)
 
 
-def build_optimizer(network: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float = 0.01) -> Any:
+def build_optimizer(network: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float = 0.01, fused: bool = False) -> Any:
     """An optimizer of the parameters of `network` that train.
 
     adamw: torch's (Loshchilov & Hutter 2017, arXiv 1711.05101). adamw8bit: bitsandbytes', with 8-bit states for tensors of 4,096 elements and more. muon: Muon for the
-    matrices inside the network's `blocks`, AdamW for all else, at one learning rate. Raises UserError where muon finds no such matrix or nothing else, as with LoRA.
+    matrices inside the network's `blocks`, AdamW for all else, at one learning rate. fused: `adamw` in one kernel, the same step to rounding, on a CPU twice as fast or more.
+    Raises UserError where muon finds no such matrix or nothing else, as with LoRA, and for adamw8bit on sharded weights.
     """
     trainable = {key: p for key, p in network.named_parameters() if p.requires_grad}
     if name == "muon":
@@ -27,10 +29,12 @@ def build_optimizer(network: nn.Module, name: OptimizerName, *, lr: float, weigh
         others = [p for key, p in trainable.items() if key not in matrices]
         return MuonWithAdamW(list(matrices.values()), others, lr=lr, weight_decay=weight_decay)
     if name == "adamw8bit":
+        if any(is_sharded(p) for p in trainable.values()):
+            raise UserError("optimizer adamw8bit keeps its state in blocks that cannot be cut with sharded weights. Use adamw, or leave sharding off")
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(list(trainable.values()), lr=lr, betas=BETAS, weight_decay=weight_decay)
-    return torch.optim.AdamW(trainable.values(), lr=lr, betas=BETAS, weight_decay=weight_decay)
+    return torch.optim.AdamW(trainable.values(), lr=lr, betas=BETAS, weight_decay=weight_decay, fused=fused)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

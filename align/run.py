@@ -17,7 +17,8 @@ Rules that make a killed and resumed run bit-identical to an uninterrupted one:
 - `metrics.jsonl` is cut back to the checkpoint; lines differ between such runs in `WALL_CLOCK_FIELDS` only.
 
 Under torchrun every process has the whole batch in mind, makes its `share` of the parts, and tells the others with `gather`; `backward_each` adds up what all of them found. So
-state is the same in all, the first one writes it, and a run may go on with another number of processes.
+state is the same in all, the first one writes it, and a run may go on with another number of processes. `shard` spreads a network that is too large for that over the processes
+(`sharding.py`); its files are the same, so such a run may go on unsharded, and any other sharded.
 
 On disk, from the first iteration on: `.lock`, `run.json` (config, seed, commit, versions, what was noted), `metrics.jsonl`, `metrics.json` (one sentence a metric), `tensorboard/`,
 `checkpoints/<iteration>/` (safetensors, `state.json`, `run.json`; the last two are kept).
@@ -41,6 +42,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -51,7 +53,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from align import selfcheck
+from align import selfcheck, sharding
 from align.config import Config, leaves, path_keys, resolved
 from align.objectives import Loss
 from align.progress import Progress
@@ -70,7 +72,7 @@ BUILT_IN_METRICS = {
     "forward_passes": "Clips sent through the counted networks since the run began, training and sampling together.",
     "forward_equivalents": "What training alone cost, in forward passes of a clip: a backward pass counts two, looks at held-out clips nothing.",
 }
-WALL_CLOCK_FIELDS = frozenset({"seconds", "iteration_seconds", "clips_per_second", "peak_memory_bytes"})
+WALL_CLOCK_FIELDS = frozenset({"seconds", "iteration_seconds", "clips_per_second", "tokens_per_second", "mfu", "data_wait", "peak_memory_bytes"})
 """Metrics that depend on the machine: the only ones that differ between a resumed run and an uninterrupted one."""
 
 CHECKPOINTS_KEPT = 2
@@ -123,6 +125,7 @@ class Run:
         self._looks = False
         self._registered: dict[str, tuple[Stateful, bool]] = {}
         self._looping = self._stopping = self._compared = False
+        self._sharded: nn.Module | None = None
         self._writer: Any = None
         self._note = self._remark = ""
         self._notes: dict[str, Any] = {}
@@ -141,8 +144,12 @@ class Run:
     def share(self, items: Sequence[T], key: str = "") -> list[T]:
         """Which of the items, the same in all processes, are this one's: consecutive ones, in the order of the processes; all where there is one process.
 
-        key: what in the configuration makes the items. With it, raises UserError where a process would have none.
+        key: what in the configuration makes the items. With it, raises UserError where a process would have none. Raises UserError in a sharded run where the processes
+        would not have equally many: each would wait for the others' weights.
         """
+        if self._sharded is not None and len(items) % self.processes:
+            told = f"a sharded run makes equally many passes in each of its {self.processes} processes, and {len(items)} parts{key and f', {key},'} are no multiple of that"
+            raise UserError(f"{told}. Change their number, start other processes, or leave sharding off")
         if key and len(items) < self.processes:
             raise UserError(f"{self.processes} processes cannot share {len(items)} micro-batches, {key}. Lower it, or start fewer processes")
         begin, end = (len(items) * rank // self.processes for rank in (self.accelerator.process_index, self.accelerator.process_index + 1))
@@ -181,6 +188,33 @@ class Run:
     def prepare(self, *things: Any) -> Any:
         """Networks and optimizers onto the device (and into DDP under torchrun), in the order given; one thing comes back alone."""
         return self.accelerator.prepare(*things)
+
+    def shard(self, network: nn.Module) -> None:
+        """Spreads the weights of `network`, what the recipe calls, over the processes, in place (`sharding.py`), and moves it onto the device; one process keeps it whole.
+
+        Call it before optimizer and average are built. Raises UserError for what cannot be cut, GuardStop where processes begin with other weights.
+        """
+        if self._sharded is not None or self._looping:
+            raise ValueError("a run shards one network, before its loop begins")
+        if self.processes == 1:
+            network.to(self.device)
+            return
+        sharding.check_can_shard(network)
+        self._compare_norms(list(network.parameters()))  # afterwards each holds a part, which no other can check
+        sharding.shard(network, self.device, self.processes)
+        self._sharded = network
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, every process holds all weights of the sharded network, to call without gradient as often as it likes. All processes enter; without sharding nothing happens."""
+        with contextlib.nullcontext() if self._sharded is None else sharding.whole(self._sharded):
+            yield
+
+    def unshard(self) -> None:
+        """Makes the sharded network plain again, for good: before it is merged or saved. Call it behind the loop, in all processes."""
+        if self._sharded is not None:
+            sharding.unshard(self._sharded)
+            self._sharded = None
 
     def register(self, name: str, thing: Stateful, *, trainable_only: bool = False) -> None:
         """Keeps `thing` in every checkpoint. `trainable_only`: of a network, the parameters that train (a LoRA adapter on a frozen base)."""
@@ -258,8 +292,10 @@ class Run:
 
         losses: a generator that yields losses ready to be added, already divided by what the batch holds. The sum is taken in the order of the parts, so it does
         not depend on the number of cores. parts: this process's `share` of them; gradients of all processes are added up. Returns the losses of all without graph,
-        in order. Without any loss gradients stay as they were. Raises GuardStop, before any optimizer sees it, where one is not finite.
+        in order. Without any loss gradients stay as they were. Raises GuardStop, before any optimizer sees it, where one is not finite. In a sharded run parts go one by one.
         """
+        if self._sharded is not None:
+            return self._backward_sharded(losses, parts)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
         def gradient(part: T) -> tuple[list[Tensor], list[Loss]]:
@@ -272,10 +308,7 @@ class Run:
             return total, seen
 
         found = in_threads(gradient, parts, self.device)
-        told = self._of_all_processes([loss for _, seen in found for loss in seen])
-        for loss in told:
-            if not bool(loss.value.isfinite()):
-                self._stop_not_finite("loss", loss.value)
+        told = self._told([loss for _, seen in found for loss in seen])
         if not told:
             return []
         gradients = found[0][0] if found else [torch.zeros_like(parameter) for parameter in parameters]
@@ -288,6 +321,27 @@ class Run:
             parameter.grad = new if parameter.grad is None else parameter.grad.add_(new)
         return told
 
+    def _backward_sharded(self, losses: Callable[[T], Iterable[Loss]], parts: Sequence[T]) -> list[Loss]:
+        """`backward_each` where gradients are added up by the network itself, into its own part of them."""
+        numbers = self.gather([len(parts)])
+        if len(set(numbers)) > 1:
+            told = f"a sharded run makes equally many passes in each process, and they have {', '.join(map(str, numbers))} parts of this step"
+            raise UserError(f"{told}. Give every step a multiple of {self.processes} parts, or leave sharding off")
+        seen = []
+        for part in parts:
+            for loss in losses(part):
+                loss.value.backward()
+                seen.append(Loss(loss.value.detach(), loss.stats))
+        return self._told(seen)
+
+    def _told(self, losses: list[Loss]) -> list[Loss]:
+        """Those of all processes. Raises GuardStop where one is not finite."""
+        told = self._of_all_processes(losses)
+        for loss in told:
+            if not bool(loss.value.isfinite()):
+                self._stop_not_finite("loss", loss.value)
+        return told
+
     def step(self, optimizer: Any, max_grad_norm: float, scheduler: Any = None) -> float:
         """Clips the gradient to `max_grad_norm`, steps the optimizer (and the scheduler) and clears the gradient; returns its norm before clipping.
 
@@ -295,7 +349,7 @@ class Run:
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._compare_ranks(parameters)
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, max_grad_norm))
+        norm = sharding.gathered(torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, max_grad_norm)))
         self._check_finite("gradient norm", norm)
         if not selfcheck.rehearsing():
             optimizer.step()
@@ -334,7 +388,8 @@ class Run:
         """Writes `checkpoints/<iteration>` (whole or not at all) and drops all but the last two. Raises UserError where the disk is full."""
         self._claim()
         self._add_up_passes()
-        states = {name: flatten(self._state_of(*entry)) for name, entry in self._registered.items()}
+        gather = partial(sharding.gathered, keep=self.is_main)  # by all processes, one tensor after another
+        states = {name: flatten(self._state_of(*entry), gather) for name, entry in self._registered.items()}
         if self.is_main:
             self._write(states)
         self.accelerator.wait_for_everyone()
@@ -463,7 +518,9 @@ class Run:
             value = unflatten(state["states"][name], tensors)
             if isinstance(thing, nn.Module):
                 _check_keys(name, set(value), set(self._state_of(thing, trainable_only)))
-                thing.load_state_dict(value, strict=not trainable_only)
+                thing.load_state_dict(sharding.spread_network(value, thing), strict=not trainable_only)
+            elif isinstance(value, dict) and hasattr(thing, "param_groups"):
+                thing.load_state_dict(sharding.spread_optimizer(value, thing))
             else:
                 thing.load_state_dict(value)
         self.iteration, self._stopping = state["iteration"], state["stopped"]
@@ -522,13 +579,17 @@ class Run:
     # Guards
 
     def _compare_ranks(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Once, and only where there are several ranks: all hold the same weights, draw the same numbers, and are about to make the same step."""
+        """Once, and only where there are several ranks: all hold the same weights, draw the same numbers and make the same step. Sharded weights were compared whole."""
         if self._compared or self.processes == 1:
             return
         self._compared = True
-        gradients = [torch.zeros((), device=self.device) if one.grad is None else one.grad.detach().norm() for one in parameters]
+        gradients = [torch.zeros((), device=self.device) if one.grad is None else one.grad for one in parameters]
+        self._compare_norms([] if self._sharded is not None else [*gradients, *parameters])
+
+    def _compare_norms(self, tensors: Sequence[Tensor]) -> None:
+        """All processes hold the same tensors, and draw the same number."""
         drawn = torch.randn((), generator=self.generator("ranks", 0)).to(self.device)
-        held = torch.stack([*gradients, *(one.detach().norm() for one in parameters), drawn]).double()  # [2n+1]
+        held = torch.stack([*(one.detach().norm().to(self.device) for one in tensors), drawn]).double()  # [n+1]
         selfcheck.equal_ranks(self.accelerator.gather(held[None]))
 
     def _check_finite(self, what: str, value: Tensor) -> None:

@@ -8,7 +8,7 @@ Floats keep every bit, tuples stay tuples, keys keep their type, numpy arrays co
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 
-def flatten(tree: object) -> tuple[Any, dict[str, Tensor]]:
-    """(JSON skeleton, {number: tensor}). Raises TypeError, naming the place, for anything that is neither data nor a tensor."""
+def flatten(tree: object, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> tuple[Any, dict[str, Tensor]]:
+    """(JSON skeleton, {number: tensor}). gather: what is kept of a tensor. Raises TypeError, naming the place, for anything that is neither data nor a tensor."""
     tensors: dict[str, Tensor] = {}
-    return _encode(tree, tensors, "state"), tensors
+    return _encode(tree, tensors, "state", gather), tensors
 
 
 def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -39,17 +39,17 @@ def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
-def _encode(tree: object, tensors: dict[str, Tensor], place: str) -> Any:
+def _encode(tree: object, tensors: dict[str, Tensor], place: str, gather: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Tensor | np.ndarray):
         name = str(len(tensors))
-        tensors[name] = tree.detach() if isinstance(tree, Tensor) else torch.from_numpy(tree.copy())
+        tensors[name] = gather(tree.detach()) if isinstance(tree, Tensor) else torch.from_numpy(tree.copy())
         return {"tensor" if isinstance(tree, Tensor) else "array": name}
     if isinstance(tree, float) and not math.isfinite(tree):
         return {"float": str(tree)}
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     if isinstance(tree, Mapping):
-        return {"dict": [[_encode(key, tensors, place), _encode(item, tensors, f"{place}[{key!r}]")] for key, item in tree.items()]}
+        return {"dict": [[_encode(key, tensors, place, gather), _encode(item, tensors, f"{place}[{key!r}]", gather)] for key, item in tree.items()]}
     if isinstance(tree, list | tuple):
-        return {"tuple" if isinstance(tree, tuple) else "list": [_encode(item, tensors, f"{place}[{index}]") for index, item in enumerate(tree)]}
+        return {"tuple" if isinstance(tree, tuple) else "list": [_encode(item, tensors, f"{place}[{index}]", gather) for index, item in enumerate(tree)]}
     raise TypeError(f"{place} is a {type(tree).__name__}; a checkpoint keeps tensors, arrays, numbers, text, lists, tuples and mappings")

@@ -14,16 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from base_model.quantize import dequantized, from_nf4, is_nf4
+
 TRAINED = "default"
 LORA_TARGETS = ("qkv", "q", "kv", "out", "mlp_in", "mlp_out", "skip")
 
 
 def add_lora(
-    network: nn.Module, *, rank: int, alpha: float, targets: tuple[str, ...] | str = LORA_TARGETS, token_rows: Sequence[int] = (), seed: int = 0
+    network: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: tuple[str, ...] | str = LORA_TARGETS,
+    dora: bool = False,
+    token_rows: Sequence[int] = (),
+    seed: int = 0,
 ) -> Any:
     """Wraps `network` so that only low-rank updates B A of the target linears train (Hu et al. 2021, arXiv 2106.09685, eq. 3); B = 0 at the start.
 
-    targets: ends of the linears' names, or a pattern for whole names. token_rows: rows of the input embedding that train too.
+    targets: ends of the linears' names, or a pattern for whole names. dora: the norm of each output's weights trains too, beside their direction W + B A (Liu et al. 2024,
+    arXiv 2402.09353, eq. 5). token_rows: rows of the input embedding that train too.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which warns of an optional kernel of 4-bit inference
     from peft import LoraConfig, get_peft_model
@@ -32,7 +42,7 @@ def add_lora(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks transformers' models by the old name
         torch.manual_seed(seed)
-        return get_peft_model(network, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, trainable_token_indices=rows))
+        return get_peft_model(network, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, use_dora=dora, trainable_token_indices=rows))
 
 
 @contextmanager
@@ -43,9 +53,26 @@ def reference(network: Any) -> Iterator[None]:
 
 
 def merge(network: Any) -> nn.Module:
-    """Adds the adapter into the weights it adapts and returns the plain network."""
+    """Adds the adapter into the weights it adapts and returns the plain network. Weights in four bits become plain ones, in the dtype that they compute in: added to as they were
+    rounded for training, and not rounded to four bits again."""
+    for name, module in [(name, module) for name, module in network.named_modules() if hasattr(module, "lora_A") and is_nf4(module.get_base_layer())]:
+        network.set_submodule(name, _merged_in_full(module))
     merged: nn.Module = network.merge_and_unload()
+    from_nf4(merged)
     return merged.requires_grad_(True)
+
+
+@torch.no_grad()
+def _merged_in_full(layer: Any) -> nn.Linear:
+    """The plain linear that peft's layer on a 4-bit one computes: W + s B A, of a DoRA m (W + s B A) / |W + s B A| row by row; computed in float32."""
+    plain = dequantized(layer.get_base_layer())
+    weight = plain.weight.float()
+    for name in layer.active_adapters:
+        weight = weight + layer.get_delta_weight(name).float()  # [out,in]
+        if name in layer.lora_magnitude_vector:
+            weight = weight * (layer.lora_magnitude_vector[name].weight.float() / weight.norm(dim=1))[:, None]
+    plain.weight.copy_(weight)
+    return plain
 
 
 def adapter_state(network: Any, name: str = TRAINED) -> dict[str, Tensor]:

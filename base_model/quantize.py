@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,3 +40,29 @@ def to_nf4(network: nn.Module, targets: str, device: torch.device | None = None)
         network.set_submodule(name, small.to(device or weight.device))
     network.is_loaded_in_4bit = True  # type: ignore[assignment]  # the mark peft looks for
     return len(found)
+
+
+def from_nf4(network: nn.Module) -> int:
+    """Turns every 4-bit layer back into an `nn.Linear` of the values it holds, in the dtype that it computes in, in place; returns how many. What the rounding took stays lost."""
+    found = [(name, module) for name, module in network.named_modules() if is_nf4(module)]
+    for name, module in found:
+        network.set_submodule(name, dequantized(module))
+    vars(network).pop("is_loaded_in_4bit", None)
+    return len(found)
+
+
+def is_nf4(module: nn.Module) -> bool:
+    """Whether it is a 4-bit layer, without an adapter of its own."""
+    return type(module).__name__ == "Linear4bit" and not hasattr(module, "base_layer")
+
+
+def dequantized(layer: Any) -> nn.Linear:
+    """A plain layer of the values of a 4-bit one, frozen."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # [out,in]
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    return plain

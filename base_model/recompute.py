@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a share of a transformer's blocks: memory for time, as finely as the memory asks."""
+"""The repeated blocks of a transformer: their activations computed again for memory, a share of them; and compiled, one for all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from torch.utils.checkpoint import checkpoint
 from base_model.errors import UserError
 
 
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks that a network is made of, in its own order: of diffusers' transformers as these say, of the built-in networks the list `blocks`. Wrappers are looked into."""
+    kinds = {kind for module in network.modules() for kind in _repeated_kinds(module)}
+    listed = [module for modules in network.modules() if isinstance(modules, nn.ModuleList) for module in modules]
+    return [module for module in listed if type(module).__name__ in kinds]
+
+
+def _repeated_kinds(module: nn.Module) -> tuple[str, ...]:
+    """Names of the classes of its blocks; of Mochi and CogVideoX only the second list is told."""
+    kind = type(module)
+    return tuple(getattr(kind, "_repeated_blocks", None) or getattr(kind, "_no_split_modules", None) or ())
+
+
 def recompute_blocks(network: Any, share: float = 1.0) -> int:
     """From now on a backward pass computes the activations of `share` of the repeated blocks of a diffusers transformer again, evenly spread; those of the others are kept.
 
@@ -17,9 +30,7 @@ def recompute_blocks(network: Any, share: float = 1.0) -> int:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"a share of the blocks lies in [0, 1], not {share}")
-    kinds = set(getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ())  # of Mochi and CogVideoX only the second is told
-    listed = [module for modules in network.modules() if isinstance(modules, nn.ModuleList) for module in modules]
-    blocks = [module for module in listed if type(module).__name__ in kinds]
+    blocks = repeated_blocks(network)
     if not blocks or not getattr(network, "_supports_gradient_checkpointing", False):
         raise UserError(f"{type(network).__name__} has no blocks to compute again. Train it without gradient checkpointing")
     chosen = {id(block) for k, block in enumerate(blocks) if int((k + 1) * share + 1e-9) > int(k * share + 1e-9)}
@@ -30,3 +41,16 @@ def recompute_blocks(network: Any, share: float = 1.0) -> int:
 
     network.enable_gradient_checkpointing(run)
     return len(chosen)
+
+
+def compile_blocks(network: nn.Module, backend: str = "inductor") -> int:
+    """From now on the repeated blocks run compiled, one compilation a kind and a few for other lengths; names of weights stay. Returns how many they are.
+
+    Raises UserError where there are none.
+    """
+    blocks = repeated_blocks(network)
+    if not blocks:
+        raise UserError(f"{type(network).__name__} has no blocks to compile. Train it without compiled")
+    for block in blocks:
+        block.compile(backend=backend)
+    return len(blocks)

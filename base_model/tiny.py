@@ -113,6 +113,11 @@ class LatentVideoModel:
     def lora_targets(self) -> tuple[str, ...]:
         return LORA_TARGETS
 
+    @property
+    def mlp_targets(self) -> tuple[str, ...]:
+        """None: its adapters are on the MLPs anyway."""
+        return ()
+
     def times(self, steps: int, clip: ClipShape) -> Tensor:
         """Uniform, then shifted by `SHIFT`, [steps + 1]; the same for every clip."""
         return sampling_times(self.path, steps, shift=SHIFT)

@@ -153,6 +153,11 @@ class TrainableModel(VideoModel, Protocol):
         """Ends of the names of the linears that an adapter goes onto (`lora.py: add_lora`)."""
         ...
 
+    @property
+    def mlp_targets(self) -> tuple[str, ...]:
+        """Those of the MLPs, which an adapter may go onto as well."""
+        ...
+
     def times(self, steps: int, clip: ClipShape) -> Tensor:
         """The model's own sampling grid, [steps + 1] from noise to 0. May raise ValueError for a clip, or a number of steps, that it is not sampled in."""
         ...

@@ -45,6 +45,8 @@ class Stream(Config):
     """Column of the captions."""
     buffer: Count = 256
     """Examples held at a time, out of which they come in a mixed order."""
+    step: Count = 8
+    """Examples that a step learns from."""
 
 
 def open_rows(stream: Stream) -> Any:
@@ -76,6 +78,11 @@ class Held(NamedTuple):
     latents: Tensor  # [C,F,H,W] float32
     caption: Entry
 
+    @property
+    def sha256(self) -> str:
+        """Of its caption and its latents: the same in every epoch."""
+        return hashlib.sha256(self.text.encode() + self.latents.numpy().tobytes()).hexdigest()
+
 
 class Streamed:
     """`Examples` out of a stream. Their pixels are gone."""
@@ -89,7 +96,10 @@ class Streamed:
     def __len__(self) -> int:
         return len(self._held)
 
-    def latents(self, row: int) -> Tensor:
+    def sha256(self, row: int) -> str:
+        return self._held[row].sha256
+
+    def latent(self, row: int) -> Tensor:
         return self._held[row].latents
 
     def cond(self, row: int | None) -> Conditioning:
@@ -101,14 +111,16 @@ class Streamed:
 
 
 class ClipStream:
-    """Endless examples for a model; epoch after epoch. `dropped` counts rows by why they could not be used, `rows` all rows so far.
+    """Endless examples for a model; epoch after epoch. `dropped` counts rows by why they could not be used, `rows` all rows so far; `without` are hashes of examples to leave out.
 
     open_rows: a fresh dataset at its first row, as `open_rows` gives it. It must come back to where its own `state_dict` was taken, which `.shuffle` does not in every case.
     """
 
-    def __init__(self, open_rows: Callable[[], Any], model: TrainableModel, cut: Cut, *, video: str = "video", text: str = "text", buffer: int = 256, seed: int = 0) -> None:
-        self.open_rows, self.model, self.cut, self.video, self.text, self.buffer, self.seed = open_rows, model, cut, video, text, buffer, seed
-        self.dropped, self.rows = Counter[str](), 0
+    def __init__(
+        self, open_rows: Callable[[], Any], model: TrainableModel, cut: Cut, *, video: str = "video", text: str = "text", buffer: int = 256, step: int = 8, seed: int = 0
+    ) -> None:
+        self.open_rows, self.model, self.cut, self.video, self.text, self.buffer, self.step, self.seed = open_rows, model, cut, video, text, buffer, step, seed
+        self.dropped, self.rows, self.without = Counter[str](), 0, frozenset[str]()
         self._place: dict[str, Any] = {"epoch": 0, "dataset": None, "rows": 0, "dropped": {}, "buffer": 0}  # where the buffer in hand begins
         self._taken = 0  # of the buffer in hand
         self._held: list[Held] | None = None
@@ -135,6 +147,11 @@ class ClipStream:
         if self._empty is None:
             self._empty = encode_caption(self.model, "")
         return Streamed(found, self._empty)
+
+    def beginning(self) -> Streamed:
+        """The first buffer, as it comes; the stream stays where it is. Raises UserError as `take` does."""
+        first = ClipStream(self.open_rows, self.model, self.cut, video=self.video, text=self.text, buffer=self.buffer, seed=self.seed)
+        return Streamed(first._filled(), encode_caption(self.model, ""))
 
     def state_dict(self) -> dict[str, Any]:
         return {"place": json.dumps(self._place), "taken": self._taken, "held": "" if self._held is None else _digest(self._held)}
@@ -200,7 +217,11 @@ class ClipStream:
                 return []
             latents.append(encode_window(self.model, window.video, "float32")["latents"].cpu())
         caption = {part: value.cpu() for part, value in encode_caption(self.model, row[self.text]).items()}
-        return [Held(row[self.text], name, each, caption) for each in latents]
+        found = [Held(row[self.text], name, each, caption) for each in latents]
+        kept = [each for each in found if not self.without or each.sha256 not in self.without]
+        if not kept:
+            self.dropped["held out"] += 1
+        return kept
 
     def _windows(self, row: Mapping[str, Any], name: str) -> Iterator[Window | str]:
         """Pixels of its examples; behind them, why the row cannot be used after all."""
@@ -254,4 +275,4 @@ def _one_line(error: BaseException) -> str:
 def stream_of(stream: Stream, model: TrainableModel, cut: Cut, *, seed: int) -> ClipStream:
     """The examples of a configured stream. Raises UserError where it cannot be opened."""
     open_rows(stream)
-    return ClipStream(lambda: open_rows(stream), model, cut, video=stream.video, text=stream.text, buffer=stream.buffer, seed=seed)
+    return ClipStream(lambda: open_rows(stream), model, cut, video=stream.video, text=stream.text, buffer=stream.buffer, step=stream.step, seed=seed)

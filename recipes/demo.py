@@ -117,7 +117,7 @@ def curate(clips: ClipSet, runner: SafetyRunner, fps: float) -> ClipSet:
 
 
 def fine_tune(cfg: Config, out: Path) -> dict[str, Any]:
-    return sft.main(sft.Config(out=out, seed=cfg.seed, pairs=folder(cfg, "data"), fit=cfg.fit), resume=(out / "run.json").exists())
+    return sft.main(sft.Config(out=out, seed=cfg.seed, data=folder(cfg, "data"), fit=cfg.fit), resume=(out / "run.json").exists())
 
 
 def make_candidates(cfg: Config, out: Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""What supervised training reads: captioned clips as latents and states of their captions; and the one way to ask a model about clips of any size. Shared by recipes, no command."""
+"""What supervised training reads: captioned clips as latents and states of captions; and the one way to ask a model about clips of any size. Shared by recipes, no command."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from base_model.families.wan import WanVideoModel
 from base_model.families.wan_experts import Experts
+from base_model.families.wan_image import WanImageVideoModel
 from base_model.families.wan_packed import PackedWan, packed_velocity
 from base_model.networks.packing import pack, unpack
 from base_model.tiny import LatentVideoModel, packed_text
@@ -33,7 +36,7 @@ class Examples(Protocol):
         ...
 
     def __len__(self) -> int: ...
-    def latents(self, row: int) -> Tensor:
+    def latent(self, row: int) -> Tensor:
         """[C,F,H,W], float32."""
         ...
 
@@ -66,6 +69,10 @@ class Velocities:
     def packs(self) -> bool:
         """Whether clips of different shapes share a pass."""
         return self.wan is not None or isinstance(self.model, LatentVideoModel)
+
+    def learned(self, cond: Conditioning) -> Tensor | None:
+        """Which latents of a clip its error is a mean over, bool [1,1,F,H,W]; None for all. What a visual prompt gives is not made; Wan from an image makes it again."""
+        return None if cond.known is None or isinstance(self.model, WanImageVideoModel) else ~cond.known.mask[:, None]
 
     def __call__(self, x_t: Sequence[Tensor], t: Tensor, conds: Sequence[Conditioning]) -> list[Tensor]:
         """x_t: S clips [C,F,H,W]; t [S]; conds: one clip each -> u [C,F,H,W] of each, float32."""
@@ -102,3 +109,52 @@ def together(conds: Sequence[Conditioning]) -> Conditioning:
     for other in others:
         first = first.followed_by(other)
     return first
+
+
+class Ahead:
+    """The same examples, read by a thread of its own before they are asked for. `waited`: seconds that somebody had to wait for one all the same."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+        self.waited = 0.0
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._begun: dict[int, Future[tuple[Tensor, Conditioning]]] = {}
+
+    def begin(self, rows: Iterable[int]) -> None:
+        """Reads these, and keeps no others."""
+        wanted = dict.fromkeys(rows)
+        self._begun = {row: self._begun.get(row) or self._reader.submit(self._read, row) for row in wanted}
+
+    def _read(self, row: int) -> tuple[Tensor, Conditioning]:
+        return self.examples.latent(row), self.examples.cond(row)
+
+    def _fetch(self, row: int) -> tuple[Tensor, Conditioning]:
+        begun = time.monotonic()
+        future = self._begun.get(row)
+        found = self._read(row) if future is None else future.result()
+        self.waited += time.monotonic() - begun
+        return found
+
+    @property
+    def texts(self) -> Sequence[str]:
+        return self.examples.texts
+
+    @property
+    def shapes(self) -> Sequence[Shape]:
+        return self.examples.shapes
+
+    @property
+    def sources(self) -> Sequence[str]:
+        return self.examples.sources
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def latent(self, row: int) -> Tensor:
+        return self._fetch(row)[0]
+
+    def cond(self, row: int | None) -> Conditioning:
+        return self.examples.cond(None) if row is None else self._fetch(row)[1]
+
+    def video(self, row: int) -> Tensor:
+        return self.examples.video(row)

@@ -608,7 +608,7 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     data = hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
     def saved() -> tuple[Path, str]:
-        file = save_policy(model, run.out, recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked, safety=assess.runner.lineage())
+        file = save_policy(model, run.out, source=cfg.model, recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked, safety=assess.runner.lineage())
         return file, file_hash(file)
 
     weights, sha256 = run.on_main(saved)

@@ -243,7 +243,15 @@ class CachedClips:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def latents(self, row: int) -> Tensor:
+    @property
+    def sha256(self) -> str:
+        """Of captions, of files, and of how they were cut."""
+        told = hashlib.sha256()
+        for row in self.rows:
+            told.update(json.dumps([row.key, row.text]).encode())
+        return told.hexdigest()
+
+    def latent(self, row: int) -> Tensor:
         """[C,F,H,W], float32. Raises UserError where its file is damaged or gone."""
         return self.cache.latents.get(self.rows[row].key)["latents"].to(torch.float32, copy=True)
 

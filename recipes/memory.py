@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from types import TracebackType
 
 import psutil
+import torch
 
 
 class PeakMemory:
@@ -42,6 +44,13 @@ class PeakMemory:
     def _watch(self) -> None:
         while not self._done.wait(self._interval):
             self.sample()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that torch has held on a GPU, or that this process has been at, so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def tree_bytes(root: psutil.Process) -> int:

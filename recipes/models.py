@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
@@ -30,7 +29,8 @@ from base_model.prompts.text import TextEncoder
 from base_model.recompute import recompute_blocks
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny, save_network
 from base_model.types import Conditioning, TrainableModel
-from recipes.weights import file_hash, write_card
+from recipes.checkpoints import base_of
+from recipes.weights import file_hash, lineage_of, write_card
 
 ADAPTER, NETWORK = "adapter.safetensors", "network.safetensors"
 PROMPTS_AT_ONCE = 32
@@ -100,25 +100,31 @@ def model_lineage(source: Path | None, adapter: Path | None = None) -> str:
     """sha256 of what makes the clips, which names a model in the store: of the network's file; of a family, of the files of its networks, codec, sampling grid and adapter."""
     if is_built_in(source):
         return file_hash(source or WEIGHTS / "dit.safetensors")
-    told = hashlib.sha256()
-    for name, file in network_files(str(source)):
-        told.update(f"{name} {file_hash(file)}\n".encode())
-    if adapter is not None:
-        told.update(f"adapter {file_hash(adapter)}\n".encode())
-    return told.hexdigest()
+    return lineage_of([*network_files(str(source)), *([] if adapter is None else [("adapter", adapter)])])
 
 
 def save_policy(
-    model: TrainableModel, out: Path, *, recipe: str, cfg: Config, data: str, seconds: float, measured: Mapping[str, object], safety: Sequence[Mapping[str, object]]
+    model: TrainableModel,
+    out: Path,
+    *,
+    source: Path | None,
+    recipe: str,
+    cfg: Config,
+    data: str,
+    seconds: float,
+    measured: Mapping[str, object],
+    safety: Sequence[Mapping[str, object]],
 ) -> Path:
-    """Writes the trained adapter into `out`, and a card beside what can be loaded as a model, which is returned.
+    """Writes the trained adapter into `out`, and a card beside what can be loaded as a model, which is returned. source: what the model was loaded from.
 
-    Built-in: `adapter.safetensors`, and `network.safetensors` with it merged, which has the card. A family: `adapter.safetensors` alone, as diffusers' pipelines read it.
+    Built-in: `adapter.safetensors`, and `network.safetensors` with it merged, which has the card. A family: `adapter.safetensors` alone, as diffusers' pipelines read it, with a
+    card that names what it goes onto.
     """
     with_card = partial(write_card, recipe=recipe, cfg=cfg, data=data, seconds=seconds, measured=measured, safety=safety)
     adapter, network = out / ADAPTER, out / NETWORK
     if not isinstance(model, LatentVideoModel):
-        with_card(adapter, lambda path: save_lora(model, path))
+        assert source is not None, "a family is loaded from somewhere"
+        with_card(adapter, lambda path: save_lora(model, path), base=base_of(source).said)
         return adapter
     save_weights(adapter, adapter_state(model.network), {})
     model.network = merge(model.network)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,18 +18,41 @@ from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
 from base_model.networks.packing import Patch, token_grid
 from base_model.tiny import LatentVideoModel
+from base_model.types import Conditioning
 from base_model.video.files import cover, from_uint8, read_video, resample_fps, to_uint8, write_atomic
 from recipes.clip_folder import inside
+from recipes.examples import Shape
 from recipes.shapes.dataset import ClipSet, by_shape
+
+VIDEOS = "videos.safetensors"
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """N captions, their clips' latents [C,F,H,W] of any sizes, and the clips themselves, uint8 [T,3,H,W], which visual prompts are cut from."""
+    """N captions, their clips' latents [C,F,H,W] of any sizes, and the clips themselves, uint8 [T,3,H,W], which visual prompts are cut from. `Examples`, all of them in memory."""
 
     texts: tuple[str, ...]
     latents: tuple[Tensor, ...]
     videos: tuple[Tensor, ...]
+    encode_text: Callable[[Sequence[str]], Conditioning] | None = None
+
+    @property
+    def shapes(self) -> Sequence[Shape]:
+        return [cast(Shape, tuple(x.shape)) for x in self.latents]
+
+    @property
+    def sources(self) -> Sequence[str]:
+        return [f"{row:06d}" for row in range(len(self))]
+
+    def latent(self, row: int) -> Tensor:
+        return self.latents[row]
+
+    def video(self, row: int) -> Tensor:
+        return self.videos[row]
+
+    def cond(self, row: int | None) -> Conditioning:
+        assert self.encode_text is not None, "these pairs were made without a text encoder"
+        return self.encode_text(["" if row is None else self.texts[row]])
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -48,18 +72,23 @@ def encode_pairs(model: LatentVideoModel, clips: ClipSet, *, batch: int = 64) ->
             video = torch.stack([clips.videos[i] for i in part]).float() / 255  # [b,T,3,H,W]
             latents.update(zip(part, model.encode(video).cpu(), strict=True))
     model.encode_text(["", *clips.texts])
-    return Pairs(clips.texts, tuple(latents[i] for i in range(len(clips))), clips.videos)
+    return Pairs(clips.texts, tuple(latents[i] for i in range(len(clips))), clips.videos, model.encode_text)
 
 
 def save_pairs(folder: Path, clips: ClipSet) -> None:
     """`captions.jsonl`, one line a clip, and its exact frames in `videos.safetensors` (uint8 [T,3,H,W], "000000" for the first line)."""
-    save_weights(folder / "videos.safetensors", {f"{i:06d}": video for i, video in enumerate(clips.videos)}, {})
+    save_weights(folder / VIDEOS, {f"{i:06d}": video for i, video in enumerate(clips.videos)}, {})
     write_atomic(folder / "captions.jsonl", "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in clips.texts).encode())
+
+
+def is_pairs(folder: Path) -> bool:
+    """Whether `save_pairs` made that folder, and not a user, out of files."""
+    return (folder / VIDEOS).exists()
 
 
 def load_pairs(folder: Path) -> ClipSet:
     """What `save_pairs` wrote. Raises UserError for a folder that is missing, empty or damaged."""
-    videos, _ = load_weights(folder / "videos.safetensors")
+    videos, _ = load_weights(folder / VIDEOS)
     try:
         texts = tuple(json.loads(line)["text"] for line in (folder / "captions.jsonl").read_text(encoding="utf-8").split("\n") if line)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -93,7 +122,7 @@ def read_clip_folder(folder: Path, *, frames: int, fps: float, every: int = 6) -
     """
     table = folder / "metadata.jsonl"
     if not table.is_file():
-        raise UserError(f"no metadata.jsonl, {folder}. Give a folder with clips and a metadata.jsonl of lines like {{\"file_name\": \"a.mp4\", \"text\": \"...\"}}")
+        raise UserError(f'no metadata.jsonl, {folder}. Give a folder with clips and a metadata.jsonl of lines like {{"file_name": "a.mp4", "text": "..."}}')
     texts: list[str] = []
     videos: list[Tensor] = []
     for row in _caption_rows(table):

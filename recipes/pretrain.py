@@ -20,8 +20,9 @@ from base_model.prompts.conditions import Kind
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import CONFIGS, WEIGHTS, LatentVideoModel, NetworkName, build_network, load_codec, load_tiny, save_network
 from base_model.types import ClipShape
+from recipes.fit import Fit, held_out_losses
 from recipes.pairs import encode_pairs
-from recipes.sft import METRICS, Fit, held_out_losses, train
+from recipes.sft import METRICS, train
 from recipes.shapes.dataset import draw_clips
 from recipes.weights import file_hash, read_card, write_card
 

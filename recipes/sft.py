@@ -1,229 +1,368 @@
-"""Supervised fine-tuning on captioned clips of mixed sizes and lengths, packed into one sequence a step (`rushes sft`).
+"""Supervised fine-tuning on captioned clips of mixed sizes and lengths, of the built-in model or of an open family (`rushes sft`).
 
-Flow matching on the model's own path (Lipman et al. 2022, arXiv 2210.02747, eq. 14), one noise level a clip, mean per clip. Full fine-tuning, or LoRA merged at the end.
-Some clips give part of themselves as a visual prompt (`conditions`): those tokens have noise level 0 and no loss.
-What it leaves out: gradient checkpointing, several resolutions of one clip.
+Flow matching on the model's own path (Lipman et al. 2022, arXiv 2210.02747, eq. 14), one noise level a clip; all weights, or LoRA. Where the network packs (the built-in one, Wan)
+clips of any sizes share a sequence; elsewhere those of one shape share a batch. No clip is dropped, and none is seen twice before all have been seen once.
+Some clips give part of themselves as a visual prompt (`conditions`): that has noise level 0 and no loss. Clips of what the model did before (`remember`) keep it from forgetting.
+What it leaves out: captions are not made (`rushes caption` will), several resolutions of one clip, context parallelism.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import statistics
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, field_validator
-from torch import Tensor
 
 from align.config import Config as BaseConfig
 from align.config import Count, Positive, Seed, Share, Whole
-from align.data import PackSampler
 from align.ema import EMA
-from align.objectives import Loss
-from align.objectives.regression import clip_error, flow_matching, packed_clip_error
-from align.optimizers import OptimizerName, build_optimizer, warmup_cosine
+from align.progress import duration
 from align.run import Run
+from base_model.checkpoint import atomic_write
+from base_model.errors import UserError
+from base_model.flops import FlopCounter, peak_flops
 from base_model.lora import add_lora, merge
-from base_model.networks.packing import kept_tokens, pack, take_tokens, token_grid
-from base_model.networks.routing import choose_route, middle
-from base_model.paths import add_noise
-from base_model.prompts.conditions import Canvas, Kind, draw_given, encode_known, token_mask
-from base_model.times import quantile_times, stratified_logit_normal
-from base_model.tiny import LatentVideoModel, load_tiny, packed_text, save_network
-from base_model.types import ClipShape
+from base_model.networks.routing import middle
+from base_model.recompute import compile_blocks
+from base_model.tiny import LatentVideoModel, save_network
+from base_model.types import Conditioning, TrainableModel
+from recipes import steps
+from recipes.checkpoints import check_can_save, save_checkpoint
+from recipes.clip_folder import Windows, cut_for
+from recipes.clip_stream import ClipStream, Stream, stream_of
+from recipes.encode import encode_folder
+from recipes.examples import Examples, Velocities, num_tokens
 from recipes.filters import read_lineage
-from recipes.pairs import Pairs, encode_pairs, load_pairs
+from recipes.fit import Fit as Fit
+from recipes.fit import held_out_losses, shifts
+from recipes.generate import Sampler, check_sampler
+from recipes.latents import lineage_of
+from recipes.memory import peak_memory
+from recipes.models import NETWORK, encode_prompts, load_model, model_lineage, save_policy
+from recipes.pairs import Pairs, encode_pairs, is_pairs, load_pairs
+from recipes.sample_grid import sample_grid
 from recipes.shapes.dataset import draw_clips
+from recipes.shapes.prompts import ShapesPrompt, make_prompts
+from recipes.shapes.render import DEMO_CLIP
+from recipes.steps import Lesson, Speed, Step, StreamLesson, dry_run, fit_network, micro_batch, with_remembered
+from recipes.validation import Look, Summary, Validation, append_look, pixels, read_looks, split
+from recipes.validation_page import write_page
 from recipes.weights import file_hash, write_card
 
+CHECKPOINT = "checkpoint"
 METRICS = {
-    "loss": "Flow-matching error, mean over the elements of a clip, then over the clips of the step; unit velocity^2 per latent element.",
-    "grad_norm": "Norm of the gradient before clipping.",
-    "learning_rate": "Learning rate of this step.",
-    "clips": "Clips in the packs of the step.",
-    "tokens": "Latent tokens in the packs of the step, before any are dropped.",
-    "held_out_loss": "Flow-matching error of held-out curated clips at fixed noise quantiles, on the averaged weights.",
-    "held_out_loss_low_noise": "The same, at the quarter of the quantiles with the least noise.",
-    "held_out_loss_high_noise": "The same, at the quarter of the quantiles with the most noise.",
+    **steps.METRICS,
+    "held_out_loss": "Flow-matching error of held-out clips at fixed noise quantiles, on the averaged weights.",
+    "held_out_loss_raw": "The same on the weights as they are.",
+    "held_out_loss_low_noise": "The same as held_out_loss, at the quarter of the quantiles with the least noise.",
+    "held_out_loss_high_noise": "The same as held_out_loss, at the quarter of the quantiles with the most noise.",
+    "right": "Share of the sample grid's clips that the judge of the built-in world finds right in every attribute; only where it knows the prompts.",
 }
 
 
-class Fit(BaseConfig):
-    """How a denoiser is fitted to captioned clips."""
+class Remember(BaseConfig):
+    """Loss on data of what the model did before, so that it does not forget it."""
 
-    iterations: Count
-    """Optimizer steps."""
-    lr: Positive
-    """Peak learning rate, warmed up, then a cosine."""
-    capacity: Count = 2048
-    """Latent tokens a pack may hold."""
-    packs: Count = 2
-    """Packs of a step: the batch size, said in tokens, is `packs` times `capacity`. On a CPU every core has a pack of its own."""
-    optimizer: OptimizerName = "adamw"
-    """`adamw`, `adamw8bit` (bitsandbytes), or `muon`: fewer steps from a fresh network."""
-    text_dropout: Share = 0.1
-    """Share of clips trained without their caption, so that guidance is possible."""
-    conditions: dict[Kind, Share] = Field(default={})
-    """Visual prompts to learn: kind (image, head, tail, ends, hole, margin) -> share of the clips that give that of themselves. The rest have their text alone."""
-    condition_noise: Share = 0.0
-    """What is given is noised to a level of its own, drawn up to this one and told: above 0, the model takes given frames less literally."""
-    token_drop: Share = 0.0
-    """Largest share of its tokens that a clip is trained without; each clip draws its own, uniform from 0. No loss there."""
-    routed: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each clip's tokens that skip the middle blocks in training (TREAD); sampling uses all. 0 routes none."""
-    time_shift: Positive = 3.0
-    """Shift s of the training times: logit-normal(log s, 1); above 1 looks more at noise."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the averaged weights, which are what is saved."""
-    max_grad_norm: Positive = 1.0
-    """Gradients are clipped to this norm."""
-    held_out: Count = 128
-    """Held-out clips for the held-out loss."""
-    evaluate_every: Count = 50
-    """Iterations between held-out losses."""
-    save_every: Count = 50
-    """Iterations between checkpoints."""
+    data: Path | None = None
+    """Folder of captioned clips, as `data`: such as the model was trained on, or clips that it made itself. None remembers nothing."""
+    weight: Positive = 1.0
+    """Weight of their mean error beside that of the clips that are learned."""
+    packs: Count = 1
+    """Micro-batches of a step that are theirs, on top of `fit.packs`."""
 
-    @field_validator("conditions")
-    @classmethod
-    def _shares_fit_into_one(cls, conditions: dict[Kind, float]) -> dict[Kind, float]:
-        if sum(conditions.values()) > 1 + 1e-9:
-            raise ValueError(f"the shares add up to {sum(conditions.values()):g}, expected at most 1")
-        return conditions
+
+class Samples(BaseConfig):
+    """Clips made on the way from fixed noise, on the averaged weights."""
+
+    prompts: tuple[str, ...] = ()
+    """What they show; none means captions of held-out clips, or prompts of the built-in world."""
+    every: Count = 4
+    """They are made at every so many looks at held-out clips, and at the last."""
+    steps: Count = 20
+    """Denoising steps, on the model's own grid."""
+    guidance: Positive | None = None
+    """Scale of guidance; none means 5 for a family, and 1, which is none, for the built-in model."""
 
 
 class Config(BaseConfig):
+    may_change = BaseConfig.may_change | {"shard"}
+
     out: Path = Path("runs/sft")
-    """Folder of the run; the network ends up in `network.safetensors` there."""
+    """Folder of the run. The built-in model ends up in `network.safetensors` there, a family's adapter in `adapter.safetensors`, a whole family in `checkpoint`."""
     seed: Seed = 0
     """Seed of data and noise."""
-    base: Path | None = None
-    """Network to start from; none means the shipped base."""
-    pairs: Path | None = None
-    """Folder of captioned clips (`recipes/pairs.py`); none draws `clips` curated ones from the built-in world."""
+    model: Path | None = None
+    """What to start from: a network of the built-in model, or an open family by a folder that diffusers saved, a short name (wan2.1-1.3b) or owner/name on the hub; none means the
+    shipped base."""
+    data: Path | None = None
+    """Folder of captioned clips: video files with `metadata.jsonl`, or `a.txt` beside `a.mp4`; or exact pairs (`recipes/pairs.py`). None draws `clips` curated ones from the
+    built-in world."""
+    windows: Windows = Windows()
+    """How clips of a folder are cut into examples."""
+    stream: Stream | None = None
+    """A dataset that is larger than the disk, in place of `data`: read in order and encoded on the way."""
+    cache: Path = Path("runs/latents")
+    """Folder of latents and captions that were encoded once (`rushes encode`); what is missing there is encoded first."""
     clips: Count = 4_000
-    """Curated pairs of native sizes to draw."""
+    """Curated pairs of native sizes to draw, where there is no `data`."""
     lora_rank: Whole = 0
-    """Rank of a LoRA adapter that is merged at the end; 0 trains every weight."""
+    """Rank of a LoRA adapter; 0 trains every weight."""
+    dora: bool = False
+    """Learns how large each row of the adapted weights is beside where it points (DoRA)."""
+    mlp: bool = False
+    """Adapts a family's mlp as well as its attention."""
+    nf4: bool = False
+    """Keeps a family's frozen weights in four bits, under LoRA (QLoRA)."""
+    recompute: Share = 0.0
+    """Share of a family's blocks whose activations a backward pass computes again: less memory, at most a third more time."""
+    compiled: bool = False
+    """Compiles a family's blocks, one kind once: worth its minute on a GPU."""
+    shard: bool = False
+    """Spreads weights, gradients and optimizer over the processes (FSDP2), where one device has no room for them."""
+    merged: bool = False
+    """Saves a whole checkpoint of a family beside its adapter too, with the adapter merged."""
+    data_licence: str = ""
+    """Terms that the clips came under, for the card."""
     fit: Fit = Fit(iterations=250, lr=5e-4)
     """How the network is fitted."""
+    remember: Remember = Remember()
+    """What it must not forget."""
+    samples: Samples = Samples()
+    """Clips made on the way."""
 
 
-@torch.no_grad()
-def held_out_errors(model: LatentVideoModel, pairs: Pairs, generator: torch.Generator, *, quantiles: int = 8) -> Tensor:
-    """Error of every clip at fixed noise quantiles, [quantiles,B], least noise first. Clips of one size only."""
-    x0 = torch.stack(pairs.latents).to(model.device)  # [B,C,F,H,W]
-    eps = torch.randn(x0.shape, generator=generator).to(model.device)
-    cond = model.encode_text(pairs.texts)
-    errors = []
-    for t in quantile_times(model.path, quantiles):
-        times = t.expand(len(x0)).to(model.device)  # [B]
-        u = model(add_noise(model.path, x0, eps, times), times, cond)
-        errors.append(clip_error(u, model.path.velocity(x0, eps, times)))
-    return torch.stack(errors)
+# What is learned from
 
 
-def held_out_losses(model: LatentVideoModel, pairs: Pairs, generator: torch.Generator, *, quantiles: int = 8) -> Tensor:
-    """Mean of `held_out_errors` over the clips, [quantiles]."""
-    return torch.stack([errors.mean() for errors in held_out_errors(model, pairs, generator, quantiles=quantiles)])
+class Data(NamedTuple):
+    """What is learned from and what is held out, and what is said of both."""
+
+    examples: Examples
+    learned: Sequence[int]
+    held: Examples
+    held_out: Sequence[int]
+    fps: float
+    sha256: str
+    report: Sequence[str]
+    asked: Sequence[ShapesPrompt] = ()  # prompts for samples, where the judge knows what they say
 
 
-def packed_conditions(fit: Fit, model: LatentVideoModel, pairs: Pairs, rows: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What the clips `rows` give of themselves, each a kind at random: (values of the given tokens [N,c], which tokens those are [N])."""
-    kinds, shares = list(fit.conditions), torch.tensor([*fit.conditions.values(), max(0.0, 1 - sum(fit.conditions.values()))])
-    drawn = torch.multinomial(shares, len(rows), replacement=True, generator=generator).tolist()
-    values, given = [], []
-    for j, kind in zip(rows, drawn, strict=True):
-        latents, video = pairs.latents[j], pairs.videos[j]
-        if kind == len(kinds):
-            values.append(torch.zeros_like(latents))
-            given.append(torch.zeros(token_grid(latents.shape, model.config.patch), dtype=torch.bool).flatten())
-            continue
-        shape = ClipShape(len(video), *video.shape[-2:])
-        canvas = Canvas(video.float() / 255, draw_given(kinds[kind], shape, model.latents, model.config.patch, generator))
-        known = encode_known(model, [canvas], model.config.patch)
-        values.append(known.values[0].cpu())
-        given.append(token_mask(known.mask, model.config.patch)[0].cpu())
-    return pack(values, model.config.patch).tokens, torch.cat(given)
+def drawn_data(cfg: Config, model: LatentVideoModel) -> Data:
+    """Curated pairs, from a folder or out of the built-in world; held-out ones are drawn."""
+    clips = load_pairs(cfg.data) if cfg.data else draw_clips("curated", cfg.clips, seed=cfg.seed)
+    held_out = draw_clips("curated", cfg.fit.held_out, seed=cfg.seed + 1_000_003, shape=DEMO_CLIP)
+    pairs, held, asked = encode_pairs(model, clips), encode_pairs(model, held_out), make_prompts(4, seed=cfg.seed, split="eval", two_objects=0.0)
+    report = [f"{len(clips):,} clips, none dropped; {sum(pairs.num_tokens(model.patch)):,} tokens"]
+    return Data(pairs, range(len(pairs)), held, range(len(held)), 12.0, clips.fingerprint(), report, asked)
 
 
-def pack_loss(fit: Fit, model: LatentVideoModel, pairs: Pairs, clips: int, part: tuple[Sequence[int], torch.Generator]) -> Iterator[Loss]:
-    """The error of a pack, as its share of a step of `clips` clips. part: which S pairs are in the pack, and the generator of their noise."""
-    rows, generator = part
-    packed = pack([pairs.latents[j] for j in rows], model.config.patch)  # tokens [N,c]
-    dropped = torch.rand(len(rows), generator=generator) < fit.text_dropout  # [S]
-    cond = model.encode_text(["" if drop else pairs.texts[j] for j, drop in zip(rows, dropped.tolist(), strict=True)])
-    values, given = packed.tokens, torch.zeros(packed.segments.total, dtype=torch.bool)  # [N,c], [N]
-    if fit.conditions:
-        values, given = packed_conditions(fit, model, pairs, rows, generator)
-    if fit.token_drop:
-        rates = fit.token_drop * torch.rand(len(rows), generator=generator)  # [S]
-        kept = kept_tokens(packed.segments, rates, generator)  # [K]
-        packed, values, given = take_tokens(packed, kept), values[kept], given[kept]  # N is K from here on
-    t = stratified_logit_normal(model.path, len(rows), shift=fit.time_shift, generator=generator)  # [S]
-    t_token = packed.segments.spread(t)  # [N]
-    eps = torch.randn(packed.tokens.shape, generator=generator)  # [N,c]
-    x_t, target = add_noise(model.path, packed.tokens, eps, t_token), model.path.velocity(packed.tokens, eps, t_token)  # [N,c] each
-    if fit.conditions:
-        level = packed.segments.spread(model.path.t_max * fit.condition_noise * torch.rand(len(rows), generator=generator))  # [N]
-        x_t = torch.where(given[:, None], add_noise(model.path, values, eps, level), x_t)
-        t = torch.where(given, level, t_token)  # [N]
-    device = model.device
-    route = choose_route(packed.segments, [fit.routed] * len(rows), between=middle(model.config.depth), generator=generator) if fit.routed else None
-    u = model.network(x_t.to(device), packed.positions.to(device), packed.segments, t.to(device), *packed_text(cond), route)  # [N,c]
-    segment, learned = packed.segments.ids, packed.segments.mean((~given).float()) > 0  # [N], [S] a clip may have dropped all that is not given
-    error = packed_clip_error(u, target.to(device), segment.to(device), len(rows), keep=~given.to(device))  # [S]
-    loss = flow_matching(error, valid=learned.to(device))
-    yield Loss(loss.value * (float(learned.sum()) / clips), loss.stats)
+def folder_data(cfg: Config, run: Run, model: TrainableModel, folder: Path) -> Data:
+    """The clips of a folder, encoded where they are not yet, some of them held out."""
+    encoded = encode_folder(
+        model,
+        folder,
+        cfg.cache,
+        lineage=lineage_of(cfg.model, model),
+        windows=cfg.windows,
+        rank=run.accelerator.process_index,
+        ranks=run.processes,
+        wait=run.accelerator.wait_for_everyone,
+        quiet=run.quiet,
+    )
+    examples, report = encoded
+    learned, held_out = split(examples, cfg.fit.held_out, seed=cfg.seed)
+    told = [*report.lines(), f"{len(learned):,} examples are learned from, {len(held_out):,} are held out"]
+    return Data(examples, learned, examples, held_out, cut_for(model, cfg.windows).fps, examples.sha256, told)
+
+
+def data_of(cfg: Config, run: Run, model: TrainableModel) -> Data:
+    """Raises UserError where a family is given no clips."""
+    if cfg.data is not None and not is_pairs(cfg.data):
+        return folder_data(cfg, run, model, cfg.data)
+    if not isinstance(model, LatentVideoModel):
+        raise UserError("no clips, data: those of the built-in world are for the built-in model. Give a folder of captioned clips, --data FOLDER")
+    return drawn_data(cfg, model)
+
+
+def stream_data(cfg: Config, source: ClipStream) -> Data:
+    """Held-out examples of the beginning of a stream, which never gives them."""
+    examples = source.beginning()
+    learned, held_out = split(examples, cfg.fit.held_out, seed=cfg.seed)
+    source.without = frozenset(examples.sha256(row) for row in held_out)
+    sha256 = hashlib.sha256("".join(map(examples.sha256, range(len(examples)))).encode()).hexdigest()
+    report = [f"a stream; of its first {len(examples):,} examples {len(held_out):,} are held out"]
+    return Data(examples, learned, examples, held_out, source.cut.fps, sha256, report)
+
+
+# The run
 
 
 def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: Pairs) -> None:
-    """Fits `model.network` to `pairs`; leaves the averaged weights in it. Raises UserError where tokens are to skip the middle of a network that has none."""
+    """Fits the built-in `model.network` to pairs in memory, without looking at more than the held-out loss; leaves the averaged weights in it."""
     if fit.routed:
         middle(model.config.depth)
-    optimizer = build_optimizer(model.network, fit.optimizer, lr=fit.lr)
-    schedule = warmup_cosine(optimizer, fit.iterations)
-    average = EMA(model.network, fit.ema_decay)
-    for name, thing in (("network", model.network), ("optimizer", optimizer), ("schedule", schedule), ("average", average)):
-        run.register(name, thing)
-    run.count_forwards(model.network)
-    lengths = pairs.num_tokens(model.config.patch)
-    sampler = PackSampler(lengths, fit.capacity, seed=run.seed)
+    velocities = Velocities(model)
+    lesson = Lesson(fit, run, velocities, pairs, range(len(pairs)), packs=fit.packs, balanced=False)
 
-    for i in run.iterations(fit.iterations, save_every=fit.save_every, label="sft"):
-        chosen = [sampler[i * fit.packs + k] for k in range(fit.packs)]  # packs times S clips
-        clips = sum(map(len, chosen))
-        packs = [(rows, run.generator("noise", i * fit.packs + k)) for k, rows in enumerate(chosen)]
-        losses = run.backward_each(optimizer, partial(pack_loss, fit, model, pairs, clips), run.share(packs))
-        rate = optimizer.param_groups[0]["lr"]
-        norm = run.step(optimizer, fit.max_grad_norm, schedule)
-        average.update()
-        tokens = sum(lengths[j] for rows in chosen for j in rows)
-        run.log(loss=torch.stack([loss.value for loss in losses]).sum(), grad_norm=norm, learning_rate=rate, clips=clips, tokens=tokens)
-        if (i + 1) % fit.evaluate_every == 0 or i + 1 == fit.iterations:
-            with average.swap(), run.looking():
-                errors = held_out_losses(model, held_out, run.generator("held out", 0))
-            run.log(held_out_loss=errors.mean(), held_out_loss_low_noise=errors[:2].mean(), held_out_loss_high_noise=errors[-2:].mean())
-    average.apply()
+    def look(number: int, average: EMA) -> None:
+        with average.swap(), run.looking():
+            errors = held_out_losses(model, held_out, run.generator("held out", 0))
+        run.log(held_out_loss=errors.mean(), held_out_loss_low_noise=errors[:2].mean(), held_out_loss_high_noise=errors[-2:].mean())
+
+    run.register("network", model.network)
+    run.count_forwards(model.network)
+    fit_network(fit, run, model.network, lesson.step, look)
+
+
+def load_to_train(cfg: Config, device: torch.device) -> TrainableModel:
+    """The model with what trains of it: an adapter, or all weights. Raises UserError for what does not go together."""
+    if cfg.nf4 and not cfg.lora_rank:
+        raise UserError("weights in four bits do not train, nf4. Give lora_rank, or leave nf4 off")
+    if cfg.stream and (cfg.data or cfg.shard):
+        raise UserError("a stream stands in place of data, and is not sharded, stream. Leave data and shard out")
+    if cfg.dora and not cfg.lora_rank:
+        raise UserError("dora is a kind of LoRA. Give lora_rank, or leave dora off")
+    model = load_model(cfg.model, device=device, nf4=cfg.nf4, recompute=cfg.recompute)
+    if cfg.model is not None and not isinstance(model, LatentVideoModel) and (cfg.merged or not cfg.lora_rank):
+        check_can_save(cfg.model, cfg.out / CHECKPOINT)
+    if isinstance(model, LatentVideoModel):
+        if cfg.fit.routed:
+            middle(model.config.depth)
+    elif cfg.fit.token_drop or cfg.fit.routed or cfg.fit.condition_noise:
+        raise UserError("fit.token_drop, fit.routed and fit.condition_noise are for the built-in model. Leave them out")
+    if cfg.lora_rank:
+        targets = model.lora_targets + (model.mlp_targets if cfg.mlp else ())
+        model.network = add_lora(model.network, rank=cfg.lora_rank, alpha=cfg.lora_rank, targets=targets, seed=cfg.seed, dora=cfg.dora)
+    else:
+        model.network.requires_grad_(True)
+    if cfg.compiled:
+        compile_blocks(model.network)
+    return model
+
+
+def validation_of(cfg: Config, velocities: Velocities, data: Data) -> Validation:
+    """The held-out clips at fixed noise, at the shift that clips of their size are trained with."""
+    tokens = [num_tokens(data.held.shapes[row], velocities.model.patch) for row in data.held_out]
+    return Validation(velocities, data.held, data.held_out, cfg.seed, shifts(cfg.fit, tokens), capacity=cfg.fit.capacity)
+
+
+def samples_of(cfg: Config, model: TrainableModel, data: Data) -> tuple[Conditioning, Sampler]:
+    """What the samples show, encoded once, and how they are made: of the size of the first held-out clip."""
+    prompts = cfg.samples.prompts or [prompt.text for prompt in data.asked] or list(dict.fromkeys(data.held.texts[row] for row in data.held_out))[:4]
+    guidance = cfg.samples.guidance or (1.0 if isinstance(model, LatentVideoModel) else 5.0)
+    size = pixels(model.latents, data.held.shapes[data.held_out[0]])
+    sampler = Sampler(steps=cfg.samples.steps, guidance=guidance, fps=data.fps, frames=size.frames, height=size.height, width=size.width, batch=1)
+    check_sampler(model, sampler)
+    return encode_prompts(model, prompts), sampler
+
+
+class Looks:
+    """What is looked at on the way: held-out clips on the weights as they are and on their average, and samples of the average."""
+
+    def __init__(self, cfg: Config, run: Run, validation: Validation, data: Data) -> None:
+        model = validation.velocities.model
+        self.cfg, self.run, self.validation, self.asked = cfg, run, validation, () if cfg.samples.prompts else data.asked
+        self.cond, self.sampler = samples_of(cfg, model, data)
+
+    def __call__(self, number: int, average: EMA) -> None:
+        """After so many steps."""
+        fit, run, right = self.cfg.fit, self.run, None
+        with run.looking():
+            raw = self._summary()
+            with average.swap():
+                averaged = self._summary()
+                if number // fit.evaluate_every % self.cfg.samples.every == 0 or number == fit.iterations:
+                    right = self._samples(number)
+        if run.is_main:
+            append_look(run.out, Look(number, raw, averaged, right))
+            write_page(run.out)
+        told = {} if right is None else {"right": right}
+        losses = {"held_out_loss_low_noise": averaged.low_noise, "held_out_loss_high_noise": averaged.high_noise}
+        run.log(held_out_loss=averaged.mean, held_out_loss_raw=raw.mean, **losses, **told)
+
+    def _summary(self) -> Summary:
+        with self.run.whole():
+            errors = self.validation.errors() if self.cfg.shard else self.validation.errors(share=self.run.share, gather=self.run.gather)
+        return self.validation.summary(errors)
+
+    def _samples(self, number: int) -> float | None:
+        sheet = self.run.out / "samples" / f"{number:06d}.png"
+        draw = partial(sample_grid, self.validation.velocities.model, self.cond, self.sampler, seed=self.cfg.seed, sheet=sheet, asked=self.asked)
+        with self.run.whole():
+            return self.run.on_main(lambda: draw().right)
+
+
+def tell(cfg: Config, run: Run, data: Data, lesson: Lesson, source: ClipStream | None) -> None:
+    """Tries the costliest micro-batch, and reports what is ahead, on the terminal and as `data.json`."""
+    rows = lesson.costliest()
+    loss = micro_batch(cfg.fit, lesson.velocities, lesson.examples, 1.0, (rows, run.generator("dry run", 0)))
+    seconds = dry_run(run, lesson.velocities, [lesson.examples.shapes[row] for row in rows], loss)
+    clips = source.step if source else statistics.fmean(sum(map(len, lesson.chosen(i))) for i in range(16))
+    flops = cfg.fit.iterations * clips * statistics.fmean(lesson.flops.values())
+    left = duration(seconds / sum(lesson.flops[row] for row in rows) * flops / run.processes)
+    epochs = "" if source else f"{cfg.fit.iterations * clips / len(lesson.rows):.1f} epochs, "
+    report = [*data.report, f"{cfg.fit.iterations:,} steps, {epochs}{flops:.2e} FLOPs; about {left}, without looks at held-out clips"]
+    if run.is_main:
+        print(*(f"sft: {line}" for line in report), sep="\n", file=sys.stderr, flush=True)
+        atomic_write(cfg.out / "data.json", (json.dumps({"report": report, "sha256": data.sha256}, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
-    model = load_tiny(cfg.base).to(run.device)
-    if cfg.lora_rank:
-        model.network = add_lora(model.network, rank=cfg.lora_rank, alpha=cfg.lora_rank, seed=cfg.seed)
-    filters = read_lineage(cfg.pairs)
+    model = load_to_train(cfg, run.device)
+    source = stream_of(cfg.stream, model, cut_for(model, cfg.windows), seed=cfg.seed) if cfg.stream else None
+    data = stream_data(cfg, source) if source else data_of(cfg, run, model)
+    before = folder_data(cfg, run, model, cfg.remember.data) if cfg.remember.data else None
+    filters = read_lineage(cfg.data)
     run.note("safety", filters)
-    clips = load_pairs(cfg.pairs) if cfg.pairs else draw_clips("curated", cfg.clips, seed=cfg.seed)
-    held_out = draw_clips("curated", cfg.fit.held_out, seed=cfg.seed + 1_000_003, shape=ClipShape(13, 32, 32))
-    train(cfg.fit, run, model, encode_pairs(model, clips), encode_pairs(model, held_out))
-    if cfg.lora_rank:
-        model.network = merge(model.network)
-    weights = cfg.out / "network.safetensors"
-    loss = float(held_out_losses(model, encode_pairs(model, held_out), run.generator("held out", 0)).mean())
-    measured, data = {"held_out_loss": loss}, clips.fingerprint()
-    write_card(weights, lambda path: save_network(path, model), recipe="sft", cfg=cfg, data=data, seconds=run.seconds, measured=measured, safety=filters)
-    return {"weights": str(weights), "sha256": file_hash(weights), "held_out_loss": loss, "wall_seconds": round(time.monotonic() - started, 1)}
+    run.note("data_sha256", data.sha256)
+
+    velocities, counter = Velocities(model), FlopCounter(model)
+    looks = Looks(cfg, run, validation_of(cfg, velocities, data), data)
+    known = Lesson(cfg.fit, run, velocities, data.examples, data.learned, packs=cfg.fit.packs, counter=counter, balanced=cfg.data is not None)
+    lesson = StreamLesson(cfg.fit, run, velocities, source, counter=counter) if source else known
+    remembered = before and Lesson(cfg.fit, run, velocities, before.examples, before.learned, packs=cfg.remember.packs, counter=counter, stream="remembered noise")
+    if cfg.shard:
+        run.shard(velocities.network)
+    tell(cfg, run, data, known, source)
+    run.register("network", model.network, trainable_only=bool(cfg.lora_rank))
+    if source:
+        run.register("stream", source)
+    run.count_forwards(velocities.network)
+
+    def plan(i: int) -> Step:
+        step = lesson.step(i)
+        return with_remembered(step, remembered.step(i), cfg.remember.weight) if remembered else step
+
+    speed = Speed(run.processes * peak_flops(run.device).rate, lambda: lesson.waited, partial(peak_memory, run.device))
+    fit_network(cfg.fit, run, velocities.network, plan, looks, fused=not isinstance(model, LatentVideoModel), speed=speed)
+
+    run.unshard()
+    found = read_looks(cfg.out)[-1].averaged
+    measured = {"held_out_loss": found.mean if found else None}
+    weights, sha256 = run.on_main(partial(export, cfg, model, run.seconds, data, filters, measured))
+    return {"weights": str(weights), "sha256": sha256, **measured, "wall_seconds": round(time.monotonic() - started, 1)}
+
+
+def export(cfg: Config, model: TrainableModel, seconds: float, data: Data, filters: Sequence[Mapping[str, Any]], measured: Mapping[str, object]) -> tuple[Path, str]:
+    """Writes what was trained, with its card, and returns where and its hash: the built-in network with its adapter merged; a family's adapter, or all of it as a checkpoint."""
+    with_card: dict[str, Any] = {"recipe": "sft", "cfg": cfg, "data": data.sha256, "seconds": seconds, "measured": measured, "safety": filters}
+    if isinstance(model, LatentVideoModel):
+        if cfg.lora_rank:
+            model.network = merge(model.network)
+        weights = cfg.out / NETWORK
+        write_card(weights, lambda path: save_network(path, model), **with_card)
+        return weights, file_hash(weights)
+    assert cfg.model is not None, "a family is loaded from somewhere"
+    adapter = save_policy(model, cfg.out, source=cfg.model, **with_card) if cfg.lora_rank else None
+    if adapter is None or cfg.merged:
+        checkpoint = save_checkpoint(model, cfg.model, cfg.out / CHECKPOINT, data_licence=cfg.data_licence, **with_card)
+    return (adapter, file_hash(adapter)) if adapter else (checkpoint, model_lineage(checkpoint))

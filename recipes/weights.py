@@ -19,6 +19,31 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def lineage_of(files: Sequence[tuple[str, Path]]) -> str:
+    """sha256 of files under their names."""
+    told = hashlib.sha256()
+    for name, file in files:
+        told.update(f"{name} {file_hash(file)}\n".encode())
+    return told.hexdigest()
+
+
+def about_training(*, recipe: str, cfg: Config, data: str, seconds: float, measured: Mapping[str, object], safety: Sequence[Mapping[str, object]]) -> dict[str, Any]:
+    """What a card says of how something was made: the command, the configuration without paths, commit and versions, data, time, and what was measured (`write_card`)."""
+    about = resolved(cfg)
+    about["config"] = {key: value for key, value in leaves(dump(cfg)).items() if key not in path_keys(type(cfg))}
+    defaults = leaves(dump(type(cfg)()))
+    overrides = "".join(f" --{key} {value}" for key, value in about["config"].items() if value != defaults.get(key))
+    return {
+        "command": f"rushes {recipe}{overrides}",
+        "seed": getattr(cfg, "seed", None),
+        "data_sha256": data,
+        "wall_seconds": round(seconds, 1),
+        "measured": dict(measured),
+        "safety": list(safety),
+        **about,
+    }
+
+
 def write_card(
     path: Path,
     save: Callable[[Path], object],
@@ -29,28 +54,15 @@ def write_card(
     seconds: float,
     measured: Mapping[str, object],
     safety: Sequence[Mapping[str, object]] = (),
+    base: Mapping[str, object] | None = None,
 ) -> None:
     """Saves weights to `path` with `save` and a card beside them (`x.json` for `x.safetensors`).
 
-    `data` is the hash of the training data, `seconds` the wall time of the training, `safety` the filters that looked at what it learned from.
+    `data` is the hash of the training data, `seconds` the wall time of the training, `safety` the filters that looked at what it learned from, `base` what an adapter goes onto.
     """
-    about = resolved(cfg)
-    about["config"] = {key: value for key, value in leaves(dump(cfg)).items() if key not in path_keys(type(cfg))}
-    defaults = leaves(dump(type(cfg)()))
-    overrides = "".join(f" --{key} {value}" for key, value in about["config"].items() if value != defaults.get(key))
+    about = about_training(recipe=recipe, cfg=cfg, data=data, seconds=seconds, measured=measured, safety=safety)
     save(path)
-    card = {
-        "file": path.name,
-        "sha256": file_hash(path),
-        "bytes": path.stat().st_size,
-        "command": f"rushes {recipe}{overrides}",
-        "seed": getattr(cfg, "seed", None),
-        "data_sha256": data,
-        "wall_seconds": round(seconds, 1),
-        "measured": dict(measured),
-        "safety": list(safety),
-        **about,
-    }
+    card = {"file": path.name, "sha256": file_hash(path), "bytes": path.stat().st_size, **({} if base is None else {"base": dict(base)}), **about}
     atomic_write(path.with_suffix(".json"), (json.dumps(card, indent=2, sort_keys=True) + "\n").encode())
 
 

@@ -2,6 +2,7 @@
 
 diffusers: keys `transformer.<module>.lora_A.weight`, rank and alpha in the header (`lora_adapter_metadata`). ComfyUI: `diffusion_model.<module>`, by the names of the
 original code; its B holds the factor alpha / rank, which not every reader of such a file knows of. Layers that are one there get one pair of the sum of their ranks.
+A DoRA has the norms of its outputs' weights too, `lora_magnitude_vector`, by peft's name, which diffusers reads; for ComfyUI it is merged into the network instead.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ HEADER = "lora_adapter_metadata"
 FAMILY = "network"
 """Where a file says the class of the transformer: CogVideoX 5B and Mochi have layers of the same names and sizes."""
 PEFT = "base_model.model."
-UNREAD = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")  # what changes how a LoRA is scaled or computed
+UNREAD = ("rank_pattern", "alpha_pattern", "use_rslora", "lora_bias")  # what changes how a LoRA is scaled or computed
 EXPERTS = {"transformer.": "high_noise", "transformer_2.": "low_noise"}
 """Names of the parts of a network of two experts, which are diffusers' prefixes too -> what ComfyUI's users call them."""
 REFINER, THEIR_REFINER = r"context_embedder\.token_refiner\.refiner_blocks\.(\d+)\.", r"txt_in.individual_token_refiner.blocks.\1."
@@ -71,7 +72,8 @@ def save_lora(model: VideoModel, file: Path, *, comfy: bool = False) -> list[Pat
 
     diffusers: `pipe.load_lora_weights(file)`. Of two experts that reads the first alone; the second, with its alpha, is
     `pipe.transformer_2.load_lora_adapter(file, prefix="transformer_2", use_safetensors=True)`.
-    comfy: of two experts each gets a file of its own, <name>_high_noise and <name>_low_noise. Raises UserError where there is no adapter, or no name for a layer of it.
+    comfy: of two experts each gets a file of its own, <name>_high_noise and <name>_low_noise. Raises UserError where there is no adapter, or no name for a layer of it, and
+    for a DoRA there.
     """
     network: Any = model.network
     if not hasattr(network, "peft_config"):
@@ -85,8 +87,11 @@ def save_lora(model: VideoModel, file: Path, *, comfy: bool = False) -> list[Pat
         for prefix, keys in parts.items():
             modules = sorted({_module(key.removeprefix(prefix)) for key in keys})
             header |= {f"{prefix}r": config.r, f"{prefix}lora_alpha": config.lora_alpha, f"{prefix}target_modules": modules}
+            header |= {f"{prefix}use_dora": True} if config.use_dora else {}
         save_weights(file, tensors, {"format": "pt", FAMILY: _family(network), HEADER: json.dumps(header, sort_keys=True)})
         return [file]
+    if config.use_dora:
+        raise UserError(f"cannot write {file}: a DoRA is not written for ComfyUI here. Save it in diffusers' format, or merge it and give ComfyUI the network")
     files = []
     for prefix, keys in parts.items():
         base = network.get_base_model()
@@ -112,23 +117,22 @@ def load_lora(model: Any, file: Path) -> None:
     for key, tensor in sorted(tensors.items()):
         name = key if _is_pair(base) else key.removeprefix("transformer.")
         layer = _layer(base, _module(name))
-        end = re.search(r"\.lora_([AB])\.weight$", key)
-        inner = None if layer is None or end is None else layer.in_features if end[1] == "A" else layer.out_features
-        if end is None or inner is None or not key.startswith(tuple(EXPERTS)) or tensor.dim() != 2 or tensor.shape[end[1] == "A"] != inner:
+        end = re.search(r"\.lora_(?:([AB])\.weight|magnitude_vector)$", key)
+        if layer is None or end is None or not key.startswith(tuple(EXPERTS)) or not _fits(layer, end[1], tensor):
             shape = "x".join(map(str, tensor.shape))
             raise UserError(f"{file} is the adapter of another model: {key} ({shape}) does not fit. Give one that was made for this model, in diffusers' format")
-        ranks.add(tensor.shape[end[1] == "B"])
+        ranks |= {tensor.shape[end[1] == "B"]} if end[1] else set()
         alphas.add(header.get(f"{key.split('.')[0]}.lora_alpha"))
         found[f"{PEFT}{name}"] = tensor
     modules = {_module(key.removeprefix(PEFT)) for key in found}
-    if len(ranks) != 1 or len(alphas) != 1 or len(found) != 2 * len(modules):
-        raise UserError(
-            f"{file} holds {len(ranks)} ranks, {len(alphas)} alphas and {len(found)} tensors of {len(modules)} layers. Give an adapter of one rank, of two tensors a layer"
-        )
+    dora = any(name.endswith("use_dora") and value for name, value in header.items()) or any(key.endswith("magnitude_vector") for key in found)
+    if len(ranks) != 1 or len(alphas) != 1 or len(found) != (3 if dora else 2) * len(modules):
+        wanted = "of three tensors a layer, as a DoRA has" if dora else "of two tensors a layer"
+        raise UserError(f"{file} holds {len(ranks)} ranks, {len(alphas)} alphas and {len(found)} tensors of {len(modules)} layers. Give an adapter of one rank, {wanted}")
     (rank,), (alpha,) = ranks, alphas
     alpha = rank if alpha is None else alpha  # what diffusers takes where a file does not say
     if not wrapped:
-        network = add_lora(network, rank=rank, alpha=alpha, targets="|".join(map(re.escape, sorted(modules))))
+        network = add_lora(network, rank=rank, alpha=alpha, targets="|".join(map(re.escape, sorted(modules))), dora=dora)
     config, there = network.peft_config[TRAINED], adapter_state(network)
     if found.keys() != there.keys() or (config.r, config.lora_alpha) != (rank, alpha):
         raise UserError(f"{file} (rank {rank}, alpha {alpha}, {len(found)} tensors) is not of the adapter that is there (rank {config.r}, alpha {config.lora_alpha}, {len(there)})")
@@ -139,6 +143,13 @@ def load_lora(model: Any, file: Path) -> None:
 def _module(key: str) -> str:
     """`blocks.0.attn1.to_q` of `blocks.0.attn1.to_q.lora_A.weight`."""
     return key.rsplit(".lora_", 1)[0]
+
+
+def _fits(layer: nn.Linear, side: str | None, tensor: Tensor) -> bool:
+    """Whether A [r,in], B [out,r] or, where `side` is None, a magnitude [out] is of that layer."""
+    if side is None:
+        return tensor.shape == (layer.out_features,)
+    return tensor.dim() == 2 and tensor.shape[side == "A"] == (layer.in_features if side == "A" else layer.out_features)
 
 
 def _prefixed(name: str) -> str:

@@ -57,6 +57,10 @@ class HunyuanVideoModel:
         return LORA_TARGETS
 
     @property
+    def mlp_targets(self) -> tuple[str, ...]:
+        return MLP_TARGETS
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 

@@ -55,6 +55,10 @@ class LTXVideoModel:
         return LORA_TARGETS
 
     @property
+    def mlp_targets(self) -> tuple[str, ...]:
+        return MLP_TARGETS
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 

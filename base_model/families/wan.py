@@ -82,6 +82,10 @@ class WanVideoModel:
         return LORA_TARGETS
 
     @property
+    def mlp_targets(self) -> tuple[str, ...]:
+        return MLP_TARGETS
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
@@ -111,12 +115,11 @@ class WanVideoModel:
         return obey(lambda x, times: ask(x, times.reshape(len(x), -1)), self.path, self.network.config.patch_size, x_t, t, cond.known)
 
     def states(self, cond: Conditioning) -> tuple[Tensor, Tensor | None]:
-        """The texts [B,L,D] and images [B,M,E] that the network is told."""
-        dtype = self.network.dtype
-        text, image = cond.text.where(cond.mask[..., None], 0).to(dtype), None if cond.image is None else cond.image.to(dtype)  # [B,L,D], [B,M,E]
-        if image is not None:
+        """The texts [B,L,D] and images [B,M,E] that the network is told, in the precision they have."""
+        text = cond.text.where(cond.mask[..., None], 0)  # [B,L,D]
+        if cond.image is not None:
             text = pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1]))  # [B,512,D]: the network takes what is more for the image
-        return text, image
+        return text, cond.image
 
     def _velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """t [B], or one a token [B,n]. Raises UserError for a clip that is no whole number of patches."""
@@ -124,8 +127,9 @@ class WanVideoModel:
         if any(size % side for size, side in zip(x.shape[2:], patch, strict=True)):
             side = patch[1] * self.latents.space_stride
             raise UserError(f"Wan reads latents in patches, and {x.shape[3]}x{x.shape[4]} of them make no whole number. Give clips whose height and width are multiples of {side}")
-        text, image = self.states(cond)
-        told = {"hidden_states": x.to(self.network.dtype), "timestep": 1000 * t, "encoder_hidden_states": text, "encoder_hidden_states_image": image}
+        (text, image), dtype = self.states(cond), self.network.dtype
+        image = None if image is None else image.to(dtype)
+        told = {"hidden_states": x.to(dtype), "timestep": 1000 * t, "encoder_hidden_states": text.to(dtype), "encoder_hidden_states_image": image}
         u: Tensor = self.network(**told, return_dict=False)[0]
         return u.float()
 

@@ -4,7 +4,8 @@ The sequence goes through the network's own layers and blocks, so LoRA, four bit
 is replaced: by `packed_attention` where it is given `Places` or `Texts`; elsewhere, as in sampling, it stays what it was.
 
 Texts are as long as their `Conditioning` says, 512 tokens by Wan's own encoder: the network looks at the zeros behind a prompt, and equality asks for the same here.
-What it costs beside a dense batch of one time a row: every token has six modulation vectors of its own, in float32, as in TI2V. Checkpointed blocks keep none.
+What it costs beside a dense batch of one time a row: every token has six modulation vectors of its own, in float32, as in TI2V, but where all clips are as long as each other.
+Checkpointed blocks keep none.
 
 Letters: S clips, N tokens of all clips together, c values of a token, w width of the network, h heads, d width of a head, M text tokens of all clips together, D text width.
 """
@@ -67,14 +68,14 @@ class PackedProcessor:
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Tensor | None = None, rotary_emb: Any = None) -> Tensor:
         if isinstance(rotary_emb, Places):
-            found = _self_attention(attn, hidden_states[0], rotary_emb)  # [N,w]
+            found = _self_attention(attn, hidden_states.flatten(0, 1), rotary_emb)  # [N,w]
         elif isinstance(encoder_hidden_states, Texts):
-            found = _cross_attention(attn, hidden_states[0], encoder_hidden_states)  # [N,w]
+            found = _cross_attention(attn, hidden_states.flatten(0, 1), encoder_hidden_states)  # [N,w]
         else:
             dense: Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             return dense
         out: Tensor = attn.to_out[1](attn.to_out[0](found))
-        return out[None]  # [1,N,w]
+        return out.unflatten(0, hidden_states.shape[:2])  # as it came, [1,N,w] or [S,n,w]
 
 
 def _heads(x: Tensor, attn: Any) -> Tensor:
@@ -126,13 +127,18 @@ class PackedWan(nn.Module):
         level, row = (t, segments.ids.to(t.device)) if len(t) == len(segments) else t.unique(return_inverse=True)  # [R], [N]
         image = None if image is None else image.to(dtype)
         time, modulation, states, image = core.condition_embedder(1000 * level, text.to(dtype), image)  # [R,w], [R,6w], [M,w], [S,m,w]
-        beside = Texts(states, text_segments, image, segments), modulation.unflatten(1, (6, -1))[row][None], _places(core.rope, positions, segments)
+        modulation, ends = modulation.unflatten(1, (6, -1)), core.scale_shift_table + time[:, None]  # [R,6,w], [R,2,w]
         x = core.patch_embedding(_in_a_row(tokens.to(dtype), patch)).flatten(2).transpose(1, 2).contiguous()  # [1,N,w]
+        if len(t) == len(segments) and len(segments.stretches) == 1:  # clips as long as each other, a time each: a batch, whose tokens share their clip's vectors
+            x, ends = x[0].unflatten(0, (len(segments), -1)), ends[:, None]  # [S,n,w], [S,1,2,w]
+        else:
+            modulation, ends = modulation[row][None], ends[row][None]  # [1,N,6,w], [1,N,2,w]
+        beside = Texts(states, text_segments, image, segments), modulation, _places(core.rope, positions, segments)
         again = core._gradient_checkpointing_func if core.gradient_checkpointing and torch.is_grad_enabled() else None
         for block in core.blocks:
-            x = block(x, *beside) if again is None else again(block, x, *beside)  # [1,N,w]
-        shift, scale = (core.scale_shift_table + time[:, None])[row].unbind(1)  # [N,w] each
-        u = core.proj_out((core.norm_out(x[0].float()) * (1 + scale) + shift).to(x.dtype))  # [N,c'] channels last
+            x = block(x, *beside) if again is None else again(block, x, *beside)  # [1,N,w] or [S,n,w]
+        shift, scale = ends.unbind(2)
+        u = core.proj_out((core.norm_out(x.float()) * (1 + scale) + shift).to(x.dtype)).flatten(0, 1)  # [N,c'] channels last
         return u.float().unflatten(1, (*patch, -1)).movedim(-1, 1).flatten(1)  # [N,c']
 
 

@@ -1,7 +1,8 @@
-"""Wan's published architectures with random weights: what a step costs can be measured without a checkpoint."""
+"""Wan with random weights: at its published sizes, so that what a step costs can be measured, and a whole checkpoint at toy size, so that commands can be tried."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,3 +47,43 @@ def _made(kind: Any, config: dict[str, Any], device: torch.device, dtype: torch.
     finally:
         torch.set_default_dtype(before)
     return made.requires_grad_(False).eval()
+
+
+# Toy size
+
+TOY_WORDS = ("a", "red", "blue", "ball", "cube", "circle", "rolls", "to", "the", "left", "right", "slowly", "and", "then", "stops")
+TOY_TRANSFORMER: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 64,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+TOY_VAE: dict[str, Any] = {"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+
+
+def toy_tokenizer() -> Any:
+    """T5's own class over a handful of words; what is none of them is unknown."""
+    from transformers import T5Tokenizer
+
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((f"\u2581{word}", -1.0) for word in TOY_WORDS)], extra_ids=0)
+
+
+def toy_text_encoder() -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(UMT5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, relative_attention_num_buckets=8)).eval()
+
+
+def save_toy(folder: str | Path, *, seed: int = 0) -> None:
+    """A text-to-video checkpoint of Wan's own classes, half a megabyte of random weights: whatever takes `wan2.1-1.3b` takes this folder, and runs in seconds on a CPU."""
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
+    torch.manual_seed(seed)
+    parts = toy_tokenizer(), toy_text_encoder(), AutoencoderKLWan(**TOY_VAE), FlowMatchEulerDiscreteScheduler(shift=3.0), WanTransformer3DModel(**TOY_TRANSFORMER)
+    WanPipeline(*parts).save_pretrained(folder)

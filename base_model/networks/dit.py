@@ -122,6 +122,8 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """tokens (N,c), positions (N,3), segments, t (S,) or (N,), text (M,D), text segments -> velocity (N,c)."""
 
+    _repeated_blocks = ("Block",)
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         check_heads(config)

@@ -6,6 +6,7 @@ A dense batch is the special case of S equal segments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,7 +138,7 @@ def pack(clips: Sequence[Tensor], patch: Patch) -> Packed:
 
 def unpack(tokens: Tensor, clips: Sequence[Tensor], patch: Patch) -> list[Tensor]:
     """[N, c] -> one [C,F,H,W] per clip, shaped like `clips`."""
-    parts = tokens.split([len(grid_positions(token_grid(clip.shape, patch))) for clip in clips])
+    parts = tokens.split([math.prod(token_grid(clip.shape, patch)) for clip in clips])
     return [unpatchify(part[None], clip.shape[0], token_grid(clip.shape, patch), patch)[0] for part, clip in zip(parts, clips, strict=True)]
 
 

@@ -73,6 +73,8 @@ class Block(nn.Module):
 class UViT(nn.Module):
     """tokens (N,c), positions (N,3), segments, t (S,) or (N,), text (M,D), text segments -> velocity (N,c). Called like `dit.DiT`."""
 
+    _repeated_blocks = ("Block",)
+
     def __init__(self, config: UViTConfig) -> None:
         super().__init__()
         check_heads(config)

@@ -23,9 +23,10 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, LatentVideoModel, build_network, load_codec, load_tiny, save_network
 from recipes.bench.networks import Size, architecture
 from recipes.evaluate import clip_seeds
+from recipes.fit import Fit
 from recipes.generate import Sampler, network_lineage, sample
 from recipes.pairs import Pairs
-from recipes.sft import METRICS, Fit, train
+from recipes.sft import METRICS, train
 from recipes.shapes.judge import in_frame, judge
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.weights import file_hash

@@ -211,7 +211,7 @@ def learn_skew(cfg: Config, start: Start, out: Path) -> dict[str, Any]:
     """The base: the start, fine-tuned on data with the planted skew."""
     clips = skewed_pairs(cfg.pairs, cfg.planted, "colour", seed=DATA_SEED)
     save_pairs(out / "data", clips)
-    settings = sft.Config(out=out / "run", seed=cfg.seed, base=start.model, pairs=out / "data", fit=cfg.fit)
+    settings = sft.Config(out=out / "run", seed=cfg.seed, model=start.model, data=out / "data", fit=cfg.fit)
     result = sft.main(settings, resume=(out / "run" / "run.json").exists())
     return {"clips": len(clips), "held_out_loss": result.get("held_out_loss")}
 

@@ -8,14 +8,13 @@ After the last round both learn from one epoch of trl's own samples, tensor for 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from recipes.bench import _ddpo_worker, _trl_worker
 from recipes.bench._ddpo_worker import Spec
 from recipes.bench._results import Bench, Row, check_can_end, here, paired_ratio, spread, write
 from recipes.bench._stable_diffusion import save_tiny
+from recipes.bench._workers import Worker, worker
 from recipes.shapes.prompts import make_prompts
 
 TORCH = "torch==2.13.0"  # by itself first, so that no other torch comes with trl
@@ -113,44 +113,6 @@ def _last_line(error: OSError | subprocess.CalledProcessError) -> str:
 
 
 # Processes that take turns
-
-
-@dataclass
-class Worker:
-    """A process that answers orders."""
-
-    name: str
-    process: subprocess.Popen[str]
-    log: Path
-
-    def ask(self, do: str, **order: object) -> dict[str, Any]:
-        """Raises UserError where the process has ended."""
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # `answer` says why
-            print(json.dumps({"do": do, **order}), file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            said = [text for text in self.log.read_text().splitlines() if text.strip()]
-            raise UserError(f"the process of {self.name!r} ended: {said[-1] if said else 'it said nothing'}. See {self.log}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-
-@contextmanager
-def worker(name: str, words: Sequence[str], spec: Spec, log: Path) -> Iterator[Worker]:
-    """Starts a process; it ends with the block. One arena of memory: with more, what one thread frees is not there for the next."""
-    surroundings = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1"}
-    with open(log, "w") as errors:
-        process = subprocess.Popen([*words, spec.model_dump_json()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=surroundings)
-    try:
-        yield Worker(name, process, log)
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @dataclass(frozen=True)

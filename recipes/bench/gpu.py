@@ -38,6 +38,7 @@ from align.windows import fixed_window
 from base_model.errors import UserError
 from base_model.families.wan import TEXT_TOKENS, WanVideoModel
 from base_model.families.wan_random import T2V_1_3B, VAE_2_1, random_transformer, random_vae
+from base_model.flops import PEAKS
 from base_model.guidance import Guided
 from base_model.lora import add_lora
 from base_model.networks.attention import Backend, attention_backend
@@ -54,7 +55,6 @@ from recipes.grpo import Policy, lessons_of, losses_of
 
 Part = Literal["ceiling", "sft", "rl", "packing", "variants"]
 PARTS: tuple[Part, ...] = ("ceiling", "sft", "rl", "packing", "variants")
-PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bfloat16 FLOP/s as published, SXM
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 UNSUPPORTED = ("no available kernel", "not supported", "unsupported", "no viable backend", "not implemented", "no execution plan", "only supports")

@@ -47,9 +47,9 @@ from recipes.bench._trained import (
 )
 from recipes.bench.networks import Size
 from recipes.bench.strip import Shown, draw, judged
+from recipes.fit import Fit, held_out_errors
 from recipes.generate import Sampler, best_device, sample
 from recipes.pairs import Pairs, encode_pairs
-from recipes.sft import Fit, held_out_errors
 from recipes.shapes.dataset import ClipSet, draw_clips
 from recipes.shapes.judge import in_frame, judge
 from recipes.shapes.render import DEMO_CLIP, native_clips, render, sample_curated_pair, sample_scene

@@ -28,8 +28,9 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import CONFIGS, WEIGHTS, LatentCodec, LatentVideoModel, NetworkName, build_network, load_codec, packed_text
 from base_model.types import ClipShape
 from recipes.bench._results import Bench, Row, here, paired_ratio, spread, write
+from recipes.fit import Fit, held_out_losses
 from recipes.pairs import Pairs, encode_pairs
-from recipes.sft import METRICS, Fit, held_out_losses, train
+from recipes.sft import METRICS, train
 from recipes.shapes.dataset import draw_clips
 
 CLOSE = 0.02

@@ -330,10 +330,9 @@ def time_schemes(entrants: Sequence[Scheme], clips: Sequence[ClipShape], *, repe
 def measure(cfg: Config) -> list[Row]:
     """One row a scheme."""
     clips, entrants = mixed_clips(cfg.clips, cfg.seed), schemes(cfg.ranks)
-    try:
-        accounts = [account(entrant.plan(clips, cfg), clips, cfg) for entrant in entrants]
-    except ValueError as error:
-        raise UserError(f"clips: too few to measure, {error}. Give --clips {Config().clips}") from error
+    if cfg.clips < 10 * cfg.ranks:
+        raise UserError(f"clips: {cfg.clips} are too few to measure {cfg.ranks} ranks with. Give --clips {Config().clips}")
+    accounts = [account(entrant.plan(clips, cfg), clips, cfg) for entrant in entrants]
     time_schemes(entrants, mixed_clips(cfg.timed_clips, cfg.seed + 1), repeats=cfg.repeats)
     (reference,) = [entrant.seconds for entrant in entrants if entrant.name == REFERENCE]
     return [_row(entrant, found, reference) for entrant, found in zip(entrants, accounts, strict=True)]

@@ -30,9 +30,9 @@ from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._trained import HELD_OUT_SEED, PROMPT_SEED, Pace, Seeds, Trained, asked, first_model, kept, look_settings, looks, train_kept, training
 from recipes.bench.networks import Size, forward_flops
 from recipes.charts import Series, line_chart, page
+from recipes.fit import Fit, held_out_losses
 from recipes.generate import Sampler, best_device, network_lineage
 from recipes.pairs import Pairs, encode_pairs
-from recipes.sft import Fit, held_out_losses
 from recipes.shapes.dataset import draw_clips
 from recipes.shapes.judge import judge
 from recipes.shapes.render import DEMO_CLIP, render, sample_scene
@@ -332,9 +332,7 @@ def chart(found: Sequence[Point], law: PowerLaw, sampled: Sequence[Sampled], sam
 def shrunk(cfg: Config) -> Config:
     """The quick form: enough to see that everything runs, too little to learn anything from the numbers."""
     fit = cfg.fit.model_copy(update={"iterations": min(2, cfg.fit.iterations), "held_out": min(8, cfg.fit.held_out)})
-    return cfg.model_copy(
-        update={"seeds": cfg.seeds[:1], "budgets": (1, 2, 3), "clips": min(48, cfg.clips), "prompts": min(6, cfg.prompts), "sides": cfg.sides[:2], "fit": fit}
-    )
+    return cfg.model_copy(update={"seeds": cfg.seeds[:1], "budgets": (1, 2, 3), "clips": min(48, cfg.clips), "prompts": min(6, cfg.prompts), "sides": cfg.sides[:2], "fit": fit})
 
 
 def measure(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], list[str], str]:

@@ -124,5 +124,51 @@ def test_what_cannot_be_shared_is_refused() -> None:
         PackSampler([1], CAPACITY, seed=0, ranks=2, rank=2, costs=[1.0])
     with pytest.raises(ValueError, match="0 costs for 1 clips"):
         PackSampler([1], CAPACITY, seed=0, ranks=2)
-    with pytest.raises(ValueError, match="1 packs of 4000 tokens an epoch for 2 ranks"):
-        PackSampler([1, 1], CAPACITY, seed=0, ranks=2, costs=[1.0, 1.0]).step(0)
+    with pytest.raises(ValueError, match="1 buckets for 2 clips"):
+        PackSampler([1, 1], CAPACITY, seed=0, buckets=["a"])
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_fewer_packs_than_ranks_make_a_step_over_several_epochs(number: int) -> None:
+    packs = PackSampler([3_000] * number, CAPACITY, seed=0, ranks=RANKS, costs=[1.0] * number)
+    seen = np.zeros(number, dtype=int)
+    for i in range(20):
+        step = packs.step(i)
+        assert len(step) == RANKS and all(len(pack) == 1 for pack in step)
+        np.add.at(seen, [clip for pack in step for clip in pack], 1)
+        assert np.ptp(seen) <= 1
+
+
+# Buckets
+
+
+def in_buckets(number: int, ranks: int) -> tuple[PackSampler, list[int]]:
+    """Five shapes, of which the last has one clip alone."""
+    buckets = [4 if k == 0 else k * k % 4 for k in range(number)]
+    lengths = [(100, 250, 600, 1_700, 5_000)[bucket] for bucket in buckets]
+    return PackSampler(lengths, CAPACITY, seed=3, window=8, ranks=ranks, costs=quadratic(lengths), buckets=buckets), buckets
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_bucket_neither_drops_a_clip_nor_lets_one_wait(ranks: int) -> None:
+    number = 203
+    packs, buckets = in_buckets(number, ranks)
+    seen = np.zeros(number, dtype=int)
+    for i in range(400 // ranks):
+        for pack in packs.step(i):
+            assert len({buckets[clip] for clip in pack}) == 1, "of one shape"
+            assert len(pack) == 1 or sum(packs.lengths[clip] for clip in pack) <= CAPACITY
+            np.add.at(seen, pack, 1)
+        assert np.ptp(seen) <= 2 if ranks > 1 else np.ptp(seen) <= 1
+    assert seen.min() >= 4, "also the one clip of its shape"
+
+
+def test_a_bucket_leaves_one_pack_an_epoch_that_is_not_full() -> None:
+    packs, buckets = in_buckets(203, 1)
+    epoch: list[list[int]] = []
+    while sum(map(len, epoch)) < 203:
+        epoch.append(packs[len(epoch)])
+    for bucket in set(buckets):
+        sizes = sorted(len(pack) for pack in epoch if buckets[pack[0]] == bucket)
+        full = max(1, CAPACITY // packs.lengths[buckets.index(bucket)])
+        assert sizes[1:] == [full] * (len(sizes) - 1) and sum(sizes) == buckets.count(bucket)

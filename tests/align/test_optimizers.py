@@ -78,3 +78,11 @@ def test_muon_goes_on_from_its_state_to_the_bit_and_follows_a_schedule() -> None
 def test_a_network_without_blocks_has_nothing_for_muon() -> None:
     with pytest.raises(UserError, match="Use adamw"):
         build_optimizer(torch.nn.Linear(2, 2), "muon", lr=1e-2)
+
+
+def test_the_fused_step_is_the_same_to_rounding() -> None:
+    plain, fused = Small(), Small()
+    for network, together in ((plain, False), (fused, True)):
+        steps(network, build_optimizer(network, "adamw", lr=1e-2, fused=together), 20)
+    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-6 and (a - Small().state_dict()[next(n for n, p in plain.named_parameters() if p is a)]).abs().max() > 1e-3

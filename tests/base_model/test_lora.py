@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from align.config import Config
+from align.ema import EMA
 from align.objectives.regression import clip_error
 from align.run import Run
 from base_model.checkpoint import load_weights, save_weights
@@ -265,3 +266,26 @@ def test_shadows_follow_adapters_on_four_bits_and_rows_of_an_embedding() -> None
     with using(peft, "old"):
         assert torch.equal(peft(ids), after)
     assert torch.equal(peft(ids), after)
+
+
+def test_a_dora_is_the_norm_of_each_output_times_a_direction_and_merges_and_averages() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(8, 5), torch.randn(3, 8)
+    weight, bias, plain = linear.weight.detach().clone(), linear.bias.detach().clone(), linear(x)
+    net = add_lora(nn.Sequential(linear), rank=2, alpha=4, targets=("0",), dora=True)
+    assert torch.equal(net(x), plain), "fresh, it changes nothing"
+    average = EMA(net, 0.5, warm_up=False)
+    assert len(average.state_dict()) == 3 + 1
+    layer = net.base_model.model[0]
+    with torch.no_grad():
+        a, b, m = layer.lora_A["default"].weight.normal_(), layer.lora_B["default"].weight.normal_(), layer.lora_magnitude_vector["default"].weight
+        starting = m.clone()
+        m.mul_(1.5)
+    moved = weight + 4 / 2 * b @ a
+    wanted = nn.functional.linear(x, 1.5 * weight.norm(dim=1, keepdim=True) * moved / moved.norm(dim=1, keepdim=True), bias)
+    assert torch.allclose(net(x), wanted, atol=1e-6)
+    assert adapter_state(net).keys() == {f"base_model.model.0.lora_{end}" for end in ("A.weight", "B.weight", "magnitude_vector")}
+    average.update()
+    with average.swap():
+        assert torch.allclose(m, 1.25 * starting)
+    assert torch.allclose(merge(net)(x), wanted, atol=1e-6)

@@ -14,8 +14,8 @@ from base_model.tiny import LatentVideoModel, save_codec
 from base_model.types import ClipShape
 from recipes import cli
 from recipes.bench import _trained, native
+from recipes.fit import Fit, held_out_errors, held_out_losses
 from recipes.pairs import Pairs
-from recipes.sft import Fit, held_out_errors, held_out_losses
 from recipes.shapes.judge import in_frame
 from recipes.statistics import Interval
 from tests.recipes.small import noting_device, save_small_network, small_model

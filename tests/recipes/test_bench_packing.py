@@ -189,7 +189,7 @@ def test_the_bench_gives_one_flat_row_a_scheme(tmp_path: Path) -> None:
 
 
 def test_too_few_clips_for_the_ranks_are_the_users_error() -> None:
-    with pytest.raises(UserError, match="too few to measure"):
+    with pytest.raises(UserError, match="20 are too few to measure 8 ranks"):
         packing.main(load(Config, None, ["--clips", "20"]))
 
 

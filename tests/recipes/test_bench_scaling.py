@@ -20,8 +20,8 @@ from recipes import cli
 from recipes.bench import _trained, scaling
 from recipes.bench._power_law import fit_power_law
 from recipes.charts import Series, line_chart, log_ticks, number
+from recipes.fit import Fit
 from recipes.pairs import encode_pairs
-from recipes.sft import Fit
 from recipes.shapes.dataset import ClipSet, draw_clips
 from tests.recipes.small import noting_device, save_small_network, small_model
 

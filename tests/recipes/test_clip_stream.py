@@ -52,8 +52,8 @@ def examples_of(source: ClipStream, number: int, at_once: int = 1) -> list[tuple
     found = []
     while len(found) < number:
         some = source.take(at_once)
-        assert [some.shapes[k] for k in range(len(some))] == [tuple(some.latents(k).shape) for k in range(len(some))]
-        found += [(some.texts[k], some.sources[k], some.latents(k).numpy().tobytes(), some.cond(k).text.numpy().tobytes()) for k in range(len(some))]
+        assert [some.shapes[k] for k in range(len(some))] == [tuple(some.latent(k).shape) for k in range(len(some))]
+        found += [(some.texts[k], some.sources[k], some.latent(k).numpy().tobytes(), some.cond(k).text.numpy().tobytes()) for k in range(len(some))]
     return found[:number]
 
 
@@ -72,7 +72,7 @@ def test_examples_are_what_the_model_makes_of_the_clip(files: Path) -> None:
     some = stream(files).take(14)
     row = some.texts.index("clip 2.1")
     frames = torch.from_numpy(decode_video(clip(21), "clip", LOCAL).frames).permute(0, 3, 1, 2)[None].float() / 255
-    assert torch.equal(some.latents(row), MODEL.encode(frames)[0])
+    assert torch.equal(some.latent(row), MODEL.encode(frames)[0])
     cond, own = some.cond(row), MODEL.encode_text(["clip 2.1"])
     assert cond.prompts == own.prompts and torch.equal(cond.text, own.text) and torch.equal(cond.mask, own.mask)
     assert torch.equal(some.cond(None).text, MODEL.encode_text([""]).text)

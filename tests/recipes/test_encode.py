@@ -81,7 +81,7 @@ def encoded(folder: Path, out: Path, model: TrainableModel | None = None, *, lin
 
 
 def contents_of(examples: CachedClips) -> dict[tuple[str, int, str], Tensor]:
-    return {(row.name, row.begin, row.text): examples.latents(k) for k, row in enumerate(examples.rows)}
+    return {(row.name, row.begin, row.text): examples.latent(k) for k, row in enumerate(examples.rows)}
 
 
 # Examples
@@ -96,7 +96,7 @@ def test_examples_are_what_the_model_makes_of_the_clips(tmp_path: Path) -> None:
     assert [(row.begin, row.frames) for row in examples.rows] == [(0, 9), (9, 9), (18, 9), (27, 1), (0, 5), (0, 1)] and len(examples) == 6
     frames = torch.from_numpy(read_video(folder / "a.mp4").frames).permute(0, 3, 1, 2)  # [T,3,H,W]
     for row in range(len(examples)):
-        video, latents = examples.video(row), examples.latents(row)
+        video, latents = examples.video(row), examples.latent(row)
         if row < 4:
             assert torch.equal(video, frames[9 * row : 9 * row + len(video)])
         assert video.dtype == torch.uint8 and latents.shape == examples.shapes[row] == model.latents.shape(ClipShape(*video.shape[:1], *video.shape[2:]))
@@ -136,7 +136,7 @@ def test_kept_captions_give_the_velocity_of_fresh_ones_to_the_bit(family: str, t
 def test_half_precision_halves_the_file_and_rounds_once(tmp_path: Path) -> None:
     folder = clips_in(tmp_path / "clips", {"a.mp4": clip(0)})
     whole, half = (encoded(folder, tmp_path / stored, stored=stored).examples for stored in DTYPES)
-    assert torch.equal(half.latents(0), whole.latents(0).bfloat16().float()) and half.latents(0).dtype == torch.float32
+    assert torch.equal(half.latent(0), whole.latent(0).bfloat16().float()) and half.latent(0).dtype == torch.float32
     sizes = [sum(path.stat().st_size for path in (tmp_path / stored / "latents").glob("*.safetensors")) for stored in DTYPES]
     assert sizes[1] < 0.7 * sizes[0]
 
@@ -183,7 +183,7 @@ def test_entries_of_another_codec_encoder_or_precision_are_never_read(tmp_path: 
         examples, report = encoded(folder, out, model, lineage=lineage)
         assert (model.clips.total(), model.captions.total()) == (new_clips, new_captions) and report.stale > 0
         assert "entries of the cache are of another codec, encoder or precision and were not read" in report.lines()[-1]
-        assert torch.equal(examples.latents(0), first.latents(0)) == (lineage.codec == "codec")
+        assert torch.equal(examples.latent(0), first.latent(0)) == (lineage.codec == "codec")
     assert encoded(folder, out, changed, stored="bfloat16").report.stale > 0 and changed.clips.total() == 2
 
 
@@ -307,7 +307,7 @@ def test_pixels_of_a_clip_that_is_no_longer_the_same_are_refused(tmp_path: Path)
     (folder / "a.mp4").unlink()
     with pytest.raises(UserError, match="cannot read"):
         examples.video(0)
-    assert examples.latents(0).isfinite().all()
+    assert examples.latent(0).isfinite().all()
 
 
 def test_a_torn_line_of_what_is_known_of_clips_is_passed_over(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     (plan,) = (out / "plans").glob("*.parquet")
     assert load_plan(plan) == list(examples.rows)
     again = CachedClips(load_plan(plan), Cache(out, LINEAGE, "float32"), folder, examples.cut)
-    assert again.shapes == examples.shapes and torch.equal(again.latents(2), examples.latents(2)) and torch.equal(again.video(2), examples.video(2))
+    assert again.shapes == examples.shapes and torch.equal(again.latent(2), examples.latent(2)) and torch.equal(again.video(2), examples.video(2))
     plan.write_bytes(b"PAR1")
     with pytest.raises(UserError, match="no plan of examples"):
         load_plan(plan)
@@ -364,7 +364,7 @@ def test_ranks_share_the_clips_and_all_see_the_same_examples(ranks: int, tmp_pat
     assert max(model.clips.total() for model in models) <= 7 // ranks + 1
     for each in [*found, last]:
         assert each.report == report and each.examples.rows == alone.rows
-        assert all(torch.equal(each.examples.latents(row), alone.latents(row)) for row in range(7))
+        assert all(torch.equal(each.examples.latent(row), alone.latent(row)) for row in range(7))
     assert len(list((tmp_path / "shared" / "plans").glob("*.parquet"))) == 1
 
 
@@ -467,7 +467,7 @@ def test_a_day_in_the_life(count: int, tmp_path: Path, monkeypatch: pytest.Monke
     again = encoded(folder, out, model)
     assert model.clips.total() == len(model.clips) + lost and again.report == report and again.examples.rows == examples.rows
     sample = range(0, len(examples), max(1, len(examples) // 20))
-    assert all(torch.equal(examples.latents(row), small_model().encode(examples.video(row)[None].float() / 255)[0]) for row in sample)
+    assert all(torch.equal(examples.latent(row), small_model().encode(examples.video(row)[None].float() / 255)[0]) for row in sample)
 
 
 # The command

@@ -133,6 +133,7 @@ def test_a_recipe_moves_a_family_and_saves_its_lora(recipe: str, family: str, fo
     assert all(row["forward_equivalents"] > row["forward_passes"] for row in rows[1:]), "what trains is counted, too"
     file = tmp_path / "adapter.safetensors"
     assert told["weights"] == str(file) and told["sha256"] == file_hash(file) == read_card(file)["sha256"]
+    assert read_card(file)["base"] == {"name": family, "sha256": model_lineage(folder / family), "licence": None}, "what it goes onto"
     assert not (tmp_path / "network.safetensors").exists(), "nothing is merged"
 
     adapted, plain = (said(load_model(folder / family, device=CPU, adapter=adapter), family) for adapter in (file, None))

@@ -16,6 +16,7 @@ from base_model.networks.uvit import UViT
 from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import ddpo, feedback, grpo, nft, pretrain, sft
 from recipes.feedback import Assessor, HeldOut, SafetyLimit
+from recipes.fit import pack_loss
 from recipes.generate import safety_runner
 from recipes.guards import read_history
 from recipes.pairs import encode_pairs
@@ -33,7 +34,7 @@ def held_out(folder: Path, texts: list[str]) -> HeldOut:
 def test_sft_lowers_the_held_out_loss_and_saves_what_it_reached(tmp_path: Path) -> None:
     fit = sft.Fit(iterations=60, lr=5e-3, capacity=1024, held_out=16, evaluate_every=10, save_every=10, ema_decay=0.9)
     base = save_small_network(tmp_path / "base.safetensors")
-    result = sft.main(sft.Config(out=tmp_path / "run", base=base, clips=60, fit=fit))
+    result = sft.main(sft.Config(out=tmp_path / "run", model=base, clips=60, fit=fit))
     losses = [row["held_out_loss"] for row in read_metrics(tmp_path / "run") if "held_out_loss" in row]
     assert len(losses) == 6
     assert losses[-1] < 0.9 * losses[0]
@@ -64,7 +65,7 @@ def test_one_word_pretrains_a_uvit_that_sft_goes_on_with_by_muon_lora_and_routed
     weights = Path(str(result["weights"]))
     losses = [row["held_out_loss"] for row in read_metrics(weights.parent) if "held_out_loss" in row]
     assert weights.name == "uvit.safetensors" and losses[-1] < losses[0]
-    tuned = sft.main(sft.Config(out=tmp_path / "sft", base=weights, clips=8, lora_rank=4, fit=fit.model_copy(update={"optimizer": "adamw"})))
+    tuned = sft.main(sft.Config(out=tmp_path / "sft", model=weights, clips=8, lora_rank=4, fit=fit.model_copy(update={"optimizer": "adamw"})))
     model = load_tiny(Path(str(tuned["weights"])))
     assert isinstance(model.network, UViT) and float(str(tuned["held_out_loss"])) < float(str(result["held_out_loss"]))
 
@@ -72,13 +73,13 @@ def test_one_word_pretrains_a_uvit_that_sft_goes_on_with_by_muon_lora_and_routed
 def test_tokens_are_routed_only_where_asked_and_only_in_a_network_with_a_middle(tmp_path: Path) -> None:
     fit = sft.Fit(iterations=1, lr=1e-3, capacity=512, held_out=8)
     with pytest.raises(UserError, match="2 blocks has no middle"):
-        sft.main(sft.Config(out=tmp_path / "run", base=save_small_network(tmp_path / "base.safetensors"), clips=8, fit=fit.model_copy(update={"routed": 0.5})))
+        sft.main(sft.Config(out=tmp_path / "run", model=save_small_network(tmp_path / "base.safetensors"), clips=8, fit=fit.model_copy(update={"routed": 0.5})))
     model = load_tiny()
     pairs = encode_pairs(model, draw_clips("curated", 4, seed=0))
     seen: list[Route | None] = []
     model.network.register_forward_pre_hook(lambda module, given: seen.append(given[6]))
     for share in (0.0, 0.5):
-        list(sft.pack_loss(fit.model_copy(update={"routed": share}), model, pairs, 4, (range(4), torch.Generator().manual_seed(0))))
+        list(pack_loss(fit.model_copy(update={"routed": share}), model, pairs, 4, (range(4), torch.Generator().manual_seed(0))))
     tokens = pairs.num_tokens(model.config.patch)
     assert seen[0] is None and seen[1] is not None
     assert seen[1].segments.lengths == tuple(round(n / 2) for n in tokens) and (seen[1].first, seen[1].last) == (1, 3)
@@ -88,11 +89,11 @@ def test_tokens_are_routed_only_where_asked_and_only_in_a_network_with_a_middle(
 def test_sft_with_lora_and_either_optimizer_learns_and_comes_back_merged(tmp_path: Path, optimizer: str) -> None:
     fit = sft.Fit.model_validate({"iterations": 12, "lr": 1e-2, "capacity": 512, "held_out": 8, "evaluate_every": 6, "ema_decay": 0.5, "optimizer": optimizer})
     base = save_small_network(tmp_path / "base.safetensors")
-    result = sft.main(sft.Config(out=tmp_path / "run", base=base, clips=24, lora_rank=8, fit=fit))
+    result = sft.main(sft.Config(out=tmp_path / "run", model=base, clips=24, lora_rank=8, fit=fit))
     losses = [row["held_out_loss"] for row in read_metrics(tmp_path / "run") if "held_out_loss" in row]
     assert losses[-1] < losses[0]
     still = fit.model_copy(update={"iterations": 1, "lr": 1e-9})
-    again = sft.main(sft.Config(out=tmp_path / "again", base=Path(str(result["weights"])), clips=24, fit=still))
+    again = sft.main(sft.Config(out=tmp_path / "again", model=Path(str(result["weights"])), clips=24, fit=still))
     assert again["held_out_loss"] == pytest.approx(result["held_out_loss"], rel=1e-3)
 
 

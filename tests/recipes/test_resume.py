@@ -66,7 +66,7 @@ def command(recipe: str, out: Path, weights: Path) -> list[str]:
     common = ["--out", str(out), "--seed", "3"]
     if recipe == "sft":
         fit = {"iterations": 12, "capacity": 512, "held_out": 4, "evaluate_every": 4, "save_every": 2, "lr": 0.003}
-        return ["sft", *common, "--base", str(weights / "network.safetensors"), "--clips", "40", *[x for key, value in fit.items() for x in (f"--fit.{key}", str(value))]]
+        return ["sft", *common, "--model", str(weights / "network.safetensors"), "--clips", "40", *[x for key, value in fit.items() for x in (f"--fit.{key}", str(value))]]
     sampler = {"steps": 5, "frames": 5, "height": 16, "width": 16}
     words = [recipe, *common, "--model", str(weights / "network.safetensors"), "--reward", str(weights / "reward"), "--guard", str(weights / "guard")]
     words += ["--prompt-pool", "6", "--held-out-prompts", "4", "--guard-drop", "1000"]

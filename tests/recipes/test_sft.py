@@ -11,8 +11,8 @@ from base_model.networks.packing import Segments, grid_positions, kept_tokens, p
 from base_model.paths import add_noise
 from base_model.times import stratified_logit_normal
 from base_model.tiny import LatentVideoModel
+from recipes.fit import Fit, pack_loss
 from recipes.pairs import Pairs
-from recipes.sft import Fit, pack_loss
 from tests.recipes.small import small_model
 
 ROWS = (2, 0, 3)

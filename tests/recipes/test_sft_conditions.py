@@ -20,6 +20,7 @@ from base_model.times import sampling_times, stratified_logit_normal
 from base_model.tiny import LatentVideoModel
 from base_model.types import ClipShape, Known
 from recipes import sft
+from recipes.fit import pack_loss
 from recipes.pairs import Pairs, encode_pairs
 from recipes.shapes.dataset import ClipSet, draw_clips
 from tests.recipes.small import save_small_network, small_model
@@ -47,7 +48,7 @@ def fit_of(**changed: object) -> sft.Fit:
 
 
 def value_of(fit: sft.Fit, model: LatentVideoModel, pairs: Pairs, seed: int = 0) -> Tensor:
-    (loss,) = sft.pack_loss(fit, model, pairs, len(pairs), (range(len(pairs)), torch.Generator().manual_seed(seed)))
+    (loss,) = pack_loss(fit, model, pairs, len(pairs), (range(len(pairs)), torch.Generator().manual_seed(seed)))
     return loss.value.detach()
 
 
@@ -100,7 +101,7 @@ def test_shares_of_more_than_everything_and_unknown_kinds_are_refused() -> None:
 def test_a_run_that_learned_visual_prompts_says_so_in_its_card(tmp_path: Path) -> None:
     fit = {"iterations": 2, "lr": 1e-3, "capacity": 256, "held_out": 2, "conditions": {"image": 0.5, "ends": 0.25}}
     base = save_small_network(tmp_path / "base.safetensors")
-    sft.main(sft.Config.model_validate({"out": tmp_path / "run", "base": base, "clips": 8, "fit": fit}))
+    sft.main(sft.Config.model_validate({"out": tmp_path / "run", "model": base, "clips": 8, "fit": fit}))
     command = json.loads((tmp_path / "run" / "network.json").read_text())["command"]
     assert "--fit.conditions.image 0.5 --fit.conditions.ends 0.25" in command or "--fit.conditions.ends 0.25 --fit.conditions.image 0.5" in command
     assert load(sft.Config, None, ["--fit.conditions.image", "0.5", "--fit.iterations", "2"]).fit.conditions == {"image": 0.5}
@@ -126,7 +127,7 @@ def test_learning_to_go_on_from_a_frame_brings_the_rest_of_the_clip_nearer_to_it
 
     before = distance(given=True)
     for i in range(120):
-        (loss,) = sft.pack_loss(fit, model, pairs, len(pairs), (range(len(pairs)), torch.Generator().manual_seed(i)))
+        (loss,) = pack_loss(fit, model, pairs, len(pairs), (range(len(pairs)), torch.Generator().manual_seed(i)))
         optimizer.zero_grad()
         loss.value.backward()
         optimizer.step()

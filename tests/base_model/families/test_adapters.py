@@ -20,7 +20,7 @@ from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
 from base_model.families.adapters import FAMILY, HEADER, load_lora, save_lora
 from base_model.families.loading import load_family
-from base_model.lora import add_lora, reference
+from base_model.lora import add_lora, merge, reference
 from base_model.types import ClipShape
 from tests.base_model.families import tiny_cogvideox, tiny_hunyuan_video, tiny_ltx, tiny_mochi, tiny_wan
 
@@ -91,15 +91,17 @@ class World(NamedTuple):
     def model(self) -> Any:
         return load_family(str(self.folder), device=torch.device("cpu"), dtype=torch.float32)
 
-    def trained(self, seed: int = 0, targets: tuple[str, ...] | str = ()) -> Any:
+    def trained(self, seed: int = 0, targets: tuple[str, ...] | str = (), *, dora: bool = False) -> Any:
         """With an adapter that changes what the network says; of attention and MLP where no targets are given."""
         model = self.model()
-        model.network = add_lora(model.network, rank=RANK, alpha=ALPHA, targets=targets or self.targets, seed=seed)
+        model.network = add_lora(model.network, rank=RANK, alpha=ALPHA, targets=targets or self.targets, dora=dora, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.network.named_parameters():
                 if ".lora_B." in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) / 5)
+                if ".lora_magnitude_vector." in name:
+                    parameter.mul_(1 + torch.rand(parameter.shape, generator=generator) / 2)
         return model
 
     def noise(self, model: Any) -> Tensor:
@@ -141,6 +143,40 @@ def test_the_pipeline_with_the_file_samples_what_we_sample(world: World, tmp_pat
     pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
     wanted = world.tiny.sample(pipeline, world.noise(model), world.tiny.clip)
     assert (wanted - before).abs().max() > 0.02 and (world.sampled(model) - wanted).abs().max() < 1e-5
+
+
+def test_the_pipeline_reads_a_dora_as_we_do_and_so_is_the_merged_network(world: World, tmp_path: Path) -> None:
+    file = tmp_path / "dora.safetensors"
+    model, pipeline, plain = world.trained(dora=True), world.pipeline(), world.model()
+    save_lora(model, file)
+    before, wanted = world.sampled(plain), world.sampled(model)
+    pipeline.load_lora_weights(str(file))
+    load_lora(plain, file)
+    assert (wanted - before).abs().max() > 0.02 and torch.equal(world.sampled(plain), wanted)
+    assert (world.tiny.sample(pipeline, world.noise(model), world.tiny.clip) - wanted).abs().max() < 1e-5
+    model.network = merge(model.network)
+    assert not any("lora" in name for name in model.network.state_dict()) and (world.sampled(model) - wanted).abs().max() < 1e-5
+
+
+def test_a_dora_without_a_magnitude_or_for_comfyui_is_refused(worlds: dict[str, World], tmp_path: Path) -> None:
+    file, model = tmp_path / "dora.safetensors", worlds["wan"].trained(dora=True)
+    save_lora(model, file)
+    tensors, metadata = load_weights(file)
+    one = next(key for key in tensors if "magnitude" in key)
+    for changed, match in (
+        ({key: tensor for key, tensor in tensors.items() if key != one}, r"tensors of \d+ layers[^\n]*three tensors a layer, as a DoRA has"),
+        ({key: tensor for key, tensor in tensors.items() if "magnitude" not in key}, "three tensors a layer"),
+        (tensors | {one: torch.ones(3)}, r"magnitude_vector \(3\) does not fit"),
+    ):
+        save_weights(file, changed, metadata)
+        with pytest.raises(UserError, match=match):
+            load_lora(worlds["wan"].model(), file)
+    save_weights(file, tensors, metadata)
+    with pytest.raises(UserError, match="is not of the adapter that is there"):
+        load_lora(worlds["wan"].trained(), file)
+    with pytest.raises(UserError, match="a DoRA is not written for ComfyUI here"):
+        save_lora(model, tmp_path / "comfy.safetensors", comfy=True)
+    assert not (tmp_path / "comfy.safetensors").exists()
 
 
 def test_a_file_comes_back_as_the_same_adapter_on_a_plain_network_and_on_one_that_has_one(world: World, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from base_model.errors import UserError
 from base_model.families.adapters import load_lora, save_lora
 from base_model.families.loading import load_family
-from base_model.lora import add_lora
+from base_model.lora import add_lora, merge
 from base_model.prompts.conditions import give_frames
 from base_model.types import ClipShape
 from tests.base_model.families import tiny_cogvideox, tiny_hunyuan_video, tiny_ltx, tiny_mochi, tiny_wan
@@ -98,3 +98,29 @@ def test_rows_that_are_no_multiple_of_a_block_are_refused_in_one_line(tmp_path: 
     make().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"^\S*blocks\.0\.\S+ has rows that are no multiple of 64[^\n]*$"):
         load_family(str(tmp_path), device=CPU, dtype=torch.float32, nf4=True)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_what_was_trained_on_four_bits_merges_into_a_plain_network_that_says_the_same(tmp_path: Path, name: str, dora: bool) -> None:
+    case = CASES[name]
+    case.make().save_pretrained(tmp_path / "saved")
+    model = load_family(str(tmp_path / "saved"), device=CPU, dtype=torch.float32, nf4=True)
+    x, t, cond = torch.randn(2, *model.latents.shape(case.clip)), torch.tensor([0.95, 0.3]), model.encode_text(["a red ball", "a cube"])
+    fresh = model(x, t, cond)
+    model.network = add_lora(model.network, rank=2, alpha=4, targets=model.lora_targets, dora=dora)  # the MLP stays without
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.rand(parameter.shape) / 3)
+        wanted = model(x, t, cond)
+        model.network = merge(model.network)
+        found = model(x, t, cond)
+    print(f"adapter {(wanted - fresh).norm() / fresh.norm():.2f}, merged {(found - wanted).norm() / wanted.norm():.1e}")
+    assert (wanted - fresh).norm() > 0.1 * fresh.norm() and (found - wanted).norm() < 1e-5 * wanted.norm()
+    assert {type(module) for module in model.network.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+    assert all(parameter.dtype == torch.float32 and parameter.requires_grad for parameter in model.network.parameters())
+    model.network.save_pretrained(tmp_path / "saved" / "transformer")
+    again = load_family(str(tmp_path / "saved"), device=CPU, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(x, t, cond), found)

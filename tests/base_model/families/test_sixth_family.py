@@ -115,6 +115,10 @@ class MirrorVideoModel:
     def lora_targets(self) -> tuple[str, ...]:
         return LORA_TARGETS
 
+    @property
+    def mlp_targets(self) -> tuple[str, ...]:
+        return MLP_TARGETS
+
     def to(self, device: torch.device) -> MirrorVideoModel:
         for part in (self.network, self.vae, self.text_encoder):
             part.to(device)

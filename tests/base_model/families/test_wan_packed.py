@@ -299,3 +299,24 @@ def test_as_many_clips_as_times_and_conditions_or_none_at_all_are_said() -> None
     for count in (0, 3):
         with pytest.raises(ValueError, match="empty" if count == 0 else "shorter"):
             together(model, clips()[:count], TIMES[:count], conditions()[: count and 2])
+
+
+# Clips as long as each other
+
+
+def test_clips_as_long_as_each_other_share_their_own_vectors_and_say_what_they_say_alone(double: Any) -> None:
+    """Two lie and one stands: as many tokens, other places."""
+    model = double(plain())
+    x_t, t, conds = [draw(16, *size, seed=k).double() for k, size in enumerate([(2, 4, 6), (2, 6, 4), (2, 4, 6)])], TIMES[:3].double(), conditions()[:3]
+    told: list[tuple[int, ...]] = []
+    model.network.blocks[0].register_forward_pre_hook(lambda block, given: told.append((*given[0].shape[:2], *given[2].shape[:-1])))
+    found, wanted = together(model, x_t, t, conds), alone(model, x_t, t, conds)
+    assert told[0] == (3, 12, 3, 6) and largest(found, wanted) < 1e-12
+    parameters = list(model.network.parameters())
+    of_packed, of_alone = (torch.autograd.grad(torch.stack([u.square().mean() for u in some]).sum(), parameters) for some in (found, wanted))
+    assert max(float((a - b).norm() / b.norm()) for a, b in zip(of_packed, of_alone, strict=True)) < 1e-11
+    mask = torch.zeros(1, 2, 4, 6, dtype=torch.bool)
+    mask[:, 0] = True
+    pair, times, given = [x_t[0], x_t[2]], t[[0, 2]], [replace(conds[k], known=Known(x_t[2 - k][None], mask)) for k in (0, 2)]
+    assert largest(together(model, pair, times, given), alone(model, pair, times, given)) < 1e-12, "where tokens have times of their own"
+    assert told[-3] == (1, 24, 1, 24, 6)

@@ -6,33 +6,9 @@ from typing import Any
 
 import torch
 
-WORDS = ["a", "red", "blue", "ball", "cube", "circle", "rolls", "to", "the", "left", "right", "slowly", "and", "then", "stops"]
-TRANSFORMER: dict[str, Any] = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 2,
-    "attention_head_dim": 32,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 16,
-    "freq_dim": 16,
-    "ffn_dim": 64,
-    "num_layers": 2,
-    "rope_max_seq_len": 32,
-}
-VAE: dict[str, Any] = {"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+from base_model.families.wan_random import TOY_TRANSFORMER, TOY_VAE, toy_text_encoder, toy_tokenizer
 
-
-def tokenizer() -> Any:
-    """T5's own class over a handful of words; what is none of them is unknown."""
-    from transformers import T5Tokenizer
-
-    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((f"▁{word}", -1.0) for word in WORDS)], extra_ids=0)
-
-
-def text_encoder() -> Any:
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    return UMT5EncoderModel(UMT5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, relative_attention_num_buckets=8)).eval()
+tokenizer, text_encoder, TRANSFORMER, VAE = toy_tokenizer, toy_text_encoder, TOY_TRANSFORMER, TOY_VAE
 
 
 def transformer(**changes: Any) -> Any:

@@ -1,0 +1,208 @@
+"""SFT of every open family on a folder of clips of mixed sizes: what moves, what is saved, and who can read it. On saved pipelines of real classes and of a toy's size."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from align.config import load
+from align.run import read_metrics
+from base_model.errors import UserError
+from base_model.families.loading import load_family
+from base_model.families.wan_experts import Experts
+from base_model.recompute import compile_blocks
+from base_model.video.files import mp4_bytes
+from recipes import sft
+from recipes.clip_folder import Windows
+from recipes.models import load_model, model_lineage
+from recipes.validation import read_looks
+from recipes.weights import file_hash, read_card
+from tests.recipes.small import save_small_network
+from tests.recipes.test_families import CPU, FAMILIES, said, with_lora_of_diffusers
+
+CAPTIONS = ("a red ball rolls to the left", "a blue cube", "a circle stops", "the blue ball rolls slowly", "a red circle and a cube", "a ball to the right")
+
+
+def write_clips(folder: Path, *, sides: int = 1) -> Path:
+    """Six clips of three sizes and three lengths, moving stripes, with their captions."""
+    folder.mkdir()
+    rows = []
+    for k, text in enumerate(CAPTIONS):
+        frames, height, width = (9, 17, 25)[k % 3], (32, 32, 64)[k // 2] * sides, (32, 64, 32)[k // 2] * sides
+        t, y, x = np.indices((frames, height, width))
+        video = np.stack([(8 * x + 5 * (k + 1) * t) % 256, (6 * y + 3 * t) % 256, np.full_like(x, 40 * k)], axis=-1).astype(np.uint8)
+        (folder / f"{k}.mp4").write_bytes(mp4_bytes(video, 12.0, upscale=False))
+        rows.append({"file_name": f"{k}.mp4", "text": text})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every family's pipeline by its name, and `clips`."""
+    folder = tmp_path_factory.mktemp("families")
+    for name, family in FAMILIES.items():
+        family.make().save_pretrained(folder / name)
+    write_clips(folder / "clips")
+    return folder
+
+
+def config(out: Path, folder: Path, family: str, **changes: Any) -> sft.Config:
+    """Two steps."""
+    clip = FAMILIES[family].clip
+    fit = {"iterations": 2, "lr": 1e-2, "capacity": 64, "held_out": 2, "evaluate_every": 1, "save_every": 1, "ema_decay": 0.0, **changes.pop("fit", {})}
+    given = {"out": out, "model": folder / family, "data": folder / "clips", "cache": folder / f"{family}-latents", "fit": sft.Fit.model_validate(fit)}
+    windows = Windows(frames=clip.frames, fps=12.0, area=2 * clip.height * clip.width)
+    return sft.Config.model_validate({**given, "windows": windows, "samples": {"steps": 2, "prompts": CAPTIONS[:1]}, **changes})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_on_a_family_moves_it_and_diffusers_reads_it(family: str, folder: Path, tmp_path: Path) -> None:
+    told = sft.main(config(tmp_path, folder, family, lora_rank=2))
+    rows = [row for row in read_metrics(tmp_path) if "grad_norm" in row]
+    assert len(rows) == 2 and all(row["grad_norm"] is not None and 0 < row["grad_norm"] < math.inf for row in rows)
+    assert all(row["clips_per_second"] > 0 and row["mfu"] > 0 and 0 <= row["data_wait"] < 1 for row in rows)
+    file = tmp_path / "adapter.safetensors"
+    assert told["weights"] == str(file) and told["sha256"] == file_hash(file) == read_card(file)["sha256"]
+    adapted, plain = (said(load_model(folder / family, device=CPU, adapter=adapter), family) for adapter in (file, None))
+    assert (adapted - plain).abs().max() > 1e-4
+    assert (said(with_lora_of_diffusers(folder / family, file), family) - adapted).abs().max() < 1e-5
+    looks = read_looks(tmp_path)
+    assert [look.iteration for look in looks] == [1, 2] and looks[-1].averaged is not None and len(looks[-1].raw.by_shape) >= 1
+    assert (tmp_path / "samples" / "000002.png").exists() and (tmp_path / "validation.html").exists()
+    assert "6 clips found, 6 used" in json.loads((tmp_path / "data.json").read_text())["report"][0]
+
+
+@pytest.mark.parametrize("way", ["dora", "mlp", "qlora", "adamw8bit", "recomputed", "token"])
+def test_every_way_to_adapt_moves_a_family(way: str, folder: Path, tmp_path: Path) -> None:
+    ways: dict[str, dict[str, Any]] = {
+        "dora": {"dora": True},
+        "mlp": {"mlp": True},
+        "qlora": {"nf4": True},
+        "adamw8bit": {"fit": {"optimizer": "adamw8bit"}},
+        "recomputed": {"recompute": 1.0},
+        "token": {"fit": {"reduction": "token", "shift_tokens": 8}},
+    }
+    sft.main(config(tmp_path, folder, "wan", lora_rank=2, **ways[way]))
+    adapted, plain = (said(load_model(folder / "wan", device=CPU, adapter=adapter), "wan") for adapter in (tmp_path / "adapter.safetensors", None))
+    assert (adapted - plain).abs().max() > 1e-4
+    assert (said(with_lora_of_diffusers(folder / "wan", tmp_path / "adapter.safetensors"), "wan") - adapted).abs().max() < 1e-5
+
+
+def test_activations_computed_again_change_no_bit(folder: Path, tmp_path: Path) -> None:
+    kept = [str(sft.main(config(tmp_path / str(share), folder, "wan", lora_rank=2, recompute=share))["sha256"]) for share in (0.0, 1.0)]
+    assert kept[0] == kept[1]
+
+
+def test_what_is_remembered_is_learned_from_too_at_its_weight(folder: Path, tmp_path: Path) -> None:
+    write_clips(tmp_path / "before", sides=2)
+    found = {}
+    for weight in (1e-6, 1.0):
+        remember = {"data": tmp_path / "before", "weight": weight, "packs": 1}
+        out = tmp_path / str(weight)
+        sft.main(config(out, folder, "wan", lora_rank=2, remember=remember))
+        rows = [row for row in read_metrics(out) if "grad_norm" in row]
+        assert all(row["remembered_loss"] > 0.01 for row in rows)
+        found[weight] = [row["loss"] for row in rows], file_hash(out / "adapter.safetensors")
+    sft.main(config(tmp_path / "alone", folder, "wan", lora_rank=2))
+    alone = [row["loss"] for row in read_metrics(tmp_path / "alone") if "grad_norm" in row]
+    assert found[1.0][0][0] == found[1e-6][0][0] == alone[0], "the first step's loss of what is learned is its own"
+    assert found[1e-6][0][1] == pytest.approx(alone[1], rel=1e-3) and found[1.0][1] != found[1e-6][1]
+
+
+def test_a_network_compiled_block_by_block_says_the_same(folder: Path) -> None:
+    plain, compiled = (load_model(folder / "wan", device=CPU) for _ in range(2))
+    names = list(compiled.network.state_dict())
+    assert compile_blocks(compiled.network, backend="aot_eager") == 2 and list(compiled.network.state_dict()) == names
+    assert (said(compiled, "wan") - said(plain, "wan")).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"nf4": True}, "weights in four bits do not train"),
+        ({"dora": True}, "dora is a kind of LoRA"),
+        ({"lora_rank": 2, "fit": {"routed": 0.5}}, "are for the built-in model"),
+        ({"lora_rank": 2, "data": None}, "--data FOLDER"),
+        ({"lora_rank": 2, "windows": Windows(frames=5, fps=12.0, size=(20, 16))}, "multiples of 16"),
+        ({"lora_rank": 2, "fit": {"conditions": {"image": 1.0}}, "model": "ltx"}, "clips from text alone"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_line(changes: dict[str, Any], says: str, folder: Path, tmp_path: Path) -> None:
+    family = changes.pop("model", "wan")
+    with pytest.raises(UserError, match=says) as raised:
+        sft.main(config(tmp_path / "run", folder, family, **changes))
+    assert "\n" not in str(raised.value) and not (tmp_path / "run" / "run.json").exists()
+
+
+def rows_of(folder: Path, out: Path) -> Path:
+    """The clips as rows of a parquet file, the last of them twice, and one that is cut off."""
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    clips = [((folder / line["file_name"]).read_bytes(), line["text"]) for line in lines]
+    clips += [(clips[0][0][:-200], "cut off")]
+    videos = pa.array([{"bytes": content, "path": f"{k}.mp4"} for k, (content, _) in enumerate(clips)])
+    pq.write_table(pa.table({"video": videos, "text": [text for _, text in clips]}), out)
+    return out
+
+
+@pytest.mark.parametrize("family", ["wan", "ltx"])
+def test_a_stream_is_learned_from_epoch_after_epoch(family: str, folder: Path, tmp_path: Path) -> None:
+    stream = {"path": "parquet", "files": str(rows_of(folder / "clips", tmp_path / "rows.parquet")), "buffer": 5, "step": 3}
+    sft.main(config(tmp_path / "run", folder, family, data=None, stream=stream, lora_rank=2, fit={"iterations": 5, "evaluate_every": 5}))
+    rows = [row for row in read_metrics(tmp_path / "run") if "grad_norm" in row]
+    assert [row["clips"] for row in rows] == [3] * 5 and rows[0]["data_wait"] > 0
+    report = json.loads((tmp_path / "run" / "data.json").read_text())["report"]
+    assert "are held out" in report[0] and report[1].startswith("5 steps, ") and "epochs" not in report[1]
+
+
+@pytest.mark.parametrize("family", ["wan", "ltx", "mochi", "cogvideox", "hunyuan_video"])
+def test_a_family_s_configuration_asks_for_no_edit_but_the_model_and_the_clips(family: str, folder: Path, tmp_path: Path) -> None:
+    """All else is as it is written, but for the number of steps; the toys of two families are too narrow for four bits."""
+    toy = folder / {"cogvideox": "cogvideox-5b", "hunyuan_video": "hunyuan-video"}.get(family, family)
+    words = ["--model", str(toy), "--data", str(folder / "clips"), "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "latents")]
+    cfg = load(sft.Config, Path("recipes/configs") / family / "sft.yaml", [*words, "--fit.iterations", "2", *(["--nf4", "false"] if family in ("mochi", "hunyuan_video") else [])])
+    assert not isinstance(cfg.model, str) and cfg.lora_rank == 32 and cfg.recompute == 1
+    told = sft.main(cfg)
+    assert load_model(toy, device=CPU, adapter=Path(str(told["weights"]))) is not None
+    report = json.loads((tmp_path / "run" / "data.json").read_text())["report"]
+    assert report[0].startswith("6 clips found, 6 used"), "and whatever of them is too short for a model is told"
+
+
+def test_the_built_in_model_takes_the_same_folder(folder: Path, tmp_path: Path) -> None:
+    fit = sft.Fit.model_validate({"iterations": 2, "lr": 1e-3, "held_out": 2, "evaluate_every": 1})
+    weights = save_small_network(tmp_path / "network.safetensors")
+    told = sft.main(sft.Config(out=tmp_path / "run", model=weights, data=folder / "clips", cache=tmp_path / "latents", fit=fit, samples=sft.Samples(steps=2)))
+    assert told["weights"] == str(tmp_path / "run" / "network.safetensors") and len(read_looks(tmp_path / "run")[-1].raw.by_shape) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_family_is_trained_and_saved_as_a_checkpoint_that_diffusers_reads(family: str, folder: Path, tmp_path: Path) -> None:
+    told = sft.main(config(tmp_path, folder, family, data_licence="CC0-1.0"))
+    checkpoint = tmp_path / "checkpoint"
+    assert told["weights"] == str(checkpoint) and told["sha256"] == model_lineage(checkpoint) and not (tmp_path / "adapter.safetensors").exists()
+    trained, plain = (said(load_model(each, device=CPU), family) for each in (checkpoint, folder / family))
+    assert (trained - plain).abs().max() > 1e-4
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint)
+    theirs = load_family(str(folder / family), device=CPU, dtype=torch.float32)
+    theirs.network = Experts(pipeline.transformer, pipeline.transformer_2, theirs.network.boundary) if isinstance(theirs.network, Experts) else pipeline.transformer
+    assert (said(theirs, family) - trained).abs().max() < 1e-5
+    card = (checkpoint / "README.md").read_text()
+    assert "CC0-1.0" in card and "rushes sft" in card
+
+
+def test_four_bits_train_merge_and_are_saved_whole(folder: Path, tmp_path: Path) -> None:
+    sft.main(config(tmp_path, folder, "wan", lora_rank=2, nf4=True, merged=True))
+    merged, adapted, plain = (
+        said(load_model(*each[:1], device=CPU, adapter=each[1], nf4=each[2]), "wan")
+        for each in ((tmp_path / "checkpoint", None, False), (folder / "wan", tmp_path / "adapter.safetensors", True), (folder / "wan", None, True))
+    )
+    assert (merged - adapted).abs().max() < 1e-4 < (merged - plain).abs().max()
