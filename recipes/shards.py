@@ -31,7 +31,7 @@ from base_model.errors import UserError
 
 SHARD_BYTES = 64 << 20
 MOST_SECONDS = 60.0  # between making an entry and writing it
-OPEN_FILES = 128
+OPEN_FILES = 1024
 ROOM = 1 << 20  # kept free on the disk
 LEFT_BEHIND = 3600.0  # seconds after which a half-written file is nobody's
 SETTLED_NS = 2_000_000_000  # a file that changed a moment ago may change again within one tick of the file system's clock
@@ -47,6 +47,7 @@ class Shard(NamedTuple):
     stamp: str  # what the file system said of the file when it was hashed or written
     about: str  # what its entries are of, JSON
     keys: tuple[str, ...]
+    parts: tuple[str, ...]  # names that parts of its entries have; not every entry has all
 
 
 class Shards:
@@ -111,10 +112,10 @@ class Shards:
         tensors = {f"{key}/{name}": part for key, entry in self._pending.items() for name, part in entry.items()}
         content = weights_bytes(tensors, {"about": self.about})
         name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        keys = tuple(self._pending)
+        keys, parts = tuple(self._pending), _names(tensors)
         atomic_write(self.folder / name, content)
         self._pending, self._pending_bytes = {}, 0
-        self._add(name, Shard(self._stamp(name), self.about, keys))
+        self._add(name, Shard(self._stamp(name), self.about, keys, parts))
 
     def get(self, key: str) -> dict[str, Tensor]:
         """The parts of an entry, mapped into memory: not to be changed in place. Raises UserError where its file is damaged or gone; KeyError where there is no such entry."""
@@ -122,8 +123,7 @@ class Shards:
             return dict(self._pending[key])
         name = self._held[key]
         try:
-            file, parts = self._open(name)
-            return {part: file.get_tensor(f"{key}/{part}") for part in parts[key]}
+            return self._parts(name, key)
         except (OSError, LookupError, safetensors.SafetensorError, UserError) as error:
             self._drop(name)
             raise UserError(f"damaged or missing, {self.folder / name}. Run the same command again: what it held is made anew") from error
@@ -134,7 +134,7 @@ class Shards:
         import pyarrow.parquet as pq
 
         settled = [(name, shard) for name, shard in sorted(self._known.items()) if self._stamp(name, settled=True) == shard.stamp]
-        rows = [{"file": name, "stamp": shard.stamp, "about": shard.about, "keys": list(shard.keys)} for name, shard in settled]
+        rows = [{"file": name, "stamp": shard.stamp, "about": shard.about, "keys": list(shard.keys), "parts": list(shard.parts)} for name, shard in settled]
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), buffer)
         with contextlib.suppress(UserError):
@@ -153,7 +153,7 @@ class Shards:
 
         try:
             rows = pq.read_table(self.folder / INDEX).to_pylist()
-            return {row["file"]: Shard(row["stamp"], row["about"], tuple(row["keys"])) for row in rows}
+            return {row["file"]: Shard(row["stamp"], row["about"], tuple(row["keys"]), tuple(row["parts"])) for row in rows}
         except (OSError, KeyError, TypeError, pa.ArrowException):
             return {}
 
@@ -178,11 +178,20 @@ class Shards:
         if header is None:
             self._drop(name)
             return None
-        keys = dict.fromkeys(tensor.rpartition("/")[0] for tensor in header if tensor != "__metadata__")
-        return Shard(before, header.get("__metadata__", {}).get("about", ""), tuple(keys))
+        about = header.pop("__metadata__", {}).get("about", "")
+        return Shard(before, about, tuple(dict.fromkeys(tensor.rpartition("/")[0] for tensor in header)), _names(header))
 
-    def _open(self, name: str) -> tuple[Any, dict[str, list[str]]]:
-        """The file, mapped into memory, and the parts of each of its keys. Raises UserError where it changed since it was hashed and is not whole."""
+    def _parts(self, name: str, key: str) -> dict[str, Tensor]:
+        file, found = self._open(name), {}
+        for part in self._known[name].parts:
+            with contextlib.suppress(safetensors.SafetensorError):  # another entry has it
+                found[part] = file.get_tensor(f"{key}/{part}")
+        if not found:
+            raise KeyError(key)
+        return found
+
+    def _open(self, name: str) -> Any:
+        """The file, mapped into memory. Raises UserError where it changed since it was hashed and is not whole."""
         with self._lock:
             if name in self._files:
                 self._files.move_to_end(name)
@@ -192,15 +201,10 @@ class Shards:
                 if shard is None:
                     raise UserError(f"damaged, {self.folder / name}. Run the same command again")
                 self._known[name] = shard
-            file = safetensors.safe_open(self.folder / name, framework="pt", device="cpu")
-            parts: dict[str, list[str]] = {}
-            for tensor in file.keys():  # noqa: SIM118
-                key, _, part = tensor.rpartition("/")
-                parts.setdefault(key, []).append(part)
-            self._files[name] = file, parts
+            self._files[name] = safetensors.safe_open(self.folder / name, framework="pt", device="cpu")
             while len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
-            return file, parts
+            return self._files[name]
 
     def _drop(self, name: str) -> None:
         self.damaged.append(name)
@@ -225,6 +229,10 @@ def entry_key(told: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(dict(told), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def _names(tensors: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(tensor.rpartition("/")[2] for tensor in tensors))
+
+
 def _header(path: Path) -> dict[str, Any] | None:
     try:
         check_is_safetensors(path)
@@ -237,7 +245,7 @@ def _header(path: Path) -> dict[str, Any] | None:
 def _schema() -> Any:
     import pyarrow as pa
 
-    return pa.schema([("file", pa.string()), ("stamp", pa.string()), ("about", pa.string()), ("keys", pa.list_(pa.string()))])
+    return pa.schema([("file", pa.string()), ("stamp", pa.string()), ("about", pa.string()), ("keys", pa.list_(pa.string())), ("parts", pa.list_(pa.string()))])
 
 
 def missing(shards: Shards, keys: Iterable[str]) -> list[str]:

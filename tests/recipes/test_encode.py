@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -472,9 +473,10 @@ def test_a_day_in_the_life(count: int, tmp_path: Path, monkeypatch: pytest.Monke
 # The command
 
 
-def test_the_command_goes_on_after_it_was_killed(tmp_path: Path) -> None:
-    """SIGKILL after the first shard; the same command encodes the rest and comes to what an undisturbed one comes to."""
-    folder = clips_in(tmp_path / "clips", {f"{k}.mp4": clip(k, 21) for k in range(12)})
+def test_a_killed_command_goes_on_with_two_processes(tmp_path: Path) -> None:
+    """SIGKILL after the first shards; the same command in two processes encodes the rest, and comes to what an undisturbed one comes to."""
+    folder, out = clips_in(tmp_path / "clips", {f"{k}.mp4": clip(k, 21) for k in range(12)}), tmp_path / "out"
+    words = ["encode", "--clips", str(folder), "--out", str(out), "--windows.frames", "9"]
     code = f"""
 import os, signal
 from recipes import shards
@@ -487,17 +489,27 @@ def killed(path, content):
     if len(written) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 shards.atomic_write = killed
-main(["encode", "--clips", {str(folder)!r}, "--out", {str(tmp_path / "out")!r}, "--windows.frames", "9"])
+main({words!r})
 """
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     lineage = lineage_of(None, small_model())
-    kept = len(Cache(tmp_path / "out", lineage, "float32").latents._held)
-    assert 0 < kept < 24
-    examples, _ = encoded(folder, tmp_path / "out", model := Counted(), lineage=lineage)
-    assert model.clips.total() == 24 - kept
-    whole, _ = encoded(folder, tmp_path / "whole")
-    assert all(torch.equal(value, contents_of(whole)[name]) for name, value in contents_of(examples).items())
+    kept = set(Cache(out, lineage, "float32").latents._held)
+    assert 0 < len(kept) < 24
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}  # what torchrun sets
+    ranks = [{**environment, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    running = [subprocess.Popen([sys.executable, "-m", "recipes.cli", *words, "--json"], env=rank, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in ranks]
+    said = [process.communicate() for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert json.loads(said[0][0])["examples"] == 24 and said[1][0] == ""
+    both = Cache(out, lineage, "float32").latents
+    assert sum(len(shard.keys) for shard in both._known.values()) == len(both._held) == 24 and kept < set(both._held), "nothing was encoded twice"
+    examples, _ = encoded(folder, out, model := Counted(), lineage=lineage)
+    whole = contents_of(encoded(folder, tmp_path / "whole").examples)
+    assert model.clips.total() == 0 and all(torch.equal(value, whole[name]) for name, value in contents_of(examples).items())
 
 
 def test_the_command_says_what_became_of_the_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
