@@ -129,7 +129,7 @@ def test_files_and_commands_are_read_from_markdown() -> None:
     assert named_files(text) == {"b.md", "d/e.png", "j.py", "k/l.py", "align/n"}
     document = ROOT / "align" / "README.md"
     assert places("kernels.py", document) == [ROOT / "align" / "kernels.py"] and places("recipes/cli.py", document) == [ROOT / "recipes" / "cli.py"]
-    assert places("sft.py", document) == [ROOT / "recipes" / "sft.py"] and not places("no_such.py", document) and not places("no/kernels.py", document)
+    assert places("nft.py", document) == [ROOT / "recipes" / "nft.py"] and not places("no_such.py", document) and not places("no/kernels.py", document)
     assert named_code("`a.py:f` and `b/c.py:D.g(x)`, `d.py`, `e.py:3`\n```text\n`h.py:i`\n```\n") == {("a.py", "f"), ("b/c.py", "D.g")}
     assert {"Gaussian", "Gaussian.kl", "Gaussian.mean", "kappa", "SINGULAR", "KL_UNITS"} < defined(ROOT / "align" / "kernels.py")
     text = "`rushes sft --seed 1`, `rushes bench NAME [--quick]`, `.venv/bin/rushes demo`, `rushes`\n```bash\nrushes generate --prompts '[\"a\"]'\n```\n"

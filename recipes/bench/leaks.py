@@ -370,7 +370,8 @@ def arm_rows(cfg: Config, runs: Runs) -> list[Row]:
         share, low, high = clopper_pearson(round(violates.sum()), violates.size)
         row |= {"held_out_violates": share, "held_out_violates_low": low, "held_out_violates_high": high}
         row |= columns("judge", bootstrap_crossed(np.array([run["held_out"]["judge"] for run in mine])))
-        rows.append({**row, "diversity": float(np.nanmean([run["held_out"]["diversity"] for run in mine]))})
+        apart = np.array([run["held_out"]["diversity"] for run in mine], dtype=np.float64)  # [S], nan where no prompt has two right clips
+        rows.append({**row, "diversity": None if np.isnan(apart).all() else float(np.nanmean(apart))})
     return rows
 
 

@@ -166,10 +166,10 @@ def test_a_word_that_is_no_choice_names_the_nearest(command: str, key: str, valu
 def test_a_start_that_failed_leaves_no_run_in_the_way_of_the_corrected_command(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     network, missing = save_small_network(tmp_path / "network.safetensors"), str(tmp_path / "none.safetensors")
     if command == "sft":
-        fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--base", missing, *TINY_SFT], "none.safetensors")
-        fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--base", str(network), "--pairs", missing, *TINY_SFT], "none.safetensors")
-        fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--base", str(network), "--lora-rank", "2", "--fit.optimizer", "muon", *TINY_SFT], "muon", "adamw")
-        assert main(["sft", "--out", str(tmp_path / "out"), "--base", str(network), *TINY_SFT]) == 0
+        fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--model", missing, *TINY_SFT], "none.safetensors")
+        fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--model", str(network), "--data", missing, *TINY_SFT], "none.safetensors")
+        fails(capfd, ["sft", "--out", str(tmp_path / "out"), "--model", str(network), "--lora-rank", "2", "--fit.optimizer", "muon", *TINY_SFT], "muon", "adamw")
+        assert main(["sft", "--out", str(tmp_path / "out"), "--model", str(network), *TINY_SFT]) == 0
         return
     words = [command, "--out", str(tmp_path / "out"), "--model", str(network), "--held-out-prompts", "2", "--prompt-pool", "2"]
     fails(capfd, [*words, "--reward", missing], "none.safetensors")
@@ -257,7 +257,7 @@ def test_a_full_disk(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    words = ["sft", "--base", str(network), *TINY_SFT] if command == "sft" else ["generate", "--model", str(network), *TINY_CLIPS]
+    words = ["sft", "--model", str(network), *TINY_SFT] if command == "sft" else ["generate", "--model", str(network), *TINY_CLIPS]
     monkeypatch.setattr(os, "fsync", full)
     fails(capfd, [*words, "--out", str(tmp_path / "out")], "out", "disk")
     monkeypatch.setattr(os, "fsync", sync)

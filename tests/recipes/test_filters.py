@@ -72,7 +72,7 @@ def words_of(recipe: str, named: Path, out: Path) -> list[str]:
     """A run of one step or none."""
     common = [recipe, "--out", str(out)]
     if recipe == "sft":
-        return [*common, "--base", str(named / "network.safetensors"), "--pairs", str(named / "pairs"), "--fit.iterations", "1", "--fit.held_out", "2"]
+        return [*common, "--model", str(named / "network.safetensors"), "--data", str(named / "pairs"), "--fit.iterations", "1", "--fit.held_out", "2"]
     if recipe.startswith("reward-model"):
         encoder = ["--encoders.checkpoints", json.dumps([str(named / "encoder")]), "--encoders.cache", str(out.parent / "features"), "--encoders.epochs", "1"]
         rankings = ["--comparisons", str(named / "rankings"), "--clips", str(named / "clips"), "--checks", "0"]
