@@ -425,7 +425,7 @@ def panels(cfg: Config, runs: Runs) -> list[tuple[str, str, str]]:
         drawn = [("true filter", "true"), (f"{wrong}, raw", "plain"), (f"{wrong}, corrected", "corrected"), (f"{wrong}, retrained", "retrained")]
         lines = [Series(name, look, *points(way_of(runs[name], "truth").mean(0))) for name, look in drawn if name in runs]
         if lines:
-            said = "brown: no miss; orange: raw; blue: corrected by audits; green: retrained"
+            said = "brown: no miss; orange: raw; blue: corrected; green: retrained"
             found.append((title, said, line_chart(lines, name=title, x_label="rollouts", percent=True, limit=cfg.safety.limit)))
     return found
 
