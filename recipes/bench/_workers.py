@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from base_model.errors import UserError
 
-
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 """With more, what one thread frees is not there for the next."""
 KEPT = {**ONE_ARENA, "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}

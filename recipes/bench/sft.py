@@ -38,7 +38,7 @@ class Config(Bench):
     """What trains: all weights, or adapters of rank 8. `quick` takes the last."""
     batch: Count = 8
     """Clips of a step. `quick` takes at most 4."""
-    steps: Count = 3
+    steps: Count = 8
     """Steps of a round. `quick` takes 1."""
     rounds: Count = 5
     """Measured rounds. `quick` takes 1."""
