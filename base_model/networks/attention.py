@@ -8,7 +8,7 @@ Letters: S segments, N query tokens, M key tokens, h heads, d width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Any, Literal
@@ -71,25 +71,29 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) ->
     Keys of different lengths under equal queries (texts) are padded and masked.
     """
     out = []
-    for first, last, length in queries.stretches:
-        number = last - first
-        q_run = q[queries.offsets[first] : queries.offsets[last]].unflatten(0, (number, length)).transpose(1, 2)  # [s,h,n,d]
-        k_run, mask = _batched(k, keys, first, last)  # [s,h,m,d], [s,1,1,m] or None
-        v_run, _ = _batched(v, keys, first, last)  # [s,h,m,d]
+    runs = zip(queries.stretches, _runs(q, queries, queries), _runs(k, keys, queries), _runs(v, keys, queries), strict=True)
+    for (first, last, length), q_rows, k_rows, v_rows in runs:
+        q_run = q_rows.unflatten(0, (last - first, length)).transpose(1, 2)  # [s,h,n,d]
+        k_run, mask = _batched(k_rows, keys.lengths[first:last])  # [s,h,m,d], [s,1,1,m] or None
+        v_run, _ = _batched(v_rows, keys.lengths[first:last])  # [s,h,m,d]
         attended = scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=mask)  # [s,h,n,d]
         out.append(attended.transpose(1, 2).flatten(0, 1))  # [s n,h,d]
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _batched(x: Tensor, segments: Segments, first: int, last: int) -> tuple[Tensor, Tensor | None]:
-    lengths = segments.lengths[first:last]
-    rows = x[segments.offsets[first] : segments.offsets[last]]
+def _runs(x: Tensor, segments: Segments, queries: Segments) -> Sequence[Tensor]:
+    """Tokens of each stretch of the queries: one split, whose backward pass is one concatenation, where that of slices would be a sum of as many tensors of the whole's size."""
+    sizes = [segments.offsets[last] - segments.offsets[first] for first, last, _ in queries.stretches]
+    return (x,) if len(sizes) == 1 else x.split(sizes)
+
+
+def _batched(rows: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     if len(set(lengths)) == 1:
-        return rows.unflatten(0, (last - first, lengths[0])).transpose(1, 2), None
+        return rows.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2), None
     longest = max(lengths)
     padded = torch.stack([pad(part, (0, 0, 0, 0, 0, longest - len(part))) for part in rows.split(list(lengths))])  # [s,m,h,d]
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]  # [s,m]
-    return padded.transpose(1, 2), mask[:, None, None].to(x.device)
+    return padded.transpose(1, 2), mask[:, None, None].to(rows.device)
 
 
 # Flash attention of packed sequences

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from base_model.errors import UserError
+
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+"""With more, what one thread frees is not there for the next."""
+KEPT = {**ONE_ARENA, "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+"""Also, what is freed is kept: else it is chance which side gives memory back between two operations and pays for it again, up to a tenth of a step."""
 
 
 class Spec(Protocol):
@@ -48,9 +53,9 @@ class Worker:
 
 
 @contextmanager
-def worker(name: str, words: Sequence[str], spec: Spec, log: Path) -> Iterator[Worker]:
-    """Starts a process; it ends with the block. One arena of memory: with more, what one thread frees is not there for the next."""
-    surroundings = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1"}
+def worker(name: str, words: Sequence[str], spec: Spec, log: Path, *, memory: Mapping[str, str] = ONE_ARENA) -> Iterator[Worker]:
+    """Starts a process; it ends with the block. memory: what the C library's allocator is told."""
+    surroundings = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "HF_HUB_OFFLINE": "1", **memory}
     with open(log, "w") as errors:
         process = subprocess.Popen([*words, spec.model_dump_json()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=surroundings)
     try:

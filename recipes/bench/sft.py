@@ -22,7 +22,7 @@ from recipes.bench import _sft_worker
 from recipes.bench._packing_wan import Grid
 from recipes.bench._results import Bench, Row, check_can_end, here, paired_ratio, spread, write
 from recipes.bench._sft_worker import Arm, Spec
-from recipes.bench._workers import Worker, worker
+from recipes.bench._workers import KEPT, Worker, worker
 from recipes.bench.packing import grid_of, mixed_clips, shrunk
 
 EQUAL: Grid = (3, 8, 12)
@@ -38,7 +38,7 @@ class Config(Bench):
     """What trains: all weights, or adapters of rank 8. `quick` takes the last."""
     batch: Count = 8
     """Clips of a step. `quick` takes at most 4."""
-    steps: Count = 3
+    steps: Count = 8
     """Steps of a round. `quick` takes 1."""
     rounds: Count = 5
     """Measured rounds. `quick` takes 1."""
@@ -86,7 +86,7 @@ def measure(cfg: Config, case: Case, train: Literal["full", "lora"], progress: P
         for arm in arms:
             spec = Spec(arm=arm, train=train, grids=case.grids, batch=cfg.batch, threads=cfg.threads or len(os.sched_getaffinity(0)), out=folder / "run", seed=cfg.seed)
             log = cfg.out / f"{train}-{case.name}-{arm}.log".replace(" ", "-")
-            told[arm] = Told(stack.enter_context(worker(arm, [sys.executable, "-m", _sft_worker.__name__], spec, log)))
+            told[arm] = Told(stack.enter_context(worker(arm, [sys.executable, "-m", _sft_worker.__name__], spec, log, memory=KEPT)))
         for side in told.values():
             side.worker.answer()
         file = str(folder / "captured.safetensors")
