@@ -14,6 +14,12 @@ import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
+_ALLOWED = [True]
+
+
+def side_by_side(allowed: bool) -> None:
+    """Whether batches may go side by side from now on. diffusers' models keep what they are at in themselves (Wan's VAE its last frames): two batches at once would mix theirs."""
+    _ALLOWED[0] = allowed
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], device: torch.device) -> list[R]:
@@ -23,7 +29,7 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], device: torch.device)
     reads (adapters switched off, gradients added up). The first exception is raised when all that was begun has ended.
     """
     cores, grad = torch.get_num_threads(), torch.is_grad_enabled()
-    if device.type != "cpu" or cores == 1:  # what a further thread frees, the C library keeps for threads to come
+    if device.type != "cpu" or cores == 1 or not _ALLOWED[0]:  # what a further thread frees, the C library keeps for threads to come
         return [work(item) for item in items]
 
     def alone(item: T) -> R:

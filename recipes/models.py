@@ -19,6 +19,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from align.config import Config
+from align.threads import side_by_side
 from base_model.checkpoint import save_weights
 from base_model.errors import UserError
 from base_model.families.adapters import load_lora, save_lora
@@ -54,6 +55,7 @@ def load_model(source: Path | None, *, device: torch.device, nf4: bool = False, 
     nf4: attention and mlp of a family's network in four bits. recompute: share of its blocks whose activations are computed again in a backward pass.
     adapter: a LoRA of the family, as diffusers' pipelines read it. Raises UserError.
     """
+    side_by_side(is_built_in(source))
     if not is_built_in(source):
         family: TrainableModel = load_family(str(source), device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, nf4=nf4)
         if recompute:

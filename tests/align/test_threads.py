@@ -1,5 +1,6 @@
 """Batches side by side give what they give one by one."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from align.config import Config
 from align.objectives import Loss
 from align.run import Run
-from align.threads import in_threads
+from align.threads import in_threads, side_by_side
 from base_model.errors import GuardStop
 
 CPU = torch.device("cpu")
@@ -67,3 +68,22 @@ def test_gradients_of_parts_are_those_of_their_sum_and_the_same_to_the_bit_on_an
 def test_a_loss_that_is_not_finite_stops_before_any_gradient_is_added(tmp_path: Path) -> None:
     with pytest.raises(GuardStop, match="the loss is nan"):
         gradients(tmp_path, [torch.zeros(1, 2, 16), torch.full((1, 2, 16), torch.nan)], 2)
+
+
+def test_what_keeps_its_place_in_itself_goes_one_by_one(threads: int) -> None:
+    """A batch that is at work sees no other at work."""
+    at_work: list[int] = []
+
+    def work(k: int) -> bool:
+        at_work.append(k)
+        time.sleep(0.01)
+        alone = at_work == [k]
+        at_work.remove(k)
+        return alone
+
+    side_by_side(False)
+    try:
+        assert all(in_threads(work, list(range(6)), CPU))
+    finally:
+        side_by_side(True)
+    assert all(in_threads(work, list(range(6)), CPU)) == (threads == 1)
