@@ -92,10 +92,11 @@ def test_the_loss_is_that_of_each_clip_by_itself(reduction: str, asked: tuple[Ve
     want = (weight / weight.sum() * by_hand(fit, model, examples, torch.full((4,), 3.0, dtype=torch.float64))).sum()
     assert float(loss.value.detach()) == pytest.approx(float(want.detach()), rel=1e-5)
     parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
-    both = (torch.autograd.grad(value, parameters, allow_unused=True) for value in (loss.value, want))
-    for ours, theirs in zip(*both, strict=True):
-        if theirs is not None:
-            assert ours is not None and (ours - theirs).norm() <= 2e-4 * theirs.norm() + 1e-6
+    ours, theirs = (torch.autograd.grad(value, parameters, allow_unused=True) for value in (loss.value, want))
+    whole = torch.cat([gradient.flatten() for gradient in theirs if gradient is not None]).norm()
+    for mine, other in zip(ours, theirs, strict=True):
+        if other is not None:
+            assert mine is not None and (mine - other).norm() <= 1e-5 * whole, "of the whole gradient: a toy hardly looks at its text, and what is left of that is rounding"
 
 
 def test_longer_clips_are_shown_more_noise_where_a_shift_is_for_so_many_tokens(asked: tuple[Velocities, Pairs]) -> None:
