@@ -118,60 +118,11 @@ def together(conds: Sequence[Conditioning]) -> Conditioning:
     return first
 
 
-class Ahead:
-    """The same examples, read by a thread of its own before they are asked for. `waited`: seconds that somebody had to wait for one all the same."""
+class Through:
+    """Other examples as they are: what shows them in another way says only that way."""
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
-        self.waited = 0.0
-        self._reader = ThreadPoolExecutor(1, "reader")
-        self._begun: dict[int, Future[tuple[Tensor, Conditioning]]] = {}
-
-    def begin(self, rows: Iterable[int]) -> None:
-        """Reads these, and keeps no others."""
-        wanted = dict.fromkeys(rows)
-        self._begun = {row: self._begun.get(row) or self._reader.submit(self._read, row) for row in wanted}
-
-    def _read(self, row: int) -> tuple[Tensor, Conditioning]:
-        return self.examples.latent(row), self.examples.cond(row)
-
-    def _fetch(self, row: int) -> tuple[Tensor, Conditioning]:
-        begun = time.monotonic()
-        future = self._begun.get(row)
-        found = self._read(row) if future is None else future.result()
-        self.waited += time.monotonic() - begun
-        return found
-
-    @property
-    def texts(self) -> Sequence[str]:
-        return self.examples.texts
-
-    @property
-    def shapes(self) -> Sequence[Shape]:
-        return self.examples.shapes
-
-    @property
-    def sources(self) -> Sequence[str]:
-        return self.examples.sources
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def latent(self, row: int) -> Tensor:
-        return self._fetch(row)[0]
-
-    def cond(self, row: int | None) -> Conditioning:
-        return self.examples.cond(None) if row is None else self._fetch(row)[1]
-
-    def video(self, row: int) -> Tensor:
-        return self.examples.video(row)
-
-
-class FromImages:
-    """The same examples, each told its own first frame: what a model asks that makes clips from an image."""
-
-    def __init__(self, examples: Examples, model: TrainableModel) -> None:
-        self.examples, self.model = examples, model
 
     @property
     def texts(self) -> Sequence[str]:
@@ -191,8 +142,50 @@ class FromImages:
     def latent(self, row: int) -> Tensor:
         return self.examples.latent(row)
 
+    def cond(self, row: int | None) -> Conditioning:
+        return self.examples.cond(row)
+
     def video(self, row: int) -> Tensor:
         return self.examples.video(row)
+
+
+class Ahead(Through):
+    """The same examples, read by a thread of its own before they are asked for. `waited`: seconds that somebody had to wait for one all the same."""
+
+    def __init__(self, examples: Examples) -> None:
+        super().__init__(examples)
+        self.waited = 0.0
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._begun: dict[int, Future[tuple[Tensor, Conditioning]]] = {}
+
+    def begin(self, rows: Iterable[int]) -> None:
+        """Reads these, and keeps no others."""
+        wanted = dict.fromkeys(rows)
+        self._begun = {row: self._begun.get(row) or self._reader.submit(self._read, row) for row in wanted}
+
+    def _read(self, row: int) -> tuple[Tensor, Conditioning]:
+        return self.examples.latent(row), self.examples.cond(row)
+
+    def _fetch(self, row: int) -> tuple[Tensor, Conditioning]:
+        begun = time.monotonic()
+        future = self._begun.get(row)
+        found = self._read(row) if future is None else future.result()
+        self.waited += time.monotonic() - begun
+        return found
+
+    def latent(self, row: int) -> Tensor:
+        return self._fetch(row)[0]
+
+    def cond(self, row: int | None) -> Conditioning:
+        return self.examples.cond(None) if row is None else self._fetch(row)[1]
+
+
+class FromImages(Through):
+    """The same examples, each told its own first frame: what a model asks that makes clips from an image."""
+
+    def __init__(self, examples: Examples, model: TrainableModel) -> None:
+        super().__init__(examples)
+        self.model = model
 
     def cond(self, row: int | None) -> Conditioning:
         """Raises ValueError for the empty prompt, which is of no clip."""

@@ -38,4 +38,4 @@ class InMemory:
         return self.conds[place : place + 1]
 
     def video(self, row: int) -> Tensor:
-        raise NotImplementedError("these clips are latents alone: nothing that needs pixels is measured on them")
+        raise ValueError("these clips are latents alone: nothing that needs pixels is measured on them")

@@ -174,7 +174,8 @@ def test_a_family_s_configuration_asks_for_no_edit_but_the_model_and_the_clips(f
     cfg = load(sft.Config, Path("recipes/configs") / family / "sft.yaml", [*words, "--fit.iterations", "2", *(["--nf4", "false"] if family in ("mochi", "hunyuan_video") else [])])
     assert not isinstance(cfg.model, str) and cfg.lora_rank == 32 and cfg.recompute == 1
     told = sft.main(cfg)
-    assert load_model(toy, device=CPU, adapter=Path(str(told["weights"]))) is not None
+    adapted, plain = (said(load_model(toy, device=CPU, adapter=adapter), toy.name) for adapter in (Path(str(told["weights"])), None))
+    assert (adapted - plain).abs().max() > 1e-7, "two steps of the warm-up, and no more"
     report = json.loads((tmp_path / "run" / "data.json").read_text())["report"]
     assert report[0].startswith("6 clips found, 6 used"), "and whatever of them is too short for a model is told"
 
