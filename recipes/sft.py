@@ -344,7 +344,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     if velocities.from_image:
         data = from_images(data, model)
     looks = Looks(cfg, run, validation_of(cfg, velocities, data), data)
-    known = Lesson(cfg.fit, run, velocities, data.examples, data.learned, packs=cfg.fit.packs, counter=counter, balanced=cfg.data is not None)
+    known = Lesson(cfg.fit, run, velocities, data.examples, data.learned, packs=cfg.fit.packs, counter=counter, balanced=not isinstance(data.examples, Pairs))
     lesson = StreamLesson(cfg.fit, run, velocities, source, counter=counter) if source else known
     remembered = before and Lesson(cfg.fit, run, velocities, before.examples, before.learned, packs=cfg.remember.packs, counter=counter, stream="remembered noise")
     if cfg.shard:
