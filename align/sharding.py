@@ -122,7 +122,9 @@ def spread_network(state: Mapping[str, Tensor], network: nn.Module) -> dict[str,
 def spread_optimizer(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     """The state of an optimizer, whole, cut as its parameters are: of every tensor that is shaped as its parameter is."""
     if "parts" in state:
-        return {"parts": [spread_optimizer(part, each) for part, each in zip(state["parts"], optimizer.parts, strict=True)]}
+        parts = {"parts": [spread_optimizer(part, each) for part, each in zip(state["parts"], optimizer.parts, strict=True)]}
+        copies = {"copies": [spread_like(kept, copy) for kept, (_, copy) in zip(state["copies"], optimizer.copied, strict=True)]} if "copies" in state else {}
+        return parts | copies
     numbers, parameters = (list(chain(*(group["params"] for group in groups))) for groups in (state["param_groups"], optimizer.param_groups))
     of = dict(zip(numbers, parameters, strict=True))
 

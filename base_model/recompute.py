@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from base_model.errors import UserError
+from base_model.networks.attention import leave_out_of_graphs
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
@@ -43,14 +45,15 @@ def recompute_blocks(network: Any, share: float = 1.0) -> int:
     return len(chosen)
 
 
-def compile_blocks(network: nn.Module, backend: str = "inductor") -> int:
-    """From now on the repeated blocks run compiled, one compilation a kind and a few for other lengths; names of weights stay. Returns how many they are.
+def compile_blocks(network: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
+    """From now on the repeated blocks run compiled, one compilation a kind and a second for any length; names of weights stay. Returns how many they are.
 
     Raises UserError where there are none.
     """
     blocks = repeated_blocks(network)
     if not blocks:
         raise UserError(f"{type(network).__name__} has no blocks to compile. Train it without compiled")
+    leave_out_of_graphs()
     for block in blocks:
         block.compile(backend=backend)
     return len(blocks)

@@ -317,8 +317,12 @@ class Looks:
 def tell(cfg: Config, run: Run, data: Data, lesson: Lesson, source: ClipStream | None) -> None:
     """Tries the costliest micro-batch, and reports what is ahead, on the terminal and as `data.json`."""
     rows = lesson.costliest()
-    loss = micro_batch(cfg.fit, lesson.velocities, lesson.examples, 1.0, (rows, run.generator("dry run", 0)))
-    seconds = dry_run(run, lesson.velocities, [lesson.examples.shapes[row] for row in rows], loss)
+    seconds = dry_run(
+        run,
+        lesson.velocities,
+        [lesson.examples.shapes[row] for row in rows],
+        lambda: micro_batch(cfg.fit, lesson.velocities, lesson.examples, 1.0, (rows, run.generator("dry run", 0))),
+    )
     clips = source.step if source else statistics.fmean(sum(map(len, lesson.chosen(i))) for i in range(16))
     flops = cfg.fit.iterations * clips * statistics.fmean(lesson.flops.values())
     left = duration(seconds / sum(lesson.flops[row] for row in rows) * flops / run.processes)

@@ -171,12 +171,16 @@ def _as_remembered(part: Callable[[], Iterator[Loss]], weight: float) -> Iterato
         yield Loss(weight * loss.value, {**loss.stats, "remembered": loss.value.detach()})
 
 
-def dry_run(run: Run, velocities: Velocities, shapes: Sequence[Shape], loss: Iterator[Loss]) -> float:
-    """The costliest micro-batch forward and backward, before anything is learned: what has no room fails now. Returns its seconds. Raises UserError where memory does not do."""
-    begun = time.monotonic()
+def dry_run(run: Run, velocities: Velocities, shapes: Sequence[Shape], losses: Callable[[], Iterator[Loss]]) -> float:
+    """The costliest micro-batch forward and backward, before anything is learned: what has no room fails now. Returns its seconds, on a GPU those of a second time, when kernels are
+    built. Raises UserError where memory does not do."""
     try:
-        for each in loss:
-            each.value.backward()
+        for _ in range(2 if run.device.type == "cuda" else 1):
+            begun = time.monotonic()
+            for loss in losses():
+                loss.value.backward()
+            if run.device.type == "cuda":
+                torch.cuda.synchronize(run.device)
     except torch.OutOfMemoryError as error:
         told = ", ".join(sorted({"x".join(map(str, shape[1:])) for shape in shapes}))
         tokens = sum(num_tokens(shape, velocities.model.patch) for shape in shapes)

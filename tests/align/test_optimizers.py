@@ -86,3 +86,71 @@ def test_the_fused_step_is_the_same_to_rounding() -> None:
         steps(network, build_optimizer(network, "adamw", lr=1e-2, fused=together), 20)
     for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
         assert (a - b).abs().max() < 1e-6 and (a - Small().state_dict()[next(n for n, p in plain.named_parameters() if p is a)]).abs().max() > 1e-3
+
+
+def in_float64(network: torch.nn.Module, gradients: list[torch.Tensor], *, lr: float, decay: float) -> list[torch.Tensor]:
+    """AdamW written out (Loshchilov & Hutter 2017, algorithm 2) on weights that keep all their digits."""
+    found = []
+    for k, parameter in enumerate(network.parameters()):
+        w, m, v = parameter.detach().double(), torch.zeros(parameter.shape, dtype=torch.float64), torch.zeros(parameter.shape, dtype=torch.float64)
+        for step, gradient in enumerate(gradients[k :: sum(1 for _ in network.parameters())], start=1):
+            g = gradient.double()
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+            w = w * (1 - lr * decay) - lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+        found.append(w)
+    return found
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weights_in_bfloat16_move_by_steps_that_are_smaller_than_their_last_digit(name: str) -> None:
+    network, lost = Small().bfloat16(), Small().bfloat16()
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer = build_optimizer(network, name, lr=1e-4, weight_decay=0.01)
+    plain = torch.optim.AdamW(lost.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(parameter.shape, generator=generator).bfloat16() + 1 for _ in range(40) for parameter in network.parameters()]
+    for step in range(40):
+        for each in (network, lost):
+            for parameter, gradient in zip(each.parameters(), gradients[4 * step :], strict=False):
+                parameter.grad = gradient.clone()
+        optimizer.step()
+        plain.step()
+    large = [parameter.abs() > 1 / 16 for parameter in before]
+    assert all(torch.equal(a[here], b.detach()[here]) for a, b, here in zip(before, lost.parameters(), large, strict=True)), "without copies nothing moves"
+    assert all((a != b.detach())[here].any() for a, b, here in zip(before, network.parameters(), large, strict=True))
+    if name == "adamw":
+        expected = in_float64(Small().bfloat16(), gradients, lr=1e-4, decay=0.01)
+        for (parameter, copy), w in zip(optimizer.copied, expected, strict=True):
+            torch.testing.assert_close(copy.double(), w, rtol=4e-6, atol=1e-7)  # 40 steps of float32
+            assert torch.equal(parameter, copy.bfloat16()), "weights are the copies, rounded"
+
+
+def test_weights_in_bfloat16_and_float32_go_on_from_a_saved_state_to_the_bit() -> None:
+    def half() -> Small:
+        network = Small()
+        network.first.bfloat16()
+        return network
+
+    def train(network: Small, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, begin: int, end: int) -> None:
+        for step in range(begin, end):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in network.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            optimizer.step()
+            schedule.step()
+
+    whole, first = half(), half()
+    optimizer, half_way = (build_optimizer(network, "adamw", lr=1e-4, fused=True) for network in (whole, first))
+    schedule, then = warmup_cosine(optimizer, 8, warmup=2), warmup_cosine(half_way, 8, warmup=2)
+    train(whole, optimizer, schedule, 0, 8)
+    train(first, half_way, then, 0, 4)
+    resumed = half()
+    resumed.load_state_dict(first.state_dict())
+    again = build_optimizer(resumed, "adamw", lr=1e-4, fused=True)
+    later = warmup_cosine(again, 8, warmup=2)
+    again.load_state_dict(half_way.state_dict())
+    later.load_state_dict(then.state_dict())
+    assert len(again.copied) == 2, "the half that is float32 is stepped itself"
+    train(resumed, again, later, 4, 8)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name

@@ -35,7 +35,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segmen
 @pytest.mark.parametrize(("queries", "keys"), [MIXED, LONG, (Segments((4, 4, 4)), Segments((2, 5, 1))), (Segments.equal(3, 4), Segments.equal(3, 4))])
 def test_the_loop_is_the_softmax_of_each_segment(queries: Segments, keys: Segments) -> None:
     q, k, v = draw(queries, keys)
-    assert automatic_backend(v) == "loop"
+    assert automatic_backend(v, queries, keys) == "loop"
     assert (packed_attention(q, k, v, queries, keys) - written_out(q, k, v, queries, keys)).abs().max() < 1e-6
 
 
@@ -96,9 +96,22 @@ def test_varlen_gets_offsets_and_longest_segments_as_torch_documents_them(monkey
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     monkeypatch.setattr(attention, "_hindrance", lambda name, q, k, v: None)
+    monkeypatch.setattr(attention, "_has_cudnn", lambda device: False)
     q, k, v = draw(*MIXED)
-    assert automatic_backend(v) == "varlen"
+    assert automatic_backend(v, *MIXED) == "varlen"
     assert (packed_attention(q, k, v, *MIXED) - written_out(q, k, v, *MIXED)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [((32760,), "loop"), ((7800, 5000, 9000, 3600), "loop"), ((2048,) * 16, "loop"), ((512,) * 64, "loop"), ((512,), "varlen"), (tuple(range(300, 1220, 23)), "varlen")],
+)
+def test_where_cudnn_is_faster_few_long_clips_go_one_after_another_and_many_short_ones_together(lengths: tuple[int, ...], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_hindrance", lambda name, q, k, v: None)
+    monkeypatch.setattr(attention, "_has_cudnn", lambda device: True)
+    assert automatic_backend(torch.zeros(1), Segments(lengths), Segments(lengths)) == expected
+    monkeypatch.setattr(attention, "_has_cudnn", lambda device: False)
+    assert automatic_backend(torch.zeros(1), Segments(lengths), Segments(lengths)) == "varlen"
 
 
 def test_torchs_varlen_takes_these_arguments_and_has_a_gradient() -> None:
@@ -131,6 +144,19 @@ def test_a_back_end_is_asked_for_in_all_threads_and_only_inside() -> None:
         thread.join()
     look()
     assert len(seen) == 1 and "varlen" in seen[0]
+
+
+@cuda
+@pytest.mark.gpu
+def test_a_long_clip_on_a_gpu_of_hoppers_kind_runs_cudnns_kernel() -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU of compute capability 9 or more")
+    segments = Segments((4096,))
+    q, k, v = draw(segments, segments, width=64, dtype=torch.bfloat16, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        packed_attention(q, k, v, segments, segments)
+        torch.cuda.synchronize()
+    assert any("cudnn" in event.key for event in seen.key_averages()), [event.key for event in seen.key_averages()]
 
 
 @cuda

@@ -78,6 +78,7 @@ def test_an_arm_is_told_by_its_last_leg_and_claims_by_the_ends_of_its_interval()
     assert rows[bench.START]["held_out_violates"] == 1 and "violates_last_leg" not in rows[bench.START]
     claims = {row["asked"]: row["holds"] for row in bench.claims(0.2, list(rows.values()))}
     assert len(claims) == 5 and all(claims.values()), "raw breaks it, corrected and the true filter keep it, safety alone collapses, the true filter does not"
+    assert rows["safety alone"]["judge_change"] == rows["safety alone"]["judge_change_high"] == pytest.approx(-0.4) and rows["true filter"]["judge_change"] == 0
     broken = bench.claims(0.05, list(rows.values()))
     assert [row["holds"] for row in broken] == [False, True, False, True, True]
     assert [row["rollouts"] for row in bench.way_rows(cfg, runs) if row["arm"] == "true filter"] == [f"{k} to {k}" for k in range(1, 7)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from base_model.checkpoint import load_weights
 from base_model.errors import UserError
 from base_model.families.loading import load_family
 from base_model.families.wan_experts import Experts
+from base_model.families.wan_packed import PackedWan, packed_velocity
 from base_model.recompute import compile_blocks
 from base_model.video.files import mp4_bytes
 from recipes import sft
@@ -126,6 +128,46 @@ def test_a_network_compiled_block_by_block_says_the_same(folder: Path) -> None:
     names = list(compiled.network.state_dict())
     assert compile_blocks(compiled.network, backend="aot_eager") == 2 and list(compiled.network.state_dict()) == names
     assert (said(compiled, "wan") - said(plain, "wan")).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own
+def test_inductors_kernels_say_the_same_with_a_gradient(folder: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler, g++")
+    found = []
+    for compiled in (False, True):
+        model = load_model(folder / "wan", device=CPU)
+        if compiled:
+            assert compile_blocks(model.network) == 2
+        model.network.requires_grad_(True)
+        x = torch.randn(2, *model.latents.shape(FAMILIES["wan"].clip), generator=torch.Generator().manual_seed(0))
+        model(x, torch.tensor([0.95, 0.3]), model.encode_text(["a red circle", "a blue ball rolls"])).square().sum().backward()
+        found.append({name: parameter.grad for name, parameter in model.network.named_parameters()})
+    for name, gradient in found[0].items():
+        assert gradient is not None and (found[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
+def test_packs_of_any_sizes_share_the_graphs_of_compiled_blocks(folder: Path) -> None:
+    plain, compiled = (load_model(folder / "wan", device=CPU) for _ in range(2))
+    built: list[Any] = []
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        built.append(graph)
+        return graph.forward
+
+    compile_blocks(compiled.network, backend=counted)
+    packed, eager = PackedWan(compiled.network), PackedWan(plain.network)
+    graphs = []
+    for sizes in ([(2, 4, 4), (1, 6, 4)], [(3, 4, 4), (1, 4, 6)], [(1, 4, 4), (2, 6, 4), (1, 6, 6)], [(4, 4, 6), (1, 4, 4), (3, 6, 6)], [(2, 4, 6), (3, 4, 6), (1, 4, 4), (5, 4, 4)]):
+        generator = torch.Generator().manual_seed(len(graphs))
+        x, t = [torch.randn(16, *size, generator=generator) for size in sizes], torch.rand(len(sizes), generator=generator)
+        conds = [plain.encode_text(["a red ball"])] * len(sizes)
+        with torch.no_grad():
+            ours, expected = packed_velocity(packed, compiled, x, t, conds), packed_velocity(eager, plain, x, t, conds)
+        assert all((a - b).abs().max() < 1e-5 for a, b in zip(ours, expected, strict=True))
+        graphs.append(len(built))
+    assert 0 < graphs[0] and graphs[2] == graphs[3] == graphs[4], graphs  # the second says that lengths vary, the third that the number of clips does
 
 
 @pytest.mark.parametrize(
