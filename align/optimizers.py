@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from align.sharding import is_sharded
 from base_model.errors import UserError
@@ -50,7 +50,8 @@ def _of(trainable: Mapping[str, nn.Parameter], name: OptimizerName, *, lr: float
 class InFloat32(torch.optim.Optimizer):
     """Steps float32 copies of weights in half precision, and rounds them into the weights (Micikevicius et al. 2017, arXiv 1710.03740, section 3.1).
 
-    Without copies a step that is smaller than half the distance of two neighbouring bfloat16 numbers, 1/512 of a weight, is lost: at the learning rates of full fine-tuning nearly all are.
+    Without copies a step that is smaller than half the distance of two neighbouring bfloat16 numbers, 1/512 of a weight, is lost: nearly all are at the learning rates of full
+    fine-tuning.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], stepped: Sequence[nn.Parameter], optimizer: Any) -> None:

@@ -172,8 +172,8 @@ def _as_remembered(part: Callable[[], Iterator[Loss]], weight: float) -> Iterato
 
 
 def dry_run(run: Run, velocities: Velocities, shapes: Sequence[Shape], losses: Callable[[], Iterator[Loss]]) -> float:
-    """The costliest micro-batch forward and backward, before anything is learned: what has no room fails now. Returns its seconds, on a GPU those of a second time, when kernels are
-    built. Raises UserError where memory does not do."""
+    """The costliest micro-batch forward and backward, before anything is learned: what has no room fails now. Returns its seconds, on a GPU those of a second time, when
+    kernels are built. Raises UserError where memory does not do."""
     try:
         for _ in range(2 if run.device.type == "cuda" else 1):
             begun = time.monotonic()

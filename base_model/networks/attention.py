@@ -24,8 +24,8 @@ Backend = Literal["loop", "varlen", "flex"]
 HALF = (torch.float16, torch.bfloat16)
 BLOCK = 128  # rows and columns of a tile that flex computes or skips as a whole
 CUDNN_FROM = 2300
-"""Tokens of a clip from which on cuDNN's kernel saves more than the loop's start of another one costs: on an H200 with 12 heads of 128, forward and backward, 1 x 32,760 tokens take
-43 ms against 71 of `varlen`, 12 of 2,100 to 4,000 6.0 against 8.5, 64 x 512 1.2 against 1.9, but 40 of 300 to 1,200 7.5 against 2.5. A length seen first costs 0.1 s more."""
+"""Tokens of a clip from which on cuDNN's kernel saves more than starting it once more in the loop costs. On an H200 with 12 heads of 128, forward and backward, 1 x 32,760 tokens
+take 43 ms against 71 of `varlen`, 12 of 2,100 to 4,000 6.0 against 8.5, 64 x 512 1.2 against 1.9, but 40 of 300 to 1,200 7.5 against 2.5. A length seen first costs 0.1 s more."""
 _forced: list[Backend] = []
 
 

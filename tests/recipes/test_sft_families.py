@@ -159,7 +159,8 @@ def test_packs_of_any_sizes_share_the_graphs_of_compiled_blocks(folder: Path) ->
     compile_blocks(compiled.network, backend=counted)
     packed, eager = PackedWan(compiled.network), PackedWan(plain.network)
     graphs = []
-    for sizes in ([(2, 4, 4), (1, 6, 4)], [(3, 4, 4), (1, 4, 6)], [(1, 4, 4), (2, 6, 4), (1, 6, 6)], [(4, 4, 6), (1, 4, 4), (3, 6, 6)], [(2, 4, 6), (3, 4, 6), (1, 4, 4), (5, 4, 4)]):
+    three, four = [(4, 4, 6), (1, 4, 4), (3, 6, 6)], [(2, 4, 6), (3, 4, 6), (1, 4, 4), (5, 4, 4)]
+    for sizes in ([(2, 4, 4), (1, 6, 4)], [(3, 4, 4), (1, 4, 6)], [(1, 4, 4), (2, 6, 4), (1, 6, 6)], three, four):
         generator = torch.Generator().manual_seed(len(graphs))
         x, t = [torch.randn(16, *size, generator=generator) for size in sizes], torch.rand(len(sizes), generator=generator)
         conds = [plain.encode_text(["a red ball"])] * len(sizes)
@@ -167,7 +168,7 @@ def test_packs_of_any_sizes_share_the_graphs_of_compiled_blocks(folder: Path) ->
             ours, expected = packed_velocity(packed, compiled, x, t, conds), packed_velocity(eager, plain, x, t, conds)
         assert all((a - b).abs().max() < 1e-5 for a, b in zip(ours, expected, strict=True))
         graphs.append(len(built))
-    assert 0 < graphs[0] and graphs[2] == graphs[3] == graphs[4], graphs  # the second says that lengths vary, the third that the number of clips does
+    assert graphs[0] > 0 and len(set(graphs[2:])) == 1, graphs  # the second pack says that lengths vary, the third that the number of clips does
 
 
 @pytest.mark.parametrize(
