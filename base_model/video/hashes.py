@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ BITS = 64
 LUMA = (0.299, 0.587, 0.114)
 FLAT_BELOW = 0.01  # standard deviation of luma
 SPEEDS = tuple(2 ** (step / 12) for step in range(-12, 13))
+CROP = 0.075  # of each side
 BITS_APART = 9.0  # mean distance of clips that are nearly the same, at most
 
 Array = NDArray[np.float64]
@@ -46,6 +47,35 @@ def hashes_of(luma: Array) -> tuple[str, ...]:
     bits = np.einsum("shw,kh,lw->skl", luma, waves, waves, optimize=True)[:, *_lowest()] > 0  # [S,BITS]
     flat = luma.reshape(len(luma), -1).std(1, ddof=1) < FLAT_BELOW
     return tuple("" if is_flat else np.packbits(row).tobytes().hex() for row, is_flat in zip(bits, flat.tolist(), strict=True))
+
+
+def look(frame: NDArray[np.uint8]) -> tuple[str, Array]:
+    """A small frame uint8 [H,W,3] -> (its hash and that of its middle without CROP at each side, behind each other, empty where it has no structure;
+    its luma in [0,1], [SIDE,SIDE])."""
+    import cv2
+
+    height, width = frame.shape[:2]
+    top, left = round(CROP * height), round(CROP * width)
+    luma = np.reshape(cv2.transform(frame.astype(np.float32), np.array([LUMA], np.float32) / 255), (height, width))
+    both = np.stack([averaged(luma), averaged(luma[top : height - top, left : width - left])])
+    whole, middle = hashes_of(both)
+    return whole + middle if whole and middle else "", both[0]
+
+
+def averaged(luma: NDArray[np.float32]) -> Array:
+    """[H,W] -> [SIDE,SIDE]."""
+    height, width = luma.shape
+    return (_averages(height) @ luma @ _averages(width).T).astype(np.float64)
+
+
+@lru_cache(maxsize=16)
+def _averages(length: int) -> NDArray[np.float32]:
+    """[SIDE,length]: the averages of torch's adaptive pooling, as a matrix."""
+    found = np.zeros((SIDE, length), np.float32)
+    for k in range(SIDE):
+        begin, end = k * length // SIDE, -(-(k + 1) * length // SIDE)
+        found[k, begin:end] = 1 / (end - begin)
+    return found
 
 
 def unpacked(hashes: Sequence[str]) -> Array:
