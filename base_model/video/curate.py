@@ -6,7 +6,7 @@ Nothing here decides: thresholds are applied to the table. `SENSIBLE` proposes s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +32,12 @@ STILL = 1.0  # of 255: mean change of a cell that cannot be seen
 REPEAT_STEPS = 3  # on either side
 REPEAT = 0.15  # of what the steps around it change
 SHADOW, LIGHT = 4, 251  # of 255
+BORDER_LOOKS = 32  # frames in which borders are looked for
+BORDER_SIDE = 256
 EVEN = 6  # of 255: how far a border may be from its level
-EVEN_SHARE = 0.98  # of a row's pixels
-EDGE_SHARE = 0.5  # of the row inside that differs from the border
+EVEN_SHARE = 0.98  # of a row's pixels that are near its level
+EDGE_SHARE = 0.7  # of a row right behind the border that differs from it, where the picture reaches both sides of the frame
+EDGE_SHARE_INSIDE = 0.95  # where there are borders on all sides: words on a card have these too
 
 
 class Measure(NamedTuple):
@@ -107,12 +110,21 @@ def measure(frames: Iterable[tuple[Frame, float]]) -> Measured:
     return meter.measured()
 
 
+def scene_cuts(frames: Iterable[Frame]) -> list[int]:
+    """Frames uint8 [H,W,3] -> those that begin a scene, the first left out: what `measure` counts, and nothing else of it."""
+    finder = CutFinder()
+    for frame in frames:
+        small = _shrunk(frame, WORK_SIDE, WORK_LONG_SIDE)
+        finder.add(small, to_luma(small))
+    return finder.cuts()
+
+
 class _Meter:
     """All that is known of the frames so far."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
-        self.clock, self.sampler, self.thumbnails = _Clock(), _Sampler(), _Thumbnails()
+        self.clock, self.sampler, self.thumbnails = _Clock(), _Sampler(), _Spread(THUMBNAILS)
         self.shots, self.flashes, self.changes, self.close = CutFinder(), FlashCounter(), _Changes(), _CloseLooks()
         self.moves, self.dissolves = _Moves(), DissolveFinder()
         self.hashes: list[str] = []
@@ -129,7 +141,7 @@ class _Meter:
         self.changes.add(small)
         self.levels.append(float(luma.mean(dtype=np.float64)))
         self.black += bool(np.quantile(luma, 0.98) < BLACK_LUMA)
-        self.thumbnails.add(frame)
+        self.thumbnails.add(lambda: _shrunk(frame, THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         # 2. Twice a second, from the frame as it is
         self.close.add(frame, second)
         # 3. Twelve times a second, from the frame before, now that it is known how long it is shown
@@ -295,24 +307,24 @@ class _Moves:
 
 
 class _CloseLooks:
-    """What only the frame at its full size tells, twice a second."""
+    """What only the frame at its full size tells, twice a second; and what the borders of some of these frames are."""
 
     def __init__(self) -> None:
         self._next = 0.0
         self._found: list[dict[str, float]] = []
-        self._low = self._high = np.zeros((0, 0), np.uint8)
+        self._lumas = _Spread(BORDER_LOOKS)
 
     def add(self, frame: Frame, second: float) -> None:
         if second < self._next - 1e-6:
             return
         self._next = second + 1 / CLOSE_LOOKS
         luma = to_luma(frame)
-        self._low, self._high = (np.minimum(self._low, luma), np.maximum(self._high, luma)) if self._found else (luma, luma)
         self._found.append(_close_look(luma))
+        self._lumas.add(lambda: _shrunk(luma, BORDER_SIDE, 2 * BORDER_SIDE))
 
     def scores(self) -> dict[str, float]:
         found = {name: np.array([each[name] for each in self._found]) for name in self._found[0]}
-        return {**{name: float(values.mean()) for name, values in found.items()}, "letterbox": letterbox(self._low, self._high)}
+        return {**{name: float(values.mean()) for name, values in found.items()}, "letterbox": letterbox(np.stack([luma for _, luma in self._lumas.kept]))}
 
 
 def _close_look(luma: Plane) -> dict[str, float]:
@@ -329,24 +341,27 @@ def _close_look(luma: Plane) -> dict[str, float]:
     }
 
 
-def letterbox(low: Plane, high: Plane) -> float:
-    """Lowest and highest luma of every pixel over the clip, [H,W] each -> share of the frame that is a border: of one level all the time, up to a straight edge."""
-    top, bottom = _border(low, high), _border(low[::-1], high[::-1])
-    rows = slice(top, len(low) - bottom)
-    left, right = _border(low[rows].T, high[rows].T), _border(low[rows].T[::-1], high[rows].T[::-1])
-    return 1 - (len(low) - top - bottom) * (low.shape[1] - left - right) / low.size
+def letterbox(lumas: Plane) -> float:
+    """Luma of frames all over a clip, uint8 [K,H,W] -> share of the frame that is a border: of one level all the time, up to an edge that is straight in half of the frames."""
+    _, height, width = lumas.shape
+    top, bottom = _border(lumas), _border(lumas[:, ::-1])
+    across = lumas[:, top : height - bottom].transpose(0, 2, 1)
+    left, right = _border(across), _border(across[:, ::-1])
+    return 1 - (height - top - bottom) * (width - left - right) / (height * width)
 
 
-def _border(low: Plane, high: Plane) -> int:
+def _border(lumas: Plane) -> int:
     """Rows at the top that are one."""
-    level = float(np.median(low[0]))
-    off = np.maximum(high.astype(np.float32) - level, level - low.astype(np.float32)) > EVEN  # [H,W]
-    uneven = np.flatnonzero(off.mean(1) > 1 - EVEN_SHARE)
+    height = lumas.shape[1]
+    off = np.abs(lumas - np.float32(np.median(lumas[:, 0]))) > EVEN  # [K,H,W]
+    uneven = np.flatnonzero(off.mean((0, 2)) > 1 - EVEN_SHARE)
     rows = int(uneven[0]) if uneven.size else 0
-    if not 0 < rows < len(low) / 2:
+    if not 0 < rows < height / 2:
         return 0
-    edge = off[rows : rows + max(2, min(8, len(low) // 16))].any(0)
-    return rows if edge.mean() >= EDGE_SHARE else 0
+    picture = np.flatnonzero(off.any((0, 1)))  # columns that are not border from top to bottom
+    edge = off[:, rows : rows + max(2, height // 16), picture[0] : picture[-1] + 1].mean(2).max(1)  # [K] share of one row right behind the border that differs from it
+    reaches = picture[0] == 0 and picture[-1] == lumas.shape[2] - 1
+    return rows if np.median(edge) >= (EDGE_SHARE if reaches else EDGE_SHARE_INSIDE) else 0
 
 
 def change(one: Frame, other: Frame) -> float:
@@ -364,29 +379,28 @@ def _flicker(levels: Sequence[float], cuts: Sequence[int]) -> float:
     return math.sqrt(sum(len(shot) * luma_flicker(shot) ** 2 for shot in shots) / sum(map(len, shots))) if shots else math.nan
 
 
-class _Thumbnails:
-    """A few small frames all over the clip, however long it is: every second one goes where there are too many."""
+class _Spread:
+    """A few of many things, all over them, however many there are: every second one goes where there are too many."""
 
-    def __init__(self) -> None:
-        self._count, self._apart = 0, 1
-        self._kept: list[tuple[int, Frame]] = []
+    def __init__(self, most: int) -> None:
+        self.kept: list[tuple[int, Any]] = []  # with their numbers
+        self.count, self._apart, self._most = 0, 1, most
 
-    def add(self, frame: Frame) -> None:
-        if self._count % self._apart == 0:
-            if len(self._kept) == THUMBNAILS:
-                self._kept, self._apart = self._kept[::2], 2 * self._apart
-            if self._count % self._apart == 0:
-                self._kept.append((self._count, _shrunk(frame, THUMBNAIL_SIDE, THUMBNAIL_SIDE)))
-        self._count += 1
+    def add(self, make: Callable[[], Any]) -> None:
+        if self.count % self._apart == 0 and len(self.kept) == self._most:
+            self.kept, self._apart = self.kept[::2], 2 * self._apart
+        if self.count % self._apart == 0:
+            self.kept.append((self.count, make()))
+        self.count += 1
 
-    def three(self) -> tuple[Frame, ...]:
-        """Those nearest to a sixth, a half and five sixths of the clip, as far as they are different ones."""
-        near = [min(range(len(self._kept)), key=lambda k: abs(self._kept[k][0] - share * (self._count - 1))) for share in (1 / 6, 1 / 2, 5 / 6)]
-        return tuple(self._kept[k][1] for k in sorted(set(near)))
+    def three(self) -> tuple[Any, ...]:
+        """Those nearest to a sixth, a half and five sixths, as far as they are different ones."""
+        near = [min(range(len(self.kept)), key=lambda k: abs(self.kept[k][0] - share * (self.count - 1))) for share in (1 / 6, 1 / 2, 5 / 6)]
+        return tuple(self.kept[k][1] for k in sorted(set(near)))
 
 
 def _shrunk(frame: Frame, short: int, long: int) -> Frame:
-    """A frame whose sides are at most `short` and `long`, averaged; never larger than it was, and never a view of it."""
+    """A frame, or its luma, whose sides are at most `short` and `long`, averaged; never larger than it was, and never a view of it."""
     import cv2
 
     height, width = frame.shape[:2]
