@@ -175,6 +175,8 @@ class _Meter:
         return Measured({name: scores[name] for name in MEASURES}, tuple(self.hashes), self.thumbnails.three())
 
     def _longest_shot(self, cuts: Sequence[int]) -> float:
+        if len(self.levels) == 1:
+            return math.nan
         ends = [self.clock.seconds[cut] for cut in cuts] + [middle / SAMPLES_A_SECOND for middle in self.dissolves.found]
         return float(np.diff([0.0, *sorted(ends), self.clock.end]).max())
 
@@ -184,19 +186,20 @@ class _Clock:
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self._time = math.nan
+        self._time = self._expected = math.nan  # of the last frame: by the file, and as it should be
         self._steps: list[float] = []  # nan where the file's clock is wrong
-        self._last_step = 1 / SAMPLES_A_SECOND
+        self._usual = 1 / SAMPLES_A_SECOND
 
     def add(self, time: float) -> float:
         if not self.seconds:
             self.seconds.append(0.0)
+            self._expected = time
         else:
-            step = time - self._time
-            good = 0 < step <= LONGEST_STEP
-            self._last_step = step if good else self._last_step
-            self._steps.append(step if good else math.nan)
-            self.seconds.append(self.seconds[-1] + self._last_step)
+            step = next((time - last for last in (self._expected, self._time) if 0 < time - last <= LONGEST_STEP), math.nan)
+            self._steps.append(step)
+            self._usual = self._usual if math.isnan(step) else step
+            self._expected = self._expected + self._usual if math.isnan(step) else time
+            self.seconds.append(self.seconds[-1] + self._usual)
         self._time = time
         return self.seconds[-1]
 

@@ -91,11 +91,11 @@ def _averages(length: int) -> NDArray[np.float32]:
 
 
 def unpacked(hashes: Sequence[str]) -> Array:
-    """[S,BITS] of 0 and 1, nan where there is no hash. Raises ValueError for text that is none."""
+    """Hashes of whole frames, as `clip_hashes` and `look` give them -> [S,BITS] of 0 and 1, nan where there is no hash. Raises ValueError for text that is none."""
     rows = [np.unpackbits(np.frombuffer(bytes.fromhex(each), np.uint8)).astype(np.float64) if each else np.full(BITS, np.nan) for each in hashes]
-    if any(len(row) != BITS for row in rows) or not rows:
+    if any(len(row) not in (BITS, 2 * BITS) for row in rows) or not rows:
         raise ValueError("a hash has another length")
-    return np.stack(rows)
+    return np.stack([row[:BITS] for row in rows])
 
 
 def bits_apart(one: Array, other: Array) -> float:
@@ -198,7 +198,12 @@ def _candidates(clips: Sequence[Moments], radius: int) -> Iterator[tuple[int, li
     keys = [_spaced(clip) for clip in clips]
     stored = _Entries.of([(clip, words) for clip, (at, each) in enumerate(zip(keys, clips, strict=True)) for words in (each.whole[at], each.middle[at])])
     asked = _Entries.of([(clip, words) for clip, each in enumerate(clips) for words in _questions(each)])
-    pairs = np.unique(np.concatenate([np.zeros(0, np.int64), *_matches(stored, asked, radius, len(clips))]))
+    pairs, more = np.zeros(0, np.int64), [np.zeros(0, np.int64)]
+    for each in _matches(stored, asked, radius, len(clips)):
+        more.append(each)
+        if sum(map(len, more)) > AT_ONCE:
+            pairs, more = np.union1d(pairs, np.concatenate(more)), []
+    pairs = np.union1d(pairs, np.concatenate([np.zeros(0, np.int64), *more]))
     late, early = pairs // max(1, len(clips)), pairs % max(1, len(clips))
     starts = np.flatnonzero(np.diff(late, prepend=-1))
     for begin, end in itertools.pairwise([*starts.tolist(), len(pairs)]):
@@ -220,14 +225,12 @@ class _Entries(NamedTuple):
 def _matches(stored: _Entries, asked: _Entries, radius: int, count: int) -> Iterator[NDArray[np.int64]]:
     """Later clip * count + earlier clip of all pairs of moments within `radius` bits that agree in a band but for one bit at most."""
     for begin, width in BANDS:
-        mask = np.uint64((1 << width) - 1)
-        keys = (stored.words >> np.uint64(begin)) & mask
+        keys, wanted = (((words >> np.uint64(begin)) & np.uint64((1 << width) - 1)).astype(np.int64) for words in (stored.words, asked.words))
         order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        wanted = (asked.words >> np.uint64(begin)) & mask
+        starts = np.searchsorted(keys[order], np.arange((1 << width) + 1))
         for flip in (0, *(1 << bit for bit in range(width))):
-            low, high = (np.searchsorted(keys, wanted ^ np.uint64(flip), side) for side in ("left", "right"))
-            yield from _compared(stored, asked, order, low, high - low, radius, count)
+            low = starts[wanted ^ flip]
+            yield from _compared(stored, asked, order, low, starts[(wanted ^ flip) + 1] - low, radius, count)
 
 
 def _compared(stored: _Entries, asked: _Entries, order: Places, low: Places, sizes: Places, radius: int, count: int) -> Iterator[NDArray[np.int64]]:
@@ -277,7 +280,7 @@ def _aligned(one: Words, other: Words, one_known: NDArray[np.bool_], other_known
     speed, offset = int(lines.speed[best]), int(lines.offset[best])
     speeds = range(max(0, speed - 1), min(len(SPEEDS), speed + 2))
     around = _lines_of([(near, stride * offset + shift) for near in speeds for shift in range(-stride, stride + 1)], len(one), len(other))
-    return float(_means(_distances(one, other, one_known, other_known), around).min())
+    return float(_means(_distances(one, other, one_known, other_known), around).min(initial=means[best]))
 
 
 def _distances(one: Words, other: Words, one_known: NDArray[np.bool_], other_known: NDArray[np.bool_]) -> NDArray[np.float32]:

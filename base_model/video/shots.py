@@ -28,8 +28,8 @@ EVEN = 1e-5  # variance of luma of a frame of one level
 BACK = 4  # frames within which a scene that comes back was never left
 FADES = (6, 12, 24)  # lengths of a dissolve, samples of 1/12 s
 FADE_CHANGE = 0.06  # root mean square over luma in [0,1]
-FADE_UNLIKE = 0.6  # correlation of its two ends at most
-FADE_ERROR = 0.3  # of that change, what mixtures of the two ends leave unexplained
+FADE_UNLIKE = 0.4  # correlation of its two ends at most
+FADE_ERROR = 0.14  # of that change, what mixtures of the two ends leave unexplained; of a wave that moves until it is that unlike, 0.15
 FADE_APART = 12  # samples from which two dissolves are two
 
 

@@ -92,7 +92,7 @@ def _kinds(rng: np.random.Generator, number: int) -> list[str]:
     each, alike = max(1, round(DEFECT_SHARE * number)), max(1, round(ALIKE_SHARE * number))
     others = [kind for kind in DEFECTS for _ in range(each)] + [kind for kind in CLEAN[1:] for _ in range(alike)]
     rest = number - len(others)
-    first = max(1, min(rest, 2 * each))
+    first = min(rest, len(DUPLICATES) * each)
     mixed = [*others, *["plain"] * (rest - first)]
     return ["plain"] * first + [mixed[k] for k in rng.permutation(len(mixed)).tolist()]
 

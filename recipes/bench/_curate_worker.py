@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -38,13 +39,15 @@ def video_hash(path: str) -> dict[str, Any]:
 def ffmpeg_on_path(folder: Path) -> None:
     """The binary that imageio-ffmpeg brings, where videohash looks for one."""
     imageio_ffmpeg: Any = importlib.import_module("imageio_ffmpeg")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ffmpeg").unlink(missing_ok=True)
     (folder / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
 def build(spec: dict[str, Any]) -> dict[str, Any]:
     if importlib.util.find_spec("imageio_ffmpeg"):
-        ffmpeg_on_path(Path(tempfile.mkdtemp()))
+        ffmpeg_on_path(Path(spec["folder"]).absolute())
     if importlib.util.find_spec("cv2"):
         importlib.import_module("cv2").setNumThreads(spec["threads"])
     return {"cuts": cuts, "hash": video_hash}

@@ -168,6 +168,7 @@ def share(part: int, whole: int) -> float | None:
 class Start(BaseModel):
     """What a peer's process is told."""
 
+    folder: str  # where it may leave a link to ffmpeg
     threads: int = 1
 
 
@@ -278,13 +279,14 @@ def _precision(clips: Sequence[Clip], pairs: dict[str, str]) -> float | None:
 
 
 def _compared(peer: str, what: str, ours: float | None, theirs: float | None, note: str | None = None) -> Row:
-    return {"beside": peer, "what": what, "ours": ours, "peer": theirs, "ratio": ours / theirs if ours is not None and theirs else None, "note": note}
+    ratio = ours / theirs if ours is not None and theirs else None
+    return {"beside": peer, "what": what, "clips": None, "ours": ours, "peer": theirs, "ratio": ratio, "note": note}
 
 
 @contextmanager
 def _peer(cfg: Config, name: Peer) -> Iterator[Worker]:
     python = environment(cfg, name)
-    with worker(name, [str(python), str(Path(__file__).parent / "_curate_worker.py")], Start(), cfg.out / f"{name}.log") as started:
+    with worker(name, [str(python), str(Path(__file__).parent / "_curate_worker.py")], Start(folder=str(cfg.out / "bin")), cfg.out / f"{name}.log") as started:
         started.answer()  # it stands
         yield started
 
