@@ -136,6 +136,16 @@ def each_frame(path: str | Path) -> Iterator[tuple[Frame, float]]:
         yield pixels.frame, pixels.fps
 
 
+def timed_frames(path: str | Path) -> Iterator[tuple[Frame, float]]:
+    """What `each_frame` gives, with the second at which each frame is shown instead of the rate of all."""
+    path = Path(path)
+    _require_file(path)
+    with open(path, "rb") as file:
+        _refuse_truncated_mp4(file, path.stat().st_size, path)
+    for pixels in _each(path):
+        yield pixels.frame, pixels.time
+
+
 def each_frame_of(content: bytes, name: str, bounds: Bounds) -> Iterator[tuple[Frame, float]]:
     """What `decode_video` decodes, as `each_frame` gives it. A lossless clip's digest is not looked at."""
     for pixels in _each(name, content=content, kind=_kind(content, name), bounds=bounds):
@@ -273,9 +283,10 @@ def _require_file(path: Path) -> None:
 
 
 class _Pixels(NamedTuple):
-    """One decoded frame, and what its file says of all of them."""
+    """One decoded frame and the second at which it is shown, and what its file says of all of them."""
 
     frame: Frame
+    time: float  # where the file does not say, by the rate
     fps: float
     digest: str | None
 
@@ -346,8 +357,9 @@ def _each(
                     _check_bounds(count, (frame.height, frame.width), bounds, path)
                     pixels = _rgb(frame, reformatter)
                     sizes.add(pixels.shape)
+                    time = count / (fps or 1.0) if frame.time is None else float(frame.time)
                     count += 1
-                    yield _Pixels(pixels, fps or 1.0, digest)
+                    yield _Pixels(pixels, time, fps or 1.0, digest)
                     if count == most:
                         return
     except (av.error.FFmpegError, OSError) as error:

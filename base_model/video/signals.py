@@ -62,20 +62,26 @@ def signals(frames: Frames, fps: float) -> dict[str, float]:
         raise UserError(f"a clip to measure is uint8 [T,H,W,3] with pixels, not {frames.dtype} {list(frames.shape)}. Decode it with `read_video`")
     if not (math.isfinite(fps) and fps > 0):
         raise UserError(f"a clip cannot have {fps} frames a second. Give the rate it is played at")
-    luma = np.stack([_luma(frame) for frame in frames])  # [T,H,W]
+    luma = np.stack([to_luma(frame) for frame in frames])  # [T,H,W]
     found = {**_changes(frames, luma), **_motion(luma, fps), **_over_frames(frames, luma)}
     return {name: found[name] for name in SIGNALS}
 
 
 def motions(luma: Frames) -> Iterator[Motion]:
     """Flow, camera and residual of each step of uint8 luma [T,H,W]."""
+    dis = flow_finder()
+    for here, there in itertools.pairwise(luma):
+        flow = flow_between(dis, here, there)
+        yield Motion(flow, camera_flow(flow), warp_residual(here, there, flow))
+
+
+def flow_finder() -> Any:
+    """What `flow_between` needs: OpenCV's DIS, one for all steps."""
     import cv2
 
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     dis.setFinestScale(0)  # at half the size, the default, objects of 16 pixels move half as fast
-    for here, there in itertools.pairwise(luma):
-        flow = _flow(dis, here, there)
-        yield Motion(flow, camera_flow(flow), _residual(here, there, flow))
+    return dis
 
 
 def camera_flow(flow: Floats) -> Floats:
@@ -172,7 +178,8 @@ def _at_most(luma: Frames, side: int) -> Frames:
     return np.stack([cv2.resize(frame, (round(width * shrink), round(height * shrink)), interpolation=cv2.INTER_AREA) for frame in luma])
 
 
-def _flow(dis: Any, here: Frames, there: Frames) -> Floats:
+def flow_between(dis: Any, here: Frames, there: Frames) -> Floats:
+    """Where the pixels of luma [H,W] go until the next one, [H,W,2] in pixels: x, y."""
     import cv2
 
     height, width = here.shape
@@ -186,7 +193,8 @@ def _flow(dis: Any, here: Frames, there: Frames) -> Floats:
     return small
 
 
-def _residual(here: Frames, there: Frames, flow: Floats) -> Floats:
+def warp_residual(here: Frames, there: Frames, flow: Floats) -> Floats:
+    """Absolute difference [H,W] of luma and the next one warped back by the flow; nan where the next one does not reach."""
     import cv2
 
     height, width = here.shape
@@ -219,7 +227,7 @@ def _over_frames(frames: Frames, luma: Frames) -> dict[str, float]:
         "grid": _mean([grid(frame) for frame in luma]),
         "saturation": _mean([float((frame.max(-1).astype(np.int16) - frame.min(-1)).mean() / 255) for frame in frames]),
         "clipped_share": _mean([float(((frame == 0) | (frame == 255)).mean()) for frame in frames]),
-        "noise": _mean([_noise(frame) for frame in luma]),
+        "noise": _mean([noise(frame) for frame in luma]),
     }
 
 
@@ -242,14 +250,16 @@ def _whole(length: int) -> int:
     return -(-length // PERIODS[-1]) * PERIODS[-1]
 
 
-def _noise(luma: Frames) -> float:
+def noise(luma: Frames) -> float:
+    """Median absolute diagonal Haar detail of uint8 [H,W] over 0.6745, the standard deviation of white noise; nan below 2x2."""
     height, width = (side // 2 * 2 for side in luma.shape)
     even = luma[:height, :width].astype(np.float32)
     diagonal = (even[::2, ::2] - even[1::2, ::2] - even[::2, 1::2] + even[1::2, 1::2]) / 2  # [H/2,W/2]
     return float(np.median(np.abs(diagonal)) / 0.6745) if diagonal.size else math.nan
 
 
-def _luma(frame: Frames) -> Frames:
+def to_luma(frame: Frames) -> Frames:
+    """uint8 [H,W,3] -> [H,W]."""
     import cv2
 
     return np.asarray(cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY), np.uint8)

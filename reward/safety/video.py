@@ -11,43 +11,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
+from base_model.video.flashes import AREA, CELLS_A_SIDE, DARKER_BELOW, NO_END, RED_UNITS, SWING, UNITS, Signal, Swings, light_signals, transitions
 from base_model.video.signals import grid
 from reward.safety.contract import VERDICT_OF, Reason, Ruling, Verdict
 from reward.safety.policy import Policy
 
-UNITS = 10_000  # luminance 1.0; signals are whole numbers, so that a swing of exactly the limit is one
-SWING = 1_000  # 0.10 of relative luminance
-DARKER_BELOW = 8_000
-RED_UNITS = 16_000  # redness 1.0, in units in which 20/320 is SWING
-NO_END = 32_000  # above every signal
 FAINTEST = 50  # swings below 0.005 are taken for none
 FLASHES = 3  # allowed in a second
 CHANGES = 2 * (FLASHES + 1)  # of a hazard
-AREA = 0.25
-CELLS_A_SIDE = 48
 CELLS_AT_ONCE = 1 << 14
 FRAMES_AT_ONCE = 64
 LUMA = (0.299, 0.587, 0.114)
-LEVELS = 16 * 255  # finer than the levels of a file, and holding each of them exactly
-
-Signal = NDArray[np.int16]
-
-
-class Swings(NamedTuple):
-    """Where swings may end, whole numbers [T,B,P]: `top` a bright end, `bottom` a dark one. The same signal but for frames that may not be such an end,
-    which stand at -NO_END / 2 in `top` and at NO_END in `bottom`."""
-
-    top: Signal
-    bottom: Signal
 
 
 class Light(NamedTuple):
@@ -106,39 +87,13 @@ def flash_risk(video: Tensor, fps: float, *, steps: int = 8) -> FlashRisk:
 
 
 def _measure(video: Tensor, fps: float, steps: int) -> FlashRisk:
-    luminance, redness, saturated = (np.concatenate(column) for column in zip(*map(_signals, video.split(FRAMES_AT_ONCE, dim=1)), strict=True))  # 3 x [T,B,P]
+    luminance, redness, saturated = (np.concatenate(column) for column in zip(*map(light_signals, video.split(FRAMES_AT_ONCE, dim=1)), strict=True))  # 3 x [T,B,P]
     size = min(_window(fps), len(luminance) - 1)
     general, general_window = _largest_swing(Light(luminance, None), size, steps)
     red, red_window = _largest_swing(Light(redness, saturated), size, steps)
     window = np.where(red > general, red_window, general_window).astype(np.float64)  # [B]
     window[window < 0] = math.nan
     return FlashRisk(general / UNITS, red / RED_UNITS, window / fps, (window + size) / fps)
-
-
-@cache
-def _linear_light() -> NDArray[np.float32]:
-    """sRGB level 0..LEVELS -> linear light in [0, 1]."""
-    x = np.arange(LEVELS + 1) / LEVELS
-    return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4).astype(np.float32)
-
-
-def _signals(video: Tensor) -> tuple[Signal, Signal, NDArray[np.bool_]]:
-    """[B,T,3,H,W] -> luminance, redness (whole numbers) and whether the cell is a saturated red, [T,B,P] each."""
-    levels = (video.transpose(0, 1) * LEVELS + 0.5).clamp_(0, LEVELS).to(torch.int16)  # [T,B,3,H,W]
-    linear = torch.from_numpy(_linear_light()[levels.numpy()])  # [T,B,3,H,W]
-    height, width = linear.shape[-2:]
-    if max(height, width) > CELLS_A_SIDE:
-        cells = min(height, CELLS_A_SIDE), min(width, CELLS_A_SIDE)
-        linear = F.adaptive_avg_pool2d(linear.flatten(0, 1), cells).unflatten(0, linear.shape[:2])  # [T,B,3,h,w]
-    red, green, blue = linear.flatten(3).unbind(2)  # 3 x [T,B,P]
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue  # [T,B,P]
-    others = green + blue  # [T,B,P]
-    redness = (red - others).clamp_(min=0)  # [T,B,P]
-    return _whole(luminance * UNITS), _whole(redness * RED_UNITS), ((red >= 4 * others) & (red > 0)).numpy()
-
-
-def _whole(x: Tensor) -> Signal:
-    return x.round_().to(torch.int16).numpy()
 
 
 def _window(fps: float) -> int:
@@ -194,17 +149,17 @@ def _enough(cells: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _flashes(luminance: Signal, size: int, limit: Signal) -> NDArray[np.bool_]:
     """[size + windows,b,P] -> [windows,b]. Clipped one below DARKER_BELOW + limit, luminance has no swing left whose darker end is not below DARKER_BELOW."""
     clipped = np.minimum(luminance, DARKER_BELOW + limit - 1)
-    return _enough(_transitions(Swings(clipped, clipped), size, limit) >= CHANGES)
+    return _enough(transitions(Swings(clipped, clipped), size, limit) >= CHANGES)
 
 
 def _flashes_red(redness: Signal, saturated: NDArray[np.bool_], size: int, limit: Signal) -> NDArray[np.bool_]:
     """[size + windows,b,P] -> [windows,b]. Most red flashes have all their bright ends, or all their dark ones, saturated; where it matters the others are followed too."""
-    possible = _transitions(Swings(redness, redness), size, limit) >= CHANGES  # [windows,b,P]
+    possible = transitions(Swings(redness, redness), size, limit) >= CHANGES  # [windows,b,P]
     if not _enough(possible).any():
         return _enough(possible)
     from_red = Swings(np.where(saturated, redness, np.int16(-NO_END // 2)), redness)
     into_red = Swings(redness, np.where(saturated, redness, np.int16(NO_END)))
-    flashing = (_transitions(from_red, size, limit) >= CHANGES) | (_transitions(into_red, size, limit) >= CHANGES)  # [windows,b,P]
+    flashing = (transitions(from_red, size, limit) >= CHANGES) | (transitions(into_red, size, limit) >= CHANGES)  # [windows,b,P]
     open_ = _enough(possible) & ~_enough(flashing)  # [windows,b]
     window, clip, cell = np.nonzero(possible & ~flashing & open_[:, :, None])  # [E] each
     if len(window):
@@ -231,28 +186,6 @@ def _changes_of_either_end(redness: Signal, saturated: NDArray[np.bool_], limit:
         np.minimum(lowest_red, x, out=lowest_red, where=falls & is_red)
     reached = (highest > -NO_END // 2) | (lowest < NO_END)  # [CHANGES + 1,E]
     return CHANGES - reached[::-1].argmax(0)
-
-
-def _transitions(swings: Swings, size: int, limit: Signal) -> NDArray[np.uint8]:
-    """Swings [size + windows,B,P] -> the most opposing swings of at least `limit` in every window of `size` changes [windows,B,P].
-
-    y follows the signal with a slack of limit - 1 below it, so it turns exactly when the signal has come back by `limit` from its last extreme. What the first swing
-    is measured from is open, so both are counted: a first swing down (y starts at its lowest) and a first swing up (y starts at the signal).
-    """
-    windows = len(swings.top) - size
-    lowest, highest = swings.top - (limit - 1), swings.bottom  # [size + windows,B,P]
-    counts = []
-    for y, rising in ((lowest[:windows], True), (highest[:windows], False)):
-        up = np.full(y.shape, rising)
-        count = np.zeros(y.shape, np.uint8)
-        for i in range(1, size + 1):
-            follow = np.maximum(y, lowest[i : i + windows])
-            np.minimum(follow, highest[i : i + windows], out=follow)
-            turned = (follow > y) | (up > (follow < y))
-            count += turned != up
-            y, up = follow, turned
-        counts.append(count)
-    return np.maximum(*counts)
 
 
 def _chunks(count: int, size: int) -> Iterator[tuple[int, int]]:

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from base_model.errors import UserError
 from base_model.video.files import from_uint8, read_video, write_mp4
+from base_model.video.hashes import clip_hashes
 from reward.safety.contract import SafetyRunner, Verdict
-from reward.safety.duplicate import BlockedClip, DuplicateFilter, block, clip_hashes, load_blocked, save_blocked
+from reward.safety.duplicate import BlockedClip, DuplicateFilter, block, load_blocked, save_blocked
 from reward.safety.policy import load_policy
 
 POLICY = load_policy()

@@ -1,0 +1,414 @@
+"""What can be measured of a clip before it becomes training data: numbers for a table, hashes and small pictures, in one pass over its frames.
+
+Nothing here decides: thresholds are applied to the table. `SENSIBLE` proposes some.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from base_model.errors import UserError
+from base_model.video.files import Frame
+from base_model.video.flashes import FlashCounter
+from base_model.video.hashes import SAMPLES_A_SECOND, look
+from base_model.video.shots import CutFinder, DissolveFinder
+from base_model.video.signals import BLACK_LUMA, camera_flow, flow_between, flow_finder, grid, luma_flicker, noise, to_luma
+
+Plane = NDArray[np.uint8]  # [H,W]
+
+WORK_SIDE = 128  # short side of the frames that most is measured on
+WORK_LONG_SIDE = 512
+THUMBNAIL_SIDE = 160
+THUMBNAILS = 8  # kept on the way, for three
+CLOSE_LOOKS = 2.0  # a second, at full size
+LONGEST_STEP = 10.0  # seconds: where a file says more, its clock is wrong
+CELLS = 16  # a side: what changes is looked for in each
+STILL = 1.0  # of 255: mean change of a cell that cannot be seen
+REPEAT_STEPS = 3  # on either side
+REPEAT = 0.15  # of what the steps around it change
+SHADOW, LIGHT = 4, 251  # of 255
+BORDER_LOOKS = 32  # frames in which borders are looked for
+BORDER_SIDE = 256
+EVEN = 6  # of 255: how far a border may be from its level
+EVEN_SHARE = 0.98  # of a row's pixels that are near its level
+EDGE_SHARE = 0.7  # of a row right behind the border that differs from it, where the picture reaches both sides of the frame
+EDGE_SHARE_INSIDE = 0.95  # where there are borders on all sides: words on a card have these too
+
+
+class Measure(NamedTuple):
+    """What a number says."""
+
+    unit: str
+    what: str
+
+
+class Measured(NamedTuple):
+    """All that is kept of a clip."""
+
+    scores: dict[str, float]  # by the names of MEASURES; nan where the clip cannot tell (one frame has no motion)
+    hashes: tuple[str, ...]  # over time (`base_model/video/hashes.py`)
+    thumbnails: tuple[Frame, ...]  # at most three small frames uint8 [h,w,3], longest side 160
+
+
+MEASURES: dict[str, Measure] = {
+    "frames": Measure("frames", "frames that were decoded"),
+    "seconds": Measure("s", "from the first frame until the last one has been shown as long as the usual one"),
+    "fps": Measure("frames/s", "one over the usual time from a frame to the next"),
+    "fps_irregularity": Measure("of a step", "how far steps are from the usual one, mean: 0 is an even rate"),
+    "cuts": Measure("cuts", "hard cuts: one scene ends and another begins from a frame to the next"),
+    "dissolves": Measure("transitions", "gradual transitions: one picture fades into another, or into black"),
+    "longest_shot": Measure("s", "longest stretch without a cut or a transition"),
+    "motion": Measure("diagonals/s", "mean speed of the flow; cuts are left out"),
+    "camera_motion": Measure("diagonals/s", "mean speed of the flow that one similarity transform of the frame explains"),
+    "object_motion": Measure("diagonals/s", "mean speed of the flow that the camera does not explain"),
+    "flicker": Measure("of 255", "standard deviation of the frames' mean luma around its running mean of five frames, within shots"),
+    "flashes": Measure("flashes/s", "most general or red flashes (WCAG 2.3.1) in any second, of a quarter of the frame"),
+    "sharpness": Measure("of 255, squared", "variance of the Laplacian of luma, at full size"),
+    "brightness": Measure("of 1", "mean luma"),
+    "crushed_share": Measure("of pixels", "pixels of luma 4 and below of 255: no detail left in the shadows"),
+    "blown_share": Measure("of pixels", "pixels of luma 251 and above of 255: no detail left in the lights"),
+    "contrast": Measure("of 1", "standard deviation of luma within a frame, mean over frames"),
+    "letterbox": Measure("of the frame", "borders of one even colour that stay through the whole clip, and end in a straight edge"),
+    "static_share": Measure("of steps", "frames that are the one before again"),
+    "longest_still": Measure("s", "longest time in which nothing changes"),
+    "repeated_share": Measure("of steps", "frames that are the one before again between others that move: a clip that was slowed or converted by repeating frames"),
+    "black_share": Measure("of frames", "frames whose 98th percentile of luma is below 32 of 255"),
+    "noise": Measure("of 255", "median absolute diagonal Haar detail over 0.6745, at full size"),
+    "blockiness": Measure("times", "strongest of the periods 4, 8, 16 and 32 in the spectrum of the gradient, against its neighbours, at full size: 1 is none"),
+}
+
+SENSIBLE: dict[str, tuple[float | None, float | None]] = {
+    "cuts": (None, 0.0),
+    "dissolves": (None, 0.0),
+    "flashes": (None, 3.0),
+    "letterbox": (None, 0.02),
+    "static_share": (None, 0.5),
+    "repeated_share": (None, 0.25),
+    "black_share": (None, 0.1),
+}
+"""Least and most of a measure that training data should have, None where it does not matter; a number that is not known (nan) is no reason to drop a clip."""
+
+
+def measure(frames: Iterable[tuple[Frame, float]]) -> Measured:
+    """Frames uint8 [H,W,3] with the second at which each is shown, as `base_model.video.files.timed_frames` gives them -> what is kept of the clip.
+
+    One pass; what lies in memory is a few frames and a few numbers for every one. Raises UserError where there is no frame, or anything but frames of one size.
+    """
+    meter: _Meter | None = None
+    for frame, time in frames:
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3 or not frame.size or (meter and frame.shape != meter.shape):
+            raise UserError(f"frames to measure are uint8 [H,W,3] of one size with pixels, not {frame.dtype} {list(frame.shape)}. Decode them with `timed_frames`")
+        meter = meter or _Meter(frame.shape)
+        meter.add(frame, time)
+    if meter is None:
+        raise UserError("there is no frame to measure. Give a clip")
+    return meter.measured()
+
+
+def scene_cuts(frames: Iterable[Frame]) -> list[int]:
+    """Frames uint8 [H,W,3] -> those that begin a scene, the first left out: what `measure` counts, and nothing else of it."""
+    finder = CutFinder()
+    for frame in frames:
+        small = _shrunk(frame, WORK_SIDE, WORK_LONG_SIDE)
+        finder.add(small, to_luma(small))
+    return finder.cuts()
+
+
+class _Meter:
+    """All that is known of the frames so far."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self.clock, self.sampler, self.thumbnails = _Clock(), _Sampler(), _Spread(THUMBNAILS)
+        self.shots, self.flashes, self.changes, self.close = CutFinder(), FlashCounter(), _Changes(), _CloseLooks()
+        self.moves, self.dissolves = _Moves(), DissolveFinder()
+        self.hashes: list[str] = []
+        self.levels: list[float] = []
+        self.black = 0
+
+    def add(self, frame: Frame, time: float) -> None:
+        second = self.clock.add(time)
+        small = _shrunk(frame, WORK_SIDE, WORK_LONG_SIDE)
+        luma = to_luma(small)
+        # 1. From every frame
+        self.shots.add(small, luma)
+        self.flashes.add(small, second)
+        self.changes.add(small)
+        self.levels.append(float(luma.mean(dtype=np.float64)))
+        self.black += bool(np.quantile(luma, 0.98) < BLACK_LUMA)
+        self.thumbnails.add(lambda: _shrunk(frame, THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        # 2. Twice a second, from the frame as it is
+        self.close.add(frame, second)
+        # 3. Twelve times a second, from the frame before, now that it is known how long it is shown
+        self._sample(self.sampler.add(_Sample(small, luma, len(self.levels) - 1, second)))
+
+    def _sample(self, sampled: tuple[_Sample, int] | None) -> None:
+        if sampled is not None:
+            sample, ticks = sampled
+            moment, luma = look(sample.frame)
+            self.hashes += [moment] * ticks
+            for _ in range(ticks):
+                self.dissolves.add(luma)
+            self.moves.add(sample)
+
+    def measured(self) -> Measured:
+        self._sample(self.sampler.end(self.clock.end))
+        cuts = self.shots.cuts()
+        scores = {
+            **self.clock.scores(),
+            "cuts": float(len(cuts)),
+            "dissolves": float(len(self.dissolves.found)),
+            "longest_shot": self._longest_shot(cuts),
+            **self.moves.scores(cuts, self.clock.seconds),
+            "flicker": _flicker(self.levels, cuts),
+            "flashes": self.flashes.flashes() if len(self.levels) > 1 else math.nan,
+            "brightness": float(np.mean(self.levels)) / 255,
+            "repeated_share": self.changes.repeated_share(),
+            "black_share": self.black / len(self.levels),
+            **self.close.scores(),
+        }
+        return Measured({name: scores[name] for name in MEASURES}, tuple(self.hashes), self.thumbnails.three())
+
+    def _longest_shot(self, cuts: Sequence[int]) -> float:
+        if len(self.levels) == 1:
+            return math.nan
+        ends = [self.clock.seconds[cut] for cut in cuts] + [middle / SAMPLES_A_SECOND for middle in self.dissolves.found]
+        return float(np.diff([0.0, *sorted(ends), self.clock.end]).max())
+
+
+class _Clock:
+    """Times as the file gives them -> seconds that begin at 0 and rise, and what is odd about them."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._time = self._expected = math.nan  # of the last frame: by the file, and as it should be
+        self._steps: list[float] = []  # nan where the file's clock is wrong
+        self._usual = 1 / SAMPLES_A_SECOND
+
+    def add(self, time: float) -> float:
+        if not self.seconds:
+            self.seconds.append(0.0)
+            self._expected = time
+        else:
+            step = next((time - last for last in (self._expected, self._time) if 0 < time - last <= LONGEST_STEP), math.nan)
+            self._steps.append(step)
+            self._usual = self._usual if math.isnan(step) else step
+            self._expected = self._expected + self._usual if math.isnan(step) else time
+            self.seconds.append(self.seconds[-1] + self._usual)
+        self._time = time
+        return self.seconds[-1]
+
+    @property
+    def end(self) -> float:
+        """When the last frame has been shown."""
+        return self.seconds[-1] + (float(np.median(np.diff(self.seconds))) if self._steps else 1 / SAMPLES_A_SECOND)
+
+    def scores(self) -> dict[str, float]:
+        count = len(self.seconds)
+        if count == 1:
+            return {"frames": 1.0, "seconds": math.nan, "fps": math.nan, "fps_irregularity": math.nan}
+        usual = float(np.median(np.diff(self.seconds)))
+        irregularity = np.nan_to_num(np.abs(np.array(self._steps) - usual) / usual, nan=1.0)
+        return {"frames": float(count), "seconds": self.end, "fps": (count - 1) / self.seconds[-1], "fps_irregularity": float(irregularity.mean())}
+
+
+class _Sample(NamedTuple):
+    """A frame that is shown at one twelfth of a second or more."""
+
+    frame: Frame
+    luma: Plane
+    index: int
+    second: float
+
+
+class _Sampler:
+    """Frames one after another -> those nearest to each twelfth of a second, with how many of these there are. It keeps one frame."""
+
+    def __init__(self) -> None:
+        self._held: _Sample | None = None
+        self._ticks = 0
+
+    def add(self, sample: _Sample) -> tuple[_Sample, int] | None:
+        """The frame before, where it is one."""
+        found = self._until((self._held.second + sample.second) / 2) if self._held else None
+        self._held = sample
+        return found
+
+    def end(self, second: float) -> tuple[_Sample, int] | None:
+        return self._until(max(second, 1e-3))
+
+    def _until(self, second: float) -> tuple[_Sample, int] | None:
+        ticks = math.ceil(second * SAMPLES_A_SECOND - 1e-6) - self._ticks
+        self._ticks += max(0, ticks)
+        return (self._held, ticks) if self._held and ticks > 0 else None
+
+
+class _Changes:
+    """How much the part of the frame that changes most does, step by step."""
+
+    def __init__(self) -> None:
+        self._before: Frame | None = None
+        self._most: list[float] = []
+
+    def add(self, frame: Frame) -> None:
+        if self._before is not None:
+            self._most.append(change(self._before, frame))
+        self._before = frame
+
+    def repeated_share(self) -> float:
+        if not self._most:
+            return math.nan
+        padded = np.pad(np.array(self._most), REPEAT_STEPS)
+        near = np.lib.stride_tricks.sliding_window_view(padded, 2 * REPEAT_STEPS + 1)  # [steps,window]
+        around = np.minimum(near[:, :REPEAT_STEPS].max(1), near[:, REPEAT_STEPS + 1 :].max(1))
+        return float(((around > STILL) & (near[:, REPEAT_STEPS] <= REPEAT * around)).mean())
+
+
+class _Moves:
+    """Flow from sample to sample, and how long nothing changes."""
+
+    def __init__(self) -> None:
+        self._dis: Any = flow_finder()
+        self._before: _Sample | None = None
+        self._steps: list[tuple[int, int, float, float, float]] = []  # frames from and to; mean speed, of the camera and of the rest, in diagonals a second
+        self._still: list[tuple[float, bool]] = []  # seconds, and whether nothing changes in them
+
+    def add(self, sample: _Sample) -> None:
+        if self._before is not None:
+            seconds = sample.second - self._before.second
+            still = change(self._before.frame, sample.frame) <= STILL
+            self._still.append((seconds, still))
+            self._steps.append((self._before.index, sample.index, *((0.0, 0.0, 0.0) if still else self._speeds(self._before.luma, sample.luma, seconds))))
+        self._before = sample
+
+    def _speeds(self, here: Plane, there: Plane, seconds: float) -> tuple[float, float, float]:
+        flow = flow_between(self._dis, here, there)
+        camera = camera_flow(flow)
+        unit = math.hypot(*here.shape) * seconds
+        whole, moved, rest = (float(np.hypot(part[..., 0], part[..., 1]).mean()) / unit for part in (flow, camera, flow - camera))
+        return whole, moved, rest
+
+    def scores(self, cuts: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
+        within = [step[2:] for step in self._steps if not any(step[0] < cut <= step[1] for cut in cuts)]
+        speeds = np.mean(within, axis=0).tolist() if within else [math.nan] * 3
+        total, still = sum(time for time, _ in self._still), sum(time for time, is_still in self._still if is_still)
+        longest = run = 0.0
+        for time, is_still in self._still:
+            run = run + time if is_still else 0.0
+            longest = max(longest, run)
+        known = bool(self._still)
+        return {
+            **dict(zip(("motion", "camera_motion", "object_motion"), speeds, strict=True)),
+            "static_share": still / total if known else math.nan,
+            "longest_still": longest if known else math.nan,
+        }
+
+
+class _CloseLooks:
+    """What only the frame at its full size tells, twice a second; and what the borders of some of these frames are."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+        self._found: list[dict[str, float]] = []
+        self._lumas = _Spread(BORDER_LOOKS)
+
+    def add(self, frame: Frame, second: float) -> None:
+        if second < self._next - 1e-6:
+            return
+        self._next = second + 1 / CLOSE_LOOKS
+        luma = to_luma(frame)
+        self._found.append(_close_look(luma))
+        self._lumas.add(lambda: _shrunk(luma, BORDER_SIDE, 2 * BORDER_SIDE))
+
+    def scores(self) -> dict[str, float]:
+        found = {name: np.array([each[name] for each in self._found]) for name in self._found[0]}
+        return {**{name: float(values.mean()) for name, values in found.items()}, "letterbox": letterbox(np.stack([luma for _, luma in self._lumas.kept]))}
+
+
+def _close_look(luma: Plane) -> dict[str, float]:
+    import cv2
+
+    counts = np.bincount(luma.ravel(), minlength=256)
+    return {
+        "sharpness": float(cv2.Laplacian(luma, cv2.CV_32F).var()),
+        "crushed_share": float(counts[: SHADOW + 1].sum() / luma.size),
+        "blown_share": float(counts[LIGHT:].sum() / luma.size),
+        "contrast": float(luma.std() / 255),
+        "noise": noise(luma),
+        "blockiness": grid(luma),
+    }
+
+
+def letterbox(lumas: Plane) -> float:
+    """Luma of frames all over a clip, uint8 [K,H,W] -> share of the frame that is a border: of one level all the time, up to an edge that is straight in half of the frames."""
+    _, height, width = lumas.shape
+    top, bottom = _border(lumas), _border(lumas[:, ::-1])
+    across = lumas[:, top : height - bottom].transpose(0, 2, 1)
+    left, right = _border(across), _border(across[:, ::-1])
+    return 1 - (height - top - bottom) * (width - left - right) / (height * width)
+
+
+def _border(lumas: Plane) -> int:
+    """Rows at the top that are one."""
+    height = lumas.shape[1]
+    off = np.abs(lumas - np.float32(np.median(lumas[:, 0]))) > EVEN  # [K,H,W]
+    uneven = np.flatnonzero(off.mean((0, 2)) > 1 - EVEN_SHARE)
+    rows = int(uneven[0]) if uneven.size else 0
+    if not 0 < rows < height / 2:
+        return 0
+    picture = np.flatnonzero(off.any((0, 1)))  # columns that are not border from top to bottom
+    edge = off[:, rows : rows + max(2, height // 16), picture[0] : picture[-1] + 1].mean(2).max(1)  # [K] share of one row right behind the border that differs from it
+    reaches = picture[0] == 0 and picture[-1] == lumas.shape[2] - 1
+    return rows if np.median(edge) >= (EDGE_SHARE if reaches else EDGE_SHARE_INSIDE) else 0
+
+
+def change(one: Frame, other: Frame) -> float:
+    """Two frames [H,W,3] -> the mean absolute difference of the cell and colour that changes most, of 255."""
+    import cv2
+
+    difference = cv2.absdiff(one, other).astype(np.float32)
+    height, width = one.shape[:2]
+    return float(cv2.resize(difference, (min(width, CELLS), min(height, CELLS)), interpolation=cv2.INTER_AREA).max())
+
+
+def _flicker(levels: Sequence[float], cuts: Sequence[int]) -> float:
+    """Of every shot, mean over frames."""
+    shots = [shot for shot in np.split(np.array(levels), list(cuts)) if len(shot) >= 3]
+    return math.sqrt(sum(len(shot) * luma_flicker(shot) ** 2 for shot in shots) / sum(map(len, shots))) if shots else math.nan
+
+
+class _Spread:
+    """A few of many things, all over them, however many there are: every second one goes where there are too many."""
+
+    def __init__(self, most: int) -> None:
+        self.kept: list[tuple[int, Any]] = []  # with their numbers
+        self.count, self._apart, self._most = 0, 1, most
+
+    def add(self, make: Callable[[], Any]) -> None:
+        if self.count % self._apart == 0 and len(self.kept) == self._most:
+            self.kept, self._apart = self.kept[::2], 2 * self._apart
+        if self.count % self._apart == 0:
+            self.kept.append((self.count, make()))
+        self.count += 1
+
+    def three(self) -> tuple[Any, ...]:
+        """Those nearest to a sixth, a half and five sixths, as far as they are different ones."""
+        near = [min(range(len(self.kept)), key=lambda k: abs(self.kept[k][0] - share * (self.count - 1))) for share in (1 / 6, 1 / 2, 5 / 6)]
+        return tuple(self.kept[k][1] for k in sorted(set(near)))
+
+
+def _shrunk(frame: Frame, short: int, long: int) -> Frame:
+    """A frame, or its luma, whose sides are at most `short` and `long`, averaged; never larger than it was, and never a view of it."""
+    import cv2
+
+    height, width = frame.shape[:2]
+    shrink = min(1.0, short / min(height, width), long / max(height, width))
+    if shrink == 1:
+        return np.array(frame)
+    size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+    return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
