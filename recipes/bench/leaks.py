@@ -1,9 +1,9 @@
 """Does a limit hold where the filter is wrong in a known way, and what do audits, and a filter that learns from them, make of it?
 
 In the built-in world the truth is known: the flash filter. RL climbs a reward that pays for flashing under filters that err: one misses four flashing clips of ten by chance,
-one every flashing clip whose prompt names one of four colours of six. The multiplier sees what the filter says; or the rate corrected by audits of the policy as it is now, drawn before
-every leg and read without error; or a filter, too, is trained before each later leg on all that was read so far, and rules beside the blind one. Beside them: the true filter, no
-limit, and safety alone, a run whose reward is nothing but a low cost.
+one every flashing clip whose prompt names one of four colours of six. The multiplier sees what the filter says; or the rate corrected by audits of the policy as it is now, drawn
+before every leg and read without error; or a filter, too, is trained before each later leg on all that was read so far, and rules beside the blind one. Beside them: the true
+filter, no limit, and safety alone, a run whose reward is nothing but a low cost.
 
 Letters: S seeds, R rollouts, N prompts, G clips a prompt, B = N G clips.
 """
