@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 340, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
@@ -135,6 +136,34 @@ def bar_chart(groups: Sequence[tuple[str, Sequence[Bar], float]], *, name: str) 
         for tick in reach
     ]
     return _svg(width, round(y + 26), name, f"{name} with 95 % intervals, a mark where each should be. {'; '.join(said)}.", [*marks, *body])
+
+
+def histogram(kept: NDArray[np.float64], dropped: NDArray[np.float64], *, name: str, x_label: str, limits: Sequence[float] = (), bins: int = 32) -> str:
+    """How two groups of numbers are spread, bars of `dropped` on those of `kept`; nan is left out. limits: dashed lines where thresholds are.
+
+    The axis reaches from the 1st to the 99th percentile and to every limit; what lies outside is in the first and last bar. Raises ValueError where no number is finite.
+    """
+    groups = [values[np.isfinite(values)] for values in (kept, dropped)]
+    both = np.concatenate(groups)
+    if not len(both):
+        raise ValueError(f"{name}: nothing to draw")
+    x_ticks = ticks(round(float(min([np.quantile(both, 0.01), *limits])), 9), round(float(max([np.quantile(both, 0.99), *limits])), 9))
+    edges = np.linspace(x_ticks[0], x_ticks[-1], bins + 1)
+    counts = [np.histogram(values.clip(edges[0], edges[-1]), edges)[0] for values in groups]  # [bins] each
+    place = _Frame(x_ticks, ticks(0.0, float(max(1, (counts[0] + counts[1]).max()))), False)
+    body = [place.grid(False), place.x_axis(x_label)]
+    for k in range(bins):
+        left, right, below = place.x(edges[k]) + 0.5, place.x(edges[k + 1]) - 0.5, 0.0
+        tip = f"{number(edges[k])} to {number(edges[k + 1])}: {counts[0][k]:,} kept, {counts[1][k]:,} dropped"
+        for look, count in (("kept", counts[0][k]), ("dropped", counts[1][k])):
+            if count:
+                top = place.y(below + count)
+                body.append(f'<rect class="{look}" x="{left:.1f}" width="{right - left:.1f}" y="{top:.1f}" height="{place.y(below) - top:.1f}"><title>{escape(tip)}</title></rect>')
+            below += float(count)
+    body += [f'<line class="limit" x1="{place.x(value):.1f}" x2="{place.x(value):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>' for value in limits]
+    named = [(look, values) for look, values in zip(("kept", "dropped"), groups, strict=True) if len(values)]
+    middle = ", ".join(f"{number(float(np.median(values)))} in the middle of {len(values):,} {look}" for look, values in named)
+    return _svg(WIDTH, HEIGHT, name, f"{name} over clips: {middle}.{' Thresholds: ' + ', '.join(map(number, limits)) + '.' if limits else ''}", body)
 
 
 def ticks(low: float, high: float, *, most: int = 5) -> list[float]:

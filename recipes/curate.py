@@ -4,11 +4,12 @@
                                       + thresholds -->    OUT/decisions.parquet   kept, or the reasons why not
                                                           OUT/kept/               the clips, as `rushes encode --clips` and `rushes sft --data` read them
                                                           OUT/curated.json        thresholds and counts
+                                                          OUT/report.html         a page to look at (`curation_page.py`)
 
 Measuring is what costs; deciding reads the table alone, so thresholds are changed by running again with others. The same command goes on where it was killed: what was finished
 is not measured again. Clips are decoded in processes with a limit on memory and time, so one that hangs or kills its worker is a row with an error.
 In memory are two clips' rows a worker, a part of the table (256 rows with their thumbnails), and some 100 bytes for every row of the input; deciding needs the numbers of all.
-What it leaves out: captions are neither written nor changed, and clips are not cut.
+What it leaves out: captions are not written (`rushes caption` does), and clips are not cut.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ from recipes.clip_scores import SUFFIXES, Looks, Reader, Wanted, checked, load_l
 from recipes.clip_sources import Columns, Input, Source, count, on_disk, sources
 from recipes.clip_table import Table
 from recipes.clip_workers import Lost, Worker
+from recipes.curation_page import write_page
 from recipes.encode import read_ahead
 from recipes.filters import NONE, Filters
 from recipes.kept_clips import Files, write_kept
 from recipes.opt_out import NOBODY, OptOut, load_opt_out
+from recipes.score_words import tenths, with_scores
 from recipes.weights import file_hash
 
 SHOWN = 8  # rules on the terminal
@@ -158,6 +161,10 @@ class Config(BaseConfig):
     """Measures rows again that ended in an error."""
     keep: Keep = Keep()
     """Thresholds. Others need no clip to be measured again."""
+    say: tuple[str, ...] = ()
+    """Measures that are said behind kept captions, by their place among the kept from 0 to 9 (`score_words.py`). What a model is told in training, it can be asked for."""
+    report: bool = True
+    """Writes `report.html`: what was kept, what was dropped and why, with small pictures, and how measures are spread."""
     files: Files = "link"
     """How clips come into `kept`: hard links to files of this machine, or copies."""
     opt_out: Path | None = None
@@ -384,6 +391,8 @@ def main(cfg: Config, *, resume: bool = False, read: Reader = open_clip) -> dict
     """`resume` changes nothing: what was measured is never measured again. read: how a file is opened."""
     if cfg.input is None:
         raise UserError("nothing to curate, input. Give a folder of clips, a manifest, tar files, a dataset or an address: rushes curate INPUT")
+    if unknown := [name for name in cfg.say if name not in RANGES]:
+        raise UserError(f"nothing called {unknown[0]!r} is measured, say. There are: {', '.join(RANGES)}")
     if cfg.aesthetic is not None and cfg.agreement is None:
         raise UserError("an aesthetic head needs the encoder it was trained on, aesthetic. Name it: --agreement CHECKPOINT")
     check_can_write(cfg.out)
@@ -405,7 +414,9 @@ def _curated(cfg: Config, table: Table, given: Input, looks: Looks | None, opt_o
     table.forget([key for key, out in zip(keys, decisions.opted_out, strict=True) if out])
     write_decisions(cfg.out / "decisions.parquet", scores, decisions)
     rows = [row for row, kept in zip(table.read(keys, without=("thumbnails", "embedding", "hashes")).to_pylist(), decisions.kept, strict=True) if kept]
-    came = write_kept(cfg.out / "kept", rows, given, files=cfg.files)
+    edges = {name: tenths([row[name] for row in rows if row[name] is not None] or [0.0]) for name in cfg.say}
+    said = [row | {"text": with_scores(row["text"], row, edges)} for row in rows]
+    came = write_kept(cfg.out / "kept", said, given, files=cfg.files)
     found = {
         "clips": len(keys),
         "measured_now": len(table) - before,
@@ -413,8 +424,9 @@ def _curated(cfg: Config, table: Table, given: Input, looks: Looks | None, opt_o
         "errors": sum(any(reason.rule == "error" for reason in reasons) for reasons in decisions.reasons),
         "dropped_for": decisions.counts(),
     }
-    atomic_write(cfg.out / "curated.json", (json.dumps({"input": cfg.input, **found, "keep": dump(cfg.keep)}, indent=2, ensure_ascii=False) + "\n").encode())
-    return {"out": str(cfg.out), **found, "report": _lines(scores, decisions), "files_new": came, "wall_seconds": round(time.monotonic() - started, 2)}
+    atomic_write(cfg.out / "curated.json", (json.dumps({"input": cfg.input, **found, "keep": dump(cfg.keep), "said": edges}, indent=2, ensure_ascii=False) + "\n").encode())
+    page = {"page": str(write_page(cfg.out))} if cfg.report else {}
+    return {"out": str(cfg.out), **found, **page, "report": _lines(scores, decisions), "files_new": came, "wall_seconds": round(time.monotonic() - started, 2)}
 
 
 def _about(cfg: Config, looks: Looks | None) -> dict[str, str]:

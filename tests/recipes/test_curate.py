@@ -438,3 +438,22 @@ def test_a_long_clip_is_measured_in_less_memory_than_its_frames_take(tmp_path: P
 def test_reasons_of_a_row_are_those_of_the_table() -> None:
     row = {"cuts": 3.0, "error": "", "text": "x"}
     assert [reason.rule for reason in reasons_of(row, Keep())] == ["cuts"]
+
+
+def test_measures_are_said_behind_kept_captions_by_their_place_and_nothing_else_changes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for k in range(4):
+        frame = rng.integers(100, 130 + 30 * k, (1, 64, 96, 3)).astype(np.uint8)
+        write_mp4(folder / f"{k}.mp4", np.concatenate([np.roll(frame, 3 * t, 2) for t in range(12)]), 12.0, upscale=False)
+        (folder / f"{k}.txt").write_text(f"texture {k}")
+    plain, said = (Config(input=str(folder), out=tmp_path / "out", workers=1, keep=Keep(apart=None), say=say) for say in ((), ("contrast",)))
+    main(plain)
+    before = kept(tmp_path / "out")
+    main(said)
+    assert [row["text"] for row in kept(tmp_path / "out")] == [f"texture {k}, contrast {place} of 9" for k, place in enumerate((0, 3, 6, 9))]
+    assert [row | {"text": ""} for row in kept(tmp_path / "out")] == [row | {"text": ""} for row in before] and len(before) == 4
+    assert len(json.loads((tmp_path / "out" / "curated.json").read_text())["said"]["contrast"]) == 9
+    with pytest.raises(UserError, match="nothing called 'beauty' is measured"):
+        main(Config(input=str(folder), out=tmp_path / "out", say=("beauty",)))
