@@ -26,6 +26,7 @@ NO_END = 32_000  # above every signal
 AREA = 0.25
 CELLS_A_SIDE = 48
 LEVELS = 16 * 255  # finer than the levels of a file, and holding each of them exactly
+PARTS_A_SIDE = 12  # of the frame: what flashes in smaller ones is a texture that moves
 KEPT_SECONDS = 2.0
 KEPT_FRAMES = 512
 SAME_TIME = 2e-3  # seconds by which containers round
@@ -90,7 +91,7 @@ def transitions(swings: Swings, size: int, limit: Signal) -> NDArray[np.uint8]:
 
 
 class FlashCounter:
-    """Frames one after another -> the most whole flashes that a quarter of the frame makes in any second. It keeps two seconds of cells."""
+    """Frames one after another -> the most whole flashes that a quarter of the frame makes in any second. It keeps two seconds of its parts."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
@@ -99,7 +100,11 @@ class FlashCounter:
 
     def add(self, frame: NDArray[np.uint8], time: float) -> None:
         """A frame uint8 [H,W,3] that is shown at `time` in seconds. Times rise."""
-        video = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None, None].float().div_(255)  # [1,1,3,H,W]
+        import cv2
+
+        height, width = frame.shape[:2]
+        frame = np.asarray(cv2.resize(frame, (min(width, PARTS_A_SIDE), min(height, PARTS_A_SIDE)), interpolation=cv2.INTER_AREA), np.uint8)
+        video = torch.from_numpy(frame).permute(2, 0, 1)[None, None].float().div_(255)  # [1,1,3,H,W]
         self._light.append(light_signals(video))
         self._times.append(time)
         if time - self._times[0] >= KEPT_SECONDS or len(self._times) >= KEPT_FRAMES:

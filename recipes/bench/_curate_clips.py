@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from align.progress import Progress
 from base_model.types import ClipShape
 from base_model.video.files import frame_rate, read_video, write_atomic
 from recipes.shapes.prompts import sample_prompt
@@ -59,7 +60,7 @@ class Source(NamedTuple):
     real: tuple[Frames, ...]
 
 
-def make_clips(folder: Path, number: int, *, seed: int, real: Path | None, progress: Callable[[Sequence[str]], Sequence[str]] = lambda it: it) -> list[Clip]:
+def make_clips(folder: Path, number: int, *, seed: int, real: Path | None) -> list[Clip]:
     """Writes `number` clips into `folder`, or reads what is true of them where they are there already. The same clips for the same numbers."""
     truth = folder / "truth.json"
     if truth.exists():
@@ -69,20 +70,22 @@ def make_clips(folder: Path, number: int, *, seed: int, real: Path | None, progr
     kinds = _kinds(np.random.default_rng([seed, 0]), number)
     clips: list[Clip] = []
     plain: list[tuple[str, Made]] = []  # that copies are made of: the last few
-    for index, kind in enumerate(progress(kinds)):
-        rng = np.random.default_rng([seed, 1, index])
-        name = f"{index:05d}.mp4"
-        if kind in DUPLICATES:
-            origin, before = plain.pop(int(rng.integers(len(plain))))
-            made, content = _copy(kind, before, rng)
-            clips.append(Clip(name, kind, (kind,), origin, made.cuts))
-        else:
-            origin, made = None, _made(kind, source, rng)
-            content = _broken(kind, made, rng) if kind in UNREADABLE else encode(made.frames, made.fps, crf=int(rng.integers(18, 27)))
-            clips.append(Clip(name, kind, made.truths, origin, made.cuts))
-        if kind == "plain":
-            plain = [*plain, (name, made)][-32:]
-        write_atomic(folder / name, content)
+    with Progress("making clips", total=number) as progress:
+        for index, kind in enumerate(kinds):
+            rng = np.random.default_rng([seed, 1, index])
+            name = f"{index:05d}.mp4"
+            if kind in DUPLICATES:
+                origin, before = plain.pop(int(rng.integers(len(plain))))
+                made, content = _copy(kind, before, rng)
+                clips.append(Clip(name, kind, (kind,), origin, made.cuts))
+            else:
+                origin, made = None, _made(kind, source, rng)
+                content = _broken(kind, made, rng) if kind in UNREADABLE else encode(made.frames, made.fps, crf=int(rng.integers(18, 27)))
+                clips.append(Clip(name, kind, made.truths, origin, made.cuts))
+            if kind == "plain":
+                plain = [*plain, (name, made)][-32:]
+            write_atomic(folder / name, content)
+            progress.advance(kind)
     write_atomic(truth, json.dumps([clip._asdict() for clip in clips], indent=1).encode())
     return clips
 
@@ -207,19 +210,20 @@ def _static_camera(source: Source, rng: np.random.Generator, size: tuple[int, in
 
 
 def _title_card(rng: np.random.Generator, size: tuple[int, int], fps: float) -> Frames:
-    """Words that rise slowly over an even ground."""
+    """One to four lines that rise slowly over an even ground."""
     import cv2
 
     height, width = size
     ground, ink = (rng.uniform(0, 40, 3), rng.uniform(190, 255, 3)) if rng.random() < 0.7 else (rng.uniform(200, 255, 3), rng.uniform(0, 60, 3))
-    lines = ["".join(rng.choice(list("ABCDEFGHKLMNOPRSTUVW"), 6)) for _ in range(3)]
-    speed = rng.uniform(4, 12) / fps
+    lines = ["".join(rng.choice(list("ABCDEFGHKLMNOPRSTUVW"), int(rng.integers(4, 9)))) for _ in range(int(rng.integers(1, 5)))]
+    font, scale, thick = int(rng.choice(FONTS)), 2 * width / 200 * rng.uniform(0.7, 1.1), max(2, width // 40)
+    begins, top, speed = rng.uniform(0.05, 0.4, len(lines)), rng.uniform(0.15, 0.35), rng.uniform(4, 12) / fps
     made = []
     for t in range(int(rng.integers(20, 37))):
         frame = np.full((2 * height, 2 * width, 3), ground, np.float64).astype(np.uint8)
-        for k, line in enumerate(lines):
-            at = (width // 5, round(2 * (height * (0.4 + 0.2 * k) - speed * t)))
-            cv2.putText(frame, line, at, FONTS[int(rng.integers(1))], 2 * width / 200, ink.tolist(), max(2, width // 40), cv2.LINE_AA)
+        for k, (line, begin) in enumerate(zip(lines, begins, strict=True)):
+            at = (round(2 * width * begin), round(2 * (height * (top + 0.18 * k) - speed * t)))
+            cv2.putText(frame, line, at, font, scale, ink.tolist(), thick, cv2.LINE_AA)
         made.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
     return np.asarray(np.stack(made), np.uint8)
 
@@ -328,7 +332,7 @@ def encode(frames: Frames, fps: float, *, crf: int, codec: str = "libx264", fast
 
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
     out = io.BytesIO()
-    index = {"moov_size": str(2048 + 64 * len(frames))} if faststart else {}  # in front of the frames, or behind them
+    index = {"moov_size": str(8192 + 64 * len(frames))} if faststart else {}  # in front of the frames, or behind them
     options = {"crf": str(crf), **({"preset": "superfast"} if codec != "libvpx-vp9" else {"deadline": "realtime", "cpu-used": "8", "b": "0"})}
     if codec == "libx265":
         options["x265-params"] = "log-level=none:pools=1"

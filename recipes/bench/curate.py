@@ -7,20 +7,25 @@ their users call them, on clips with cuts, copies with their originals, and clea
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
 
 from align.config import Count
+from align.progress import Progress
 from base_model.errors import UserError
+from base_model.video import files
 from base_model.video.curate import SENSIBLE, Measured, measure, scene_cuts
 from base_model.video.files import timed_frames
 from base_model.video.hashes import near_duplicates
@@ -83,7 +88,7 @@ def curate_parts(cfg: Config) -> dict[str, list[Row]]:
     cfg = cfg.model_copy(update={"clips": min(cfg.clips, 100), "peer_clips": min(cfg.peer_clips, 20)}) if cfg.quick else cfg
     folder = cfg.out / f"clips-{cfg.seed}-{cfg.clips}"
     clips = make_clips(folder, cfg.clips, seed=cfg.seed, real=_real(cfg))
-    scored, seconds = timed(lambda: [score(folder / clip.name) for clip in clips])
+    scored, seconds = scored_clips(folder, clips)
     pairs, index_seconds = timed(lambda: repeats(clips, scored))
     speed = len(clips) / (seconds + index_seconds)
     parts = {
@@ -105,6 +110,34 @@ def score(path: Path) -> Scored:
         return Scored(measure(timed_frames(path)), "")
     except UserError as error:
         return Scored(None, str(error))
+
+
+def scored_clips(folder: Path, clips: Sequence[Clip]) -> tuple[list[Scored], float]:
+    """All clips, and the seconds that measuring them took. Those that were measured before by the same code are read from a journal beside them."""
+    journal = folder / f"scores-{_code()}.jsonl"
+    known = {row["name"]: row for row in _lines(journal)}
+    with open(journal, "a", encoding="utf-8") as file, Progress("measuring", total=len(clips)) as progress:
+        for clip in clips:
+            if clip.name not in known:
+                found, taken = timed(partial(score, folder / clip.name))
+                known[clip.name] = {"name": clip.name, "seconds": taken, "error": found.error, **(found.measured._replace(thumbnails=())._asdict() if found.measured else {})}
+                print(json.dumps(known[clip.name]), file=file, flush=True)
+            progress.advance()
+    rows = [known[clip.name] for clip in clips]
+    scored = [Scored(None if row["error"] else Measured(row["scores"], tuple(row["hashes"]), ()), row["error"]) for row in rows]
+    return scored, sum(row["seconds"] for row in rows)
+
+
+def _lines(journal: Path) -> list[dict[str, Any]]:
+    """What was written whole."""
+    text = journal.read_text(encoding="utf-8") if journal.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _code() -> str:
+    """What measures, in a few digits."""
+    folder = Path(files.__file__).parent
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in ("curate", "files", "flashes", "hashes", "shots", "signals"))).hexdigest()[:12]
 
 
 # What is said of clips
@@ -343,8 +376,8 @@ def index_row(number: int, *, moments: int = 36) -> Row:
 
 
 def _drifting(rng: np.random.Generator, moments: int) -> tuple[str, ...]:
-    bits = np.repeat(rng.integers(0, 2, (1, 128), np.uint8), moments, axis=0)
-    for moment, places in enumerate(rng.integers(0, 128, (moments - 1, 4)), 1):
+    bits = np.repeat(rng.integers(0, 2, (1, 256), np.uint8), moments, axis=0)
+    for moment, places in enumerate(rng.integers(0, 256, (moments - 1, 8)), 1):
         bits[moment:, places] ^= 1
     return _texts(bits)
 
