@@ -19,9 +19,12 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """`with Progress("sft", total=400, done=120) as progress: progress.advance(note="loss 0.12")`. The time left comes from the work done in this session."""
+    """`with Progress("sft", total=400, done=120) as progress: progress.advance(note="loss 0.12")`. The time left comes from the work done in this session.
 
-    def __init__(self, label: str, *, total: int, done: int = 0, quiet: bool = False) -> None:
+    total: None where nobody knows; then no time left is told.
+    """
+
+    def __init__(self, label: str, *, total: int | None, done: int = 0, quiet: bool = False) -> None:
         self.label, self.total, self.done, self.quiet = label, total, done, quiet
         self._first, self._begun = done, time.monotonic()
         self._last_line = self._begun - SECONDS_BETWEEN_LINES + 1  # the first line after a second
@@ -52,6 +55,14 @@ class Progress:
             self._bar.update(self._task, completed=self.done, note=note)
         elif not self.quiet and (self.done == self.total or now - self._last_line >= SECONDS_BETWEEN_LINES):
             self._last_line = now
-            left = (now - self._begun) / (self.done - self._first) * (self.total - self.done)
+            of, left = "", ""
+            if self.total is not None:
+                of, left = f"/{self.total}", f", {duration((now - self._begun) / (self.done - self._first) * (self.total - self.done))} left"
             with contextlib.suppress(OSError):  # nobody reads it any more
-                print(f"{self.label} {self.done}/{self.total}  {duration(now - self._begun)} gone, {duration(left)} left  {note}".rstrip(), file=sys.stderr, flush=True)
+                print(f"{self.label} {self.done}{of}  {duration(now - self._begun)} gone{left}  {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def skip(self, steps: int = 1) -> None:
+        """`steps` more were done before this session: the time left does not come from them."""
+        self.done, self._first = self.done + steps, self._first + steps
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done)

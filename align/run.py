@@ -435,7 +435,7 @@ class Run:
             raise UserError(f"{self.out} already holds a run. Use --resume to go on with it, or another --out")
         if self.is_main:
             with disk_errors(self.out):
-                _lock(self.out)
+                lock_folder(self.out)
                 _recover(self.out / "checkpoints")
         self.accelerator.wait_for_everyone()
         self._check_same_config(read_json(self._description_file, "the description of the run"))
@@ -453,7 +453,7 @@ class Run:
         if self.is_main:
             with disk_errors(self.out):
                 self.out.mkdir(parents=True, exist_ok=True)
-                _lock(self.out)
+                lock_folder(self.out)
                 if not self._resumed and self._description_file.exists():
                     raise UserError(f"{self.out} already holds a run. Use --resume to go on with it, or another --out")
                 _clean(self.out)
@@ -670,7 +670,7 @@ _LOCKS: dict[tuple[int, int], int] = {}
 """(device, inode) -> descriptor of the lock files this process holds, until it ends."""
 
 
-def _lock(out: Path) -> None:
+def lock_folder(out: Path) -> None:
     """Keeps other processes out of the run in `out` as long as this one lives. Raises UserError where another is in it."""
     file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     about = os.fstat(file)

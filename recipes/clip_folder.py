@@ -189,7 +189,7 @@ def find_clips(folder: Path) -> tuple[list[Named], list[Dropped]]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder of clips, {folder}. Give a folder with clips and a {TABLE}")
-    there = _media(folder)
+    there = sorted(media_in(folder))
     found, dropped = _by_table(folder) if (folder / TABLE).is_file() else _by_neighbours(folder, there)
     if not (folder / TABLE).is_file() and not found:
         example = '{"file_name": "a.mp4", "text": "..."}'
@@ -198,14 +198,12 @@ def find_clips(folder: Path) -> tuple[list[Named], list[Dropped]]:
     return found, [*dropped, *(Dropped(name, f"not in {TABLE}") for name in there if name not in known)]
 
 
-def _media(folder: Path) -> list[str]:
-    """Names of all clips and images in it and below, in order; hidden ones and links to folders are not looked at."""
-    names: list[str] = []
+def media_in(folder: Path) -> Iterator[str]:
+    """Names of all clips and images in it and below, folder by folder, each in order; hidden ones and links to folders are not looked at."""
     for where, below, files in os.walk(folder):
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = sorted(name for name in below if not name.startswith("."))
         place = Path(where).relative_to(folder)
-        names += [(place / name).as_posix() for name in files if not name.startswith(".") and Path(name).suffix.lower() in VIDEOS | IMAGES]
-    return sorted(names)
+        yield from ((place / name).as_posix() for name in sorted(files) if not name.startswith(".") and Path(name).suffix.lower() in VIDEOS | IMAGES)
 
 
 def _by_table(folder: Path) -> tuple[list[Named], list[Dropped]]:
@@ -300,7 +298,7 @@ def is_image(name: str) -> bool:
 
 def read_frames(path: Path) -> Iterator[tuple[Frame, float]]:
     """The frames of a clip and its rate, or an image and 0. Raises UserError where it cannot be read, at the latest behind the last frame."""
-    return iter([(_image(path), 0.0)]) if is_image(path.name) else each_frame(path)
+    return iter([(read_image(path), 0.0)]) if is_image(path.name) else each_frame(path)
 
 
 def all_windows(frames: Iterable[tuple[Frame, float]], cut: Cut) -> Generator[Window, None, Facts]:
@@ -364,7 +362,7 @@ def _frames_at(frames: int, ratio: float) -> int:
     return count
 
 
-def _image(path: Path) -> Frame:
+def read_image(path: Path) -> Frame:
     from PIL import Image, ImageOps
 
     try:

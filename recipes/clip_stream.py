@@ -51,6 +51,16 @@ class Stream(Config):
 
 def open_rows(stream: Stream) -> Any:
     """The rows as an `IterableDataset` whose clips are not decoded. Raises UserError where it cannot be opened or has no such columns."""
+    rows = load_rows(stream)
+    features = rows.features or {}  # not every loader knows before it has read
+    for column in (stream.video, stream.text):
+        if features and column not in features:
+            raise UserError(f"the stream {stream.path} has no column {column!r}, stream. It has {', '.join(features)}: name two of them")
+    return rows
+
+
+def load_rows(stream: Stream) -> Any:
+    """The same, whatever its columns are."""
     from datasets import Video, load_dataset
 
     try:
@@ -59,11 +69,10 @@ def open_rows(stream: Stream) -> Any:
         )
     except Exception as error:
         raise UserError(f"cannot open the stream {stream.path}, stream.path: {_one_line(error)}. Give a loader with stream.files, or the name of a dataset") from error
-    features = rows.features or {}  # not every loader knows before it has read
-    for column in (stream.video, stream.text):
-        if features and column not in features:
-            raise UserError(f"the stream {stream.path} has no column {column!r}, stream. It has {', '.join(features)}: name two of them")
-    return rows.cast_column(stream.video, Video(decode=False)) if isinstance(features.get(stream.video), Video) else rows
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, Video):
+            rows = rows.cast_column(column, Video(decode=False))
+    return rows
 
 
 def _folder(stream: Stream) -> str | None:

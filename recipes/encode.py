@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -134,7 +134,7 @@ class Seen(NamedTuple):
     reason: str | None
 
 
-def read_ahead(work: Callable[[T], Iterator[R]], items: Sequence[T], *, workers: int) -> Generator[R, None, None]:
+def read_ahead(work: Callable[[T], Iterator[R]], items: Iterable[T], *, workers: int) -> Generator[R, None, None]:
     """What `work` gives of every item, made in threads, in the order it comes; at most as many as there are threads lie waiting. The first exception is raised here."""
     todo, found, stopping = iter(items), queue.Queue[R | BaseException | None](workers), threading.Event()
     lock = threading.Lock()

@@ -297,7 +297,7 @@ def _ruling_heard(said: Any) -> Ruling:
 
 def _work(each: Any, memory: int | None, threads: int, wire: Connection) -> None:
     """Answers calls until the other side hangs up; call 0 is whether the filter could be built."""
-    _settle(memory, threads)
+    settle(memory, threads)
     asked, said = recv_handle(wire), recv_handle(wire)
     number, out = 0, _attempt(lambda: _build(each))
     while True:
@@ -322,7 +322,7 @@ def _attempt(function: Callable[[], object]) -> object:
         return failure_of(error)
 
 
-def _settle(memory: int | None, threads: int) -> None:
+def settle(memory: int | None, threads: int) -> None:
     """No core dumps, no Ctrl-C (the other side decides), nothing on standard output; death with the other side; the limit on memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
