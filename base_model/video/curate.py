@@ -29,7 +29,7 @@ THUMBNAILS = 8  # kept on the way, for three
 CLOSE_LOOKS = 2.0  # a second, at full size
 LONGEST_STEP = 10.0  # seconds: where a file says more, its clock is wrong
 CELLS = 16  # a side: what changes is looked for in each
-STILL = 2.5  # of 255: mean change of a cell that cannot be told from that of a codec
+STILL = 3.5  # of 255: mean change of a cell that cannot be told from that of a codec
 STILL_SECONDS = 0.5  # and longer in which nothing changes more stand still
 BLACK = 20  # of 255
 REPEAT_STEPS = 3  # on either side
@@ -272,7 +272,7 @@ class _Changes:
         padded = np.pad(np.array(self._most), REPEAT_STEPS)
         near = np.lib.stride_tricks.sliding_window_view(padded, 2 * REPEAT_STEPS + 1)  # [steps,window]
         around = np.minimum(near[:, :REPEAT_STEPS].max(1), near[:, REPEAT_STEPS + 1 :].max(1))
-        return float(((around > STILL) & (near[:, REPEAT_STEPS] <= REPEAT * around)).mean())
+        return float(((around > STILL) & (near[:, REPEAT_STEPS] <= np.minimum(REPEAT * around, STILL))).mean())
 
 
 class _Moves:
@@ -367,8 +367,9 @@ def letterbox(lumas: Plane) -> float:
     _, height, width = lumas.shape
     across = lumas.transpose(0, 2, 1)
     (top, bottom, wide), (left, right, high) = _borders(lumas), _borders(across)
-    if not (wide and high) and not (max(top, bottom) and max(left, right)):
-        return 0.0  # a picture that touches no side has borders on both pairs of them
+    inside = lumas[:, top : height - bottom, left : width - right]
+    if not (wide and high) and not (max(top, bottom) and max(left, right) and _off(inside, lumas[:, 0]).mean() >= EDGE_SHARE):
+        return 0.0  # a picture that touches no side has borders on both pairs of them; words and shapes on an even ground leave most of it even
     return 1 - (height - top - bottom) * (width - left - right) / (height * width)
 
 
@@ -381,7 +382,7 @@ def _borders(lumas: Plane) -> tuple[int, int, bool]:
 def _border(lumas: Plane) -> tuple[int, bool]:
     """Rows at the top that are one, and whether what is behind it reaches both sides of the frame."""
     height = lumas.shape[1]
-    off = np.abs(lumas - np.float32(np.median(lumas[:, 0]))) > EVEN  # [K,H,W]
+    off = _off(lumas, lumas[:, 0])  # [K,H,W]
     uneven = np.flatnonzero(off.mean((0, 2)) > 1 - EVEN_SHARE)
     rows = int(uneven[0]) if uneven.size else 0
     if not 0 < rows < height / 2:
@@ -390,6 +391,11 @@ def _border(lumas: Plane) -> tuple[int, bool]:
     edge = off[:, rows : rows + max(2, height // 16), picture[0] : picture[-1] + 1].mean(2).max(1)  # [K] share of one row right behind the border that differs from it
     reaches = bool(picture[0] == 0 and picture[-1] == lumas.shape[2] - 1)
     return (rows if np.median(edge) >= (EDGE_SHARE if reaches else EDGE_SHARE_INSIDE) else 0), reaches
+
+
+def _off(lumas: Plane, border: Plane) -> NDArray[np.bool_]:
+    """Which pixels are not of the border's level."""
+    return np.asarray(np.abs(lumas - np.float32(np.median(border))) > EVEN)
 
 
 def change(one: Plane, other: Plane) -> float:

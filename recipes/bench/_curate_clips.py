@@ -61,8 +61,8 @@ class Source(NamedTuple):
 
 
 def make_clips(folder: Path, number: int, *, seed: int, real: Path | None) -> list[Clip]:
-    """Writes `number` clips into `folder`, or reads what is true of them where they are there already. The same clips for the same numbers."""
-    truth = folder / "truth.json"
+    """Writes `number` clips into `folder` and what is true of them beside it, or reads that where it is there already. The same clips for the same numbers."""
+    truth = folder.with_name(f"{folder.name}.json")
     if truth.exists():
         return [Clip(row["name"], row["kind"], tuple(row["truths"]), row["origin"], tuple(row["cuts"])) for row in json.loads(truth.read_text(encoding="utf-8"))]
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,15 +217,13 @@ def _title_card(rng: np.random.Generator, size: tuple[int, int], fps: float) -> 
     ground, ink = (rng.uniform(0, 40, 3), rng.uniform(190, 255, 3)) if rng.random() < 0.7 else (rng.uniform(200, 255, 3), rng.uniform(0, 60, 3))
     lines = ["".join(rng.choice(list("ABCDEFGHKLMNOPRSTUVW"), int(rng.integers(4, 9)))) for _ in range(int(rng.integers(1, 5)))]
     font, scale, thick = int(rng.choice(FONTS)), 2 * width / 200 * rng.uniform(0.7, 1.1), max(2, width // 40)
-    begins, top, speed = rng.uniform(0.05, 0.4, len(lines)), rng.uniform(0.15, 0.35), rng.uniform(4, 12) / fps
-    made = []
-    for t in range(int(rng.integers(20, 37))):
-        frame = np.full((2 * height, 2 * width, 3), ground, np.float64).astype(np.uint8)
-        for k, (line, begin) in enumerate(zip(lines, begins, strict=True)):
-            at = (round(2 * width * begin), round(2 * (height * (top + 0.18 * k) - speed * t)))
-            cv2.putText(frame, line, at, font, scale, ink.tolist(), thick, cv2.LINE_AA)
-        made.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
-    return np.asarray(np.stack(made), np.uint8)
+    begins, top, frames = rng.uniform(0.05, 0.4, len(lines)), rng.uniform(0.25, 0.35), int(rng.integers(20, 37))
+    page = np.full((2 * height, 2 * width, 3), ground, np.float64).astype(np.uint8)
+    for k, (line, begin) in enumerate(zip(lines, begins, strict=True)):
+        cv2.putText(page, line, (round(2 * width * begin), round(2 * height * (top + 0.18 * k))), font, scale, ink.tolist(), thick, cv2.LINE_AA)
+    rise = min(2 * rng.uniform(6, 12) / fps, 0.2 * height / frames)  # pixels of the page a frame
+    moved = [cv2.warpAffine(page, np.array([[1, 0, 0], [0, 1, -rise * t]]), (2 * width, 2 * height), borderMode=cv2.BORDER_REPLICATE) for t in range(frames)]
+    return np.stack([np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), np.uint8) for frame in moved])
 
 
 # Defects
@@ -238,7 +236,9 @@ def _cut(source: Source, rng: np.random.Generator, size: tuple[int, int], fps: f
 
 
 def _frozen(frames: Frames, rng: np.random.Generator, fps: float) -> Made:
-    """All of it stands still, or its last two thirds and more."""
+    """All of it stands still, or its last two thirds and more, for a second at least."""
+    while len(frames) < 1.5 * fps:
+        frames = np.concatenate([frames, frames[::-1]])
     moving = 0 if rng.random() < 0.5 else int(len(frames) * rng.uniform(0.1, 0.33))
     still = np.repeat(frames[moving : moving + 1], len(frames) - moving, axis=0)
     return Made(np.concatenate([frames[:moving], still]), fps, truths=("frozen",))
