@@ -6,6 +6,7 @@ Nothing here decides: thresholds are applied to the table. `SENSIBLE` proposes s
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from base_model.video.files import Frame
 from base_model.video.flashes import FlashCounter
 from base_model.video.hashes import SAMPLES_A_SECOND, look
 from base_model.video.shots import CutFinder, DissolveFinder
-from base_model.video.signals import BLACK_LUMA, camera_flow, flow_between, flow_finder, grid, luma_flicker, noise, to_luma
+from base_model.video.signals import camera_flow, flow_between, flow_finder, grid, luma_flicker, noise, to_luma
 
 Plane = NDArray[np.uint8]  # [H,W]
 
@@ -28,10 +29,13 @@ THUMBNAILS = 8  # kept on the way, for three
 CLOSE_LOOKS = 2.0  # a second, at full size
 LONGEST_STEP = 10.0  # seconds: where a file says more, its clock is wrong
 CELLS = 16  # a side: what changes is looked for in each
-STILL = 1.0  # of 255: mean change of a cell that cannot be seen
+STILL = 3.5  # of 255: mean change of a cell that cannot be told from that of a codec
+STILL_SECONDS = 0.5  # and longer in which nothing changes more stand still
+BLACK = 20  # of 255
 REPEAT_STEPS = 3  # on either side
 REPEAT = 0.15  # of what the steps around it change
 SHADOW, LIGHT = 4, 251  # of 255
+DETAILS = ("sharpness", "crushed_share", "blown_share", "contrast", "noise", "blockiness")
 BORDER_LOOKS = 32  # frames in which borders are looked for
 BORDER_SIDE = 256
 EVEN = 6  # of 255: how far a border may be from its level
@@ -74,10 +78,10 @@ MEASURES: dict[str, Measure] = {
     "blown_share": Measure("of pixels", "pixels of luma 251 and above of 255: no detail left in the lights"),
     "contrast": Measure("of 1", "standard deviation of luma within a frame, mean over frames"),
     "letterbox": Measure("of the frame", "borders of one even colour that stay through the whole clip, and end in a straight edge"),
-    "static_share": Measure("of steps", "frames that are the one before again"),
-    "longest_still": Measure("s", "longest time in which nothing changes"),
+    "static_share": Measure("of the time", "stretches of half a second and longer in which nothing changes"),
+    "longest_still": Measure("s", "longest one of them"),
     "repeated_share": Measure("of steps", "frames that are the one before again between others that move: a clip that was slowed or converted by repeating frames"),
-    "black_share": Measure("of frames", "frames whose 98th percentile of luma is below 32 of 255"),
+    "black_share": Measure("of frames", "frames whose 98th percentile of luma is below 20 of 255"),
     "noise": Measure("of 255", "median absolute diagonal Haar detail over 0.6745, at full size"),
     "blockiness": Measure("times", "strongest of the periods 4, 8, 16 and 32 in the spectrum of the gradient, against its neighbours, at full size: 1 is none"),
 }
@@ -87,7 +91,7 @@ SENSIBLE: dict[str, tuple[float | None, float | None]] = {
     "dissolves": (None, 0.0),
     "flashes": (None, 3.0),
     "letterbox": (None, 0.02),
-    "static_share": (None, 0.5),
+    "static_share": (None, 0.6),
     "repeated_share": (None, 0.25),
     "black_share": (None, 0.1),
 }
@@ -126,9 +130,9 @@ class _Meter:
         self.shape = shape
         self.clock, self.sampler, self.thumbnails = _Clock(), _Sampler(), _Spread(THUMBNAILS)
         self.shots, self.flashes, self.changes, self.close = CutFinder(), FlashCounter(), _Changes(), _CloseLooks()
-        self.moves, self.dissolves = _Moves(), DissolveFinder()
+        self.moves, self.stills, self.dissolves = _Moves(), _Stills(), DissolveFinder()
         self.hashes: list[str] = []
-        self.levels: list[float] = []
+        self.levels = array("d")
         self.black = 0
 
     def add(self, frame: Frame, time: float) -> None:
@@ -138,9 +142,9 @@ class _Meter:
         # 1. From every frame
         self.shots.add(small, luma)
         self.flashes.add(small, second)
-        self.changes.add(small)
+        self.changes.add(luma)
         self.levels.append(float(luma.mean(dtype=np.float64)))
-        self.black += bool(np.quantile(luma, 0.98) < BLACK_LUMA)
+        self.black += bool(np.quantile(luma, 0.98) < BLACK)
         self.thumbnails.add(lambda: _shrunk(frame, THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         # 2. Twice a second, from the frame as it is
         self.close.add(frame, second)
@@ -155,6 +159,7 @@ class _Meter:
             for _ in range(ticks):
                 self.dissolves.add(luma)
             self.moves.add(sample)
+            self.stills.add(sample)
 
     def measured(self) -> Measured:
         self._sample(self.sampler.end(self.clock.end))
@@ -164,7 +169,8 @@ class _Meter:
             "cuts": float(len(cuts)),
             "dissolves": float(len(self.dissolves.found)),
             "longest_shot": self._longest_shot(cuts),
-            **self.moves.scores(cuts, self.clock.seconds),
+            **self.moves.scores(cuts),
+            **self.stills.scores(),
             "flicker": _flicker(self.levels, cuts),
             "flashes": self.flashes.flashes() if len(self.levels) > 1 else math.nan,
             "brightness": float(np.mean(self.levels)) / 255,
@@ -185,9 +191,9 @@ class _Clock:
     """Times as the file gives them -> seconds that begin at 0 and rise, and what is odd about them."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self.seconds = array("d")
         self._time = self._expected = math.nan  # of the last frame: by the file, and as it should be
-        self._steps: list[float] = []  # nan where the file's clock is wrong
+        self._steps = array("d")  # nan where the file's clock is wrong
         self._usual = 1 / SAMPLES_A_SECOND
 
     def add(self, time: float) -> float:
@@ -252,13 +258,13 @@ class _Changes:
     """How much the part of the frame that changes most does, step by step."""
 
     def __init__(self) -> None:
-        self._before: Frame | None = None
-        self._most: list[float] = []
+        self._before: Plane | None = None
+        self._most = array("d")
 
-    def add(self, frame: Frame) -> None:
+    def add(self, luma: Plane) -> None:
         if self._before is not None:
-            self._most.append(change(self._before, frame))
-        self._before = frame
+            self._most.append(change(self._before, luma))
+        self._before = luma
 
     def repeated_share(self) -> float:
         if not self._most:
@@ -266,24 +272,22 @@ class _Changes:
         padded = np.pad(np.array(self._most), REPEAT_STEPS)
         near = np.lib.stride_tricks.sliding_window_view(padded, 2 * REPEAT_STEPS + 1)  # [steps,window]
         around = np.minimum(near[:, :REPEAT_STEPS].max(1), near[:, REPEAT_STEPS + 1 :].max(1))
-        return float(((around > STILL) & (near[:, REPEAT_STEPS] <= REPEAT * around)).mean())
+        return float(((around > STILL) & (near[:, REPEAT_STEPS] <= np.minimum(REPEAT * around, STILL))).mean())
 
 
 class _Moves:
-    """Flow from sample to sample, and how long nothing changes."""
+    """Flow from sample to sample."""
 
     def __init__(self) -> None:
         self._dis: Any = flow_finder()
         self._before: _Sample | None = None
-        self._steps: list[tuple[int, int, float, float, float]] = []  # frames from and to; mean speed, of the camera and of the rest, in diagonals a second
-        self._still: list[tuple[float, bool]] = []  # seconds, and whether nothing changes in them
+        self._steps = array("d")  # five of each: frames from and to; mean speed, of the camera and of the rest, in diagonals a second
 
     def add(self, sample: _Sample) -> None:
         if self._before is not None:
-            seconds = sample.second - self._before.second
-            still = change(self._before.frame, sample.frame) <= STILL
-            self._still.append((seconds, still))
-            self._steps.append((self._before.index, sample.index, *((0.0, 0.0, 0.0) if still else self._speeds(self._before.luma, sample.luma, seconds))))
+            same = np.array_equal(self._before.luma, sample.luma)
+            speeds = (0.0, 0.0, 0.0) if same else self._speeds(self._before.luma, sample.luma, sample.second - self._before.second)
+            self._steps.extend((self._before.index, sample.index, *speeds))
         self._before = sample
 
     def _speeds(self, here: Plane, there: Plane, seconds: float) -> tuple[float, float, float]:
@@ -293,19 +297,38 @@ class _Moves:
         whole, moved, rest = (float(np.hypot(part[..., 0], part[..., 1]).mean()) / unit for part in (flow, camera, flow - camera))
         return whole, moved, rest
 
-    def scores(self, cuts: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
-        within = [step[2:] for step in self._steps if not any(step[0] < cut <= step[1] for cut in cuts)]
-        speeds = np.mean(within, axis=0).tolist() if within else [math.nan] * 3
-        total, still = sum(time for time, _ in self._still), sum(time for time, is_still in self._still if is_still)
-        longest = run = 0.0
-        for time, is_still in self._still:
-            run = run + time if is_still else 0.0
-            longest = max(longest, run)
-        known = bool(self._still)
+    def scores(self, cuts: Sequence[int]) -> dict[str, float]:
+        steps = np.array(self._steps).reshape(-1, 5)
+        over = [np.searchsorted(cuts, steps[:, side], "right") for side in (0, 1)]  # cuts until then
+        within = steps[over[0] == over[1], 2:]
+        speeds = within.mean(0).tolist() if len(within) else [math.nan] * 3
+        return dict(zip(("motion", "camera_motion", "object_motion"), speeds, strict=True))
+
+
+class _Stills:
+    """Stretches in which no sample differs from their first one by more than a codec does. What moves slowly is soon far enough from where it was."""
+
+    def __init__(self) -> None:
+        self._first: _Sample | None = None
+        self._last = 0.0
+        self._stretches: list[float] = []
+
+    def add(self, sample: _Sample) -> None:
+        if self._first is None or change(self._first.luma, sample.luma) > STILL:
+            self._end()
+            self._first = sample
+        self._last = sample.second
+
+    def _end(self) -> None:
+        if self._first is not None and self._last - self._first.second >= STILL_SECONDS - 1e-6:
+            self._stretches.append(self._last - self._first.second)
+
+    def scores(self) -> dict[str, float]:
+        self._end()
+        self._first = None
         return {
-            **dict(zip(("motion", "camera_motion", "object_motion"), speeds, strict=True)),
-            "static_share": still / total if known else math.nan,
-            "longest_still": longest if known else math.nan,
+            "static_share": sum(self._stretches) / self._last if self._last else math.nan,
+            "longest_still": max(self._stretches, default=0.0) if self._last else math.nan,
         }
 
 
@@ -314,7 +337,7 @@ class _CloseLooks:
 
     def __init__(self) -> None:
         self._next = 0.0
-        self._found: list[dict[str, float]] = []
+        self._found = array("d")  # of each look, by the names of DETAILS
         self._lumas = _Spread(BORDER_LOOKS)
 
     def add(self, frame: Frame, second: float) -> None:
@@ -322,58 +345,65 @@ class _CloseLooks:
             return
         self._next = second + 1 / CLOSE_LOOKS
         luma = to_luma(frame)
-        self._found.append(_close_look(luma))
+        self._found.extend(_close_look(luma))
         self._lumas.add(lambda: _shrunk(luma, BORDER_SIDE, 2 * BORDER_SIDE))
 
     def scores(self) -> dict[str, float]:
-        found = {name: np.array([each[name] for each in self._found]) for name in self._found[0]}
-        return {**{name: float(values.mean()) for name, values in found.items()}, "letterbox": letterbox(np.stack([luma for _, luma in self._lumas.kept]))}
+        means = np.array(self._found).reshape(-1, len(DETAILS)).mean(0).tolist()
+        return {**dict(zip(DETAILS, means, strict=True)), "letterbox": letterbox(np.stack([luma for _, luma in self._lumas.kept]))}
 
 
-def _close_look(luma: Plane) -> dict[str, float]:
+def _close_look(luma: Plane) -> tuple[float, ...]:
+    """DETAILS of a frame."""
     import cv2
 
     counts = np.bincount(luma.ravel(), minlength=256)
-    return {
-        "sharpness": float(cv2.Laplacian(luma, cv2.CV_32F).var()),
-        "crushed_share": float(counts[: SHADOW + 1].sum() / luma.size),
-        "blown_share": float(counts[LIGHT:].sum() / luma.size),
-        "contrast": float(luma.std() / 255),
-        "noise": noise(luma),
-        "blockiness": grid(luma),
-    }
+    shadow, light = counts[: SHADOW + 1].sum() / luma.size, counts[LIGHT:].sum() / luma.size
+    return float(cv2.Laplacian(luma, cv2.CV_32F).var()), float(shadow), float(light), float(luma.std() / 255), noise(luma), grid(luma)
 
 
 def letterbox(lumas: Plane) -> float:
     """Luma of frames all over a clip, uint8 [K,H,W] -> share of the frame that is a border: of one level all the time, up to an edge that is straight in half of the frames."""
     _, height, width = lumas.shape
-    top, bottom = _border(lumas), _border(lumas[:, ::-1])
-    across = lumas[:, top : height - bottom].transpose(0, 2, 1)
-    left, right = _border(across), _border(across[:, ::-1])
+    across = lumas.transpose(0, 2, 1)
+    (top, bottom, wide), (left, right, high) = _borders(lumas), _borders(across)
+    inside = lumas[:, top : height - bottom, left : width - right]
+    if not (wide and high) and not (max(top, bottom) and max(left, right) and _off(inside, lumas[:, 0]).mean() >= EDGE_SHARE):
+        return 0.0  # a picture that touches no side has borders on both pairs of them; words and shapes on an even ground leave most of it even
     return 1 - (height - top - bottom) * (width - left - right) / (height * width)
 
 
-def _border(lumas: Plane) -> int:
-    """Rows at the top that are one."""
+def _borders(lumas: Plane) -> tuple[int, int, bool]:
+    """Rows at the top and at the bottom that are borders, and whether the picture between them reaches both sides of the frame; so it does where there are none."""
+    (top, reaches), (bottom, also) = _border(lumas), _border(lumas[:, ::-1])
+    return top, bottom, reaches or also or not (top or bottom)
+
+
+def _border(lumas: Plane) -> tuple[int, bool]:
+    """Rows at the top that are one, and whether what is behind it reaches both sides of the frame."""
     height = lumas.shape[1]
-    off = np.abs(lumas - np.float32(np.median(lumas[:, 0]))) > EVEN  # [K,H,W]
+    off = _off(lumas, lumas[:, 0])  # [K,H,W]
     uneven = np.flatnonzero(off.mean((0, 2)) > 1 - EVEN_SHARE)
     rows = int(uneven[0]) if uneven.size else 0
     if not 0 < rows < height / 2:
-        return 0
+        return 0, False
     picture = np.flatnonzero(off.any((0, 1)))  # columns that are not border from top to bottom
     edge = off[:, rows : rows + max(2, height // 16), picture[0] : picture[-1] + 1].mean(2).max(1)  # [K] share of one row right behind the border that differs from it
-    reaches = picture[0] == 0 and picture[-1] == lumas.shape[2] - 1
-    return rows if np.median(edge) >= (EDGE_SHARE if reaches else EDGE_SHARE_INSIDE) else 0
+    reaches = bool(picture[0] == 0 and picture[-1] == lumas.shape[2] - 1)
+    return (rows if np.median(edge) >= (EDGE_SHARE if reaches else EDGE_SHARE_INSIDE) else 0), reaches
 
 
-def change(one: Frame, other: Frame) -> float:
-    """Two frames [H,W,3] -> the mean absolute difference of the cell and colour that changes most, of 255."""
+def _off(lumas: Plane, border: Plane) -> NDArray[np.bool_]:
+    """Which pixels are not of the border's level."""
+    return np.asarray(np.abs(lumas - np.float32(np.median(border))) > EVEN)
+
+
+def change(one: Plane, other: Plane) -> float:
+    """Luma of two frames [H,W] -> the mean absolute difference of the cell that changes most, of 255."""
     import cv2
 
-    difference = cv2.absdiff(one, other).astype(np.float32)
-    height, width = one.shape[:2]
-    return float(cv2.resize(difference, (min(width, CELLS), min(height, CELLS)), interpolation=cv2.INTER_AREA).max())
+    height, width = one.shape
+    return float(cv2.resize(cv2.absdiff(one, other).astype(np.float32), (min(width, CELLS), min(height, CELLS)), interpolation=cv2.INTER_AREA).max())
 
 
 def _flicker(levels: Sequence[float], cuts: Sequence[int]) -> float:

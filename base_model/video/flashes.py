@@ -7,7 +7,6 @@ A transition is a swing of a cell's relative luminance by at least 0.10 whose da
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -26,6 +25,7 @@ NO_END = 32_000  # above every signal
 AREA = 0.25
 CELLS_A_SIDE = 48
 LEVELS = 16 * 255  # finer than the levels of a file, and holding each of them exactly
+PARTS_A_SIDE = 4  # of the frame: half as many a side make a quarter of it
 KEPT_SECONDS = 2.0
 KEPT_FRAMES = 512
 SAME_TIME = 2e-3  # seconds by which containers round
@@ -90,17 +90,17 @@ def transitions(swings: Swings, size: int, limit: Signal) -> NDArray[np.uint8]:
 
 
 class FlashCounter:
-    """Frames one after another -> the most whole flashes that a quarter of the frame makes in any second. It keeps two seconds of cells."""
+    """Frames one after another -> the most whole flashes that a quarter of the frame makes in any second. It keeps two seconds of numbers."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
-        self._light: list[tuple[Signal, Signal, NDArray[np.bool_]]] = []  # [1,1,P] each, of every frame that is kept
+        self._light: list[tuple[Signal, Signal, NDArray[np.bool_]]] = []  # [1,1,9] each, of every frame that is kept
         self._most = 0
 
     def add(self, frame: NDArray[np.uint8], time: float) -> None:
         """A frame uint8 [H,W,3] that is shown at `time` in seconds. Times rise."""
         video = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None, None].float().div_(255)  # [1,1,3,H,W]
-        self._light.append(light_signals(video))
+        self._light.append(_quarters(light_signals(video), frame.shape[0], frame.shape[1]))
         self._times.append(time)
         if time - self._times[0] >= KEPT_SECONDS or len(self._times) >= KEPT_FRAMES:
             kept = self._count()
@@ -116,9 +116,21 @@ class FlashCounter:
         changes = np.searchsorted(self._times, np.asarray(self._times) + 1 - SAME_TIME) - np.arange(len(self._times))  # that fit into a second, from each frame on
         size = min(int(changes.max(initial=1)), len(self._times) - 1)
         if size >= 2:
-            luminance, redness, saturated = (np.concatenate(column) for column in zip(*self._light, strict=True))  # 3 x [T,1,P]
-            self._most = max(self._most, _of_area(luminance, _general, size), _of_area(redness, lambda signal: _red(signal, saturated), size) if saturated.any() else 0)
+            luminance, redness, saturated = (np.concatenate(column) for column in zip(*self._light, strict=True))  # 3 x [T,1,9]
+            self._most = max(self._most, _most_swings(luminance, _general, size), _most_swings(redness, lambda signal: _red(signal, saturated), size) if saturated.any() else 0)
         return max(1, size)
+
+
+def _quarters(light: tuple[Signal, Signal, NDArray[np.bool_]], height: int, width: int) -> tuple[Signal, Signal, NDArray[np.bool_]]:
+    """Cells [1,1,P] of a frame [H,W] -> the nine quarters of it that begin at a fourth of a side [1,1,9]: what moves in one of them hardly changes its light."""
+    cells = (1, 1, min(height, CELLS_A_SIDE), min(width, CELLS_A_SIDE)) if max(height, width) > CELLS_A_SIDE else (1, 1, height, width)
+
+    def averaged(signal: NDArray[np.generic]) -> Tensor:
+        parts = F.adaptive_avg_pool2d(torch.from_numpy(signal.astype(np.float32)).reshape(cells), PARTS_A_SIDE)
+        return F.avg_pool2d(parts, PARTS_A_SIDE // 2, stride=1).reshape(1, 1, -1)
+
+    luminance, redness, saturated = map(averaged, light)
+    return _whole(luminance), _whole(redness), (saturated >= 0.5).numpy()
 
 
 def _general(luminance: Signal) -> list[Swings]:
@@ -135,10 +147,8 @@ def _red(redness: Signal, saturated: NDArray[np.bool_]) -> list[Swings]:
     ]
 
 
-def _of_area(signal: Signal, swings: Callable[[Signal], list[Swings]], size: int) -> int:
-    """Signal [T,1,P] -> the most opposing swings that AREA of the cells make in any `size` changes."""
-    cells = math.ceil(AREA * signal.shape[-1] - 1e-6)
-    if int((signal.max(0) - signal.min(0) >= SWING).sum()) < cells:
+def _most_swings(signal: Signal, swings: Callable[[Signal], list[Swings]], size: int) -> int:
+    """Signal [T,1,P] -> the most opposing swings that one of P makes in any `size` changes."""
+    if int((signal.max(0) - signal.min(0)).max()) < SWING:
         return 0
-    counts = np.maximum.reduce([transitions(each, size, np.full((1, 1), SWING, np.int16)) for each in swings(signal)])  # [windows,1,P]
-    return int(np.partition(counts, -cells, axis=-1)[..., -cells].max())
+    return max(int(transitions(each, size, np.full((1, 1), SWING, np.int16)).max()) for each in swings(signal))

@@ -26,10 +26,10 @@ BITS = 64
 LUMA = (0.299, 0.587, 0.114)
 FLAT_BELOW = 0.01  # standard deviation of luma
 SPEEDS = tuple(2 ** (step / 12) for step in range(-12, 13))
-CROP = 0.075  # of each side
+CROP = 0.05  # of each side
 BITS_APART = 9.0  # mean distance of clips that are nearly the same, at most
 
-NEAR_BITS = 12.0  # mean distance of clips of a data set that repeat each other, at most
+NEAR_BITS = 10.5  # of 64, mean distance of clips of a data set that repeat each other, at most
 SLACK = 6.0  # bits by which the moments that agree most may be nearer than the whole
 BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))  # of the index: first bit, bits
 AT_ONCE = 1 << 21
@@ -50,19 +50,19 @@ def clip_hashes(video: Tensor, fps: float) -> tuple[str, ...]:
     at = (torch.arange(count) / SAMPLES_A_SECOND * fps).round().long().clamp(max=len(video) - 1)  # [S]
     luma = torch.einsum("tchw,c->thw", video[at].float(), torch.tensor(LUMA, device=video.device)).cpu()
     small = F.adaptive_avg_pool2d(luma[:, None], SIDE)[:, 0].double()  # [S,SIDE,SIDE]
-    return hashes_of(small.numpy())
+    return tuple(each[: BITS // 4] for each in _hashes(small.numpy()))
 
 
-def hashes_of(luma: Array) -> tuple[str, ...]:
-    """Luma of S small frames in [0,1], [S,SIDE,SIDE] -> S hashes."""
-    waves = _waves()
-    bits = np.einsum("shw,kh,lw->skl", luma, waves, waves, optimize=True)[:, *_lowest()] > 0  # [S,BITS]
+def _hashes(luma: Array) -> tuple[str, ...]:
+    """Luma of S small frames in [0,1], [S,SIDE,SIDE] -> S hashes of the 2 BITS lowest frequencies, the lowest first."""
+    waves, (rows, columns) = _waves(), _lowest()
+    bits = np.einsum("shw,kh,lw->skl", luma, waves, waves, optimize=True)[:, rows, columns] > 0  # [S,2 BITS]
     flat = luma.reshape(len(luma), -1).std(1, ddof=1) < FLAT_BELOW
     return tuple("" if is_flat else np.packbits(row).tobytes().hex() for row, is_flat in zip(bits, flat.tolist(), strict=True))
 
 
 def look(frame: NDArray[np.uint8]) -> tuple[str, Array]:
-    """A small frame uint8 [H,W,3] -> (its hash and that of its middle without CROP at each side, behind each other, empty where it has no structure;
+    """A small frame uint8 [H,W,3] -> (its hash and that of its middle without CROP at each side, of twice as many bits, behind each other; empty where it has no structure;
     its luma in [0,1], [SIDE,SIDE])."""
     import cv2
 
@@ -70,7 +70,7 @@ def look(frame: NDArray[np.uint8]) -> tuple[str, Array]:
     top, left = round(CROP * height), round(CROP * width)
     luma = np.reshape(cv2.transform(frame.astype(np.float32), np.array([LUMA], np.float32) / 255), (height, width))
     both = np.stack([averaged(luma), averaged(luma[top : height - top, left : width - left])])
-    whole, middle = hashes_of(both)
+    whole, middle = _hashes(both)
     return whole + middle if whole and middle else "", both[0]
 
 
@@ -93,7 +93,7 @@ def _averages(length: int) -> NDArray[np.float32]:
 def unpacked(hashes: Sequence[str]) -> Array:
     """Hashes of whole frames, as `clip_hashes` and `look` give them -> [S,BITS] of 0 and 1, nan where there is no hash. Raises ValueError for text that is none."""
     rows = [np.unpackbits(np.frombuffer(bytes.fromhex(each), np.uint8)).astype(np.float64) if each else np.full(BITS, np.nan) for each in hashes]
-    if any(len(row) not in (BITS, 2 * BITS) for row in rows) or not rows:
+    if any(len(row) not in (BITS, 4 * BITS) for row in rows) or not rows:
         raise ValueError("a hash has another length")
     return np.stack([row[:BITS] for row in rows])
 
@@ -131,14 +131,14 @@ def _paths(distance: Array) -> Iterator[Array]:
 @cache
 def _waves() -> Array:
     """Cosines of the discrete cosine transform [frequencies,SIDE]."""
-    return np.cos(np.pi * np.arange(12)[:, None] * (np.arange(SIDE) + 0.5) / SIDE)
+    return np.cos(np.pi * np.arange(16)[:, None] * (np.arange(SIDE) + 0.5) / SIDE)
 
 
 @cache
-def _lowest() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows and columns of the BITS lowest frequencies but 0."""
-    k, l = np.meshgrid(np.arange(12), np.arange(12), indexing="ij")
-    order = np.argsort((k**2 + l**2).ravel(), kind="stable")[1 : BITS + 1]
+def _lowest() -> tuple[Places, Places]:
+    """The rows and columns of the 2 BITS lowest frequencies but 0."""
+    k, l = np.meshgrid(np.arange(16), np.arange(16), indexing="ij")
+    order = np.argsort((k**2 + l**2).ravel(), kind="stable")[1 : 2 * BITS + 1]
     return k.ravel()[order], l.ravel()[order]
 
 
@@ -146,7 +146,7 @@ def _lowest() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 class Moments(NamedTuple):
-    """The hashes of a clip as numbers: of whole frames and of their middles, and whether there is one. All [S]."""
+    """The hashes of a clip as numbers, the lowest frequencies in the first word: of whole frames and of their middles [S,words], and whether there is one [S]."""
 
     whole: Words
     middle: Words
@@ -154,25 +154,25 @@ class Moments(NamedTuple):
 
 
 def moments(hashes: Sequence[str]) -> Moments:
-    """Of `look`, or of `clip_hashes`, which knows no middles. Raises ValueError for text that is none."""
+    """Of `look`, or of `clip_hashes`, which knows the lowest frequencies of whole frames alone. Raises ValueError for text that is none."""
     known = np.array([bool(each) for each in hashes], bool)
     words = np.frombuffer(bytes.fromhex("".join(hashes)), ">u8").astype(np.uint64)
     each = len(words) // max(1, int(known.sum()))
-    if each not in (0, 1, 2) or any(len(text) not in (0, 16 * each) for text in hashes):
+    if each not in (0, 1, 4) or any(len(text) not in (0, 16 * each) for text in hashes):
         raise ValueError("a hash has another length")
-    both = np.zeros((2, len(hashes)), np.uint64)
+    both = np.zeros((2, len(hashes), max(1, each // 2)), np.uint64)
     if each:
-        both[:, known] = words.reshape(-1, each)[:, [0, each - 1]].T
+        both[:, known] = words.reshape(-1, each)[:, [[0, 1], [2, 3]] if each == 4 else [[0], [0]]].transpose(1, 0, 2)
     return Moments(both[0], both[1], known)
 
 
 def clips_apart(one: Moments, other: Moments, limit: float = 2 * NEAR_BITS) -> float:
-    """Bits by which two clips differ on average, at the best offset and speed: whole or the middle of one against the whole of the other, as it is or mirrored.
+    """Bits of 64 by which two clips differ on average, at the best offset and speed: whole or the middle of one against the whole of the other, as it is or mirrored.
 
     Infinite where too few frames have a hash, or where even the most similar moments, in any order, are at least `limit` apart.
     """
     looks = ((one.whole, other.whole), (one.middle, other.whole), (one.whole, other.middle))
-    return min(_aligned(a, b ^ mask, one.known, other.known, limit) for a, b in looks for mask in (np.uint64(0), _mirror()))
+    return min(_aligned(a, b ^ mask, one.known, other.known, limit) for a, b in looks for mask in (np.uint64(0), _mirror()[: b.shape[1]]))
 
 
 def near_duplicates(hashes: Sequence[tuple[str, ...]], *, apart: float = NEAR_BITS) -> list[tuple[int, int, float]]:
@@ -196,7 +196,7 @@ def near_duplicates(hashes: Sequence[tuple[str, ...]], *, apart: float = NEAR_BI
 def _candidates(clips: Sequence[Moments], radius: int) -> Iterator[tuple[int, list[int]]]:
     """(A clip, earlier clips of which some moment is within `radius` bits of one of its own, as far as the index finds them)."""
     keys = [_spaced(clip) for clip in clips]
-    stored = _Entries.of([(clip, words) for clip, (at, each) in enumerate(zip(keys, clips, strict=True)) for words in (each.whole[at], each.middle[at])])
+    stored = _Entries.of([(clip, words) for clip, (at, each) in enumerate(zip(keys, clips, strict=True)) for words in (each.whole[at, 0], each.middle[at, 0])])
     asked = _Entries.of([(clip, words) for clip, each in enumerate(clips) for words in _questions(each)])
     pairs, more = np.zeros(0, np.int64), [np.zeros(0, np.int64)]
     for each in _matches(stored, asked, radius, len(clips)):
@@ -253,14 +253,14 @@ def _questions(clip: Moments) -> list[Words]:
     if not at.size:
         return []
     at = np.unique(at[[len(at) // 4, len(at) // 2, 3 * len(at) // 4]])
-    return [clip.whole[at], clip.whole[at] ^ _mirror(), clip.middle[at]]
+    return [clip.whole[at, 0], clip.whole[at, 0] ^ _mirror()[0], clip.middle[at, 0]]
 
 
 def _spaced(clip: Moments) -> Places:
     """Moments, at most one in SPACING, each unlike the last one."""
     kept: list[int] = []
     for at in np.flatnonzero(clip.known)[::SPACING].tolist():
-        if not kept or int(clip.whole[at] ^ clip.whole[kept[-1]]).bit_count() > LIKE_BITS:
+        if not kept or int(clip.whole[at, 0] ^ clip.whole[kept[-1], 0]).bit_count() > LIKE_BITS:
             kept.append(at)
     return np.array(kept, np.int64)
 
@@ -284,8 +284,9 @@ def _aligned(one: Words, other: Words, one_known: NDArray[np.bool_], other_known
 
 
 def _distances(one: Words, other: Words, one_known: NDArray[np.bool_], other_known: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """[S] and [U] -> bits apart [S,U], nan where one has no hash."""
-    found = np.bitwise_count(one[:, None] ^ other[None]).astype(np.float32)
+    """[S,words] and [U,words] -> bits of 64 apart [S,U], nan where one has no hash; of the words that both have."""
+    words = min(one.shape[1], other.shape[1])
+    found = np.bitwise_count(one[:, None, :words] ^ other[None, :, :words]).mean(-1, dtype=np.float32)
     found[~(one_known[:, None] & other_known[None])] = np.nan
     return found
 
@@ -326,7 +327,7 @@ def _means(distance: NDArray[np.float32], lines: _Lines) -> NDArray[np.float32]:
 
 
 @cache
-def _mirror() -> np.uint64:
-    """The bits that change where a frame is mirrored: those of odd frequencies across."""
+def _mirror() -> Words:
+    """The bits that change where a frame is mirrored, in words: those of odd frequencies across."""
     across = _lowest()[1] % 2 == 1
-    return np.uint64(int.from_bytes(np.packbits(across).tobytes(), "big"))
+    return np.frombuffer(np.packbits(across).tobytes(), ">u8").astype(np.uint64)

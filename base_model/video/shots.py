@@ -9,8 +9,9 @@ something that moves is no mixture.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,9 @@ from base_model.video.signals import Frames, camera_flow, flow_between, flow_fin
 Array = NDArray[np.float64]
 
 CHANGE = 5.0  # of 255, mean over pixels and colours
-TIMES_AROUND = 2.0  # of what the steps around it change
 AROUND = 5  # steps on either side
-ALIKE = 0.5  # correlation of luma from which two frames show one scene
+ALIKE = 0.7  # correlation of luma from which two frames show one scene
+EVIDENCE = 1.15  # times that a cut changes more than the steps around it, times how unlike its frames are (1 - correlation)
 TINY = 48  # a side, for correlations
 EVEN = 1e-5  # variance of luma of a frame of one level
 BACK = 4  # frames within which a scene that comes back was never left
@@ -33,16 +34,12 @@ FADE_ERROR = 0.14  # of that change, what mixtures of the two ends leave unexpla
 FADE_APART = 12  # samples from which two dissolves are two
 
 
-class _Step(NamedTuple):
-    change: float  # mean absolute, of 255
-    unlike: bool  # the frames show two scenes
-
-
 class CutFinder:
     """Frames one after another -> the steps that are hard cuts. It keeps a few frames, and two numbers a step."""
 
     def __init__(self) -> None:
-        self._steps: list[_Step] = []
+        self._change = array("d")  # of each step: mean absolute, of 255
+        self._like = array("d")  # correlation of its frames, at the best of all ways to explain the change without a cut
         self._before: tuple[Frames, Frames] | None = None  # frame and luma
         self._recent: deque[Array] = deque(maxlen=BACK + 1)
         self._pending: dict[int, Array] = {}  # step -> the frame before it: the scene that may come back
@@ -54,27 +51,27 @@ class CutFinder:
 
         tiny = _tiny(luma)
         if self._before is not None:
-            change = float(cv2.absdiff(self._before[0], frame).mean())
             self._forget_what_comes_back(tiny)
-            unlike = change >= CHANGE and not any(likeness(earlier, tiny) >= ALIKE for earlier in reversed(self._recent))
-            unlike = unlike and _moved_likeness(self._dis, self._before[1], luma) < ALIKE
-            if unlike:
-                self._pending[len(self._steps)] = self._recent[-1]
-            self._steps.append(_Step(change, unlike))
+            change = float(cv2.absdiff(self._before[0], frame).mean())
+            like = max(likeness(earlier, tiny) for earlier in self._recent) if change >= CHANGE else 1.0
+            if like < ALIKE:
+                like = max(like, _moved_likeness(self._dis, self._before[1], luma))
+                self._pending[len(self._like)] = self._recent[-1]
+            self._change.append(change)
+            self._like.append(like)
         self._before = frame, luma
         self._recent.append(tiny)
 
     def cuts(self) -> list[int]:
         """The frames that begin a scene, of all so far."""
-        change = np.array([step.change for step in self._steps])
-        return [k + 1 for k, step in enumerate(self._steps) if step.unlike and step.change >= TIMES_AROUND * _around(change, k)]
+        change = np.array(self._change)
+        unlike = [k for k, like in enumerate(self._like) if like < ALIKE]
+        return [k + 1 for k in unlike if (1 - self._like[k]) * change[k] >= EVIDENCE * _around(change, k)]
 
     def _forget_what_comes_back(self, tiny: Array) -> None:
         for step, scene in list(self._pending.items()):
-            if likeness(scene, tiny) >= ALIKE:
-                self._steps[step] = self._steps[step]._replace(unlike=False)
-                del self._pending[step]
-            elif len(self._steps) - step >= BACK:
+            self._like[step] = max(self._like[step], likeness(scene, tiny))
+            if len(self._like) - step >= BACK:
                 del self._pending[step]
 
 

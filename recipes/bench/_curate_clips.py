@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from align.progress import Progress
 from base_model.types import ClipShape
 from base_model.video.files import frame_rate, read_video, write_atomic
 from recipes.shapes.prompts import sample_prompt
@@ -59,9 +60,9 @@ class Source(NamedTuple):
     real: tuple[Frames, ...]
 
 
-def make_clips(folder: Path, number: int, *, seed: int, real: Path | None, progress: Callable[[Sequence[str]], Sequence[str]] = lambda it: it) -> list[Clip]:
-    """Writes `number` clips into `folder`, or reads what is true of them where they are there already. The same clips for the same numbers."""
-    truth = folder / "truth.json"
+def make_clips(folder: Path, number: int, *, seed: int, real: Path | None) -> list[Clip]:
+    """Writes `number` clips into `folder` and what is true of them beside it, or reads that where it is there already. The same clips for the same numbers."""
+    truth = folder.with_name(f"{folder.name}.json")
     if truth.exists():
         return [Clip(row["name"], row["kind"], tuple(row["truths"]), row["origin"], tuple(row["cuts"])) for row in json.loads(truth.read_text(encoding="utf-8"))]
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,20 +70,22 @@ def make_clips(folder: Path, number: int, *, seed: int, real: Path | None, progr
     kinds = _kinds(np.random.default_rng([seed, 0]), number)
     clips: list[Clip] = []
     plain: list[tuple[str, Made]] = []  # that copies are made of: the last few
-    for index, kind in enumerate(progress(kinds)):
-        rng = np.random.default_rng([seed, 1, index])
-        name = f"{index:05d}.mp4"
-        if kind in DUPLICATES:
-            origin, before = plain.pop(int(rng.integers(len(plain))))
-            made, content = _copy(kind, before, rng)
-            clips.append(Clip(name, kind, (kind,), origin, made.cuts))
-        else:
-            origin, made = None, _made(kind, source, rng)
-            content = _broken(kind, made, rng) if kind in UNREADABLE else encode(made.frames, made.fps, crf=int(rng.integers(18, 27)))
-            clips.append(Clip(name, kind, made.truths, origin, made.cuts))
-        if kind == "plain":
-            plain = [*plain, (name, made)][-32:]
-        write_atomic(folder / name, content)
+    with Progress("making clips", total=number) as progress:
+        for index, kind in enumerate(kinds):
+            rng = np.random.default_rng([seed, 1, index])
+            name = f"{index:05d}.mp4"
+            if kind in DUPLICATES:
+                origin, before = plain.pop(int(rng.integers(len(plain))))
+                made, content = _copy(kind, before, rng)
+                clips.append(Clip(name, kind, (kind,), origin, made.cuts))
+            else:
+                origin, made = None, _made(kind, source, rng)
+                content = _broken(kind, made, rng) if kind in UNREADABLE else encode(made.frames, made.fps, crf=int(rng.integers(18, 27)))
+                clips.append(Clip(name, kind, made.truths, origin, made.cuts))
+            if kind == "plain":
+                plain = [*plain, (name, made)][-32:]
+            write_atomic(folder / name, content)
+            progress.advance(kind)
     write_atomic(truth, json.dumps([clip._asdict() for clip in clips], indent=1).encode())
     return clips
 
@@ -207,21 +210,20 @@ def _static_camera(source: Source, rng: np.random.Generator, size: tuple[int, in
 
 
 def _title_card(rng: np.random.Generator, size: tuple[int, int], fps: float) -> Frames:
-    """Words that rise slowly over an even ground."""
+    """One to four lines that rise slowly over an even ground."""
     import cv2
 
     height, width = size
     ground, ink = (rng.uniform(0, 40, 3), rng.uniform(190, 255, 3)) if rng.random() < 0.7 else (rng.uniform(200, 255, 3), rng.uniform(0, 60, 3))
-    lines = ["".join(rng.choice(list("ABCDEFGHKLMNOPRSTUVW"), 6)) for _ in range(3)]
-    speed = rng.uniform(4, 12) / fps
-    made = []
-    for t in range(int(rng.integers(20, 37))):
-        frame = np.full((2 * height, 2 * width, 3), ground, np.float64).astype(np.uint8)
-        for k, line in enumerate(lines):
-            at = (width // 5, round(2 * (height * (0.4 + 0.2 * k) - speed * t)))
-            cv2.putText(frame, line, at, FONTS[int(rng.integers(1))], 2 * width / 200, ink.tolist(), max(2, width // 40), cv2.LINE_AA)
-        made.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
-    return np.asarray(np.stack(made), np.uint8)
+    lines = ["".join(rng.choice(list("ABCDEFGHKLMNOPRSTUVW"), int(rng.integers(4, 9)))) for _ in range(int(rng.integers(1, 5)))]
+    font, scale, thick = int(rng.choice(FONTS)), 2 * width / 200 * rng.uniform(0.7, 1.1), max(2, width // 40)
+    begins, top, frames = rng.uniform(0.05, 0.4, len(lines)), rng.uniform(0.25, 0.35), int(rng.integers(20, 37))
+    page = np.full((2 * height, 2 * width, 3), ground, np.float64).astype(np.uint8)
+    for k, (line, begin) in enumerate(zip(lines, begins, strict=True)):
+        cv2.putText(page, line, (round(2 * width * begin), round(2 * height * (top + 0.18 * k))), font, scale, ink.tolist(), thick, cv2.LINE_AA)
+    rise = min(2 * rng.uniform(6, 12) / fps, 0.2 * height / frames)  # pixels of the page a frame
+    moved = [cv2.warpAffine(page, np.array([[1, 0, 0], [0, 1, -rise * t]]), (2 * width, 2 * height), borderMode=cv2.BORDER_REPLICATE) for t in range(frames)]
+    return np.stack([np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), np.uint8) for frame in moved])
 
 
 # Defects
@@ -234,7 +236,9 @@ def _cut(source: Source, rng: np.random.Generator, size: tuple[int, int], fps: f
 
 
 def _frozen(frames: Frames, rng: np.random.Generator, fps: float) -> Made:
-    """All of it stands still, or its last two thirds and more."""
+    """All of it stands still, or its last two thirds and more, for a second at least."""
+    while len(frames) < 1.5 * fps:
+        frames = np.concatenate([frames, frames[::-1]])
     moving = 0 if rng.random() < 0.5 else int(len(frames) * rng.uniform(0.1, 0.33))
     still = np.repeat(frames[moving : moving + 1], len(frames) - moving, axis=0)
     return Made(np.concatenate([frames[:moving], still]), fps, truths=("frozen",))
@@ -328,7 +332,7 @@ def encode(frames: Frames, fps: float, *, crf: int, codec: str = "libx264", fast
 
     frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
     out = io.BytesIO()
-    index = {"moov_size": str(2048 + 64 * len(frames))} if faststart else {}  # in front of the frames, or behind them
+    index = {"moov_size": str(8192 + 64 * len(frames))} if faststart else {}  # in front of the frames, or behind them
     options = {"crf": str(crf), **({"preset": "superfast"} if codec != "libvpx-vp9" else {"deadline": "realtime", "cpu-used": "8", "b": "0"})}
     if codec == "libx265":
         options["x265-params"] = "log-level=none:pools=1"

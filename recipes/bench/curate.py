@@ -1,7 +1,7 @@
 """Whether curation finds what is wrong with clips: planted defects among 2,000 small ones, how fast, and beside PySceneDetect and videohash on the same files.
 
 Clips are of the shapes world and of real textures (`recipes/bench/_curate_clips.py`). A defect's recall is over the clips that it was planted in, its precision over all that are
-said to have it. Thresholds are `SENSIBLE` of `base_model/video/curate.py`; they were chosen on seed 0, and another seed is measured. Peers run in an environment of their own, as
+said to have it: by `rushes curate` and its own thresholds, which were chosen on seed 0, and another seed is measured. Peers run in an environment of their own, as
 their users call them, on clips with cuts, copies with their originals, and clean ones; what cannot be had there has a row that says why.
 """
 
@@ -21,9 +21,10 @@ from pydantic import BaseModel
 
 from align.config import Count
 from base_model.errors import UserError
-from base_model.video.curate import SENSIBLE, Measured, measure, scene_cuts
+from base_model.video.curate import Measured, measure, scene_cuts
 from base_model.video.files import timed_frames
 from base_model.video.hashes import near_duplicates
+from recipes import curate
 from recipes.bench._curate_clips import CLEAN, DEFECTS, DUPLICATES, UNREADABLE, Clip, make_clips
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, timed, write
 from recipes.bench._workers import Worker, worker
@@ -38,7 +39,11 @@ SHORTEST_SHOT = 6
 """Frames that PySceneDetect is told no scene is shorter than: its default of 15 misses cuts in clips of a second."""
 NEAR_FRAMES = 1
 """A cut is found where it is named to a frame."""
-MEASURE_OF = {"cut": "cuts", "frozen": "static_share", "black": "black_share", "letterboxed": "letterbox", "flashing": "flashes"}
+RULES = {
+    "cut": {"cuts"}, "frozen": {"static_share"}, "black": {"black_share"}, "letterboxed": {"letterbox"}, "flashing": {"flashes"}, "repeated": {"repeated_share"},
+    "unreadable": {"error", "extension"},
+}  # fmt: skip
+"""Defect -> rules of `rushes curate` that say so."""
 INDEX_SIZES = (10_000, 100_000)
 
 
@@ -49,6 +54,8 @@ class Config(Bench):
     """Of the clips. Thresholds were chosen on 0."""
     real: Path | None = None
     """Folder of real mp4 files that textures come from; none means those of RUSHES_REAL_DATA, and without these there is only the shapes world."""
+    workers: Count = 1
+    """Processes that measure."""
     peers: tuple[Peer, ...] = ("pyscenedetect", "videohash")
     """What is measured beside. `quick` makes no environment for them."""
     peer_clips: Count = 300
@@ -56,7 +63,14 @@ class Config(Bench):
     python: Path | None = None
     """Python of an environment that has the peers; none means one in `out`, made where it is missing."""
     out: Path = Path("runs/bench-curate")
-    """Folder of the clips, of their scores (a run that was stopped goes on there) and of the peers' environment."""
+    """Folder of the clips, of what `rushes curate` finds of them (a run that was stopped goes on there) and of the peers' environment."""
+
+
+class Decided(NamedTuple):
+    """What the command says of a clip: the rules that it breaks, and the file that it repeats."""
+
+    rules: frozenset[str]
+    repeats: str | None
 
 
 class Scored(NamedTuple):
@@ -72,7 +86,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     if cfg.write:
         remarks = [
             "Planted defects among small clips. `recall`: of the clips it was planted in; `precision`: of the clips that are said to have it, those that do.",
-            "Clean clips: those that are said to have any defect. Peers: `ratio` is ours over the peer's, above 1 ours is better or faster.",
+            "Clean clips: those that are not kept. Peers: `ratio` is ours over the peer's, above 1 ours is better or faster.",
         ]
         write(cfg, "curate", here("curate", cfg), "Curation: planted defects", parts, remarks=remarks)
     return {"rows": flat(parts)}
@@ -83,12 +97,10 @@ def curate_parts(cfg: Config) -> dict[str, list[Row]]:
     cfg = cfg.model_copy(update={"clips": min(cfg.clips, 100), "peer_clips": min(cfg.peer_clips, 20)}) if cfg.quick else cfg
     folder = cfg.out / f"clips-{cfg.seed}-{cfg.clips}"
     clips = make_clips(folder, cfg.clips, seed=cfg.seed, real=_real(cfg))
-    scored, seconds = timed(lambda: [score(folder / clip.name) for clip in clips])
-    pairs, index_seconds = timed(lambda: repeats(clips, scored))
-    speed = len(clips) / (seconds + index_seconds)
+    decided, speed = decisions(cfg, folder, clips)
     parts = {
-        "defects": [{**row, "clips_per_second": speed} for row in defect_rows(clips, scored, pairs)],
-        "clean": clean_rows(clips, scored, pairs),
+        "defects": [{**row, "clips_per_second": speed} for row in defect_rows(clips, decided)],
+        "clean": clean_rows(clips, decided),
         "peers": peer_rows(cfg, folder, clips),
     }
     return parts if cfg.quick else {**parts, "index": [index_row(size) for size in INDEX_SIZES]}
@@ -99,46 +111,46 @@ def _real(cfg: Config) -> Path | None:
     return cfg.real or (Path(data) / "clips" if data else None)
 
 
-def score(path: Path) -> Scored:
-    """Decodes and measures one file."""
-    try:
-        return Scored(measure(timed_frames(path)), "")
-    except UserError as error:
-        return Scored(None, str(error))
+# What the command says
 
 
-# What is said of clips
+def decisions(cfg: Config, folder: Path, clips: Sequence[Clip]) -> tuple[list[Decided], float | None]:
+    """Of every clip, by `rushes curate` with its own thresholds, and clips a second, None where all were measured before."""
+    import pyarrow.parquet as pq
+
+    out = folder.with_name(f"{folder.name}-curated")
+    done = curate.main(curate.Config(input=str(folder), out=out, workers=cfg.workers))
+    rows = {Path(row["file"]).name: row for row in pq.read_table(out / "decisions.parquet").to_pylist()}
+    assert rows.keys() == {clip.name for clip in clips}
+    names = {row["id"]: name for name, row in rows.items()}
+    found = [Decided(frozenset(rows[clip.name]["rules"]), names.get(rows[clip.name]["repeats"])) for clip in clips]
+    measured, seconds = done["measured_now"], done["wall_seconds"]
+    assert isinstance(measured, int) and isinstance(seconds, float)
+    return found, measured / seconds if measured else None
 
 
-def outside(scores: dict[str, float], name: str) -> bool:
-    """Whether a measure is beyond what is sensible; nan is not."""
-    least, most = SENSIBLE[name]
-    return (least is not None and scores[name] < least) or (most is not None and scores[name] > most)
-
-
-def said(found: Scored) -> set[str]:
+def said(decided: Decided) -> set[str]:
     """The defects that one clip is said to have by itself."""
-    if found.measured is None:
-        return {"unreadable"}
-    scores = found.measured.scores
-    return {defect for defect, name in MEASURE_OF.items() if outside(scores, name)}
+    return {defect for defect, rules in RULES.items() if decided.rules & rules}
 
 
-def repeats(clips: Sequence[Clip], scored: Sequence[Scored]) -> dict[str, str]:
-    """{file: the earlier file that it repeats}"""
-    rows = [(clip.name, found.measured.hashes) for clip, found in zip(clips, scored, strict=True) if found.measured]
-    return {rows[row][0]: rows[earlier][0] for row, earlier, _ in near_duplicates([hashes for _, hashes in rows])}
+def pairs(clips: Sequence[Clip], decided: Sequence[Decided]) -> dict[str, frozenset[str]]:
+    """{file that is not kept since it repeats another: both}. The better one is kept, and that may be the copy."""
+    return {clip.name: frozenset((clip.name, each.repeats)) for clip, each in zip(clips, decided, strict=True) if each.repeats is not None}
 
 
-def defect_rows(clips: Sequence[Clip], scored: Sequence[Scored], pairs: dict[str, str]) -> list[Row]:
+def defect_rows(clips: Sequence[Clip], decided: Sequence[Decided]) -> list[Row]:
     """Recall and precision of each defect. That a clip repeats another says not how it was changed, and an error not what broke it: these share their precision."""
-    flags = {clip.name: said(found) for clip, found in zip(clips, scored, strict=True)}
+    flags = {clip.name: said(each) for clip, each in zip(clips, decided, strict=True)}
+    named_pairs = list(pairs(clips, decided).values())
+    copies = {frozenset((clip.name, clip.origin)): clip for clip in clips if clip.origin is not None}
     rows = []
     for defect in DEFECTS:
         planted = [clip for clip in clips if clip.kind == defect]
         if defect in DUPLICATES:
-            found, named = sum(pairs.get(clip.name) == clip.origin for clip in planted), len(pairs)
-            right = sum(clip.origin is not None and pairs.get(clip.name) == clip.origin for clip in clips)
+            slowed = {frozenset((clip.name, clip.origin)) for clip in planted if defect == "slowed" and "repeated" in flags[clip.name]}
+            found, named = sum(pair in slowed or pair in named_pairs for pair, clip in copies.items() if clip.kind == defect), len(named_pairs)
+            right = sum(pair in copies for pair in named_pairs)
         else:
             flag, alike = ("unreadable", UNREADABLE) if defect in UNREADABLE else (defect, (defect,))
             found, named = sum(flag in flags[clip.name] for clip in planted), sum(flag in each for each in flags.values())
@@ -147,14 +159,16 @@ def defect_rows(clips: Sequence[Clip], scored: Sequence[Scored], pairs: dict[str
     return rows
 
 
-def clean_rows(clips: Sequence[Clip], scored: Sequence[Scored], pairs: dict[str, str]) -> list[Row]:
-    """Clean clips that are said to have a defect, by what they look like."""
+def clean_rows(clips: Sequence[Clip], decided: Sequence[Decided]) -> list[Row]:
+    """Clean clips that are not kept, by what they look like and by the rule that is said to be broken. One that is dropped for its own copy is no false alarm."""
+    copied = {frozenset((clip.name, clip.origin)) for clip in clips if clip.origin is not None}
+    found = pairs(clips, decided)
     rows = []
     for kind in CLEAN:
-        flags = [sorted(said(found) | ({"duplicate"} if clip.name in pairs else set())) for clip, found in zip(clips, scored, strict=True) if clip.kind == kind]
-        wrong = [flag for each in flags for flag in each]
-        taken_for = ", ".join(f"{name} {wrong.count(name)}" for name in sorted(set(wrong)))
-        rows.append({"kind": kind, "clips": len(flags), "false_alarms": sum(map(bool, flags)), "taken_for": taken_for or None})
+        broken = [each.rules - ({"duplicate"} if found.get(clip.name) in copied else set()) for clip, each in zip(clips, decided, strict=True) if clip.kind == kind]
+        rules = [rule for each in broken for rule in each]
+        taken_for = ", ".join(f"{name} {rules.count(name)}" for name in sorted(set(rules)))
+        rows.append({"kind": kind, "clips": len(broken), "false_alarms": sum(map(bool, broken)), "rules": taken_for or None})
     return rows
 
 
@@ -200,6 +214,20 @@ def some(clips: Sequence[Clip], kinds: Sequence[str], most: int) -> list[Clip]:
     others = [clip.name for clip in clips if clip.kind in CLEAN and clip.name not in needed]
     mixed = others[:: max(1, len(others) // max(1, most - len(needed)))][: most - len(needed)]
     return [clip for clip in clips if clip.name in needed.union(mixed)]
+
+
+def score(path: Path) -> Scored:
+    """Decodes and measures one file."""
+    try:
+        return Scored(measure(timed_frames(path)), "")
+    except UserError as error:
+        return Scored(None, str(error))
+
+
+def repeats(clips: Sequence[Clip], scored: Sequence[Scored]) -> dict[str, str]:
+    """{file: the earlier file that it repeats}"""
+    rows = [(clip.name, found.measured.hashes) for clip, found in zip(clips, scored, strict=True) if found.measured]
+    return {rows[row][0]: rows[earlier][0] for row, earlier, _ in near_duplicates([hashes for _, hashes in rows])}
 
 
 def cut_rows(peer: Worker, folder: Path, clips: Sequence[Clip]) -> list[Row]:
@@ -343,8 +371,8 @@ def index_row(number: int, *, moments: int = 36) -> Row:
 
 
 def _drifting(rng: np.random.Generator, moments: int) -> tuple[str, ...]:
-    bits = np.repeat(rng.integers(0, 2, (1, 128), np.uint8), moments, axis=0)
-    for moment, places in enumerate(rng.integers(0, 128, (moments - 1, 4)), 1):
+    bits = np.repeat(rng.integers(0, 2, (1, 256), np.uint8), moments, axis=0)
+    for moment, places in enumerate(rng.integers(0, 256, (moments - 1, 8)), 1):
         bits[moment:, places] ^= 1
     return _texts(bits)
 

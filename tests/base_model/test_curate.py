@@ -178,12 +178,12 @@ def test_a_cut_is_no_motion() -> None:
 @pytest.mark.parametrize(("height", "width", "fps"), CASES)
 def test_what_stands_still_is_told_in_shares_and_seconds(height: int, width: int, fps: float) -> None:
     moving, standing = round(1.0 * fps), round(2.0 * fps)
-    clip = panned(height, width, 0.1 * width / fps, moving + 1)
+    clip = panned(height, width, 0.3 * width / fps, moving + 1)
     clip = np.concatenate([clip, np.repeat(clip[-1:], standing, axis=0)])
     found = scores(clip, fps)
     assert found["static_share"] == pytest.approx(standing / (moving + standing), abs=0.04)
     assert found["longest_still"] == pytest.approx(standing / fps, abs=1.1 / 12)
-    assert scores(np.repeat(clip[:1], 9, axis=0), fps)["static_share"] == 1 and scores(clip[:moving], fps)["static_share"] == 0
+    assert scores(np.repeat(clip[:1], 24, axis=0), fps)["static_share"] == 1 and scores(clip[:moving], fps)["static_share"] == 0
 
 
 def test_a_slow_pan_at_a_high_rate_does_not_stand_still() -> None:
@@ -207,11 +207,11 @@ def test_a_clip_that_freezes_is_not_one_of_repeated_frames() -> None:
 
 
 def test_what_changes_is_the_cell_that_changes_most() -> None:
-    one = np.zeros((64, 64, 3), np.uint8)
+    one = np.zeros((64, 64), np.uint8)
     other = one.copy()
-    other[8:12, 8:12, 1] = 80  # a whole cell of sixteen a side
+    other[8:12, 8:12] = 80  # a whole cell of sixteen a side
     assert change(one, other) == 80 and change(one, one) == 0
-    other[8:12, 10:12, 1] = 0
+    other[8:12, 10:12] = 0
     assert change(one, other) == 40
 
 
@@ -225,9 +225,9 @@ def test_flashes_are_counted_by_the_second(height: int, width: int, fps: float, 
     lit = np.floor(np.arange(frames) / fps * 2 * rate + 1e-9) % 2 == 0
     clip = np.repeat(np.where(lit, 200, 40).astype(np.uint8)[:, None, None, None], 3, axis=3) * np.ones((1, height, width, 1), np.uint8)
     assert scores(clip, fps)["flashes"] == rate
-    fifth = np.full_like(clip, 40)
-    fifth[:, : height // 5] = clip[:, : height // 5]
-    assert scores(fifth, fps)["flashes"] == 0, "a fifth of the frame is too little"
+    part = np.full_like(clip, 40)
+    part[:, : height // 6] = clip[:, : height // 6]
+    assert scores(part, fps)["flashes"] == 0, "a sixth of the frame is too little"
 
 
 def test_red_flashes_count_where_luminance_hardly_changes() -> None:
@@ -379,17 +379,17 @@ def test_memory_does_not_grow_with_the_clip() -> None:
     def endless(count: int) -> Iterator[tuple[Frames, float]]:
         rng = np.random.default_rng(0)
         for k in range(count):
-            yield rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), k / 24
+            yield rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), k / 6
 
-    measure(endless(50))  # what is kept for good
+    measure(endless(20))  # what is kept for good
     peaks = []
-    for count in (100, 300):
+    for count in (50, 200):  # both keep 17 looks at borders
         tracemalloc.start()
         measure(endless(count))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     print(peaks)
-    assert peaks[1] - peaks[0] < 200 * 1000  # a frame of these is 12 kB; less than a tenth of it is kept of each
+    assert peaks[1] - peaks[0] < 150 * 600  # a frame of these is 12 kB
 
 
 def test_likeness_is_correlation_and_knows_even_pictures() -> None:

@@ -53,7 +53,8 @@ CHANGES: dict[str, Callable[[Tensor], Made]] = {
     "half the size": lambda video: (F.interpolate(video, scale_factor=0.5, mode="bilinear", antialias=True), 12.0),
     "brighter": lambda video: ((1.2 * video).clamp(0, 1), 12.0),
     "5 % cropped on each side": lambda video: (cropped(video, 0.05), 12.0),
-    "10 % cropped on each side": lambda video: (cropped(video, 0.1), 12.0),
+    "3 % cropped on each side": lambda video: (cropped(video, 0.03), 12.0),
+    "7 % cropped on each side": lambda video: (cropped(video, 0.07), 12.0),
     "half the speed": lambda video: (video, 6.0),
     "half the speed by repeating": lambda video: (video.repeat_interleave(2, 0), 12.0),
     "twice the speed": lambda video: (video, 24.0),
@@ -116,7 +117,7 @@ def test_frames_without_structure_repeat_nothing() -> None:
 def test_a_mirrored_frame_has_the_mirrored_hash() -> None:
     video = scene(3, 4)
     one, other = moments(hashes_of_clip(video, 12.0)), moments(hashes_of_clip(video.flip(-1), 12.0))
-    assert clips_apart(one, other) == 0 < int(np.bitwise_count(one.whole ^ other.whole).min())
+    assert clips_apart(one, other) == 0 < int(np.bitwise_count(one.whole ^ other.whole).sum(1).min())
 
 
 def test_whole_frames_hash_as_the_safety_filter_hashes_them() -> None:
@@ -129,7 +130,7 @@ def test_whole_frames_hash_as_the_safety_filter_hashes_them() -> None:
 
 
 def test_text_that_is_no_hash_is_refused() -> None:
-    for wrong in (("zz",), ("0" * 16, "0" * 32), ("0" * 15,), ("0" * 48,)):
+    for wrong in (("zz",), ("0" * 16, "0" * 64), ("0" * 15,), ("0" * 32,)):
         with pytest.raises(ValueError):
             moments(wrong)
 
@@ -137,9 +138,9 @@ def test_text_that_is_no_hash_is_refused() -> None:
 def test_long_clips_are_compared_at_all_their_moments_in_the_end() -> None:
     rng = np.random.default_rng(0)
     long = []
-    word = rng.integers(0, 2, 2 * BITS)
+    word = rng.integers(0, 2, 4 * BITS)
     for _ in range(400):
-        word = word ^ (rng.random(2 * BITS) < 0.02)
+        word = word ^ (rng.random(4 * BITS) < 0.02)
         long.append(np.packbits(word.astype(np.uint8)).tobytes().hex())
     part = worn(rng, tuple(long[101:353]), 0.05)
     ((row, earlier, bits),) = near_duplicates([tuple(long), part])
@@ -148,7 +149,7 @@ def test_long_clips_are_compared_at_all_their_moments_in_the_end() -> None:
 
 def test_two_thousand_clips_are_searched_in_seconds() -> None:
     rng = np.random.default_rng(0)
-    clips = [tuple(rng.bytes(16).hex() for _ in range(12)) for _ in range(1000)]
+    clips = [tuple(rng.bytes(32).hex() for _ in range(12)) for _ in range(1000)]
     clips += [worn(rng, clip, 0.05) for clip in clips]
     begun = time.perf_counter()
     found = near_duplicates(clips)

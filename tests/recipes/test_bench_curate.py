@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +14,13 @@ from base_model.errors import UserError
 from base_model.video.files import read_video
 from recipes.bench import _curate_worker, curate
 from recipes.bench._curate_clips import CLEAN, DEFECTS, DUPLICATES, UNREADABLE, Clip, make_clips
-from recipes.bench.curate import Scored, clean_rows, defect_rows, f1, index_row, nearest, repeats, said, score, some
+from recipes.bench.curate import Decided, clean_rows, defect_rows, f1, index_row, nearest, repeats, score, some
 from tests.recipes.test_bench import assert_flat
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("clips")
+    made = tmp_path_factory.mktemp("bench") / "clips"
     make_clips(made, 40, seed=3, real=None)
     return made
 
@@ -64,8 +63,8 @@ def test_the_same_numbers_make_the_same_clips(folder: Path, clips: list[Clip], t
 
 
 def test_real_textures_are_blended_so_that_no_two_clips_repeat_each_other(real_data: Path, tmp_path: Path) -> None:
-    clips = make_clips(tmp_path, 40, seed=4, real=real_data / "clips")
-    scored = [score(tmp_path / clip.name) for clip in clips]
+    clips = make_clips(tmp_path / "clips", 40, seed=4, real=real_data / "clips")
+    scored = [score(tmp_path / "clips" / clip.name) for clip in clips]
     assert all(clip.origin == repeats(clips, scored).get(clip.name) for clip in clips if clip.origin is None)
 
 
@@ -82,15 +81,8 @@ def test_the_curate_bench_gives_flat_rows_and_says_what_it_could_not_measure(tmp
     assert len(peers) == 2 and all("cannot be imported" in row["note"] and row["ratio"] is None for row in peers)
 
 
-def found_in(name: str, **scores: float) -> Scored:
-    measured = score_of(scores)
-    return Scored(measured, "")
-
-
-def score_of(scores: dict[str, float]) -> Any:
-    from base_model.video.curate import MEASURES, Measured
-
-    return Measured({**dict.fromkeys(MEASURES, 0.0), "frames": 24.0, **scores}, (), ())
+def broken(*rules: str, repeats: str | None = None) -> Decided:
+    return Decided(frozenset(rules), repeats)
 
 
 def test_recall_and_precision_by_hand() -> None:
@@ -98,15 +90,19 @@ def test_recall_and_precision_by_hand() -> None:
         Clip("0", "plain", (), None, ()), Clip("1", "cut", ("cut",), None, (3,)), Clip("2", "black", ("black", "cut"), None, (9,)),
         Clip("3", "cropped", ("cropped",), "0", ()), Clip("4", "slowed", ("slowed",), "1", ()), Clip("5", "empty", ("empty",), None, ()), Clip("6", "fast", (), None, ()),
     ]  # fmt: skip
-    scored = [found_in("0"), found_in("1"), found_in("2", cuts=1.0, black_share=0.5), found_in("3"), found_in("4"), Scored(None, "empty"), found_in("6", cuts=2.0)]
-    rows = {row["defect"]: row for row in defect_rows(clips, scored, {"3": "0", "4": "0"})}
+    decided = [broken("duplicate", repeats="3"), broken(), broken("cuts", "black_share"), broken(), broken("duplicate", repeats="0"), broken("error"), broken("cuts")]
+    rows = {row["defect"]: row for row in defect_rows(clips, decided)}
     assert (rows["cut"]["recall"], rows["cut"]["precision"], rows["cut"]["named"]) == (0, 0.5, 2), "the cut to black is one, the fast clip has none"
     assert (rows["black"]["recall"], rows["black"]["precision"]) == (1, 1)
-    assert rows["cropped"]["recall"] == 1 and rows["slowed"]["recall"] == 0 and rows["slowed"]["precision"] == rows["cropped"]["precision"] == 0.5
+    assert rows["cropped"]["recall"] == 1, "whichever of the two is kept"
+    assert rows["slowed"]["recall"] == 0 and rows["slowed"]["precision"] == rows["cropped"]["precision"] == 0.5, "the wrong origin is no find"
     assert (rows["empty"]["recall"], rows["empty"]["precision"], rows["truncated"]["recall"]) == (1, 1, None)
-    clean = {row["kind"]: row for row in clean_rows(clips, scored, {"3": "0", "6": "0"})}
-    assert clean["fast"]["false_alarms"] == 1 and clean["fast"]["taken_for"] == "cut 1, duplicate 1" and clean["plain"]["false_alarms"] == 0
-    assert said(found_in("x", static_share=float("nan"))) == set(), "what is not known is no defect"
+    again = defect_rows(clips, [*decided[:4], broken("repeated_share"), *decided[5:]])
+    assert next(row["recall"] for row in again if row["defect"] == "slowed") == 1, "frames that are repeated slow a clip"
+    clean = {row["kind"]: row for row in clean_rows(clips, decided)}
+    assert clean["fast"]["false_alarms"] == 1 and clean["fast"]["rules"] == "cuts 1"
+    assert clean["plain"]["false_alarms"] == 0, "its copy is kept instead"
+    assert clean_rows(clips, [broken("duplicate", repeats="2"), *decided[1:]])[0]["rules"] == "duplicate 1"
 
 
 def test_f1_counts_each_cut_once_and_to_a_frame() -> None:
