@@ -30,7 +30,7 @@ from recipes.bench._trained import LOOKS, Pace, Seeds, asked, check_same, kept, 
 from recipes.clip_folder import TABLE
 from recipes.generate import Sampler
 from recipes.shapes import captions as shapes
-from recipes.shapes.prompts import SHAPE_WORDS
+from recipes.shapes.prompts import SHAPE_WORDS, Thing
 from recipes.shapes.render import FPS
 from recipes.statistics import Interval, bootstrap_crossed, bootstrap_mean
 from recipes.weights import file_hash
@@ -119,7 +119,7 @@ def described_clips(model: Path, tagged: Path, folder: Path) -> Path:
 def right_of(folder: Path) -> float:
     """Share of captions in a folder that name all attributes right."""
     rows = [json.loads(line) for line in (folder / TABLE).read_text().splitlines()]
-    return float(np.mean([shapes.right(row.get("text", ""), shapes.Thing(*row["says"]))["all"] for row in rows]))
+    return float(np.mean([shapes.right(row.get("text", ""), Thing(*row["says"]))["all"] for row in rows]))
 
 
 # SFT

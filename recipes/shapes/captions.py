@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,10 +107,10 @@ def tiny_vlm(*, seed: int, width: int = 96, layers: int = 2) -> Vlm:
     words = _tokenizer()
     ids = {name: words.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
     heads = width // 24
-    text = {"vocab_size": len(words), "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    text: dict[str, Any] = {"vocab_size": len(words), "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": heads}
     text |= {"num_key_value_heads": heads, "head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 4, 4]}}
     text |= {"max_position_embeddings": 1024, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.04}
-    vision = {"depth": layers, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": width, "num_position_embeddings": 16}
+    vision: dict[str, Any] = {"depth": layers, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "out_hidden_size": width, "num_position_embeddings": 16}
     vision |= {"patch_size": PATCH, "temporal_patch_size": FRAMES, "spatial_merge_size": MERGE, "deepstack_visual_indexes": [0], "initializer_range": 0.04}
     marks = {f"{name}_token_id": ids[key] for name, key in (("image", "image_pad"), ("video", "video_pad"), ("vision_start",) * 2, ("vision_end",) * 2)}
     config = AutoConfig.for_model("qwen3_vl", text_config=text, vision_config=vision, tie_word_embeddings=True, **marks)
@@ -120,7 +120,7 @@ def tiny_vlm(*, seed: int, width: int = 96, layers: int = 2) -> Vlm:
     return Vlm(network.eval(), words, PatchFormat(PATCH, FRAMES, MERGE, *constants_of(config)), NAME, "", "float32")
 
 
-def _tokenizer() -> object:
+def _tokenizer() -> Any:
     """A byte-level BPE that knows every text, and each word of the captions as one token; so is each time that can stand before frames."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
