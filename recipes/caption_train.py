@@ -143,8 +143,10 @@ def fit(cfg: Config, captioner: Captioner, pairs: Pairs, *, resume: bool, quiet:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which trl imports, and which warns of an optional kernel of 4-bit inference
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
+    from transformers.utils.logging import disable_progress_bar
     from trl import SFTConfig, SFTTrainer
 
+    disable_progress_bar()
     network, patches, cuda = captioner.vlm.network, captioner.vlm.patches, torch.cuda.is_available()
     optimizer = optimizer_of(cfg, network)
 
