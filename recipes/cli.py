@@ -65,6 +65,8 @@ COMMANDS = {
     "upsample": Command("recipes.upsample", "Learn a stage of a cascade: twice as many pixels a side, or twice as many frames."),
     "temporal": Command("recipes.temporal", "Make a video model of an image model: keyframes, or the frames between them."),
     "curate": Command("recipes.curate", "Measure clips, keep the good ones, say why the others are not: rushes curate INPUT.", ("input",)),
+    "caption": Command("recipes.caption", "Describe a folder of clips with a vision-language model: a caption a clip, flagged where something speaks against it."),
+    "caption-train": Command("recipes.caption_train", "Fine-tune a captioner on clips and their captions; without either, a tiny one on the built-in world."),
     "encode": Command("recipes.encode", "Encode a folder of captioned clips once: latents and text states, kept on disk."),
     "sft": Command("recipes.sft", "Fine-tune a base model on curated prompt-video pairs."),
     "generate": Command("recipes.generate", "Make clips of prompts and keep them in a clip store."),

@@ -198,6 +198,18 @@ def find_clips(folder: Path) -> tuple[list[Named], list[Dropped]]:
     return found, [*dropped, *(Dropped(name, f"not in {TABLE}") for name in there if name not in known)]
 
 
+def every_clip(folder: Path) -> dict[str, list[str]]:
+    """Names of all clips and images of a folder, and of what its table names, in order; each with its captions, perhaps none. Raises UserError where there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"no folder of clips, {folder}. Give a folder with clips")
+    there = sorted(media_in(folder))
+    found, _ = _by_table(folder) if (folder / TABLE).is_file() else _by_neighbours(folder, there)
+    captions: dict[str, list[str]] = {name: [] for name in sorted({*there, *(clip.name for clip in found)})}
+    for name, text in found:
+        captions[name].append(text)
+    return captions
+
+
 def media_in(folder: Path) -> Iterator[str]:
     """Names of all clips and images in it and below, folder by folder, each in order; hidden ones and links to folders are not looked at."""
     for where, below, files in os.walk(folder):

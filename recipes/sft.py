@@ -3,7 +3,7 @@
 Flow matching on the model's own path (Lipman et al. 2022, arXiv 2210.02747, eq. 14), one noise level a clip; all weights, or LoRA. Where the network packs (the built-in one, Wan)
 clips of any sizes share a sequence; elsewhere those of one shape share a batch. No clip is dropped, and none is seen twice before all have been seen once.
 Some clips give part of themselves as a visual prompt (`conditions`): that has noise level 0 and no loss. Clips of what the model did before (`remember`) keep it from forgetting.
-What it leaves out: captions are not made (`rushes caption` will), several resolutions of one clip, context parallelism.
+What it leaves out: captions are not made (`rushes caption` does that), several resolutions of one clip, context parallelism.
 """
 
 from __future__ import annotations

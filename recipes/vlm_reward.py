@@ -23,6 +23,7 @@ from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed
 from align.run import Run
 from base_model.errors import UserError
+from base_model.prompts.vision import Precision
 from base_model.video.store import ClipStore
 from recipes.reward_model import (
     Best,
@@ -45,7 +46,7 @@ from reward.comparisons import Comparisons
 from reward.types import Scores
 from reward.vlm.files import save_vlm_reward
 from reward.vlm.frames import FrameSampler, frame_indices
-from reward.vlm.model import CLIPS_AT_ONCE, Learned, Precision, VlmReward, load_base
+from reward.vlm.model import CLIPS_AT_ONCE, Learned, VlmReward, load_base
 from reward.vlm.prompt import Dimension
 
 METRICS = {

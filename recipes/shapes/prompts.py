@@ -41,7 +41,7 @@ COLOR_WORDS = {
     "cyan": ("cyan", "turquoise"),
 }
 # (third person, participle); the last row of each motion is held out of training
-_MOTION_WORDS: dict[str, tuple[tuple[str, str], ...]] = {
+MOTION_WORDS: dict[str, tuple[tuple[str, str], ...]] = {
     "left": (
         ("moves left", "moving left"),
         ("drifts to the left", "drifting to the left"),
@@ -246,7 +246,7 @@ def _noun(color: str, shape: str) -> str:
 
 def motion_words(thing: Thing, rng: np.random.Generator, held_out: bool) -> tuple[str, str]:
     """Third person and participle of what it does: ("grows", "growing")."""
-    words = _MOTION_WORDS[thing.motion]
+    words = MOTION_WORDS[thing.motion]
     rows = words if held_out else words[:-1]
     return rows[int(rng.integers(len(rows)))]
 

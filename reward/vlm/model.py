@@ -12,7 +12,6 @@ Letters: B clips, C clips of a batch of rankings, R dimensions, L tokens, D hidd
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +20,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from base_model.checkpoint import check_runs_no_code, fingerprint
-from base_model.errors import UserError
+from base_model.checkpoint import fingerprint
 from base_model.lora import add_lora
+from base_model.prompts.vision import LANGUAGE_LINEARS, PatchFormat, Precision, encode, load_vlm
 from base_model.quantize import to_nf4
 from reward.types import Scores
-from reward.vlm.frames import FrameSampler, PatchFormat, read_clip
-from reward.vlm.prompt import VIDEO, Dimension, chat_text, check_rubric, encode, rubric_of
+from reward.vlm.frames import FrameSampler, read_clip
+from reward.vlm.prompt import Dimension, chat_text, check_rubric, rubric_of
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-LANGUAGE_LINEARS = r"language_model\..*_proj"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Qwen2-VL, Qwen2.5-VL
-HALF = (0.5, 0.5, 0.5)  # Qwen3-VL, mean and standard deviation
-PREPROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")
 CLIPS_AT_ONCE = 16
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Precision = Literal["float32", "bfloat16"]
 Positions = Literal["grid", "flat"]
 """How the language model numbers the tokens of a clip: by frame, row and column as the families were trained, or one after the other as `videoreward.py` says."""
 
@@ -63,46 +55,9 @@ def load_base(name: str | Path, *, revision: str = "", dtype: Precision = "float
 
     Raises UserError where it cannot be had or is of another family than Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
-
-    pin = revision or None
-    try:
-        if Path(name).is_dir():
-            check_runs_no_code(Path(name))
-        family = AutoConfig.from_pretrained(name, revision=pin, trust_remote_code=False).model_type
-        if family not in FAMILIES:
-            raise UserError(f"the base {name} is of the family {family}; the vision-language reward takes {', '.join(FAMILIES)}. Choose another base")
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=pin, trust_remote_code=False)
-        whole, found = AutoModelForImageTextToText.from_pretrained(
-            name, revision=pin, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise UserError(f"cannot load the base {name}: {reason}. Give a folder with the model and its tokenizer, or a hub id with HF_HUB_OFFLINE=0") from error
-    network, missing = whole.model, sorted(set(found["missing_keys"]) - {"lm_head.weight"})
-    if missing:
-        raise UserError(f"the weights in {name} lack {missing[0]}. Download the base again")
-    if tokenizer.convert_tokens_to_ids(VIDEO) != network.config.video_token_id:
-        raise UserError(f"the tokenizer of {name} does not know the video token of its model, {VIDEO}. Give the model's own tokenizer")
-    network.eval().requires_grad_(False)
-    commit = getattr(network.config, "_commit_hash", None) or revision
-    return Base(network, tokenizer, patch_format(name, pin, network.config), str(name), commit, fingerprint(network), dtype)
-
-
-def patch_format(name: str | Path, revision: str | None, config: Any) -> PatchFormat:
-    """The sizes of a vision tower's patches, and the constants its frames are normalised by: the preprocessor's, or else the family's."""
-    from transformers.utils import cached_file
-
-    mean, std = (HALF, HALF) if config.model_type == "qwen3_vl" else (CLIP_MEAN, CLIP_STD)
-    for file in PREPROCESSORS:
-        path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-        found = json.loads(Path(path).read_text()) if path else {}
-        if "image_mean" in found:
-            mean, std = tuple(found["image_mean"]), tuple(found["image_std"])
-            break
-    vision = config.vision_config
-    return PatchFormat(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, mean, std)
+    found = load_vlm(name, revision=revision, dtype=dtype, head=False)
+    network = found.network.model
+    return Base(network, found.tokenizer, found.patches, found.name, found.revision, fingerprint(network), dtype)
 
 
 class Head(nn.Module):

@@ -9,16 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from base_model.errors import UserError
-from reward.vlm.frames import Patches
-
-PROMPT = "{prompt}"
-VIDEO = "<|video_pad|>"
-VIDEO_BEGIN, VIDEO_END = "<|vision_start|>", "<|vision_end|>"
-OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"  # as Qwen2-VL's chat template begins
-SPECIAL = re.compile(r"(<\|\w+\|>)")
+from base_model.prompts.vision import OPENING, PROMPT, SPECIAL, Patches, video_text
 
 
 @dataclass(frozen=True)
@@ -67,20 +60,5 @@ def chat_text(rubric: str, tokens: Sequence[str], clip: Patches, merge: int, *, 
 
     timestamps: every temporal patch stands alone behind its time, as Qwen3-VL was trained, instead of all in one block.
     """
-    t, h, w = clip.grid
-    frame = VIDEO * (h * w // merge**2)
-    blocks = [(f"<{time:.1f} seconds>", frame) for time in clip.times] if timestamps else [("", frame * t)]
-    video = "".join(f"{time}{VIDEO_BEGIN}{pads}{VIDEO_END}" for time, pads in blocks)
     end = max(rubric.index(token) + len(token) for token in tokens)
-    return OPENING + video + rubric[:end]
-
-
-def encode(tokenizer: Any, text: str, prompt: str) -> list[int]:
-    """Token ids of `text` with the prompt in its place. Whatever the prompt says, it stays text: special tokens are read in `text` alone."""
-    ids: list[int] = []
-    for piece in filter(None, SPECIAL.split(text)):
-        if SPECIAL.fullmatch(piece):
-            ids.append(tokenizer.convert_tokens_to_ids(piece))
-        else:
-            ids += tokenizer(piece.replace(PROMPT, prompt), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return ids
+    return OPENING + video_text(clip, merge, timestamps=timestamps) + rubric[:end]

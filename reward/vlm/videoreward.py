@@ -27,10 +27,11 @@ from torch import Tensor
 
 from base_model.checkpoint import load_weights
 from base_model.errors import UserError
+from base_model.prompts.vision import PROMPT, Precision
 from reward.ranking import tie_parameter
 from reward.vlm.frames import FrameSampler
-from reward.vlm.model import Precision, VlmReward, load_base
-from reward.vlm.prompt import PROMPT, Dimension
+from reward.vlm.model import VlmReward, load_base
+from reward.vlm.prompt import Dimension
 
 PEFT = "base_model.model."
 EMBEDDING = "language_model.embed_tokens.weight"

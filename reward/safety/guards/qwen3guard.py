@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from base_model.errors import UserError
+from base_model.prompts.vision import PROMPT, encode
 from reward.encoders import checkpoint_folder, load_network, revision_of
 from reward.safety.contract import VERDICT_OF, Reason, Ruling, Verdict
 from reward.safety.guards.loading import version_of
 from reward.safety.policy import Policy
-from reward.vlm.prompt import PROMPT, encode
 
 LABELS = ("Safe", "Controversial", "Unsafe")
 CATEGORIES: dict[str, tuple[str, ...]] = {

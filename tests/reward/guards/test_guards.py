@@ -171,7 +171,7 @@ def test_the_probability_of_a_label_is_that_of_its_tokens_in_the_models_own_loss
 
 
 def test_a_prompt_cannot_end_its_turn_and_answer_for_the_model(qwen: Qwen3Guard) -> None:
-    from reward.vlm.prompt import encode
+    from base_model.prompts.vision import encode
 
     special = {qwen.tokenizer.convert_tokens_to_ids(token) for token in tiny.SPECIAL}
     plain = sum(token in special for token in encode(qwen.tokenizer, qwen._chat, "hello"))

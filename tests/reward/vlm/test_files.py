@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 from base_model.errors import UserError
+from base_model.prompts.vision import FAMILIES
 from reward.vlm.files import WEIGHTS, load_vlm_reward, save_vlm_reward
-from reward.vlm.model import FAMILIES
 from tests.reward.vlm.tiny import clips, save_tiny, tiny_reward
 
 PROMPTS = ["a bright clip", "dark", "x"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from base_model.errors import UserError
-from reward.vlm.frames import FrameSampler, PatchFormat, fitted_size, frame_indices, patchify, read_clip
-from reward.vlm.model import CLIP_MEAN, CLIP_STD, HALF
+from base_model.prompts.vision import CLIP_MEAN, CLIP_STD, HALF, PatchFormat, fitted_size, patchify
+from reward.vlm.frames import FrameSampler, frame_indices, read_clip
 
 FORMS = {"qwen2": PatchFormat(14, 2, 2, CLIP_MEAN, CLIP_STD), "qwen3": PatchFormat(16, 2, 2, HALF, HALF)}
 UNSCALED = FrameSampler(fps=2.0, min_frames=2, min_pixels=1, max_pixels=10**7)

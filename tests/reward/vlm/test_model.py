@@ -12,8 +12,9 @@ from torch import Tensor
 
 from base_model.checkpoint import fingerprint
 from base_model.errors import UserError
+from base_model.prompts.vision import CLIP_MEAN, FAMILIES
 from reward.types import Scorer
-from reward.vlm.model import CLIP_MEAN, FAMILIES, VlmReward, load_base
+from reward.vlm.model import VlmReward, load_base
 from reward.vlm.prompt import Dimension
 from tests.reward.vlm.tiny import FRAMES, LOOK, MATCH, clips, save_tiny, tiny_network, tiny_reward, tokenizer
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from base_model.errors import UserError
-from reward.vlm.frames import Patches
-from reward.vlm.prompt import SPECIAL, Dimension, chat_text, check_rubric, encode, rubric_of
+from base_model.prompts.vision import SPECIAL, Patches, encode
+from reward.vlm.prompt import Dimension, chat_text, check_rubric, rubric_of
 from tests.reward.vlm.tiny import LOOK, MATCH, tokenizer
 
 CLIP = Patches(torch.empty(0), (2, 4, 6), (0.25, 1.25), 1.0)

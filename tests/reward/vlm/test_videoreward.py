@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from base_model.errors import UserError
+from base_model.prompts.vision import OPENING
 from reward.ranking import tie_parameter
 from reward.vlm.files import load_vlm_reward, save_vlm_reward
-from reward.vlm.prompt import OPENING
 from reward.vlm.videoreward import load_videoreward
 from tests.reward.vlm.tiny import clips, save_tiny, tiny_network, tokenizer
 
@@ -98,7 +98,7 @@ def vision_input(video: Tensor) -> tuple[Tensor, list[int]]:
     """VideoAlign's frames of a clip at 8 a second: four of them, resized by the same rule, through transformers' image processor two and two."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    from reward.vlm.model import CLIP_MEAN, CLIP_STD
+    from base_model.prompts.vision import CLIP_MEAN, CLIP_STD
 
     frames = video[torch.linspace(0, len(video) - 1, 4).round().long()]
     size = smart_resize(*video.shape[-2:], factor=8, min_pixels=8192, max_pixels=8192)

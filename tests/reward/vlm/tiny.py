@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from base_model.prompts.vision import FAMILIES
 from reward.vlm.frames import FrameSampler
-from reward.vlm.model import FAMILIES, VlmReward, load_base
+from reward.vlm.model import VlmReward, load_base
 from reward.vlm.prompt import Dimension
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
