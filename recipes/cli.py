@@ -69,6 +69,7 @@ COMMANDS = {
     "caption-train": Command("recipes.caption_train", "Fine-tune a captioner on clips and their captions; without either, a tiny one on the built-in world."),
     "encode": Command("recipes.encode", "Encode a folder of captioned clips once: latents and text states, kept on disk."),
     "sft": Command("recipes.sft", "Fine-tune a base model on curated prompt-video pairs."),
+    "expand": Command("recipes.expand", "Teach a language model to make prompts long: SFT on pairs, then GRPO against the reward of the clips."),
     "generate": Command("recipes.generate", "Make clips of prompts and keep them in a clip store."),
     "verify": Command("recipes.verify", "Say what a clip's C2PA manifest tells, and whether it holds: rushes verify FILE.", ("file",)),
     "import-rankings": Command("recipes.import_rankings", "Read preferences in a public format: rushes import-rankings FORMAT FILE.", ("format", "file")),

@@ -3,6 +3,7 @@
 The prompt filter speaks first; what is sampled goes through the clip filters, and its verdict is written beside it: only "allow" may be shown or learned from as good.
 A clip that the store already holds for the same prompt, seed, sampler, model and visual prompt is not sampled again. Beside its text a clip can be made from an image, another
 clip, two clips, a hole in a clip or a margin around it (`visual.py`), and can go on for as long as `visual.seconds` says.
+With `expand` a language model makes the prompts long first: the filters are asked about either text, clips are made of the long one, and their rows keep both.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from base_model.guidance import Guided
 from base_model.networks.packing import token_grid
 from base_model.paths import add_noise
 from base_model.prompts.conditions import give_frames
+from base_model.prompts.expand import Expanded, Expander, load_expander
 from base_model.times import sampling_times
 from base_model.tiny import SHIFT
 from base_model.types import ClipShape, Conditioning, TrainableModel
@@ -50,6 +52,9 @@ from reward.safety.video import DegenerateFilter, FlashFilter
 BYTES_A_TOKEN = 40_000
 """What denoising and decoding hold at once for one token of 4 frames of 8x8 pixels, about."""
 ISOLATED = Limits(seconds=60.0, memory=8 << 30)
+EXPANDED_FROM = "expanded_from"
+"""Of `extra_json` in a clip's row."""
+UNSAFE = "the safety filters do not allow its expansion"
 Side = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 
 
@@ -91,6 +96,8 @@ class Config(BaseConfig):
     """Folder of a stack of small models (`recipes/stack.py`), which makes the clips instead; finished at the size the sampler says."""
     prompts: tuple[str, ...] = ("a red circle moves to the left", "a blue bar grows")
     """What to show, one clip set each."""
+    expand: Path | None = None
+    """Folder of a prompt expander (`rushes expand`), or of any causal language model of transformers: it makes the prompts long. None: they are taken as they are."""
     clips_per_prompt: Count = 4
     """Clips of every prompt, with seeds seed, seed + 1, ..."""
     seed: Seed = 0
@@ -109,9 +116,10 @@ class Config(BaseConfig):
 class Request:
     """One clip to make."""
 
-    prompt: str
+    prompt: str  # what the clip is made of
     prompt_id: str
     seed: int
+    short: str = ""  # what the user typed, where that was expanded
 
 
 def safety_runner(filters: Filters = NONE, *, isolated: bool = False) -> SafetyRunner:
@@ -246,18 +254,19 @@ def fill_store(
     sampling: Sampling = sample,
     given: str = "",
 ) -> list[ClipRow | None]:
-    """One row a request, in order; None where the prompt was blocked. Made in batches, each committed to the store: a killed run goes on, and ends with the
-    clips of one that was not killed. Clips that were there, but that not all filters of the runner ruled on, are shown to them.
+    """One row a request, in order; None where the prompt, or what it was expanded from, was blocked. Made in batches, each committed to the store: a killed run goes on, and ends
+    with the clips of one that was not killed. Clips that were there, but that not all filters of the runner ruled on, are shown to them.
 
     given: what names a visual prompt, part of a clip's identity.
     """
     settings = {key: value for key, value in dump(sampler).items() if key != "batch"} | ({"visual": given} if given else {})
     texts = list(dict.fromkeys(r.prompt for r in requests))
-    passed = {text for text, decision in zip(texts, runner.check_prompts(texts), strict=True) if allowed(decision)}
+    typed = list(dict.fromkeys(r.short for r in requests if r.short and r.short not in texts))
+    passed = {text for text, decision in zip([*texts, *typed], runner.check_prompts([*texts, *typed]), strict=True) if allowed(decision)}
     cond = encode_prompts(model, texts)
     row_of = {text: k for k, text in enumerate(texts)}
     keys = [request_key(r.prompt, r.seed, settings, lineage) for r in requests]
-    served = [i for i, r in enumerate(requests) if r.prompt in passed]
+    served = [i for i, r in enumerate(requests) if {r.prompt, r.short or r.prompt} <= passed]
     missing = {i for i in served if store.find(keys[i]) is None}
     with Progress(label, total=len(requests), done=len(requests) - len(missing)) as progress:
         together = sampler.batch * torch.get_num_threads()
@@ -283,7 +292,31 @@ def fill_store(
         part = list(again.values())[begin : begin + sampler.batch]
         decisions = [runner.check_videos(store.load(row.clip_id)[None], [row.prompt], row.fps)[0] for row in part]
         again |= {row.request_key: row for row in store.rule_again(part, [to_json(decision) for decision in decisions])}
+    return with_shorts(store, requests, [again.get(row.request_key, row) if row is not None else None for row in rows])
+
+
+def with_shorts(store: ClipStore, requests: Sequence[Request], rows: Sequence[ClipRow | None]) -> list[ClipRow | None]:
+    """The rows of requests, with what was expanded to their prompts kept beside them."""
+    typed: dict[str, set[str]] = {}
+    for request, row in zip(requests, rows, strict=True):
+        if row is not None and request.short:
+            typed.setdefault(row.request_key, set(expanded_from(row))).add(request.short)
+    new = {row.request_key: row for row in rows if row is not None and typed.get(row.request_key, set()) > set(expanded_from(row))}
+    told = store.tell_again(list(new.values()), [{**json.loads(row.extra_json), EXPANDED_FROM: sorted(typed[key])} for key, row in new.items()]) if new else []
+    again = {row.request_key: row for row in told}
     return [again.get(row.request_key, row) if row is not None else None for row in rows]
+
+
+def expanded_from(row: ClipRow) -> tuple[str, ...]:
+    """The short prompts, as users typed them, whose expansion the clip was made of; none where it was made of what was typed."""
+    return tuple(json.loads(row.extra_json).get(EXPANDED_FROM, ()))
+
+
+def expand_prompts(expander: Expander, prompts: Sequence[str], runner: SafetyRunner, *, seed: int) -> list[Expanded]:
+    """The prompts made long. An expansion that the filters do not allow is dropped, and the prompt kept: the filters are asked about that too before any clip is made of it."""
+    made = expander(prompts, seed=seed)
+    decisions = runner.check_prompts([each.text for each in made])
+    return [each if allowed(decision) else Expanded(each.prompt, each.prompt, UNSAFE) for each, decision in zip(made, decisions, strict=True)]
 
 
 def ruled_by(row: ClipRow, runner: SafetyRunner) -> bool:
@@ -334,8 +367,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     check_can_write(cfg.out)
     signer = credentials_of(cfg.export, cfg.out) if cfg.export.folder else None
-    requests = [Request(prompt, prompt, cfg.seed + g) for prompt in cfg.prompts for g in range(cfg.clips_per_prompt)]
-    check_memory(cfg.sampler, len(requests), cfg.visual.seconds, bytes_a_token=memory_of_token(cfg.model))
+    check_memory(cfg.sampler, len(cfg.prompts) * cfg.clips_per_prompt, cfg.visual.seconds, bytes_a_token=memory_of_token(cfg.model))
+    expander = load_expander(cfg.expand, device=best_device()) if cfg.expand else None
     model, runner, store = load_model(cfg.model, device=best_device(), nf4=cfg.nf4, adapter=cfg.adapter), safety_runner(cfg.filters), ClipStore(cfg.out)
     sampling: Sampling = sample
     lineage, given = model_lineage(cfg.model, cfg.adapter), ""
@@ -348,6 +381,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         sampling, given = visual_sampling(cfg.visual, prepared), prepared.key
     if cfg.stack is None:
         check_sampler(model, cfg.sampler)
+    asked = expand_prompts(expander, cfg.prompts, runner, seed=cfg.seed) if expander else [Expanded(prompt, prompt, "") for prompt in cfg.prompts]
+    requests = [Request(each.text, each.prompt, cfg.seed + g, each.prompt if each.text != each.prompt else "") for each in asked for g in range(cfg.clips_per_prompt)]
     rows = fill_store(store, model, requests, lineage=lineage, sampler=cfg.sampler, runner=runner, sampling=sampling, given=given)
     made = [row for row in rows if row is not None]
     origin = {"stack": lineage} if cfg.stack else origin_of(cfg.model) if is_built_in(cfg.model) else origin_of_family(lineage, cfg.adapter)
@@ -355,8 +390,9 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     return {
         "store": str(cfg.out),
         "clips": [str(store.preview_path(row.clip_id)) for row in made],
+        **({"expanded": [each._asdict() for each in asked]} if expander else {}),
         **signed,
-        "blocked_prompts": runner.counts["prompt.checked"] - runner.counts["prompt.allow"],
+        "blocked_prompts": len({request.prompt_id for request, row in zip(requests, rows, strict=True) if row is None}),
         "safety": dict(runner.counts),
         "wall_seconds": round(time.monotonic() - started, 2),
     }

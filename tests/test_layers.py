@@ -24,7 +24,7 @@ READERS = {
 }
 WORDS = {"recipes.shapes.prompts"}  # the names of colours, shapes and motions: not a way of reading pixels
 OPTIMISED = (
-    *("sft", "pretrain", "vae", "match", "pairs", "generate", "feedback", "guards", "check", "reward_model", "vlm_reward", "latent_reward", "ddpo", "grpo", "nft"),
+    *("sft", "pretrain", "vae", "match", "pairs", "generate", "expand", "feedback", "guards", "check", "reward_model", "vlm_reward", "latent_reward", "ddpo", "grpo", "nft"),
     *("ppo", "dpo", "preferences", "reward_gradient", "safety_train", "caption", "caption_train"),
     *("shapes.eye", "shapes.train_eye", "shapes.labelers", "shapes.dataset"),
 )

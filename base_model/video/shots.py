@@ -82,6 +82,7 @@ class DissolveFinder:
         self._lumas: deque[Array] = deque(maxlen=max(FADES) + 1)
         self._count = 0
         self.found: list[int] = []
+        self._last = 0  # when one was seen
 
     def add(self, luma: Array) -> None:
         """[h,w] in [0,1]."""

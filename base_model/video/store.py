@@ -150,7 +150,13 @@ class ClipStore:
 
     def rule_again(self, rows: Sequence[ClipRow], safety: Sequence[JsonDict]) -> list[ClipRow]:
         """Rows of this store with what filters say of them now. They are written behind the old ones and take their place."""
-        new = [replace(row, safety_json=_canonical(each), created_at=_now()) for row, each in zip(rows, safety, strict=True)]
+        return self._write_again([replace(row, safety_json=_canonical(each), created_at=_now()) for row, each in zip(rows, safety, strict=True)])
+
+    def tell_again(self, rows: Sequence[ClipRow], extra: Sequence[JsonDict]) -> list[ClipRow]:
+        """Rows of this store with something else beside them (`extra_json`), written likewise."""
+        return self._write_again([replace(row, extra_json=_canonical(each), created_at=_now()) for row, each in zip(rows, extra, strict=True)])
+
+    def _write_again(self, new: list[ClipRow]) -> list[ClipRow]:
         with disk_errors(self.folder), self._locked() as file:
             self._read_new_rows()
             _append(file, _lines_of(new), self._read_to)
