@@ -180,9 +180,9 @@ def _fast(source: Source, rng: np.random.Generator, size: tuple[int, int], fps: 
     height, width = size
     parts = [_scene(source, rng, size, frames=1)[0] for _ in range(5)]
     wide = np.concatenate(parts, axis=1).astype(np.float32)
-    wide = cv2.blur(wide, (max(3, width // 12), 1))  # no seam is a cut
+    soft = np.asarray(cv2.blur(wide, (max(3, width // 12), 1)), np.float32)  # no seam is a cut
     grain = np.asarray(cv2.resize(rng.normal(0, 18, (height // 4, width)).astype(np.float32), (5 * width, height)))[..., None]
-    film = np.clip(wide + grain, 0, 255).astype(np.uint8)
+    film = np.clip(soft + grain, 0, 255).astype(np.uint8)
     step = width * rng.uniform(0.5, 1.5) / fps
     frames = int(min(36, 4 * width / step))
     way = np.clip(np.rint(step * np.arange(frames)), 0, 4 * width).astype(int)

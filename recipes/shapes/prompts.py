@@ -253,7 +253,7 @@ def motion_words(thing: Thing, rng: np.random.Generator, held_out: bool) -> tupl
 
 def motion_phrases(motion: str) -> tuple[str, ...]:
     """All that a prompt may say for a motion, held-out wordings too: "grows", "growing", "gets bigger", ..."""
-    return tuple(phrase for row in _MOTION_WORDS[motion] for phrase in row)
+    return tuple(phrase for row in MOTION_WORDS[motion] for phrase in row)
 
 
 def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
