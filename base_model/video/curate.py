@@ -228,7 +228,7 @@ class _Sample(NamedTuple):
 
     frame: Frame
     luma: Plane
-    index: int
+    number: int
     second: float
 
 
@@ -287,7 +287,7 @@ class _Moves:
         if self._before is not None:
             same = np.array_equal(self._before.luma, sample.luma)
             speeds = (0.0, 0.0, 0.0) if same else self._speeds(self._before.luma, sample.luma, sample.second - self._before.second)
-            self._steps.extend((self._before.index, sample.index, *speeds))
+            self._steps.extend((self._before.number, sample.number, *speeds))
         self._before = sample
 
     def _speeds(self, here: Plane, there: Plane, seconds: float) -> tuple[float, float, float]:

@@ -280,8 +280,8 @@ def hash_rows(peer: Worker, folder: Path, clips: Sequence[Clip]) -> list[Row]:
     ours, taken = timed(lambda: repeats(clips, scored))
     theirs = nearest(clips, hashes, most=math.ceil(0.15 * 64))
     rows = [
-        _compared("videohash", "copies: recall", *(_recall(clips, pairs) for pairs in (ours, theirs))),
-        _compared("videohash", "copies: precision", *(_precision(clips, pairs) for pairs in (ours, theirs))),
+        _compared("videohash", "copies: recall", _recall(clips, ours), _recall(clips, theirs)),
+        _compared("videohash", "copies: precision", _precision(clips, ours), _precision(clips, theirs)),
         _compared("videohash", "copies: clips per second", len(clips) / float(seconds[0] + taken), len(clips) / float(seconds[1])),
     ]
     return [{**row, "clips": len(clips)} for row in rows]
