@@ -344,7 +344,7 @@ class Faces:
         import cv2
 
         try:
-            self._detector: Any = cv2.FaceDetectorYN.create(str(path), "", (FACE_SIDE, FACE_SIDE), FACE_SCORE)  # type: ignore[attr-defined]
+            self._detector: Any = cv2.FaceDetectorYN.create(str(path), "", (FACE_SIDE, FACE_SIDE), FACE_SCORE)
         except Exception as error:  # cv2.error, and what is under it
             raise UserError(f"no face detector that OpenCV reads, {path}. Give a YuNet model as ONNX") from error
 

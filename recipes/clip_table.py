@@ -3,7 +3,7 @@
     folder/00000.parquet       rows that are finished, 256 a part; appear whole
     folder/00001.jsonl         the part that is being filled: a line for every row, written as it is found; its first line says what was measured, and with what
 
-A row is known by its key (`clip_sources.py:Source.key`); where two parts hold one, the later one counts. A part says what its rows were measured with: rows that lack something
+A row is known by its key (`clip_rows.py:Source.key`); where two parts hold one, the later one counts. A part says what its rows were measured with: rows that lack something
 that is wanted now, or were found by something else, are not read.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 from base_model.checkpoint import atomic_write, disk_errors
 from base_model.errors import UserError
 from base_model.video.curate import MEASURES
-from recipes.clip_sources import Keys
+from recipes.clip_rows import Keys
 
 ROWS = 256  # of a part
 PART = re.compile(r"(\d{5,})\.(parquet|jsonl)")

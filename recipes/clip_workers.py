@@ -90,8 +90,13 @@ class Worker:
         raise UserError(f"a worker cannot be begun: {reason}, workers. Mend that, or ask for fewer workers or more --clip-memory")
 
     def _exchange(self, wire: Connection, request: Mapping[str, Any] | None, seconds: float) -> dict[str, Any] | Lost:
-        late = threading.Event()
-        timer = threading.Timer(seconds, lambda process: (late.set(), process.kill()), (self._process,))
+        late, process = threading.Event(), self._process
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end)
         timer.daemon = True
         timer.start()
         try:

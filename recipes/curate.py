@@ -37,8 +37,10 @@ from base_model.checkpoint import atomic_write, check_can_write, disk_errors
 from base_model.errors import UserError
 from base_model.video.curate import MEASURES, SENSIBLE
 from base_model.video.hashes import NEAR_BITS, near_duplicates
+from recipes.clip_openers import on_disk
+from recipes.clip_rows import Columns, Input, Source
 from recipes.clip_scores import SUFFIXES, Looks, Reader, Wanted, checked, load_looks, measurer, measures_identity, open_clip, safety_identity, seen_of
-from recipes.clip_sources import Columns, Input, Source, count, on_disk, sources
+from recipes.clip_sources import count, sources
 from recipes.clip_table import Table
 from recipes.clip_workers import Lost, Worker
 from recipes.encode import read_ahead

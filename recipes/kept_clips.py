@@ -19,8 +19,10 @@ from typing import Any, Literal
 from base_model.checkpoint import atomic_write, disk_errors
 from base_model.errors import UserError
 from recipes.clip_folder import TABLE
+from recipes.clip_openers import Opener, fetch
+from recipes.clip_rows import Input
 from recipes.clip_scores import SUFFIXES
-from recipes.clip_sources import Input, Opener, fetch, sources
+from recipes.clip_sources import sources
 
 OURS = re.compile(r".*-[0-9a-f]{16}(\.[a-z0-9]+)?")
 LONGEST_STEM = 60

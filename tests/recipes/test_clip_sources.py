@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from base_model.errors import UserError
-from recipes.clip_sources import AtAddress, Columns, Held, Input, Keys, OnDisk, Source, Within, count, on_disk, sources
+from recipes.clip_openers import AtAddress, Held, OnDisk, Within, on_disk
+from recipes.clip_rows import Columns, Input, Keys, Source
+from recipes.clip_sources import count, sources
 
 
 def listed(place: Path | str, **given: Any) -> dict[str, Source]:

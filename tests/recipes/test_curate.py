@@ -25,7 +25,7 @@ from align.config import load
 from base_model.errors import UserError
 from base_model.video.curate import MEASURES, SENSIBLE
 from base_model.video.files import write_lossless, write_mp4
-from recipes import clip_scores, clip_sources, clip_table, curate
+from recipes import clip_openers, clip_scores, clip_table, curate
 from recipes.clip_folder import find_clips
 from recipes.clip_table import Table, read_table, schema
 from recipes.curate import Config, Keep, Range, decide, main, reasons_of
@@ -210,7 +210,7 @@ def test_thresholds_change_without_a_look_at_any_clip(mixed: Path, tmp_path: Pat
 
     monkeypatch.setattr(curate.Worker, "ask", refuse)
     monkeypatch.setattr(clip_scores, "file_hash", refuse)
-    for kind in (clip_sources.OnDisk, clip_sources.AtAddress, clip_sources.Within, clip_sources.Held):
+    for kind in (clip_openers.OnDisk, clip_openers.AtAddress, clip_openers.Within, clip_openers.Held):
         monkeypatch.setattr(kind, "open", refuse)
     strict = main(Config(input=str(mixed), out=tmp_path, keep=Keep(frames=Range(least=2), apart=None)))
     assert strict["measured_now"] == 0 and {row["id"] for row in kept(tmp_path)} == {"copy.mkv", "good1.mp4", "good2.mp4", "extra/again.mp4"}
