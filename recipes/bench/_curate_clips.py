@@ -179,14 +179,12 @@ def _fast(source: Source, rng: np.random.Generator, size: tuple[int, int], fps: 
 
     height, width = size
     parts = [_scene(source, rng, size, frames=1)[0] for _ in range(5)]
-    wide = np.concatenate(parts, axis=1).astype(np.float32)
-    soft = np.asarray(cv2.blur(wide, (max(3, width // 12), 1)), np.float32)  # no seam is a cut
-    grain = np.asarray(cv2.resize(rng.normal(0, 18, (height // 4, width)).astype(np.float32), (5 * width, height)))[..., None]
-    film = np.clip(soft + grain, 0, 255).astype(np.uint8)
+    blurred = cv2.blur(np.concatenate(parts, axis=1).astype(np.float32), (max(3, width // 12), 1))  # no seam is a cut
+    wide = np.clip(blurred + cv2.resize(rng.normal(0, 18, (height // 4, width)).astype(np.float32), (5 * width, height))[..., None], 0, 255).astype(np.uint8)
     step = width * rng.uniform(0.5, 1.5) / fps
     frames = int(min(36, 4 * width / step))
     way = np.clip(np.rint(step * np.arange(frames)), 0, 4 * width).astype(int)
-    return np.stack([film[:, x : x + width] for x in (way if rng.random() < 0.5 else way[::-1])])
+    return np.stack([wide[:, x : x + width] for x in (way if rng.random() < 0.5 else way[::-1])])
 
 
 def _dark(frames: Frames, rng: np.random.Generator) -> Frames:
