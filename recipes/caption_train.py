@@ -183,7 +183,10 @@ def fit(cfg: Config, captioner: Captioner, pairs: Pairs, *, resume: bool, quiet:
         report_to="none",
         disable_tqdm=True,
     )
-    with Progress("caption-train", total=cfg.steps, quiet=quiet) as progress:
+    last = checkpoint_of(cfg.out) if resume else None
+    if last is not None:
+        restore(cfg, network, last)
+    with Progress("caption-train", total=cfg.steps, done=steps_of(last) if last else 0, quiet=quiet) as progress:
         trainer = SFTTrainer(
             network,
             settings,
@@ -194,13 +197,20 @@ def fit(cfg: Config, captioner: Captioner, pairs: Pairs, *, resume: bool, quiet:
             callbacks=[Told()],
         )
         trainer.remove_callback(PrinterCallback)
-        done = sorted((cfg.out / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        if resume and done:
-            progress.done = int(done[-1].name.rpartition("-")[2])
-            restore(cfg, network, done[-1])
         with disk_errors(cfg.out):
-            trainer.train(resume_from_checkpoint=str(done[-1]) if resume and done else None)
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def steps_of(checkpoint: Path) -> int:
+    """After how many steps it was saved."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoint_of(out: Path) -> Path | None:
+    """The last one that was saved whole: its state is written behind all else."""
+    whole = [path.parent for path in (out / "checkpoints").glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=steps_of, default=None)
 
 
 def restore(cfg: Config, network: Any, checkpoint: Path) -> None:
