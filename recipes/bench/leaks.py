@@ -383,19 +383,20 @@ def claims(limit: float, rows: Sequence[Row]) -> list[Row]:
     by_arm = {row["arm"]: row for row in rows}
     asked: list[tuple[str, str, bool]] = []
 
-    def holds(arm: str, text: str, wanted: bool) -> None:
+    def holds(arm: str, wanted: Literal["keeps", "breaks", "is not sure to keep"]) -> None:
         if arm in by_arm:
             row = by_arm[arm]
-            kept = row["violates_last_leg_high"] <= limit if wanted else row["violates_last_leg_low"] > limit
-            asked.append((f"{arm}: {text}", percent(row, "violates_last_leg"), bool(kept)))
+            kept, broken = row["violates_last_leg_high"] <= limit, row["violates_last_leg_low"] > limit
+            found = {"keeps": kept, "breaks": broken, "is not sure to keep": not kept}[wanted]
+            asked.append((f"{arm}: the true rate {wanted} the limit", percent(row, "violates_last_leg"), bool(found)))
 
-    holds("no limit", "more clips violate than the limit allows", False)
-    holds("true filter", "the true rate keeps the limit", True)
-    holds("misses by chance, raw", "the true rate breaks the limit", False)
-    holds("misses by chance, corrected", "the true rate keeps the limit", True)
-    holds("blind to some colours, raw", "the true rate breaks the limit", False)
-    holds("blind to some colours, corrected", "a corrected rate alone does not help where the filter cannot see: the true rate breaks the limit", False)
-    holds("blind to some colours, retrained", "the true rate keeps the limit", True)
+    holds("no limit", "breaks")
+    holds("true filter", "keeps")
+    holds("misses by chance, raw", "breaks")
+    holds("misses by chance, corrected", "keeps")
+    holds("blind to some colours, raw", "breaks")
+    holds("blind to some colours, corrected", "is not sure to keep")
+    holds("blind to some colours, retrained", "keeps")
     if {"safety alone", "true filter"} <= by_arm.keys():
         alone, limited = by_arm["safety alone"], by_arm["true filter"]
         asked += [
