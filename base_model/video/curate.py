@@ -91,7 +91,7 @@ SENSIBLE: dict[str, tuple[float | None, float | None]] = {
     "dissolves": (None, 0.0),
     "flashes": (None, 3.0),
     "letterbox": (None, 0.02),
-    "static_share": (None, 0.6),
+    "static_share": (None, 0.4),
     "repeated_share": (None, 0.25),
     "black_share": (None, 0.1),
 }

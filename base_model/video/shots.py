@@ -53,7 +53,9 @@ class CutFinder:
         if self._before is not None:
             self._forget_what_comes_back(tiny)
             change = float(cv2.absdiff(self._before[0], frame).mean())
-            like = max(likeness(earlier, tiny) for earlier in self._recent) if change >= CHANGE else 1.0
+            like = likeness(self._recent[-1], tiny) if change >= CHANGE else 1.0
+            if like < ALIKE:
+                like = max(like, *(likeness(earlier, tiny) for earlier in self._recent))
             if like < ALIKE:
                 like = max(like, _moved_likeness(self._dis, self._before[1], luma))
                 self._pending[len(self._like)] = self._recent[-1]

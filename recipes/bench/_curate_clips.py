@@ -30,6 +30,7 @@ CLEAN = ("plain", "fast", "dark", "static_camera", "title_card")
 DEFECT_SHARE = 0.04  # of the clips, each
 ALIKE_SHARE = 0.05  # of the clips, each kind that looks like a defect
 REAL_SHARE = 0.4
+STANDS = 0.4  # of a clip that is called frozen, whatever it shows then
 SIZES = ((96, 128), (128, 96), (112, 160), (128, 128), (144, 256))
 RATES = (8.0, 12.0, 15.0, 24.0, 30.0)
 FONTS = (0, 2, 3, 4)  # of OpenCV
@@ -251,7 +252,8 @@ def _black(frames: Frames, rng: np.random.Generator, fps: float) -> Made:
     at = int(len(frames) * rng.uniform(0.5, 0.65))
     made = frames.copy()
     made[at:] = level
-    return Made(made, fps, (at,), ("black", "cut"))
+    stands = len(frames) - at > STANDS * len(frames)
+    return Made(made, fps, (at,), ("black", "cut", *(("frozen",) if stands else ())))
 
 
 def _letterboxed(frames: Frames, rng: np.random.Generator) -> Frames:

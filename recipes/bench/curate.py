@@ -31,8 +31,11 @@ from recipes.bench._workers import Worker, worker
 
 Peer = Literal["pyscenedetect", "videohash"]
 PINS: dict[Peer, tuple[str, ...]] = {
-    "pyscenedetect": ("scenedetect-headless==0.7.2", "opencv-python-headless==4.13.0.92", "click==8.4.2", "platformdirs", "tqdm", "numpy==2.4.6"),
-    "videohash": ("videohash2==3.2.2", "ImageHash==4.3.2", "PyWavelets", "scipy", "imagedominantcolour==1.0.2", "imageio-ffmpeg==0.6.0", "yt-dlp", "pillow<13", "numpy==2.4.6"),
+    "pyscenedetect": ("scenedetect==0.7.2", "opencv-python-headless==4.14.0.94", "click==8.5.1", "platformdirs==4.14.8", "tqdm==4.70.1", "numpy==2.4.6"),
+    "videohash": (
+        *("videohash2==3.2.2", "ImageHash==4.3.2", "PyWavelets==1.9.0", "scipy==1.17.1", "imagedominantcolour==1.0.2"),
+        *("imageio-ffmpeg==0.8.1", "pillow==13.0.0", "numpy==2.4.6"),
+    ),
 }
 MODULES: dict[Peer, str] = {"pyscenedetect": "scenedetect, cv2", "videohash": "videohash2, imageio_ffmpeg"}
 SHORTEST_SHOT = 6
@@ -248,7 +251,7 @@ def cut_rows(peer: Worker, folder: Path, clips: Sequence[Clip]) -> list[Row]:
         rows += [
             _compared(label, "cuts: F1", f1(clips, ours), f1(clips, named)),
             _compared(label, "cuts: share of clips in which both say the same", share(sum(both), len(both)), None),
-            _compared(label, "cuts: clips per second", len(clips) / seconds[0], len(clips) / float(taken)),
+            _compared(label, "cuts: clips per second", len(clips) / float(seconds[0]), len(clips) / float(taken)),
         ]
     return [{**row, "clips": len(clips)} for row in rows]
 
