@@ -97,15 +97,15 @@ class Sft(BaseConfig):
 class Grpo(BaseConfig):
     """How captions climb the reward."""
 
-    steps: Count = 60
+    steps: Count = 100
     """Rollouts, with one update each."""
     prompts: Count = 8
     """N, prompts a rollout."""
     group_size: Several = 8
     """G, captions of each."""
-    lr: Positive = 3e-4
-    """Learning rate of AdamW."""
-    kl_coef: NonNegative = 0.04
+    lr: Positive = 1.5e-4
+    """Learning rate of AdamW. Twice as much, with less KL, made the tiny model forget how captions end within 30 rollouts; one of billions of weights wants about 1e-6."""
+    kl_coef: NonNegative = 0.1
     """Weight of the KL from the SFT model a token (trl's beta)."""
     save_every: Count = 10
     """Rollouts between checkpoints."""
@@ -394,7 +394,7 @@ def learn_captions(cfg: Config, pairs: Splits, out: Path, memory: PeakMemory) ->
 
 @dataclass
 class VideoReward:
-    """The reward of clips that a video model makes of captions. `runs` counts what became of all captions."""
+    """The reward of clips that a video model makes of captions."""
 
     model: TrainableModel
     assess: Assessor
