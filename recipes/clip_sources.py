@@ -80,7 +80,7 @@ def _expanded(place: str) -> list[str]:
         return [f"{place[: match.start()]}{number:0{len(first)}d}{place[match.end() :]}" for number in range(int(first), int(last) + 1)]
     if "*" not in place:
         return [place]
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     try:
         system, pattern = fsspec.core.url_to_fs(place)

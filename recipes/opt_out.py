@@ -1,7 +1,8 @@
 """Clips that must not be used, by hash: what people asked to be left out, or must be.
 
-A file of lines, each the sha256 of a file (64 hexadecimal digits) or perceptual hashes over time (`base_model/video/hashes.py`: words of 16 or 32 digits, as the column `hashes` of
-the table has them); empty lines and those that begin with # say nothing. Copies that were encoded again, cropped or cut are found by the second kind only.
+A file of lines, each the sha256 of a file (one word of 64 hexadecimal digits) or perceptual hashes over time (`base_model/video/hashes.py`: the words of the column `hashes` of the
+table, or their first 16 digits; that of a single picture twice, for one word of 64 is a sha256). Empty lines and those that begin with # say nothing. Copies that were encoded
+again, cropped or cut are found by the second kind only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from base_model.errors import UserError
 from base_model.video.hashes import NEAR_BITS, clips_apart, moments, near_duplicates
 
-SHA256, HASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}([0-9a-f]{16})?")
+SHA256, HASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}([0-9a-f]{48})?")
 
 
 class OptOut(NamedTuple):
@@ -54,5 +55,5 @@ def load_opt_out(path: Path) -> OptOut:
         elif all(HASH.fullmatch(word) for word in words) and len({len(word) for word in words}) == 1:
             clips.append(words)
         else:
-            raise UserError(f"line {number} is neither a sha256 nor perceptual hashes, {path}. Write 64 hexadecimal digits, or words of 16 or 32")
+            raise UserError(f"line {number} is neither a sha256 nor perceptual hashes, {path}. Write 64 hexadecimal digits, or several words of that many or of 16")
     return OptOut(frozenset(files), tuple(clips))

@@ -113,8 +113,8 @@ def test_verdicts_and_endings_decide_where_they_are_known() -> None:
 
 
 def hashes(*pictures: int) -> list[str]:
-    """Hashes that differ by 32 of 64 bits for each two of these numbers, one a moment for a second."""
-    return [np.random.default_rng(picture).bytes(16).hex() for picture in pictures for _ in range(6)]
+    """Hashes that differ by half of their bits for each two of these numbers, one a moment for a second."""
+    return [np.random.default_rng(picture).bytes(32).hex() for picture in pictures for _ in range(6)]
 
 
 def test_of_near_duplicates_the_largest_then_the_longest_then_the_first_is_kept_and_named() -> None:
@@ -432,7 +432,7 @@ def test_a_long_clip_is_measured_in_less_memory_than_its_frames_take(tmp_path: P
     memory, frames = 250 << 20, 400 * 640 * 640 * 3
     assert memory < 0.6 * frames and memory < 0.15 * 4 * frames  # as bytes, and as floats
     result = run(tmp_path / "in", tmp_path / "out", workers=1, clip_memory=memory, safety=True)
-    assert result["errors"] == 0 and result["kept"] == 1
+    assert result["errors"] == 0 and result["clips"] == 1
 
 
 def test_reasons_of_a_row_are_those_of_the_table() -> None:

@@ -30,7 +30,8 @@ def test_files_and_copies_of_clips_are_meant_and_others_are_not(tmp_path: Path) 
 
 def test_one_frame_that_must_not_be_shown_is_found_wherever_it_comes() -> None:
     mine = hashes(1)
-    assert OptOut(clips=((mine[5],),)).rows([None, None], [mine, hashes(2)]) == [True, False]
+    for words in ((mine[5], mine[5]), (mine[5][:16],)):
+        assert OptOut(clips=(words,)).rows([None, None], [mine, hashes(2)]) == [True, False]
 
 
 def test_a_clip_that_repeats_another_closely_is_still_found_by_the_list() -> None:
@@ -43,7 +44,7 @@ def test_nobody_is_on_an_empty_list() -> None:
     assert NOBODY.rows(["ab" * 32, None], [hashes(1), ()]) == [False, False]
 
 
-@pytest.mark.parametrize("line", ["abc", "ab" * 31, f"{'ab' * 8} {'ab' * 16}", f"{'ab' * 32} {'ab' * 32}", "zz" * 32])
+@pytest.mark.parametrize("line", ["abc", "ab" * 31, f"{'ab' * 8} {'ab' * 32}", "ab" * 16, "zz" * 32])
 def test_a_line_that_is_neither_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "list").write_text(f"{'ab' * 32}\n{line}\n")
     with pytest.raises(UserError, match=r"line 2 is neither a sha256 nor perceptual hashes, .*list\. Write 64"):
