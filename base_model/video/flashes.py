@@ -90,7 +90,10 @@ def transitions(swings: Swings, size: int, limit: Signal) -> NDArray[np.uint8]:
 
 
 class FlashCounter:
-    """Frames one after another -> the most whole flashes that a quarter of the frame makes in any second. It keeps two seconds of numbers."""
+    """Frames one after another -> the most whole flashes in any second of the mean light of a quarter of the frame, so that textures that move flash nowhere.
+
+    It keeps two seconds of numbers. A red flash counts where all its bright ends, or all its dark ones, are saturated.
+    """
 
     def __init__(self) -> None:
         self._times: list[float] = []
@@ -122,7 +125,7 @@ class FlashCounter:
 
 
 def _quarters(light: tuple[Signal, Signal, NDArray[np.bool_]], height: int, width: int) -> tuple[Signal, Signal, NDArray[np.bool_]]:
-    """Cells [1,1,P] of a frame [H,W] -> the nine quarters of it that begin at a fourth of a side [1,1,9]: what moves in one of them hardly changes its light."""
+    """Cells [1,1,P] of a frame [H,W] -> the means of its nine quarters of half a side that begin at a multiple of a fourth [1,1,9]."""
     cells = (1, 1, min(height, CELLS_A_SIDE), min(width, CELLS_A_SIDE)) if max(height, width) > CELLS_A_SIDE else (1, 1, height, width)
 
     def averaged(signal: NDArray[np.generic]) -> Tensor:
