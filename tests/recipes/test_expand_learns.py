@@ -108,7 +108,7 @@ def killed_and_resumed(cfg: Config, pairs: Any, out: Path, monkeypatch: pytest.M
         return learn_captions(cfg, pairs, out, memory)
 
 
-@pytest.mark.parametrize("rank", ["0", "4"])
+@pytest.mark.parametrize("rank", ["0", pytest.param("4", marks=pytest.mark.slow)])
 def test_a_killed_sft_ends_with_the_weights_of_one_that_was_not(rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(tmp_path, "--sft.steps", "12", "--sft.evaluate-every", "4", "--sft.batch", "8", "--pool", "40", "--lora-rank", rank)
     pairs = pairs_of(cfg)
