@@ -68,7 +68,7 @@ def look(frame: NDArray[np.uint8]) -> tuple[str, Array]:
 
     height, width = frame.shape[:2]
     top, left = round(CROP * height), round(CROP * width)
-    luma = np.reshape(cv2.transform(frame.astype(np.float32), np.array([LUMA], np.float32) / 255), (height, width))
+    luma = np.asarray(cv2.transform(frame.astype(np.float32), np.array([LUMA], np.float32) / 255), np.float32).reshape(height, width)
     both = np.stack([averaged(luma), averaged(luma[top : height - top, left : width - left])])
     whole, middle = _hashes(both)
     return whole + middle if whole and middle else "", both[0]
@@ -271,7 +271,7 @@ def _aligned(one: Words, other: Words, one_known: NDArray[np.bool_], other_known
     distance = _distances(one[::stride], other[::stride], one_known[::stride], other_known[::stride])
     lines = _lines(*distance.shape)
     nearest = np.sort(np.where(np.isfinite(distance), distance, np.inf).min(1))
-    if nearest[: math.ceil(_covered(*distance.shape, max(SPEEDS)))].mean() >= limit:
+    if nearest[: math.ceil(_covered(len(distance), distance.shape[1], max(SPEEDS)))].mean() >= limit:
         return math.inf
     means = _means(distance, lines)
     best = int(means.argmin())
