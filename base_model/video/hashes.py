@@ -271,8 +271,7 @@ def _aligned(one: Words, other: Words, one_known: NDArray[np.bool_], other_known
     distance = _distances(one[::stride], other[::stride], one_known[::stride], other_known[::stride])
     lines = _lines(*distance.shape)
     nearest = np.sort(np.where(np.isfinite(distance), distance, np.inf).min(1))
-    count, others = distance.shape
-    if nearest[: math.ceil(_covered(count, others, max(SPEEDS)))].mean() >= limit:
+    if nearest[: math.ceil(_covered(len(distance), distance.shape[1], max(SPEEDS)))].mean() >= limit:
         return math.inf
     means = _means(distance, lines)
     best = int(means.argmin())

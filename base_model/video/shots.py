@@ -82,7 +82,7 @@ class DissolveFinder:
 
     def __init__(self) -> None:
         self._lumas: deque[Array] = deque(maxlen=max(FADES) + 1)
-        self._count = 0
+        self._count = self._last = 0
         self.found: list[int] = []
         self._last = 0  # when one was seen
 
