@@ -292,7 +292,7 @@ def test_clips_in_tar_files_are_written_out_where_they_are_kept(tmp_path: Path) 
     main(Config(input=str(tmp_path / "s.tar.gz"), out=tmp_path / "out", workers=1))
     (row,) = kept(tmp_path / "out")
     assert row["id"] == "s.tar.gz::k/a.mp4" and row["text"] == "a cat" and (tmp_path / "out" / "kept" / row["file_name"]).read_bytes() == (tmp_path / "a.mp4").read_bytes()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "curated.json", "decisions.parquet", "kept", "scores"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "curated.json", "decisions.parquet", "kept", "report.html", "scores"]
 
 
 def test_what_must_not_be_used_leaves_its_pictures_and_its_link(tmp_path: Path) -> None:
