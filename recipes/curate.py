@@ -389,8 +389,13 @@ def _fetching(folder: Path) -> Iterator[Path]:
 # The command
 
 
-def main(cfg: Config, *, resume: bool = False, read: Reader = open_clip) -> dict[str, object]:
-    """`resume` changes nothing: what was measured is never measured again. read: how a file is opened."""
+def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
+    """`resume` changes nothing: what was measured is never measured again."""
+    return curated(cfg)
+
+
+def curated(cfg: Config, *, read: Reader = open_clip) -> dict[str, object]:
+    """Measures what is not measured yet, decides, and writes all that is told above. read: how a file is opened. Raises UserError for what cannot be curated."""
     if cfg.input is None:
         raise UserError("nothing to curate, input. Give a folder of clips, a manifest, tar files, a dataset or an address: rushes curate INPUT")
     if unknown := [name for name in cfg.say if name not in RANGES]:

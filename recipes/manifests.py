@@ -106,9 +106,12 @@ def _objects(text: io.TextIOWrapper, name: str) -> Iterator[Row]:
 
 def csv_rows(file: BufferedReader, name: str) -> Iterator[Row]:
     """Rows by the names of the first line; a cell that says nothing (nan, empty) is None. Raises UserError where there is no first line."""
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_ROW))
-    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        yield from _records(csv.reader(text, delimiter="\t" if name.lower().endswith(".tsv") else ",", strict=True), name)
+    before = csv.field_size_limit(LONGEST_ROW)  # of all readers of this process
+    try:
+        with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+            yield from _records(csv.reader(text, delimiter="\t" if name.lower().endswith(".tsv") else ",", strict=True), name)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _records(reader: Any, name: str) -> Iterator[Row]:

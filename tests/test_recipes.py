@@ -14,7 +14,7 @@ from recipes.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
-CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.y*ml"))
+CONFIGS = sorted(path for path in (ROOT / "recipes" / "configs").rglob("*.y*ml") if path.parent.name != "launch")
 LONGEST_SHARED = 25
 
 

@@ -70,7 +70,7 @@ def read(path: Path) -> Opened:
 
 
 if __name__ == "__main__":  # curated.py INPUT OUT WORKERS
-    from recipes.curate import Config, main
+    from recipes import curate
     from tests.recipes import curated
 
-    main(Config(input=sys.argv[1], out=Path(sys.argv[2]), workers=int(sys.argv[3])), read=curated.read)
+    curate.curated(curate.Config(input=sys.argv[1], out=Path(sys.argv[2]), workers=int(sys.argv[3])), read=curated.read)

@@ -60,7 +60,7 @@ def looked_at(folder: Path) -> Counter[str]:
 
 
 def run(given: Path, out: Path, **more: Any) -> dict[str, Any]:
-    return main(Config(**{"input": str(given), "out": out, "workers": 2, **more}), read=curated.read)
+    return curate.curated(Config(**{"input": str(given), "out": out, "workers": 2, **more}), read=curated.read)
 
 
 # Deciding
