@@ -19,7 +19,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """`with Progress("sft", total=400, done=120) as progress: progress.advance(note="loss 0.12")`. The time left comes from the work done in this session.
+    """`with Progress("sft", total=400, done=120) as progress: progress.advance(note="loss 0.12")`. The time left comes from the work done since then.
 
     total: None where nobody knows; then no time left is told.
     """
@@ -62,7 +62,7 @@ class Progress:
                 print(f"{self.label} {self.done}{of}  {duration(now - self._begun)} gone{left}  {note}".rstrip(), file=sys.stderr, flush=True)
 
     def skip(self, steps: int = 1) -> None:
-        """`steps` more were done before this session: the time left does not come from them."""
+        """`steps` more were done before: the time left does not come from them."""
         self.done, self._first = self.done + steps, self._first + steps
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done)

@@ -325,10 +325,10 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     vlm.network.to("cuda" if torch.cuda.is_available() else "cpu")
     speaker = Speaker(cfg, Captioner(vlm, instruction=instruction, max_tokens=cfg.max_tokens))
 
-    todo = [clip for clip in clips if clip.name not in table.rows]
+    left = [clip for clip in clips if clip.name not in table.rows]
     errors: dict[str, str] = {}
-    batches = [todo[begin : begin + cfg.batch] for begin in range(0, len(todo), cfg.batch)]
-    with Progress("caption", total=len(clips), done=len(clips) - len(todo)) as progress:
+    batches = [left[begin : begin + cfg.batch] for begin in range(0, len(left), cfg.batch)]
+    with Progress("caption", total=len(clips), done=len(clips) - len(left)) as progress:
         for batch, seen in ahead(batches, cfg.clips, frames.sight, vlm.patches, cfg.workers or len(os.sched_getaffinity(0))):
             rows = speaker(batch, seen)
             for row in rows:

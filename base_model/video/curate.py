@@ -219,7 +219,7 @@ class _Clock:
         if count == 1:
             return {"frames": 1.0, "seconds": math.nan, "fps": math.nan, "fps_irregularity": math.nan}
         usual = float(np.median(np.diff(self.seconds)))
-        irregularity = np.nan_to_num(np.abs(np.array(self._steps) - usual) / usual, nan=1.0)
+        irregularity = np.nan_to_num(np.abs(np.array(self._steps) - usual) / usual, nan=1.0)  # where the clock cannot be right, it is off by a whole step
         return {"frames": float(count), "seconds": self.end, "fps": (count - 1) / self.seconds[-1], "fps_irregularity": float(irregularity.mean())}
 
 
