@@ -48,7 +48,7 @@ WORLD = expand.Config(
     most_tokens=40,
     tiny=expand.Tiny(width=96, depth=3, heads=4, vocabulary=512),
     sft=expand.Sft(steps=500, batch=64, lr=2e-3, evaluate_every=125),
-    grpo=expand.Grpo(steps=100, prompts=8, group_size=8, lr=1.5e-4, kl_coef=0.1, save_every=10),
+    grpo=expand.Grpo(),
 )
 REAL = expand.Config(most_tokens=240, sft=expand.Sft(steps=240, batch=16, lr=2e-3, evaluate_every=20))
 
@@ -76,9 +76,9 @@ class Config(Bench):
     """The language model of the real pairs."""
     real_sft: expand.Sft = REAL.sft
     """How it learns them."""
-    prompts: Count = 160
+    prompts: Count = 240
     """N, half of them with a motion."""
-    clips: Count = 1
+    clips: Count = 2
     """G, each of a caption of its own."""
     sampler: Sampler = Sampler()
     """How clips are denoised."""

@@ -90,6 +90,15 @@ def test_of_the_real_prompts_no_two_that_are_linked_are_on_different_sides(real_
     assert split_pairs(pairs, 1).test != found.test
 
 
+def test_a_cluster_that_is_a_third_of_the_pairs_is_learned_from_whatever_the_seed() -> None:
+    cats = [Pair(f"a red cat does{k}", str(k)) for k in range(60)]
+    others = [Pair(f"object{k} number{k}", str(k)) for k in range(120)]
+    for seed in range(8):
+        found = split_pairs([*cats, *others], seed)
+        assert set(cats) <= set(found.train)
+        assert found.val and found.test
+
+
 def test_pairs_that_all_hang_together_cannot_be_held_out() -> None:
     with pytest.raises(UserError, match="too few to hold any out"):
         split_pairs([Pair("a red cat runs", str(k)) for k in range(12)], 0)
