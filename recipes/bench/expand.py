@@ -50,7 +50,7 @@ WORLD = expand.Config(
     sft=expand.Sft(steps=500, batch=64, lr=2e-3, evaluate_every=125),
     grpo=expand.Grpo(),
 )
-REAL = expand.Config(most_tokens=240, sft=expand.Sft(steps=240, batch=16, lr=2e-3, evaluate_every=20))
+REAL = expand.Config(most_tokens=240, sft=expand.Sft(steps=500, batch=16, lr=2e-3, evaluate_every=50))
 
 
 class Config(Bench):
