@@ -80,6 +80,7 @@ CHECKPOINTS_KEPT = 2
 SUMS = "SHA256SUMS"
 """File of a checkpoint with the hashes of its other files, as `sha256sum -c` reads them."""
 DAMAGED = "damaged-"
+SAME_WORD_SECONDS = 1.0  # a scheduler signals every process, and torchrun passes on what it was sent: each process hears it twice
 LONGEST_WAIT = timedelta(hours=12)  # of processes for one another: the first one alone looks at held-out clips
 
 
@@ -245,7 +246,7 @@ class Run:
     def iterations(self, n: int, *, save_every: int, label: str) -> Iterator[int]:
         """0 .. n-1, or from where the last checkpoint stopped. Saves every `save_every` and at the end; shows progress and the time left.
 
-        SIGINT and SIGTERM end it after the iteration in progress is finished and saved: raises Interrupted. A second one stops at once.
+        SIGINT and SIGTERM end it after the iteration in progress is finished and saved: raises Interrupted. A second Ctrl-C, more than a second later, stops at once.
         """
         if self._looping:
             raise ValueError("a run has one loop")
@@ -667,11 +668,14 @@ class Run:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[list[int]]:
-        """The signals received while the loop runs; the second one raises KeyboardInterrupt at once."""
+        """The signals received while the loop runs. A later Ctrl-C raises KeyboardInterrupt at once; SIGTERM, or what comes with the first, is torchrun passing it on."""
         received: list[int] = []
+        first = math.inf  # when
 
         def note(number: int, frame: FrameType | None) -> None:
-            if received:
+            nonlocal first
+            first = min(first, time.monotonic())
+            if received and number == signal.SIGINT and time.monotonic() - first > SAME_WORD_SECONDS:
                 raise KeyboardInterrupt
             received.append(number)
 

@@ -1,7 +1,7 @@
 """Do safety filters fail closed, do they see what they should, and do reviews measure them: one row a check.
 
-Faults are planned and decided by `_filter_faults.py`, flashing by the definition in `_flash_oracle.py`, hidden words come from `_evasion.py` and `_held_out_evasion.py`, which the filters
-never see, and coverage is that of `rushes bench review`.
+Faults are planned and decided by `_filter_faults.py`, flashing by the definition in `_flash_oracle.py`, hidden words come from `_evasion.py` and `_held_out_evasion.py`, which
+the filters never see, and coverage is that of `rushes bench review`.
 """
 
 from __future__ import annotations

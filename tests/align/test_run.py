@@ -151,6 +151,24 @@ def test_a_signal_finishes_the_iteration_saves_and_says_how_to_go_on(tmp_path: P
     assert read_metrics(tmp_path / "cut", wall_clock=False) == read_metrics(tmp_path / "whole", wall_clock=False)
 
 
+@pytest.mark.parametrize(("number", "later", "stops"), [(signal.SIGTERM, 0.0, False), (signal.SIGTERM, 2.0, False), (signal.SIGINT, 0.0, False), (signal.SIGINT, 2.0, True)])
+def test_a_signal_that_torchrun_passes_on_again_does_not_keep_a_run_from_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, later: float, stops: bool) -> None:
+    step, now = Run.step, time.monotonic
+
+    def interrupted_step(self: Run, *arguments: Any) -> float:
+        if self.iteration == 4:
+            os.kill(os.getpid(), number)
+            monkeypatch.setattr(time, "monotonic", lambda: now() + later)
+            os.kill(os.getpid(), number)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Run, "step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt if stops else Interrupted):
+        train(LoopConfig(out=tmp_path, iterations=9))
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.name == ("00000004" if stops else "00000005")
+
+
 def test_the_state_of_an_8_bit_optimizer_survives_a_resume(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     whole = train(LoopConfig(out=tmp_path / "whole", iterations=8), eight_bit=True)
