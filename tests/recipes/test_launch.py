@@ -47,6 +47,11 @@ def test_the_job_names_its_service_mounts_what_it_declares_and_starts_a_command(
     assert f"{job['metadata']['name']}-0.{service['metadata']['name']}:" in script, "the first pod is where processes meet"
 
 
+def test_every_launch_file_keeps_ranks_that_begin_anew_from_the_addresses_of_dead_ones() -> None:
+    """torchrun's agent keeps one store over all restarts otherwise; `rushes bench faults` shows what comes of it."""
+    assert all("TORCH_DISABLE_SHARE_RDZV_TCP_STORE" in path.read_text() for path in (*SCRIPTS, LAUNCH / "kubernetes.yaml"))
+
+
 def test_one_machine_starts_a_run_and_whatever_ends_it_the_same_line_goes_on_with_it(tmp_path: Path) -> None:
     said = tmp_path / "said"
     (tmp_path / "torchrun").write_text(f'#!/usr/bin/env bash\necho "$@" >> {said}\n')
