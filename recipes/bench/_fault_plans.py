@@ -528,7 +528,7 @@ def trouble(what: str, stage: Stage, dice: random.Random, folder: Path, labeler:
     if what == "killed":
         server.kill()
     elif what == "killed while it answers":
-        labeler.answer(interrupt=lambda: (time.sleep(dice.random() * 0.02), os.kill(server.pid, signal.SIGKILL)))
+        labeler.answer(interrupt=partial(kill_after, dice.random() * 0.02, server.pid))
         server.kill()
     elif what == "locked":
         lock = fork(partial(lock_store, folder / "app.sqlite3", dice.uniform(0.5, 2.0)), stage.root / "logs" / "lock")
@@ -563,6 +563,11 @@ def trouble(what: str, stage: Stage, dice: random.Random, folder: Path, labeler:
     return server
 
 
+def kill_after(seconds: float, pid: int) -> None:
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+
+
 class Labeler:
     """Answers one task after another, as a browser does: what was not acknowledged is sent again, with its id."""
 
@@ -581,7 +586,7 @@ class Labeler:
         finally:
             browser.close()
 
-    def answer(self, *, may_fail: bool = False, interrupt: Callable[[], Any] | None = None) -> None:
+    def answer(self, *, may_fail: bool = False, interrupt: Callable[[], None] | None = None) -> None:
         import http.client
         import threading
 
