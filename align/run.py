@@ -21,7 +21,8 @@ state is the same in all, the first one writes it, and a run may go on with anot
 (`sharding.py`); its files are the same, so such a run may go on unsharded, and any other sharded.
 
 On disk, from the first iteration on: `.lock`, `run.json` (config, seed, commit, versions, what was noted), `metrics.jsonl`, `metrics.json` (one sentence a metric), `tensorboard/`,
-`checkpoints/<iteration>/` (safetensors, `state.json`, `run.json`; the last two are kept).
+`checkpoints/<iteration>/` (safetensors, `state.json`, `run.json`, and `SHA256SUMS` of them; the last two are kept). A run resumes from the newest that is as it was written; one
+that is not is told, and moved aside to `checkpoints/damaged-<iteration>/`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ from align.objectives import Loss
 from align.progress import Progress
 from align.state import flatten, unflatten
 from align.threads import in_threads
-from base_model.checkpoint import atomic_write, check_can_write, disk_errors, fsync_folder, load_weights, read_json, weights_bytes, write_synced
+from base_model.checkpoint import atomic_write, check_can_write, check_is_safetensors, disk_errors, fsync_folder, load_weights, read_json, weights_bytes, write_synced
 from base_model.errors import GuardStop, Interrupted, UserError
 from base_model.networks.packing import Segments
 
@@ -76,6 +77,10 @@ WALL_CLOCK_FIELDS = frozenset({"seconds", "iteration_seconds", "clips_per_second
 """Metrics that depend on the machine: the only ones that differ between a resumed run and an uninterrupted one."""
 
 CHECKPOINTS_KEPT = 2
+SUMS = "SHA256SUMS"
+"""File of a checkpoint with the hashes of its other files, as `sha256sum -c` reads them."""
+DAMAGED = "damaged-"
+SAME_WORD_SECONDS = 1.0  # a scheduler signals every process, and torchrun passes on what it was sent: each process hears it twice
 LONGEST_WAIT = timedelta(hours=12)  # of processes for one another: the first one alone looks at held-out clips
 
 
@@ -241,7 +246,7 @@ class Run:
     def iterations(self, n: int, *, save_every: int, label: str) -> Iterator[int]:
         """0 .. n-1, or from where the last checkpoint stopped. Saves every `save_every` and at the end; shows progress and the time left.
 
-        SIGINT and SIGTERM end it after the iteration in progress is finished and saved: raises Interrupted. A second one stops at once.
+        SIGINT and SIGTERM end it after the iteration in progress is finished and saved: raises Interrupted. A second Ctrl-C, more than a second later, stops at once.
         """
         if self._looping:
             raise ValueError("a run has one loop")
@@ -439,11 +444,24 @@ class Run:
                 _recover(self.out / "checkpoints")
         self.accelerator.wait_for_everyone()
         self._check_same_config(read_json(self._description_file, "the description of the run"))
-        checkpoint = latest_checkpoint(self.out)
+        checkpoint = self.on_main(self._newest_whole)
         kept = _read_state(checkpoint)["metrics_bytes"] if checkpoint else 0
         if checkpoint and (not self._metrics_file.exists() or self._metrics_file.stat().st_size < kept):
             raise UserError(f"{self._metrics_file} is shorter than its checkpoint {checkpoint} says. Put it back, or start again with another --out")
         return checkpoint
+
+    def _newest_whole(self) -> Path | None:
+        """The newest checkpoint that is as it was written; None where none was. Tells of those that are not. Raises UserError where none is."""
+        found = _checkpoints(self.out)
+        for checkpoint in reversed(found):
+            wrong = damage(checkpoint)
+            if not wrong:
+                return checkpoint
+            told = f"damaged checkpoint, {checkpoint}: {wrong}"
+            if checkpoint == found[0]:
+                raise UserError(f"{told}, and there is none before it. Put it back, or begin again in another --out")
+            print(f"{told}. It is moved aside, and the run goes on from the checkpoint before it", file=sys.stderr, flush=True)
+        return None
 
     def _claim(self) -> None:
         """Makes `out` this run's folder, once: before the first line or iteration, and not before a recipe has loaded what it needs."""
@@ -457,6 +475,8 @@ class Run:
                 if not self._resumed and self._description_file.exists():
                     raise UserError(f"{self.out} already holds a run. Use --resume to go on with it, or another --out")
                 _clean(self.out)
+                if self._checkpoint is not None:
+                    _move_aside([newer for newer in _checkpoints(self.out) if newer.name > self._checkpoint.name])
                 with open(self._metrics_file, "ab") as metrics:
                     metrics.truncate(_read_state(self._checkpoint)["metrics_bytes"] if self._checkpoint else 0)
             atomic_write(self.out / "metrics.json", (json.dumps(self.metrics, indent=2, sort_keys=True) + "\n").encode())
@@ -479,10 +499,11 @@ class Run:
                 partial.mkdir(parents=True)
                 with open(self._metrics_file, "rb") as file:
                     os.fsync(file.fileno())
-                for name, (_, tensors) in states.items():
-                    write_synced(partial / f"{name}.safetensors", weights_bytes(tensors, {}))
-                write_synced(partial / "state.json", json.dumps(self._progress() | {"states": {name: skeleton for name, (skeleton, _) in states.items()}}).encode())
-                write_synced(partial / "run.json", self._description)
+                sums = [_write_summed(partial / f"{name}.safetensors", weights_bytes(tensors, {})) for name, (_, tensors) in states.items()]
+                skeletons = {name: skeleton for name, (skeleton, _) in states.items()}
+                sums.append(_write_summed(partial / "state.json", json.dumps(self._progress() | {"states": skeletons}).encode()))
+                sums.append(_write_summed(partial / "run.json", self._description))
+                write_synced(partial / SUMS, "".join(sums).encode())
                 fsync_folder(partial)
                 if final.exists():
                     final.rename(old)
@@ -647,11 +668,14 @@ class Run:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[list[int]]:
-        """The signals received while the loop runs; the second one raises KeyboardInterrupt at once."""
+        """The signals received while the loop runs. A later Ctrl-C raises KeyboardInterrupt at once; SIGTERM, or what comes with the first, is torchrun passing it on."""
         received: list[int] = []
+        first = math.inf  # when
 
         def note(number: int, frame: FrameType | None) -> None:
-            if received:
+            nonlocal first
+            first = min(first, time.monotonic())
+            if received and number == signal.SIGINT and time.monotonic() - first > SAME_WORD_SECONDS:
                 raise KeyboardInterrupt
             received.append(number)
 
@@ -704,6 +728,43 @@ def _clean(out: Path) -> None:
         file.unlink()
 
 
+def _move_aside(checkpoints: Sequence[Path]) -> None:
+    """Out of the way of what comes after them, in place of those that were moved before."""
+    if checkpoints:
+        for before in checkpoints[0].parent.glob(f"{DAMAGED}*"):
+            shutil.rmtree(before)
+    for checkpoint in checkpoints:
+        checkpoint.rename(checkpoint.with_name(DAMAGED + checkpoint.name))
+
+
+def _write_summed(path: Path, content: bytes) -> str:
+    """Writes a file of a checkpoint; returns its line of `SUMS`."""
+    write_synced(path, content)
+    return f"{hashlib.sha256(content).hexdigest()}  {path.name}\n"
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint folder, "" where every file is as it was written. Earlier versions wrote no `SUMS`: there only files that were cut are found."""
+    try:
+        if not (checkpoint / SUMS).exists():
+            for name in _read_state(checkpoint)["states"]:
+                check_is_safetensors(checkpoint / f"{name}.safetensors")
+            return ""
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in (checkpoint / SUMS).read_text().splitlines())}
+        for name, digest in sums.items():
+            with open(checkpoint / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return f"{name} is not what was written"
+        missing = {"state.json", "run.json"} - set(sums) or {f"{name}.safetensors" for name in _read_state(checkpoint)["states"]} - set(sums)
+        return f"no {sorted(missing)[0]} in {SUMS}" if missing else ""
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot read {Path(error.filename or checkpoint).name}: {error.strerror}"
+    except ValueError:
+        return f"cannot read {SUMS}"
+
+
 def latest_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint folder of the run in `out`, or None."""
     found = _checkpoints(out)
@@ -715,13 +776,11 @@ def _checkpoints(out: Path) -> list[Path]:
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    try:
-        state = read_json(checkpoint / "state.json", "the state of the run")
-    except UserError as error:
-        raise UserError(f"damaged checkpoint, {checkpoint}: {error}, or delete that folder to go on from the one before it") from error
+    """What `state.json` says. Raises UserError where it is damaged."""
+    state = read_json(checkpoint / "state.json", "the state of the run")
     missing = {"iteration", "stopped", "seconds", "forward_passes", "forward_equivalents", "metrics_bytes", "states"} - set(state)
     if missing:
-        raise UserError(f"damaged checkpoint, {checkpoint}: no {sorted(missing)[0]} in state.json. Delete that folder to go on from the one before it")
+        raise UserError(f"no {sorted(missing)[0]} in {checkpoint / 'state.json'}")
     return state
 
 

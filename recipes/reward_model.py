@@ -378,6 +378,7 @@ def fine_tune(cfg: Config, run: Run, model: RewardModel, train: Sequence[Ranking
     for name, thing in (("model", model), ("optimizer", optimizer), ("best", best)):
         run.register(name, thing)
     run.count_forwards(model.head)
+    optimizer.zero_grad(set_to_none=True)  # what fitting the head left, which the first step would take for its own, of a resumed run, too
     per_epoch = len(batches(train, cfg.batch, run.generator("order", 0)))
     total = cfg.epochs * per_epoch
     if total:

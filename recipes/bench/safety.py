@@ -1,7 +1,7 @@
 """Do safety filters fail closed, do they see what they should, and do reviews measure them: one row a check.
 
-Faults are planned and decided by `_faults.py`, flashing by the definition in `_flash_oracle.py`, hidden words come from `_evasion.py` and `_held_out_evasion.py`, which the filters
-never see, and coverage is that of `rushes bench review`.
+Faults are planned and decided by `_filter_faults.py`, flashing by the definition in `_flash_oracle.py`, hidden words come from `_evasion.py` and `_held_out_evasion.py`, which
+the filters never see, and coverage is that of `rushes bench review`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from align.progress import Progress
 from base_model.errors import UserError
 from recipes.bench import review
 from recipes.bench._evasion import BUILT_WITH, Variant, harmless_variants, variants
-from recipes.bench._faults import Clock, Plan, Tally, broken_weights, random_plan, real_runner, told_runner
+from recipes.bench._filter_faults import Clock, Plan, Tally, broken_weights, random_plan, real_runner, told_runner
 from recipes.bench._flash_oracle import CELLS, Clip, generate, is_hazard
 from recipes.bench._held_out_evasion import HELD_OUT
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, timed, write

@@ -24,7 +24,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from base_model.errors import UserError
 from reward.app import log
@@ -58,6 +58,7 @@ class Store:
         self._glance: dict[str, Any] = {"rushes_glances": True} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
         self.secret = secret or _own_secret(folder)
         self._writer = threading.Lock()
+        self._file: os.stat_result | None = None  # of SQLite, as it was first opened
         self._anchored = (0, 0.0)  # length of the log and when
 
     @property
@@ -88,6 +89,7 @@ class Store:
                 db.execute(select(func.pg_advisory_xact_lock(WRITER)))
             try:
                 yield db
+                self._check_file()
             except BaseException:
                 db.rollback()
                 raise
@@ -96,6 +98,18 @@ class Store:
                 self._anchor(db)
             except (OSError, DBAPIError):  # what is written is written: who asked for it is told so
                 logging.getLogger(__name__).exception("the log could not be anchored, %s. It is tried again with the next write: make room on the disk", self.anchor)
+
+    def _check_file(self) -> None:
+        """Raises OperationalError where another file lies in the place of the database, or none: what is written into an opened one that was deleted is found by nobody."""
+        if not self.is_sqlite or not self.url.database or self.url.database == ":memory:":
+            return
+        try:
+            now = os.stat(self.url.database)
+        except OSError as error:
+            raise OperationalError("the database is gone", None, error) from error
+        self._file = self._file or now
+        if not os.path.samestat(self._file, now):
+            raise OperationalError("another database lies in its place", None, FileNotFoundError(self.url.database))
 
     def log(self, db: Connection, actor: str, kind: str, subject: str, body: Mapping[str, Any] | None = None) -> str:
         """Adds an event to the log in the transaction that it tells of. actor: a pseudonym."""

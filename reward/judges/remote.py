@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,24 +27,55 @@ class RemoteReward:
 
     fps: the true rate of the clips. card: the hash of the card that must be served; none takes whatever is, and holds it to that. Requests carry a key of their
     content, so that one that is sent again is not computed again. `temperature`, `center`, `scale` and `log_tie` are those of the model's card.
-    Raises UserError where the server cannot be asked, or scores clips of another rate; GuardStop, when called, where more than `max_error_share` of the clips failed.
+    others: servers of the same card that are asked where this one gives no answer, and from then on until they give none; that is told on standard error.
+    Raises UserError where no server can be asked, or one scores clips of another rate; GuardStop, when called, where more than `max_error_share` of the clips failed.
     """
 
     differentiable = False
 
-    def __init__(self, endpoint: Endpoint, *, fps: float, card: str | None = None, max_error_share: float = 0.05) -> None:
-        self.endpoint, self.fps = endpoint, fps
-        self.failures = Failures(f"the reward server {endpoint.url}", max_error_share)
+    def __init__(self, endpoint: Endpoint, *others: Endpoint, fps: float, card: str | None = None, max_error_share: float = 0.05) -> None:
+        self.endpoints, self.fps = (endpoint, *others), fps
+        self._lock, self._asked = threading.Lock(), 0  # which is asked first
+        addresses = ", ".join(each.url for each in self.endpoints)
+        self.failures = Failures(f"the reward server{'s' if others else ''} {addresses}", max_error_share)
         try:
-            self._take(endpoint.get(METADATA))
+            self._take(self._elsewhere(lambda each: each.get(METADATA)))
         except Failed as error:
-            raise UserError(f"cannot ask the reward server {endpoint.url}: {error}. Start it with `rushes serve-reward`, or give its address and token") from error
+            raise UserError(f"cannot ask {self.failures.server}: {error}. Start it with `rushes serve-reward`, or give its address and token") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"what answers at {endpoint.url} is no reward server of schema {SCHEMA}. Give the address of a `rushes serve-reward`") from error
+            raise UserError(f"what answers at {self.endpoint.url} is no reward server of schema {SCHEMA}. Give the address of a `rushes serve-reward`") from error
         if not same_rate(fps, self.served_fps):
-            raise UserError(f"the reward server {endpoint.url} scores clips of {self.served_fps:g} frames a second, and these have {fps:g}. Resample them or serve another model")
+            raise UserError(
+                f"the reward server {self.endpoint.url} scores clips of {self.served_fps:g} frames a second, and these have {fps:g}. Resample them or serve another model"
+            )
         if card is not None and card != self.card:
-            raise UserError(f"the reward server {endpoint.url} serves the card {self.card[:12]}, not {card[:12]}. Serve the model that was meant")
+            raise UserError(f"the reward server {self.endpoint.url} serves the card {self.card[:12]}, not {card[:12]}. Serve the model that was meant")
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The server that is asked first."""
+        return self.endpoints[self._asked]
+
+    def _elsewhere(self, ask: Callable[[Endpoint], dict[str, Any]]) -> dict[str, Any]:
+        """What the first server says that gives an answer, each asked once with all its patience. Raises Failed where none does, or where asking another is of no use."""
+        begin = self._asked
+        for number in (*range(begin, len(self.endpoints)), *range(begin)):
+            try:
+                answer = ask(self.endpoints[number])
+            except Failed as error:
+                failed = error
+                if not error.may_pass:
+                    raise
+                continue
+            self._go_on_with(number, begin)
+            return answer
+        raise failed
+
+    def _go_on_with(self, number: int, begin: int) -> None:
+        with self._lock:
+            if number != begin and self._asked == begin:
+                self._asked = number
+                print(f"no answer from the reward server {self.endpoints[begin].url}; going on with {self.endpoints[number].url}", file=sys.stderr, flush=True)
 
     def _take(self, told: Mapping[str, Any]) -> None:
         if told["schema"] != SCHEMA:
@@ -79,13 +112,16 @@ class RemoteReward:
         """uint8 [B,T,3,H,W] -> mean and spread of each clip, or why it has none. Raises Failed where there is no answer at all."""
         body = tensors_body(levels, prompts, self.fps)
         key = hashlib.sha256(self.card.encode() + body).hexdigest()
-        answer = self.endpoint.post(SCORE, body, {"Content-Type": TENSORS, IDEMPOTENCY: key})
-        if answer.get("schema") != SCHEMA or answer.get("card") != self.card or answer.get("dims") != list(self.dims):
-            raise Failed("the server serves another model now than when it was first asked")
-        scores = answer.get("scores")
+        scores = self._elsewhere(lambda each: self._of_this_card(each.post(SCORE, body, {"Content-Type": TENSORS, IDEMPOTENCY: key}))).get("scores")
         if not isinstance(scores, list) or len(scores) != len(prompts):
             raise Failed(f"the answer does not hold a score for each of {len(prompts)} clips")
         return [self._outcome(score) for score in scores]
+
+    def _of_this_card(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """The answer. Raises Failed where it is another model's, which another server may be asked instead of."""
+        if answer.get("schema") != SCHEMA or answer.get("card") != self.card or answer.get("dims") != list(self.dims):
+            raise Failed("the server serves another model now than when it was first asked", may_pass=True)
+        return answer
 
     def _outcome(self, score: Any) -> tuple[list[float], list[float]] | Failed:
         told = score if isinstance(score, dict) else {}

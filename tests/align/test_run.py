@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import align.run
-from align.run import WALL_CLOCK_FIELDS, Run, latest_checkpoint, read_metrics
+from align.run import WALL_CLOCK_FIELDS, Run, damage, latest_checkpoint, read_metrics
 from align.state import flatten, unflatten
 from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import GuardStop, Interrupted, UserError
@@ -150,6 +151,24 @@ def test_a_signal_finishes_the_iteration_saves_and_says_how_to_go_on(tmp_path: P
     assert read_metrics(tmp_path / "cut", wall_clock=False) == read_metrics(tmp_path / "whole", wall_clock=False)
 
 
+@pytest.mark.parametrize(("number", "later", "stops"), [(signal.SIGTERM, 0.0, False), (signal.SIGTERM, 2.0, False), (signal.SIGINT, 0.0, False), (signal.SIGINT, 2.0, True)])
+def test_a_signal_that_torchrun_passes_on_again_does_not_keep_a_run_from_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, later: float, stops: bool) -> None:
+    step, now = Run.step, time.monotonic
+
+    def interrupted_step(self: Run, *arguments: Any) -> float:
+        if self.iteration == 4:
+            os.kill(os.getpid(), number)
+            monkeypatch.setattr(time, "monotonic", lambda: now() + later)
+            os.kill(os.getpid(), number)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Run, "step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt if stops else Interrupted):
+        train(LoopConfig(out=tmp_path, iterations=9))
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.name == ("00000004" if stops else "00000005")
+
+
 def test_the_state_of_an_8_bit_optimizer_survives_a_resume(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     whole = train(LoopConfig(out=tmp_path / "whole", iterations=8), eight_bit=True)
@@ -268,6 +287,67 @@ def test_a_cut_metrics_file_or_checkpoint_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "00000002" / "state.json").write_text("{")
     with pytest.raises(UserError, match="damaged checkpoint"):
         train(cfg, resume=True)
+
+
+def spoilt(file: Path, how: str) -> None:
+    """One byte changed in the middle, the second half cut off, nothing left, or no file."""
+    content = bytearray(file.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+
+
+DAMAGES = [*itertools.product(["network.safetensors", "state.json", "run.json"], ["flipped", "cut", "empty", "gone"]), ("SHA256SUMS", "cut"), ("SHA256SUMS", "empty")]
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGES)
+def test_a_run_whose_newest_checkpoint_is_damaged_says_so_and_goes_on_from_the_one_before_it(name: str, how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole = train(LoopConfig(out=tmp_path / "whole", iterations=8))
+    train(LoopConfig(out=tmp_path / "cut", iterations=6))
+    folder = tmp_path / "cut" / "checkpoints"
+    spoilt(folder / "00000006" / name, how)
+    capfd.readouterr()
+    resumed = train(LoopConfig(out=tmp_path / "cut", iterations=8), resume=True)
+    said = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
+    assert len(said) == 1 and f"damaged checkpoint, {folder / '00000006'}: " in said[0] and said[0].endswith("goes on from the checkpoint before it")
+    assert all(torch.equal(resumed[each], whole[each]) for each in whole)
+    assert read_metrics(tmp_path / "cut", wall_clock=False) == read_metrics(tmp_path / "whole", wall_clock=False)
+    assert sorted(each.name for each in folder.iterdir()) == ["00000006", "00000008", "damaged-00000006"]
+
+
+def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    train(LoopConfig(out=tmp_path, iterations=4))
+    for number in ("00000002", "00000004"):
+        spoilt(tmp_path / "checkpoints" / number / "network.safetensors", "flipped")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=r"damaged checkpoint, .*00000002: network.safetensors is not what was written, and there is none before it"):
+        train(LoopConfig(out=tmp_path, iterations=6), resume=True)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_checkpoint_without_sums_is_read_and_its_cut_files_are_found(tmp_path: Path) -> None:
+    whole = train(LoopConfig(out=tmp_path / "whole", iterations=6))
+    train(LoopConfig(out=tmp_path / "cut", iterations=4))
+    for file in (tmp_path / "cut" / "checkpoints").glob("*/SHA256SUMS"):
+        file.unlink()
+        assert not damage(file.parent)
+    spoilt(tmp_path / "cut" / "checkpoints" / "00000004" / "optimizer.safetensors", "cut")
+    resumed = train(LoopConfig(out=tmp_path / "cut", iterations=6), resume=True)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_sums_are_those_that_sha256sum_checks(tmp_path: Path) -> None:
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum")
+    train(LoopConfig(out=tmp_path, iterations=2))
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    done = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=checkpoint, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(": OK") == len(list(checkpoint.iterdir())) - 1
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from align.config import load
 from base_model.errors import UserError
 from recipes import cli
 from recipes.bench import safety
-from recipes.bench._faults import Clock, Plan, random_plan, told_runner
+from recipes.bench._filter_faults import Clock, Plan, random_plan, told_runner
 from reward.safety.contract import Ruling, SafetyRunner, Verdict
 from reward.safety.policy import load_policy
 from reward.safety.video import FlashFilter

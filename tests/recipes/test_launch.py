@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +47,46 @@ def test_the_job_names_its_service_mounts_what_it_declares_and_starts_a_command(
     assert f"{job['metadata']['name']}-0.{service['metadata']['name']}:" in script, "the first pod is where processes meet"
 
 
-def test_one_machine_starts_a_run_and_the_same_line_goes_on_with_it(tmp_path: Path) -> None:
+def test_every_launch_file_keeps_ranks_that_begin_anew_from_the_addresses_of_dead_ones() -> None:
+    """torchrun's agent keeps one store over all restarts otherwise; `rushes bench faults` shows what comes of it."""
+    assert all("TORCH_DISABLE_SHARE_RDZV_TCP_STORE" in path.read_text() for path in (*SCRIPTS, LAUNCH / "kubernetes.yaml"))
+
+
+def test_one_machine_starts_a_run_and_whatever_ends_it_the_same_line_goes_on_with_it(tmp_path: Path) -> None:
     said = tmp_path / "said"
     (tmp_path / "torchrun").write_text(f'#!/usr/bin/env bash\necho "$@" >> {said}\n')
     (tmp_path / "torchrun").chmod(0o755)
     (tmp_path / "python").symlink_to(sys.executable)
     out = tmp_path / "a run"
     line = [str(LAUNCH / "torchrun.sh"), "sft", "some.yaml", "--out", str(out), "--seed", "3"]
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PROCESSES": "2"}
-    subprocess.run(line, check=True, env=environment)
-    out.mkdir()
-    (out / "run.json").write_text("{}")
-    subprocess.run(line, check=True, env=environment)
-    first, second = said.read_text().splitlines()
-    assert first == f"--standalone --nproc-per-node 2 --max-restarts 0 -m recipes.cli sft some.yaml --out {out} --seed 3" and second == f"{first} --resume"
+    subprocess.run(line, check=True, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PROCESSES": "2", "RESTARTS": "4"})
+    # torchrun restarts processes with the words that it was begun with: without --resume they would be refused
+    assert said.read_text() == f"--standalone --nproc-per-node 2 --max-restarts 4 -m recipes.cli sft some.yaml --out {out} --seed 3 --resume\n"
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_a_job_that_is_told_to_end_goes_back_into_the_queue_and_one_that_fails_does_not(tmp_path: Path) -> None:
-    said = tmp_path / "said"
-    (tmp_path / "srun").write_text('#!/usr/bin/env bash\nexit "$ENDS"\n')
-    (tmp_path / "scontrol").write_text(f'#!/usr/bin/env bash\nif [[ "$1" == requeue ]]; then echo "$@" >> {said}; else echo first; fi\n')
-    for name in ("srun", "scontrol"):
+def job(tmp_path: Path, srun: str) -> subprocess.Popen[bytes]:
+    """The batch script, with `srun` in place of Slurm's."""
+    (tmp_path / "srun").write_text(f"#!/usr/bin/env bash\n{srun}\n")
+    (tmp_path / "scontrol").write_text(f'#!/usr/bin/env bash\nif [[ "$1" == requeue ]]; then echo "$@" >> {tmp_path}/said; else echo first; fi\n')
+    (tmp_path / "scancel").write_text(f'#!/usr/bin/env bash\n[[ "$*" == "--signal TERM 7" ]] && kill -TERM "$(cat {tmp_path}/step)"\n')
+    for name in ("srun", "scontrol", "scancel"):
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "said").write_text("")
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a,b"}
-    for ends, queued in ((0, False), (2, False), (143, True)):
-        said.unlink(missing_ok=True)
-        done = subprocess.run([str(LAUNCH / "slurm.sbatch"), "sft", "--out", str(tmp_path)], env={**environment, "ENDS": str(ends)}, check=False)
-        assert done.returncode == ends and said.exists() == queued
+    return subprocess.Popen([str(LAUNCH / "slurm.sbatch"), "sft", "--out", str(tmp_path)], env=environment)
+
+
+def test_a_job_whose_time_is_up_saves_and_goes_back_into_the_queue(tmp_path: Path) -> None:
+    script = job(tmp_path, f"trap 'sleep 0.2; touch {tmp_path}/saved; exit 1' TERM; echo $$ > {tmp_path}/step; for k in $(seq 200); do sleep 0.05; done")
+    until = time.monotonic() + 10
+    while time.monotonic() < until and not (tmp_path / "step").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(20) == 1 and (tmp_path / "saved").exists() and (tmp_path / "said").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 143])
+def test_a_job_that_ends_by_itself_does_not_go_back_into_the_queue(status: int, tmp_path: Path) -> None:
+    assert job(tmp_path, f'echo "$@" > {tmp_path}/words; exit {status}').wait(20) == status
+    assert (tmp_path / "said").read_text() == "" and (tmp_path / "words").read_text().endswith(f"-m recipes.cli sft --out {tmp_path} --resume\n")

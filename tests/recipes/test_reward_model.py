@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from align.run import Run
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
 from base_model.video.store import ClipStore, NewClip
+from recipes import reward_model
 from recipes.match import change
 from recipes.reward_model import Config, main
 from recipes.shapes.prompts import ShapesPrompt, Thing, make_prompts
 from recipes.shapes.render import DEMO_CLIP, render, sample_scene
 from reward.comparisons import Clip, Prompt, RankingEvent, write_comparisons
 from reward.matcher import Matcher, MatcherSize, save_matcher
-from reward.model import load_reward_model
+from reward.model import RewardModel, load_reward_model
 
 SMALL = MatcherSize(slots=2, pixels=8, deep=8, time=8, answer=8, text=16)
 
@@ -78,6 +81,26 @@ def test_a_run_repeats_to_the_bit(world: Path, tmp_path: Path) -> None:
     first, second = (main(config(world, tmp_path / name, epochs=1)) for name in "ab")
     assert (tmp_path / "a" / "reward_model.safetensors").read_bytes() == (tmp_path / "b" / "reward_model.safetensors").read_bytes()
     assert {**first, "out": "", "seconds": 0} == {**second, "out": "", "seconds": 0}
+
+
+def test_what_fitting_the_head_left_of_a_gradient_is_no_part_of_a_step(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first one after a resume, either: a killed run would end with other weights."""
+    fit, step, norms = reward_model.fit_head, Run.step, []
+
+    def fit_and_leave(cfg: Config, model: RewardModel, train: Any) -> None:
+        fit(cfg, model, train)
+        assert model.log_tie.grad is not None
+        model.log_tie.grad.fill_(1e6)
+
+    def one_step(self: Run, *arguments: Any, **named: Any) -> float:
+        norms.append(step(self, *arguments, **named))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reward_model, "fit_head", fit_and_leave)
+    monkeypatch.setattr(Run, "step", one_step)
+    with pytest.raises(KeyboardInterrupt):
+        main(config(world, tmp_path, epochs=1, batch=8))
+    assert 0 < norms[0] < 100
 
 
 def test_too_few_prompts_to_hold_any_out_still_give_a_model_and_an_unknown_accuracy(world: Path, tmp_path: Path) -> None:

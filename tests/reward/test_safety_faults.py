@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.bench._faults import ACTS, ANSWERS, LATE, WEIGHTS, Clock, Plan, Scripted, Step, Tally, Turn, broken_weights, expected, random_plan, real_runner, told_runner
+from recipes.bench._filter_faults import ACTS, ANSWERS, LATE, WEIGHTS, Clock, Plan, Scripted, Step, Tally, Turn, broken_weights, expected, random_plan, real_runner, told_runner
 from reward.safety.contract import Reason, Ruling, SafetyRunner, Verdict, allowed
 from reward.safety.duplicate import DuplicateFilter, block
 from reward.safety.policy import load_policy

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import delete, func, insert, select, text, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from base_model.errors import UserError
 from reward.app import log
@@ -157,6 +157,19 @@ def test_what_was_acknowledged_before_a_kill_is_there_and_the_chain_holds(each_s
         assert [int(each) for each in counted][: acknowledged + 1] == list(range(acknowledged + 1))
         acknowledged = len(counted) - 1  # at most one more was written, and not yet told
         each_store.verify_log()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_nothing_is_acknowledged_once_the_database_was_deleted_or_another_lies_in_its_place(tmp_path: Path, again: bool) -> None:
+    store = open_store(tmp_path / "store")
+    add_project(store, "first")
+    for part in store.folder.glob("app.sqlite3*"):
+        part.unlink()
+    if again:
+        open_store(tmp_path / "store").close()
+    with pytest.raises(OperationalError, match="in its place" if again else "is gone"):
+        add_project(store, "second")
+    store.engine.dispose()
 
 
 def test_deleted_text_is_overwritten_on_disk(store: Store) -> None:

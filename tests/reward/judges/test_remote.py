@@ -114,6 +114,54 @@ def test_a_server_that_cannot_be_used_is_refused_in_one_line_when_it_is_first_as
         remote(f"http://127.0.0.1:{port}")
 
 
+def answering(*replies: httpx2.Response | type[Exception]) -> tuple[Endpoint, list[str]]:
+    """A server that gives its metadata, scores 1.0 and 2.0, or does what stands in `replies` first; and the paths it was asked for."""
+    asked: list[str] = []
+    todo = [*replies]
+    right = {"schema": 1, "card": "c0ffee", "dims": ["grey", "length"], "scores": [{"status": "ok", "mean": [1.0, 2.0], "spread": [0.0, 0.5]} for _ in range(2)]}
+
+    def handle(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request.url.path)
+        reply = todo.pop(0) if todo else httpx2.Response(200, json=METADATA if request.url.path == "/metadata" else right)
+        if isinstance(reply, type):
+            raise reply("gone")
+        return reply
+
+    return Endpoint(f"http://reward-{len(replies)}.test", transport=httpx2.MockTransport(handle), patience=Patience(seconds=5, tries=1)), asked
+
+
+def test_where_a_server_gives_no_answer_another_one_is_asked_from_then_on_and_that_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    dies, asked_first = answering(httpx2.Response(200, json=METADATA), *[httpx2.ConnectError] * 9)
+    lives, asked_second = answering()
+    scorer = RemoteReward(dies, lives, fps=FPS)
+    for _ in range(3):
+        assert scorer(levels(1, 2).float() / 255, ["a", "b"]).mean.tolist() == [[1, 2], [1, 2]]
+    assert asked_first == ["/metadata", "/v1/score"] and asked_second == ["/v1/score"] * 3 and scorer.failures.failed == 0
+    assert capsys.readouterr().err == "no answer from the reward server http://reward-10.test; going on with http://reward-0.test\n"
+
+
+def test_a_server_of_another_model_is_passed_over_and_where_none_is_left_the_run_stops() -> None:
+    other = {"schema": 1, "card": "decaf", "dims": ["grey", "length"], "scores": [{"status": "ok", "mean": [9.0, 9.0], "spread": [0.0, 0.0]} for _ in range(2)]}
+    changed, _ = answering(httpx2.Response(200, json=METADATA), *[httpx2.Response(200, json=other)] * 9)
+    mortal, _ = answering(httpx2.Response(503), httpx2.Response(503))
+    scorer = RemoteReward(changed, mortal, fps=FPS)
+    with pytest.raises(GuardStop, match=r"^the reward servers http://reward-10.test, http://reward-2.test failed on 2 of 2 \(limit 5\.0%\), most often: HTTP 503"):
+        scorer(levels(1, 2).float() / 255, ["a", "b"])
+
+
+def test_what_no_server_can_mend_is_asked_once() -> None:
+    first, _ = answering(httpx2.Response(200, json=METADATA), httpx2.Response(413, json={"error": "too large"}))
+    second, asked = answering()
+    assert RemoteReward(first, second, fps=FPS, max_error_share=1.0)(levels(1, 2).float() / 255, ["a", "b"]).mean.isnan().all() and not asked
+
+
+def test_one_server_that_is_there_when_a_run_begins_is_enough() -> None:
+    dead, _ = answering(*[httpx2.ConnectError] * 9)
+    assert RemoteReward(dead, answering()[0], fps=FPS).dims == ("grey", "length")
+    with pytest.raises(UserError, match=r"^cannot ask the reward servers http://reward-9.test, http://reward-9.test: no connection"):
+        RemoteReward(dead, dead, fps=FPS)
+
+
 def scripted(answer: Callable[[dict[str, Any]], Any], metadata: dict[str, Any] = METADATA) -> RemoteReward:
     """A server whose answer to two clips is `answer` of the right one."""
     right = {"schema": 1, "card": "c0ffee", "dims": ["grey", "length"], "scores": [{"status": "ok", "mean": [1.0, 2.0], "spread": [0.0, 0.5]} for _ in range(2)]}
