@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from base_model.video.signals import averages
+
 SAMPLES_A_SECOND = 12
 SIDE = 32
 BITS = 64
@@ -56,7 +58,7 @@ def clip_hashes(video: Tensor, fps: float) -> tuple[str, ...]:
 def _hashes(luma: Array) -> tuple[str, ...]:
     """Luma of S small frames in [0,1], [S,SIDE,SIDE] -> S hashes of the 2 BITS lowest frequencies, the lowest first."""
     waves, (rows, columns) = _waves(), _lowest()
-    bits = np.einsum("shw,kh,lw->skl", luma, waves, waves, optimize=True)[:, rows, columns] > 0  # [S,2 BITS]
+    bits = (waves @ luma @ waves.T)[:, rows, columns] > 0  # [S,2 BITS]
     flat = luma.reshape(len(luma), -1).std(1, ddof=1) < FLAT_BELOW
     return tuple("" if is_flat else np.packbits(row).tobytes().hex() for row, is_flat in zip(bits, flat.tolist(), strict=True))
 
@@ -77,17 +79,7 @@ def look(frame: NDArray[np.uint8]) -> tuple[str, Array]:
 def averaged(luma: NDArray[np.float32]) -> Array:
     """[H,W] -> [SIDE,SIDE]."""
     height, width = luma.shape
-    return (_averages(height) @ luma @ _averages(width).T).astype(np.float64)
-
-
-@lru_cache(maxsize=16)
-def _averages(length: int) -> NDArray[np.float32]:
-    """[SIDE,length]: the averages of torch's adaptive pooling, as a matrix."""
-    found = np.zeros((SIDE, length), np.float32)
-    for k in range(SIDE):
-        begin, end = k * length // SIDE, -(-(k + 1) * length // SIDE)
-        found[k, begin:end] = 1 / (end - begin)
-    return found
+    return (averages(height, SIDE) @ luma @ averages(width, SIDE).T).astype(np.float64)
 
 
 def unpacked(hashes: Sequence[str]) -> Array:
