@@ -143,7 +143,7 @@ class Answer(BaseModel):
     width: int | None = None
     height: int | None = None
     scores: dict[str, float] = {}
-    hashes: list[Annotated[str, Field(pattern=r"^([0-9a-f]{16}){0,4}$")]] = []
+    hashes: list[Annotated[str, Field(pattern=r"^([0-9a-f]{16}){0,12}$")]] = []
     thumbnails: list[str] = Field([], max_length=3)
     safety: str | None = None
     safety_reasons: list[str] = []
