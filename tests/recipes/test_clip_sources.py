@@ -301,6 +301,8 @@ def test_what_is_nothing_of_a_known_kind_is_told(tmp_path: Path) -> None:
     for place, told in ((tmp_path / "notes.txt", "nothing here can be read"), (tmp_path / "none.jsonl", "cannot read"), (tmp_path / "no" / "such" / "place", "nothing here")):
         with pytest.raises(UserError, match=told):
             list(sources(Input(str(place))))
+    with pytest.raises(UserError, match=r"neither a file or folder here nor a dataset, clipz: .*\. Check the path; for a dataset on the hub set HF_HUB_OFFLINE=0"):
+        list(sources(Input("clipz")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no clips"):
         list(sources(Input(str(tmp_path / "empty"))))
