@@ -166,7 +166,7 @@ class Config(BaseConfig):
     say: tuple[str, ...] = ()
     """Measures that are said behind kept captions, by their place among the kept from 0 to 9 (`score_words.py`). What a model is told in training, it can be asked for."""
     report: bool = True
-    """Writes `report.html`: what was kept, what was dropped and why, with small pictures, and how measures are spread. Without an INPUT, `rushes curate --report` writes the page of
+    """Writes `report.html`: what was kept, what was dropped and why, with small pictures, and how measures are spread. Without an INPUT `rushes curate --report` writes the page of
     `out` again."""
     files: Files = "link"
     """How clips come into `kept`: hard links to files of this machine, or copies."""
