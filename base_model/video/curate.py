@@ -82,7 +82,7 @@ MEASURES: dict[str, Measure] = {
     "contrast": Measure("of 1", "standard deviation of luma within a frame, mean over frames"),
     "letterbox": Measure("of the frame", "borders of one even colour that stay through the whole clip, and end in a straight edge"),
     "static_share": Measure("of the time", "stretches of half a second and longer in which nothing changes"),
-    "longest_still": Measure("s", "longest one of them"),
+    "longest_still": Measure("s", "longest stretch in which nothing changes"),
     "repeated_share": Measure("of steps", "frames that are the one before again between others that move: a clip that was slowed or converted by repeating frames"),
     "black_share": Measure("of frames", "frames whose 98th percentile of luma is below 20 of 255"),
     "noise": Measure("of 255", "median absolute diagonal Haar detail over 0.6745, at full size"),
