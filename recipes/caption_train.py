@@ -12,7 +12,6 @@ import json
 import logging
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,12 @@ from torch import Tensor, nn
 from align.config import Config as BaseConfig
 from align.config import Count, Positive, Seed, Whole, dump, leaves, path_keys, resolved
 from align.optimizers import MuonWithAdamW, build_optimizer, warmup_cosine
-from align.progress import Progress
 from base_model.checkpoint import atomic_write, check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.lora import add_lora, merge
 from base_model.prompts.caption import Captioner, Taken, clip_patches, take_frames
 from base_model.prompts.vision import LANGUAGE_LINEARS, Precision, Vlm, load_vlm
+from recipes import trl_checkpoints
 from recipes.caption import CARD, Frames, settings_of
 from recipes.caption import Config as Asked
 from recipes.clip_folder import find_clips, read_frames
@@ -138,79 +137,48 @@ def optimizer_of(cfg: Config, network: nn.Module) -> Any:
     return MuonWithAdamW(list(matrices.values()), [p for name, p in trainable.items() if name not in matrices], lr=cfg.lr, weight_decay=0.01)
 
 
-def fit(cfg: Config, captioner: Captioner, pairs: Pairs, *, resume: bool, quiet: bool = False) -> list[float]:
-    """Trains what trains of `captioner.vlm.network`. Returns the loss of every tenth part of the steps, nats a token. Checkpoints are trl's, in `out/checkpoints`."""
+@trl_checkpoints.quiet()
+def fit(cfg: Config, captioner: Captioner, pairs: Pairs) -> list[float]:
+    """Trains what trains of `captioner.vlm.network`, from the newest checkpoint in `out/checkpoints` where there is one. Returns the loss of every tenth part of the steps, nats a
+    token."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which trl imports, and which warns of an optional kernel of 4-bit inference
     from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
-    from transformers.utils.logging import disable_progress_bar
     from trl import SFTConfig, SFTTrainer
 
-    disable_progress_bar()
-    network, patches, cuda = captioner.vlm.network, captioner.vlm.patches, torch.cuda.is_available()
+    network, patches, folder = captioner.vlm.network, captioner.vlm.patches, cfg.out / "checkpoints"
     optimizer = optimizer_of(cfg, network)
 
     def collate(rows: Sequence[Mapping[str, int]]) -> dict[str, Tensor]:
         chosen = [row["row"] for row in rows]
         return captioner.learned([clip_patches(pairs.take(row), patches) for row in chosen], [pairs.texts[row] for row in chosen])
 
-    class Told(TrainerCallback):
-        """Progress as every command shows it."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            losses = [line["loss"] for line in state.log_history if "loss" in line]
-            progress.advance(f"loss {losses[-1]:.3f}" if losses else "")
-
     together = min(cfg.together, cfg.batch)
-    warnings.filterwarnings("ignore", "`gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)  # trl uses transformers' old names
+    usual = trl_checkpoints.common_arguments(folder, seed=cfg.seed % 2**32, steps=cfg.steps, save_every=cfg.save_every)
+    told = {"activation_checkpointing": cfg.recompute, "logging_steps": max(1, cfg.steps // 10)}
     settings = SFTConfig(
-        str(cfg.out / "checkpoints"),
-        max_steps=cfg.steps,
+        **{**usual, **told},
         per_device_train_batch_size=together,
         gradient_accumulation_steps=-(-cfg.batch // together),
         max_grad_norm=1.0,
-        seed=cfg.seed % 2**32,
-        use_cpu=not cuda,
-        bf16=cuda,
-        gradient_checkpointing=cfg.recompute,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         max_length=None,
-        dataloader_pin_memory=cuda,
-        save_steps=cfg.save_every,
-        save_total_limit=2,
-        logging_steps=max(1, cfg.steps // 10),
-        report_to="none",
-        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
-    last = checkpoint_of(cfg.out) if resume else None
+    last = trl_checkpoints.whole_checkpoint(folder)
     if last is not None:
         restore(cfg, network, last)
-    with Progress("caption-train", total=cfg.steps, done=steps_of(last) if last else 0, quiet=quiet) as progress:
-        trainer = SFTTrainer(
-            network,
-            settings,
-            data_collator=collate,
-            train_dataset=Dataset.from_dict({"row": list(range(len(pairs)))}),
-            processing_class=captioner.vlm.tokenizer,
-            optimizers=(optimizer, warmup_cosine(optimizer, cfg.steps)),
-            callbacks=[Told()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        with disk_errors(cfg.out):
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
-
-
-def steps_of(checkpoint: Path) -> int:
-    """After how many steps it was saved."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def checkpoint_of(out: Path) -> Path | None:
-    """The last one that was saved whole: its state is written behind all else."""
-    whole = [path.parent for path in (out / "checkpoints").glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=steps_of, default=None)
+    trainer = SFTTrainer(
+        network,
+        settings,
+        data_collator=collate,
+        train_dataset=Dataset.from_dict({"row": list(range(len(pairs)))}),
+        processing_class=captioner.vlm.tokenizer,
+        optimizers=(optimizer, warmup_cosine(optimizer, cfg.steps)),
+    )
+    with disk_errors(cfg.out):
+        history = trl_checkpoints.train(trainer, folder, label="caption-train")
+    return [line["loss"] for line in history if "loss" in line]
 
 
 def restore(cfg: Config, network: Any, checkpoint: Path) -> None:
@@ -281,7 +249,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     captioner, frames = captioner_to_train(cfg)
     pairs, held_out = pairs_of(cfg, frames, captioner.vlm)
     before = held_out_loss(captioner, held_out, cfg.together)
-    curve = fit(cfg, captioner, pairs, resume=resume)
+    curve = fit(cfg, captioner, pairs)
     captioner.vlm.network.eval()
     if cfg.lora_rank:
         captioner.vlm.network = merge(captioner.vlm.network)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from base_model.checkpoint import load_weights
 from base_model.errors import UserError
-from base_model.video.curate import MEASURES, measure
+from base_model.video.curate import MEASURES, VERSION, measure
 from base_model.video.files import FORMATS, MOST_STREAMS, Frame, timed_frames
 from recipes.clip_folder import read_image, reason_of
 from recipes.filters import NONE, Filters, load_filters
@@ -143,7 +143,7 @@ class Answer(BaseModel):
     width: int | None = None
     height: int | None = None
     scores: dict[str, float] = {}
-    hashes: list[Annotated[str, Field(pattern=r"^([0-9a-f]{16}){0,4}$")]] = []
+    hashes: list[Annotated[str, Field(pattern=r"^([0-9a-f]{16}){0,12}$")]] = []
     thumbnails: list[str] = Field([], max_length=3)
     safety: str | None = None
     safety_reasons: list[str] = []
@@ -408,5 +408,5 @@ def seen_of(row: dict[str, Any]) -> list[Frame]:
 
 
 def measures_identity() -> str:
-    """Which measures there are: rows of others are measured again."""
-    return hashlib.sha256(repr(sorted(MEASURES.items())).encode()).hexdigest()[:16]
+    """Which measures there are, and how they are taken: rows of others are measured again."""
+    return hashlib.sha256(repr((VERSION, sorted(MEASURES.items()))).encode()).hexdigest()[:16]

@@ -232,7 +232,7 @@ def _remote_folder(given: Input) -> Iterator[Source]:
 def _dataset(given: Input) -> Iterator[Source]:
     """A dataset on the hub, or one that was saved into a folder."""
     folder = Path(given.place)
-    rows = _saved(folder, given.split) if folder.is_dir() else load_rows(Stream(path=given.place, split=given.split))
+    rows = _saved(folder, given.split) if folder.is_dir() else _of_the_hub(given)
     place = Place(folder=folder) if folder.is_dir() else Place()
     found = iter(rows)
     number = 0
@@ -245,6 +245,14 @@ def _dataset(given: Input) -> Iterator[Source]:
         if values is None:
             return
         yield source_of(Row(values, f"row {number} of {given.place}"), place, given.columns, given.place)
+
+
+def _of_the_hub(given: Input) -> Any:
+    try:
+        return load_rows(Stream(path=given.place, split=given.split))
+    except UserError as error:
+        why = one_line(error.__cause__ or error)
+        raise UserError(f"neither a file or folder here nor a dataset, {given.place}: {why}. Check the path; for a dataset on the hub set HF_HUB_OFFLINE=0") from error
 
 
 def _saved(folder: Path, split: str) -> Any:

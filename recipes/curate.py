@@ -166,7 +166,8 @@ class Config(BaseConfig):
     say: tuple[str, ...] = ()
     """Measures that are said behind kept captions, by their place among the kept from 0 to 9 (`score_words.py`). What a model is told in training, it can be asked for."""
     report: bool = True
-    """Writes `report.html`: what was kept, what was dropped and why, with small pictures, and how measures are spread."""
+    """Writes `report.html`: what was kept, what was dropped and why, with small pictures, and how measures are spread. Without an INPUT `rushes curate --report` writes the page of
+    `out` again."""
     files: Files = "link"
     """How clips come into `kept`: hard links to files of this machine, or copies."""
     opt_out: Path | None = None
@@ -396,6 +397,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
 
 def curated(cfg: Config, *, read: Reader = open_clip) -> dict[str, object]:
     """Measures what is not measured yet, decides, and writes all that is told above. read: how a file is opened. Raises UserError for what cannot be curated."""
+    if cfg.input is None and "report" in cfg.model_fields_set <= {"report", "out"} and (cfg.out / "curated.json").is_file():
+        return {"out": str(cfg.out), "page": str(write_page(cfg.out))}
     if cfg.input is None:
         raise UserError("nothing to curate, input. Give a folder of clips, a manifest, tar files, a dataset or an address: rushes curate INPUT")
     if unknown := [name for name in cfg.say if name not in RANGES]:

@@ -1,8 +1,8 @@
 """Clips that must not be used, by hash: what people asked to be left out, or must be.
 
 A file of lines, each the sha256 of a file (one word of 64 hexadecimal digits) or perceptual hashes over time (`base_model/video/hashes.py`: the words of the column `hashes` of the
-table, or their first 16 digits; that of a single picture twice, for one word of 64 is a sha256). Empty lines and those that begin with # say nothing. Copies that were encoded
-again, cropped or cut are found by the second kind only.
+table, or their first 16 digits). Lists of before hold words of 64 digits; one that stands alone is a sha256, so that of a single picture stands twice. Empty lines and those that
+begin with # say nothing. Copies that were encoded again, cropped or cut are found by the second kind only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from base_model.errors import UserError
 from base_model.video.hashes import NEAR_BITS, clips_apart, moments, near_duplicates
 
-SHA256, HASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}([0-9a-f]{48})?")
+SHA256, HASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}([0-9a-f]{48}|[0-9a-f]{176})?")
 
 
 class OptOut(NamedTuple):
@@ -55,5 +55,5 @@ def load_opt_out(path: Path) -> OptOut:
         elif all(HASH.fullmatch(word) for word in words) and len({len(word) for word in words}) == 1:
             clips.append(words)
         else:
-            raise UserError(f"line {number} is neither a sha256 nor perceptual hashes, {path}. Write 64 hexadecimal digits, or several words of that many or of 16")
+            raise UserError(f"line {number} is neither a sha256 nor perceptual hashes, {path}. Write 64 hexadecimal digits, or several words of 16, 64 or 192")
     return OptOut(frozenset(files), tuple(clips))

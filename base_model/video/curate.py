@@ -32,6 +32,7 @@ CELLS = 16  # a side: what changes is looked for in each
 STILL = 3.5  # of 255: mean change of a cell that cannot be told from that of a codec
 STILL_SECONDS = 0.5  # and longer in which nothing changes more stand still
 BLACK = 20  # of 255
+BLACK_PIXELS = 0.98  # of a frame
 REPEAT_STEPS = 3  # on either side
 REPEAT = 0.15  # of what the steps around it change
 SHADOW, LIGHT = 4, 251  # of 255
@@ -59,6 +60,8 @@ class Measured(NamedTuple):
     thumbnails: tuple[Frame, ...]  # at most three small frames uint8 [h,w,3], longest side 160
 
 
+VERSION = 2
+"""Of the numbers and the hashes below: raised whenever the same clip gets others, so that tables of before are measured again."""
 MEASURES: dict[str, Measure] = {
     "frames": Measure("frames", "frames that were decoded"),
     "seconds": Measure("s", "from the first frame until the last one has been shown as long as the usual one"),
@@ -79,7 +82,7 @@ MEASURES: dict[str, Measure] = {
     "contrast": Measure("of 1", "standard deviation of luma within a frame, mean over frames"),
     "letterbox": Measure("of the frame", "borders of one even colour that stay through the whole clip, and end in a straight edge"),
     "static_share": Measure("of the time", "stretches of half a second and longer in which nothing changes"),
-    "longest_still": Measure("s", "longest one of them"),
+    "longest_still": Measure("s", "longest stretch in which nothing changes"),
     "repeated_share": Measure("of steps", "frames that are the one before again between others that move: a clip that was slowed or converted by repeating frames"),
     "black_share": Measure("of frames", "frames whose 98th percentile of luma is below 20 of 255"),
     "noise": Measure("of 255", "median absolute diagonal Haar detail over 0.6745, at full size"),
@@ -144,7 +147,7 @@ class _Meter:
         self.flashes.add(small, second)
         self.changes.add(luma)
         self.levels.append(float(luma.mean(dtype=np.float64)))
-        self.black += bool(np.quantile(luma, 0.98) < BLACK)
+        self.black += bool(np.count_nonzero(luma < BLACK) > BLACK_PIXELS * luma.size)
         self.thumbnails.add(lambda: _shrunk(frame, THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         # 2. Twice a second, from the frame as it is
         self.close.add(frame, second)
@@ -279,7 +282,7 @@ class _Moves:
     """Flow from sample to sample."""
 
     def __init__(self) -> None:
-        self._dis: Any = flow_finder()
+        self._dis: Any = flow_finder(refined=False)
         self._before: _Sample | None = None
         self._steps = array("d")  # five of each: frames from and to; mean speed, of the camera and of the rest, in diagonals a second
 

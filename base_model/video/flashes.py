@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from base_model.video.signals import averages
+
 UNITS = 10_000  # luminance 1.0; signals are whole numbers, so that a swing of exactly the limit is one
 SWING = 1_000  # 0.10 of relative luminance
 DARKER_BELOW = 8_000
@@ -25,12 +27,14 @@ NO_END = 32_000  # above every signal
 AREA = 0.25
 CELLS_A_SIDE = 48
 LEVELS = 16 * 255  # finer than the levels of a file, and holding each of them exactly
-PARTS_A_SIDE = 4  # of the frame: half as many a side make a quarter of it
+DARK_END = DARKER_BELOW + SWING - 1  # clipped there, luminance has no swing left whose darker end is not below DARKER_BELOW
+ALIKE, TOGETHER = 0.5, 0.5  # of the mean change of a quarter; share of its cells that change so much
 KEPT_SECONDS = 2.0
 KEPT_FRAMES = 512
 SAME_TIME = 2e-3  # seconds by which containers round
 
 Signal = NDArray[np.int16]
+Cells = NDArray[np.float32]
 
 
 class Swings(NamedTuple):
@@ -51,7 +55,11 @@ def _linear_light() -> NDArray[np.float32]:
 def light_signals(video: Tensor) -> tuple[Signal, Signal, NDArray[np.bool_]]:
     """[B,T,3,H,W] -> luminance, redness (whole numbers) and whether the cell is a saturated red, [T,B,P] each."""
     levels = (video.transpose(0, 1) * LEVELS + 0.5).clamp_(0, LEVELS).to(torch.int16)  # [T,B,3,H,W]
-    linear = torch.from_numpy(_linear_light()[levels.numpy()])  # [T,B,3,H,W]
+    return _signals(torch.from_numpy(_linear_light()[levels.numpy()]))  # [T,B,3,H,W]
+
+
+def _signals(linear: Tensor) -> tuple[Signal, Signal, NDArray[np.bool_]]:
+    """The same of linear light [T,B,3,H,W]."""
     height, width = linear.shape[-2:]
     if max(height, width) > CELLS_A_SIDE:
         cells = min(height, CELLS_A_SIDE), min(width, CELLS_A_SIDE)
@@ -90,24 +98,30 @@ def transitions(swings: Swings, size: int, limit: Signal) -> NDArray[np.uint8]:
 
 
 class FlashCounter:
-    """Frames one after another -> the most whole flashes in any second of the mean light of a quarter of the frame, so that textures that move flash nowhere.
+    """Frames one after another -> the most whole flashes in any second of the mean light of a quarter of the frame.
 
-    It keeps two seconds of numbers. A red flash counts where all its bright ends, or all its dark ones, are saturated.
+    A step counts where half of the quarter changes alike: textures that move do not flash, nor does a row of bright windows that passes by, which swings the mean as much but
+    lights one part of the quarter after another. It keeps two seconds of numbers. A red flash counts where all its bright ends, or all its dark ones, are saturated.
     """
 
     def __init__(self) -> None:
         self._times: list[float] = []
-        self._light: list[tuple[Signal, Signal, NDArray[np.bool_]]] = []  # [1,1,9] each, of every frame that is kept
+        self._steps: list[_Step] = []  # to every frame that is kept
+        self._before: Cells | None = None
         self._most = 0
 
     def add(self, frame: NDArray[np.uint8], time: float) -> None:
         """A frame uint8 [H,W,3] that is shown at `time` in seconds. Times rise."""
-        video = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None, None].float().div_(255)  # [1,1,3,H,W]
-        self._light.append(_quarters(light_signals(video), frame.shape[0], frame.shape[1]))
+        linear = _averaged(_linear_light()[::16][frame].transpose(2, 0, 1))  # [3,CELLS_A_SIDE,CELLS_A_SIDE]
+        luminance, redness, saturated = _signals(torch.from_numpy(linear)[None, None])
+        cells = np.stack([np.minimum(luminance, DARK_END), redness]).reshape(2, -1)[:, _quarters()].astype(np.float32)  # [2,9,cells]
+        still = np.zeros((2, 9), np.float32)
+        self._steps.append(_Step(still if self._before is None else alike(cells - self._before), saturated.ravel()[_quarters()].mean(1) >= 0.5))
         self._times.append(time)
+        self._before = cells
         if time - self._times[0] >= KEPT_SECONDS or len(self._times) >= KEPT_FRAMES:
             kept = self._count()
-            del self._times[:-kept], self._light[:-kept]
+            del self._times[:-kept], self._steps[:-kept]
 
     def flashes(self) -> float:
         """Of all frames so far."""
@@ -119,27 +133,45 @@ class FlashCounter:
         changes = np.searchsorted(self._times, np.asarray(self._times) + 1 - SAME_TIME) - np.arange(len(self._times))  # that fit into a second, from each frame on
         size = min(int(changes.max(initial=1)), len(self._times) - 1)
         if size >= 2:
-            luminance, redness, saturated = (np.concatenate(column) for column in zip(*self._light, strict=True))  # 3 x [T,1,9]
-            self._most = max(self._most, _most_swings(luminance, _general, size), _most_swings(redness, lambda signal: _red(signal, saturated), size) if saturated.any() else 0)
+            steps, saturated = (np.stack(column) for column in zip(*self._steps, strict=True))  # [T,2,9], [T,9]
+            luminance, redness = _followed(steps)  # 2 x [T,1,9]
+            self._most = max(self._most, _most_swings(luminance, lambda signal: [Swings(signal, signal)], size))
+            if saturated.any():
+                self._most = max(self._most, _most_swings(redness, lambda signal: _red(signal, saturated[:, None]), size))
         return max(1, size)
 
 
-def _quarters(light: tuple[Signal, Signal, NDArray[np.bool_]], height: int, width: int) -> tuple[Signal, Signal, NDArray[np.bool_]]:
-    """Cells [1,1,P] of a frame [H,W] -> the means of its nine quarters of half a side that begin at a multiple of a fourth [1,1,9]."""
-    cells = (1, 1, min(height, CELLS_A_SIDE), min(width, CELLS_A_SIDE)) if max(height, width) > CELLS_A_SIDE else (1, 1, height, width)
+class _Step(NamedTuple):
+    """What a frame changes in each of nine quarters."""
 
-    def averaged(signal: NDArray[np.generic]) -> Tensor:
-        parts = F.adaptive_avg_pool2d(torch.from_numpy(signal.astype(np.float32)).reshape(cells), PARTS_A_SIDE)
-        return F.avg_pool2d(parts, PARTS_A_SIDE // 2, stride=1).reshape(1, 1, -1)
-
-    luminance, redness, saturated = map(averaged, light)
-    return _whole(luminance), _whole(redness), (saturated >= 0.5).numpy()
+    change: Cells  # [2,9] of luminance and of redness, whole numbers as far as it is alike
+    saturated: NDArray[np.bool_]  # [9] whether half of the quarter is a saturated red now
 
 
-def _general(luminance: Signal) -> list[Swings]:
-    """Clipped one below DARKER_BELOW + SWING, luminance has no swing left whose darker end is not below DARKER_BELOW."""
-    clipped = np.minimum(luminance, np.int16(DARKER_BELOW + SWING - 1))
-    return [Swings(clipped, clipped)]
+def alike(change: Cells) -> Cells:
+    """Changes of cells [...,P] -> their mean [...] where half of them or more go its way, at least half as far; else 0."""
+    mean = change.mean(-1, keepdims=True)
+    with_it = (change * np.sign(mean) >= ALIKE * np.abs(mean)).mean(-1)
+    return np.where(with_it >= TOGETHER, mean[..., 0], 0)
+
+
+def _followed(steps: Cells) -> tuple[Signal, Signal]:
+    """Steps [T,2,9] -> the signals that take them [T,1,9]; only their swings mean anything."""
+    luminance, redness = np.rint(np.cumsum(steps, 0)).clip(-NO_END // 2 + 1, NO_END // 2).astype(np.int16).transpose(1, 0, 2)[:, :, None]
+    return luminance, redness
+
+
+@cache
+def _quarters() -> NDArray[np.int64]:
+    """Cells of the nine quarters of half a side that begin at a multiple of a fourth [9,P]."""
+    cells, part = np.arange(CELLS_A_SIDE**2).reshape(CELLS_A_SIDE, CELLS_A_SIDE), CELLS_A_SIDE // 4
+    return np.stack([cells[part * row : part * (row + 2), part * column : part * (column + 2)].ravel() for row in range(3) for column in range(3)])
+
+
+def _averaged(planes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[C,H,W] -> [C,CELLS_A_SIDE,CELLS_A_SIDE]; the pixels of small frames are repeated."""
+    height, width = planes.shape[1:]
+    return np.ascontiguousarray(averages(height, CELLS_A_SIDE) @ planes @ averages(width, CELLS_A_SIDE).T)
 
 
 def _red(redness: Signal, saturated: NDArray[np.bool_]) -> list[Swings]:

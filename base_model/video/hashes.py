@@ -20,21 +20,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from base_model.video.signals import averages
+
 SAMPLES_A_SECOND = 12
 SIDE = 32
 BITS = 64
 LUMA = (0.299, 0.587, 0.114)
 FLAT_BELOW = 0.01  # standard deviation of luma
 SPEEDS = tuple(2 ** (step / 12) for step in range(-12, 13))
-CROP = 0.05  # of each side
+CROP, ASIDE = 0.05, 0.013  # of each side; how far from the middle further crops lie
+CROPS = ((0.0, 0.0), *((down * ASIDE, across * ASIDE) for down in (-1, 1) for across in (-1, 1)))
+LOOKS = 1 + len(CROPS)  # of a frame: whole, then its crops
 BITS_APART = 9.0  # mean distance of clips that are nearly the same, at most
 
-NEAR_BITS = 10.5  # of 64, mean distance of clips of a data set that repeat each other, at most
+NEAR_BITS = 9.0  # of 64, mean distance of clips of a data set that repeat each other, at most
 SLACK = 6.0  # bits by which the moments that agree most may be nearer than the whole
 BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))  # of the index: first bit, bits
 AT_ONCE = 1 << 21
 SPACING = 3  # of SAMPLES_A_SECOND
-LIKE_BITS = 3
+LIKE_BITS, UNLIKE_BITS = 3, 6
 MOST_MOMENTS = 48
 
 Array = NDArray[np.float64]
@@ -56,44 +60,39 @@ def clip_hashes(video: Tensor, fps: float) -> tuple[str, ...]:
 def _hashes(luma: Array) -> tuple[str, ...]:
     """Luma of S small frames in [0,1], [S,SIDE,SIDE] -> S hashes of the 2 BITS lowest frequencies, the lowest first."""
     waves, (rows, columns) = _waves(), _lowest()
-    bits = np.einsum("shw,kh,lw->skl", luma, waves, waves, optimize=True)[:, rows, columns] > 0  # [S,2 BITS]
+    bits = (waves @ luma @ waves.T)[:, rows, columns] > 0  # [S,2 BITS]
     flat = luma.reshape(len(luma), -1).std(1, ddof=1) < FLAT_BELOW
     return tuple("" if is_flat else np.packbits(row).tobytes().hex() for row, is_flat in zip(bits, flat.tolist(), strict=True))
 
 
 def look(frame: NDArray[np.uint8]) -> tuple[str, Array]:
-    """A small frame uint8 [H,W,3] -> (its hash and that of its middle without CROP at each side, of twice as many bits, behind each other; empty where it has no structure;
+    """A small frame uint8 [H,W,3] -> (its hash and those of its CROPS, which lack CROP at each side, of twice as many bits, behind each other; empty where it has no structure;
     its luma in [0,1], [SIDE,SIDE])."""
     import cv2
 
     height, width = frame.shape[:2]
-    top, left = round(CROP * height), round(CROP * width)
     luma = np.asarray(cv2.transform(frame.astype(np.float32), np.array([LUMA], np.float32) / 255), np.float32).reshape(height, width)
-    both = np.stack([averaged(luma), averaged(luma[top : height - top, left : width - left])])
-    whole, middle = _hashes(both)
-    return whole + middle if whole and middle else "", both[0]
+    parts = (luma[_inside(height, down), _inside(width, across)] for down, across in CROPS)
+    looks = np.stack([averaged(each) for each in (luma, *parts)])
+    hashes = _hashes(looks)
+    return "".join(hashes) if all(hashes) else "", looks[0]
+
+
+def _inside(length: int, aside: float) -> slice:
+    """Of a side, what a crop leaves that lies so far beside the middle."""
+    return slice(round((CROP + aside) * length), length - round((CROP - aside) * length))
 
 
 def averaged(luma: NDArray[np.float32]) -> Array:
     """[H,W] -> [SIDE,SIDE]."""
     height, width = luma.shape
-    return (_averages(height) @ luma @ _averages(width).T).astype(np.float64)
-
-
-@lru_cache(maxsize=16)
-def _averages(length: int) -> NDArray[np.float32]:
-    """[SIDE,length]: the averages of torch's adaptive pooling, as a matrix."""
-    found = np.zeros((SIDE, length), np.float32)
-    for k in range(SIDE):
-        begin, end = k * length // SIDE, -(-(k + 1) * length // SIDE)
-        found[k, begin:end] = 1 / (end - begin)
-    return found
+    return (averages(height, SIDE) @ luma @ averages(width, SIDE).T).astype(np.float64)
 
 
 def unpacked(hashes: Sequence[str]) -> Array:
     """Hashes of whole frames, as `clip_hashes` and `look` give them -> [S,BITS] of 0 and 1, nan where there is no hash. Raises ValueError for text that is none."""
     rows = [np.unpackbits(np.frombuffer(bytes.fromhex(each), np.uint8)).astype(np.float64) if each else np.full(BITS, np.nan) for each in hashes]
-    if any(len(row) not in (BITS, 4 * BITS) for row in rows) or not rows:
+    if any(len(row) not in (BITS, 4 * BITS, 2 * LOOKS * BITS) for row in rows) or not rows:
         raise ValueError("a hash has another length")
     return np.stack([row[:BITS] for row in rows])
 
@@ -146,33 +145,38 @@ def _lowest() -> tuple[Places, Places]:
 
 
 class Moments(NamedTuple):
-    """The hashes of a clip as numbers, the lowest frequencies in the first word: of whole frames and of their middles [S,words], and whether there is one [S]."""
+    """The hashes of a clip as numbers, the lowest frequencies in the first word: of whole frames [S,words] and of crops of them [crops,S,words], and whether there is one [S]."""
 
     whole: Words
-    middle: Words
+    crops: Words
     known: NDArray[np.bool_]
 
 
 def moments(hashes: Sequence[str]) -> Moments:
-    """Of `look`, or of `clip_hashes`, which knows the lowest frequencies of whole frames alone. Raises ValueError for text that is none."""
+    """Of `look`; of `clip_hashes`, which knows the lowest frequencies of whole frames alone; or of older lists, with one crop. Raises ValueError for text that is none."""
     known = np.array([bool(each) for each in hashes], bool)
     words = np.frombuffer(bytes.fromhex("".join(hashes)), ">u8").astype(np.uint64)
     each = len(words) // max(1, int(known.sum()))
-    if each not in (0, 1, 4) or any(len(text) not in (0, 16 * each) for text in hashes):
+    if each not in (0, 1, 4, 2 * LOOKS) or any(len(text) not in (0, 16 * each) for text in hashes):
         raise ValueError("a hash has another length")
-    both = np.zeros((2, len(hashes), max(1, each // 2)), np.uint64)
+    wide = 1 if each < 2 else 2
+    looks = np.zeros((max(1, each // wide), len(hashes), wide), np.uint64)
     if each:
-        both[:, known] = words.reshape(-1, each)[:, [[0, 1], [2, 3]] if each == 4 else [[0], [0]]].transpose(1, 0, 2)
-    return Moments(both[0], both[1], known)
+        looks[:, known] = words.reshape(-1, len(looks), wide).swapaxes(0, 1)
+    return Moments(looks[0], looks[1:], known)
 
 
 def clips_apart(one: Moments, other: Moments, limit: float = 2 * NEAR_BITS) -> float:
-    """Bits of 64 by which two clips differ on average, at the best offset and speed: whole or the middle of one against the whole of the other, as it is or mirrored.
+    """Bits of 64 by which two clips differ on average, at the best offset and speed: whole or a crop of one against the whole of the other, as it is or mirrored.
 
     Infinite where too few frames have a hash, or where even the most similar moments, in any order, are at least `limit` apart.
     """
-    looks = ((one.whole, other.whole), (one.middle, other.whole), (one.whole, other.middle))
-    return min(_aligned(a, b ^ mask, one.known, other.known, limit) for a, b in looks for mask in (np.uint64(0), _mirror()[: b.shape[1]]))
+    if len(one.known) > len(other.known):
+        one, other = other, one  # the shorter is laid over the longer: what lies between two moments of a clip that moves fast looks like neither
+    words = min(one.whole.shape[1], other.whole.shape[1])
+    mine = np.stack([one.whole, *one.crops, *[one.whole] * len(other.crops)])[..., :words]  # [L,S,words]
+    theirs = np.stack([other.whole, *[other.whole] * len(one.crops), *other.crops])[..., :words]  # [L,U,words]
+    return _aligned(np.concatenate([mine, mine]), np.concatenate([theirs, theirs ^ _mirror()[:words]]), one.known, other.known, limit)
 
 
 def near_duplicates(hashes: Sequence[tuple[str, ...]], *, apart: float = NEAR_BITS) -> list[tuple[int, int, float]]:
@@ -196,7 +200,7 @@ def near_duplicates(hashes: Sequence[tuple[str, ...]], *, apart: float = NEAR_BI
 def _candidates(clips: Sequence[Moments], radius: int) -> Iterator[tuple[int, list[int]]]:
     """(A clip, earlier clips of which some moment is within `radius` bits of one of its own, as far as the index finds them)."""
     keys = [_spaced(clip) for clip in clips]
-    stored = _Entries.of([(clip, words) for clip, (at, each) in enumerate(zip(keys, clips, strict=True)) for words in (each.whole[at, 0], each.middle[at, 0])])
+    stored = _Entries.of([(clip, words) for clip, (at, each) in enumerate(zip(keys, clips, strict=True)) for words in (each.whole[at, 0], *each.crops[:1, at, 0])])
     asked = _Entries.of([(clip, words) for clip, each in enumerate(clips) for words in _questions(each)])
     pairs, more = np.zeros(0, np.int64), [np.zeros(0, np.int64)]
     for each in _matches(stored, asked, radius, len(clips)):
@@ -248,12 +252,23 @@ def _compared(stored: _Entries, asked: _Entries, order: Places, low: Places, siz
 
 
 def _questions(clip: Moments) -> list[Words]:
-    """Moments of which one at least lies within every half of the clip: whole, mirrored, and the middle."""
+    """Moments of which one at least lies within every half of the clip, and those behind them that look otherwise, as far as the next one that is stored: whole, mirrored, and the
+    middle."""
     at = np.flatnonzero(clip.known)
     if not at.size:
         return []
-    at = np.unique(at[[len(at) // 4, len(at) // 2, 3 * len(at) // 4]])
-    return [clip.whole[at, 0], clip.whole[at, 0] ^ _mirror()[0], clip.middle[at, 0]]
+    asked = {at[place] for quarter in (1, 2, 3) for place in _unlike(clip.whole[at, 0], min(quarter * len(at) // 4, max(0, len(at) - SPACING)))}
+    places = np.array(sorted(asked), np.int64)
+    return [clip.whole[places, 0], clip.whole[places, 0] ^ _mirror()[0], *clip.crops[:1, places, 0]]
+
+
+def _unlike(words: Words, begin: int) -> list[int]:
+    """`begin`, and of the SPACING - 1 places behind it those that are more than UNLIKE_BITS from all before."""
+    kept = [begin]
+    for place in range(begin + 1, min(begin + SPACING, len(words))):
+        if all(int(words[place] ^ words[earlier]).bit_count() > UNLIKE_BITS for earlier in kept):
+            kept.append(place)
+    return kept
 
 
 def _spaced(clip: Moments) -> Places:
@@ -266,28 +281,35 @@ def _spaced(clip: Moments) -> Places:
 
 
 def _aligned(one: Words, other: Words, one_known: NDArray[np.bool_], other_known: NDArray[np.bool_], limit: float) -> float:
-    """`clips_apart` of two looks. Long clips are first compared at a few of their moments, then at all of them around the best line."""
-    stride = -(-max(len(one), len(other)) // MOST_MOMENTS)
-    distance = _distances(one[::stride], other[::stride], one_known[::stride], other_known[::stride])
-    lines = _lines(*distance.shape)
-    nearest = np.sort(np.where(np.isfinite(distance), distance, np.inf).min(1))
-    if nearest[: math.ceil(_covered(len(distance), distance.shape[1], max(SPEEDS)))].mean() >= limit:
-        return math.inf
-    means = _means(distance, lines)
+    """`clips_apart` of L pairs of looks [L,S,words] and [L,U,words]. Long clips are first compared at a few of their moments, then at all of them around the best line."""
+    stride = -(-max(one.shape[1], other.shape[1]) // MOST_MOMENTS)
+    distance = _distances(one[:, ::stride], other[:, ::stride], one_known[::stride], other_known[::stride])  # [L,S,U]
+    lines = _lines(*distance.shape[1:])
+    nearest = np.sort(np.where(np.isfinite(distance), distance, np.inf).min(2))  # [L,S]
+    bounds = nearest[:, : math.ceil(_covered(*distance.shape[1:], max(SPEEDS)))].mean(1)  # no line is nearer
+    best = math.inf
+    for look in np.argsort(bounds).tolist():
+        if bounds[look] >= min(limit, best):
+            return best
+        means = _means(distance[look], lines)
+        line = int(means.argmin())
+        best = min(best, float(means[line]) if stride == 1 or means[line] >= limit else _closely(one[look], other[look], one_known, other_known, lines, means, stride))
+    return best
+
+
+def _closely(one: Words, other: Words, one_known: NDArray[np.bool_], other_known: NDArray[np.bool_], lines: _Lines, means: NDArray[np.float32], stride: int) -> float:
+    """The least mean of [S,words] and [U,words] at all their moments, around the best of lines through every `stride`-th."""
     best = int(means.argmin())
-    if stride == 1 or means[best] >= limit:
-        return float(means[best])
     speed, offset = int(lines.speed[best]), int(lines.offset[best])
     speeds = range(max(0, speed - 1), min(len(SPEEDS), speed + 2))
     around = _lines_of([(near, stride * offset + shift) for near in speeds for shift in range(-stride, stride + 1)], len(one), len(other))
-    return float(_means(_distances(one, other, one_known, other_known), around).min(initial=means[best]))
+    return float(_means(_distances(one[None], other[None], one_known, other_known)[0], around).min(initial=means[best]))
 
 
 def _distances(one: Words, other: Words, one_known: NDArray[np.bool_], other_known: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """[S,words] and [U,words] -> bits of 64 apart [S,U], nan where one has no hash; of the words that both have."""
-    words = min(one.shape[1], other.shape[1])
-    found = np.bitwise_count(one[:, None, :words] ^ other[None, :, :words]).mean(-1, dtype=np.float32)
-    found[~(one_known[:, None] & other_known[None])] = np.nan
+    """[L,S,words] and [L,U,words] -> bits of 64 apart [L,S,U], nan where one has no hash."""
+    found = np.bitwise_count(one[:, :, None] ^ other[:, None]).mean(-1, dtype=np.float32)
+    found[:, ~(one_known[:, None] & other_known[None])] = np.nan
     return found
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from base_model.errors import UserError
 from base_model.video.curate import MEASURES, SENSIBLE, Measured, change, letterbox, measure, scene_cuts
 from base_model.video.files import timed_frames, write_mp4
-from base_model.video.flashes import FlashCounter
+from base_model.video.flashes import FlashCounter, alike
 from base_model.video.hashes import near_duplicates
 from base_model.video.shots import likeness
 from base_model.video.signals import luma_flicker, signals
@@ -235,6 +235,26 @@ def test_red_flashes_count_where_luminance_hardly_changes() -> None:
     clip[::3] = (140, 0, 0)
     grey = np.repeat(clip.mean(-1, keepdims=True).astype(np.uint8), 3, axis=-1)
     assert scores(clip, 12.0)["flashes"] == 4 and scores(grey, 12.0)["flashes"] == 0
+
+
+def test_bright_windows_that_pass_by_are_no_flashes_however_the_light_of_a_quarter_swings() -> None:
+    """A dark train with windows, five a second, before the same light switched on and off over as much of the frame."""
+    frames, fps = 36, 24.0
+    passing = np.full((frames, 48, 64, 3), 25, np.uint8)
+    switched = passing.copy()
+    for t in range(frames):
+        for window in range(-20, 5):
+            left = 60 * window + 12 * t  # one every five frames
+            passing[t, 12:36, max(0, left) : max(0, left + 24)] = 240
+        switched[t, 12:36, 16:48] = 240 if t % 5 < 2 else 25
+    means = passing[:, 12:36, 16:48].mean((1, 2, 3))
+    assert np.ptp(means) > 80, "the light of a quarter of the frame does swing"
+    assert scores(passing, fps)["flashes"] <= 1 and scores(switched, fps)["flashes"] == 5
+
+
+def test_a_flash_over_half_of_a_quarter_counts_and_what_goes_up_beside_what_goes_down_does_not() -> None:
+    change = np.array([[0.8, 0.8, 0.0, 0.0], [-0.6, -0.6, -0.7, 0.1], [0.9, 0.0, 0.0, 0.0], [0.4, 0.5, -0.4, -0.5], [0, 0, 0, 0]], np.float32)
+    np.testing.assert_allclose(alike(change), [0.4, -0.45, 0, 0, 0], atol=1e-6)
 
 
 def test_counting_keeps_two_seconds_and_forgets_no_flash_between_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from base_model.errors import UserError
 from base_model.prompts.caption import IGNORED, Captioner, clip_patches, take_frames
 from base_model.prompts.vision import load_vlm
 from base_model.video.files import write_mp4
+from recipes import trl_checkpoints
 from recipes.caption import Config as Asked
 from recipes.caption import Frames, settings_of
 from recipes.caption_train import Config, Pairs, captioner_to_train, fit, main, optimizer_of
 from recipes.shapes import captions as shapes
+from tests.recipes.killed import killed_behind
 from tests.reward.vlm.tiny import save_tiny
 
 pytestmark = [
@@ -65,7 +68,7 @@ def test_trl_takes_the_loss_of_the_captions_tokens_and_their_end_alone(world: Pa
     learned = labels != IGNORED
     by_hand = -sum(float(log_p[row, place - 1, labels[row, place]]) for row, place in learned.nonzero().tolist()) / int(learned.sum())
     assert int(learned.sum()) == sum(len(captioner.vlm.tokenizer(text)["input_ids"]) + 1 for text in pairs.texts)
-    (found,) = fit(cfg, captioner, pairs, resume=False, quiet=True)
+    (found,) = fit(cfg, captioner, pairs)
     print(f"trl {found:.5f}, by hand {by_hand:.5f}")
     assert found == pytest.approx(by_hand, abs=6e-5)  # trl rounds what it logs to 4 digits
 
@@ -77,7 +80,7 @@ def test_a_step_in_parts_has_the_loss_of_the_whole(world: Path, tmp_path: Path) 
         cfg = config(world, tmp_path / str(together), batch=6, together=together, steps=1)
         captioner, frames = captioner_to_train(cfg)
         pairs, _ = recipe.pairs_of(cfg, frames, captioner.vlm)
-        found += fit(cfg, captioner, Pairs(["a bright clip"] * len(pairs), pairs.take), resume=False, quiet=True)
+        found += fit(cfg, captioner, Pairs(["a bright clip"] * len(pairs), pairs.take))
     print(found)
     assert found[0] == pytest.approx(found[1], abs=2e-4)
 
@@ -125,6 +128,21 @@ def test_a_run_that_died_goes_on_to_the_same_weights(lora_rank: int, world: Path
     main(config(world, tmp_path / "broken", **steps), resume=True)
     name = "model/model.safetensors"
     assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_after_kill_9_the_same_command_ends_with_the_same_bits_and_nothing_is_pickled(world: Path, tmp_path: Path) -> None:
+    told: dict[str, Any] = {"steps": 12, "save_every": 3, "optimizer": "muon", "lr": 1e-2}
+    main(config(world, tmp_path / "whole", **told))
+    cfg = config(world, tmp_path / "killed", **told)
+    frames = json.dumps(FRAMES.model_dump())
+    words = ["caption-train", "--out", str(cfg.out), "--model", str(cfg.model), "--data", str(cfg.data), "--batch", "4", "--together", "4", "--held-out", "2"]
+    words += ["--frames", frames, "--instruction", "look", *(word for name, value in told.items() for word in (f"--{name.replace('_', '-')}", str(value)))]
+    assert killed_behind(words, cfg.out / "checkpoints" / "checkpoint-3" / trl_checkpoints.LAST_WRITTEN) == -signal.SIGKILL
+    assert not (cfg.out / "model").exists() and not [path for path in cfg.out.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl")]
+    main(cfg, resume=True)
+    model = "model/model.safetensors"
+    assert (cfg.out / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+    assert {path.suffix for path in cfg.out.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".jinja", ".md"}
 
 
 def test_what_cannot_be_learned_is_one_line(world: Path, tmp_path: Path) -> None:

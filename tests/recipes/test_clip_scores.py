@@ -14,8 +14,9 @@ from PIL import Image
 
 from base_model.checkpoint import save_weights
 from base_model.errors import UserError
-from base_model.video.curate import MEASURES
-from base_model.video.files import Frame, write_lossless, write_mp4
+from base_model.video.curate import MEASURES, measure
+from base_model.video.files import Frame, to_uint8, write_lossless, write_mp4
+from base_model.video.hashes import clips_apart, moments
 from recipes.clip_scores import Evenly, Measurer, Wanted, Windows, jpeg, load_looks, open_clip, safety_identity, seen_of
 from recipes.filters import NONE, Filters
 from reward.safety.contract import SafetyRunner
@@ -42,6 +43,34 @@ def test_a_clip_is_told_by_its_bytes_whatever_it_is_called(tmp_path: Path) -> No
     (tmp_path / "d.mp4").write_bytes((tmp_path / "c.png").read_bytes())
     kinds = [(row["codec"], row["container"], row["width"], row["scores"]["frames"]) for row in (found(path) for path in sorted(tmp_path.iterdir()))]  # type: ignore[index]
     assert kinds == [("h264", "mp4", 64, 12.0), ("ffv1", "matroska", 64, 12.0), ("png", "png", 64, 1.0), ("png", "png", 64, 1.0)]
+
+
+@pytest.mark.parametrize(("codec", "encoder", "ending"), [("h264", "libx264", "mp4"), ("hevc", "libx265", "mp4"), ("vp9", "libvpx-vp9", "webm"), ("av1", "libsvtav1", "mkv")])
+def test_every_usual_codec_is_measured_alike(codec: str, encoder: str, ending: str, tmp_path: Path) -> None:
+    import av
+
+    clip = to_uint8(moving())
+    quiet = {"libx265": {"x265-params": "log-level=none:pools=1"}, "libsvtav1": {"preset": "12", "svtav1-params": "lp=1"}}
+    with av.open(str(tmp_path / f"a.{ending}"), "w") as container:
+        stream = container.add_stream(encoder, rate=12, options={"crf": "20", **quiet.get(encoder, {})})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for frame in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    row = found(tmp_path / f"a.{ending}")
+    plain = measure((frame, k / 12) for k, frame in enumerate(clip))
+    assert "error" not in row and row["codec"] == codec and row["container"] == {"mp4": "mp4", "webm": "matroska", "mkv": "matroska"}[ending]
+    scores: dict[str, float] = row["scores"]  # type: ignore[assignment]
+    assert (scores["frames"], scores["cuts"]) == (12, 0) and scores["seconds"] == pytest.approx(1, abs=0.02) and scores["motion"] == pytest.approx(plain.scores["motion"], rel=0.1)
+    assert clips_apart(moments(row["hashes"]), moments(plain.hashes)) < 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("png", "png"), ("jpeg", "jpg"), ("webp", "webp"), ("bmp", "bmp")])
+def test_images_of_every_kind_are_clips_of_one_frame(kind: str, ending: str, tmp_path: Path) -> None:
+    Image.fromarray(textured(1, 64)).save(tmp_path / f"a.{ending}")
+    row = found(tmp_path / f"a.{ending}")
+    assert (row["codec"], row["container"], row["width"], row["height"], row["scores"]["frames"]) == (kind, kind, 64, 64, 1.0)  # type: ignore[index]
+    assert len(row["thumbnails"]) == 1 and np.isnan(row["scores"]["motion"])  # type: ignore[arg-type, index]
 
 
 def test_a_row_holds_every_measure_hashes_and_small_pictures(tmp_path: Path) -> None:
@@ -176,6 +205,32 @@ def test_a_face_detector_that_is_none_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "faces.onnx").write_bytes(b"no network")
     with pytest.raises(UserError, match=r"no face detector that OpenCV reads, .*faces\.onnx\. Give a YuNet model"):
         Measurer(Wanted(faces=tmp_path / "faces.onnx"))
+
+
+def test_the_most_faces_of_any_frame_are_counted_by_the_detector_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector that finds a face in each bright quarter: no weights of a real one are at hand."""
+    import cv2
+
+    asked: list[tuple[int, int]] = []
+
+    class Detector:
+        def setInputSize(self, size: tuple[int, int]) -> None:
+            asked.append(size)
+
+        def detect(self, frame: Frame) -> tuple[int, Frame | None]:
+            assert frame.shape == (asked[-1][1], asked[-1][0], 3) and max(frame.shape) <= 640
+            quarters = frame.reshape(2, frame.shape[0] // 2, 2, frame.shape[1] // 2, 3).mean((1, 3, 4))
+            bright = np.flatnonzero(quarters > 128)
+            return 1, np.zeros((len(bright), 15), np.uint8) if len(bright) else None
+
+    monkeypatch.setattr(cv2.FaceDetectorYN, "create", lambda *_: Detector())
+    clip = torch.zeros(12, 3, 64, 64)
+    write_mp4(tmp_path / "none.mp4", clip, 12, upscale=False)
+    clip[4:, :, :32] = 1
+    write_mp4(tmp_path / "two.mp4", clip, 12, upscale=False)
+    wanted = Wanted(faces=tmp_path / "faces.onnx")
+    assert found(tmp_path / "two.mp4", wanted=wanted)["faces"] == 2 and found(tmp_path / "none.mp4", wanted=wanted)["faces"] == 0
+    assert "faces" not in found(tmp_path / "two.mp4")
 
 
 def test_an_opened_clip_gives_its_first_frame_too(tmp_path: Path) -> None:

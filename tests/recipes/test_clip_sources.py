@@ -277,11 +277,32 @@ def test_a_saved_dataset_is_read_without_decoding(tmp_path: Path) -> None:
     assert content(source) == b"one" and (source.text, source.extra) == ("x", {"n": 1})
 
 
+def test_a_dataset_of_the_hub_is_streamed_by_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is not reached: what `datasets` is asked for, and what becomes of its rows."""
+    import datasets
+
+    features = datasets.Features({"video": datasets.Video(), "caption": datasets.Value("string"), "license": datasets.Value("string")})
+    rows = [{"video": {"bytes": b"one", "path": "1.mp4"}, "caption": "x", "license": "CC0"}, {"video": {"bytes": b"two", "path": None}, "caption": "y", "license": None}]
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def load(path: str, **how: Any) -> Any:
+        asked.append((path, how))
+        return datasets.IterableDataset.from_generator(lambda: iter(rows), features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    one, two = sources(Input("people/clips", split="test"))
+    assert content(one) == b"one" and (one.text, one.licence, one.source) == ("x", "CC0", "people/clips") and content(two) == b"two" and two.text == "y"
+    ((path, how),) = asked
+    assert path == "people/clips" and how["split"] == "test" and how["streaming"] is True and count(Input("people/clips")) is None
+
+
 def test_what_is_nothing_of_a_known_kind_is_told(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     for place, told in ((tmp_path / "notes.txt", "nothing here can be read"), (tmp_path / "none.jsonl", "cannot read"), (tmp_path / "no" / "such" / "place", "nothing here")):
         with pytest.raises(UserError, match=told):
             list(sources(Input(str(place))))
+    with pytest.raises(UserError, match=r"neither a file or folder here nor a dataset, clipz: .*\. Check the path; for a dataset on the hub set HF_HUB_OFFLINE=0"):
+        list(sources(Input("clipz")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no clips"):
         list(sources(Input(str(tmp_path / "empty"))))

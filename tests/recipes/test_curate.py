@@ -26,6 +26,7 @@ from base_model.errors import UserError
 from base_model.video.curate import MEASURES, SENSIBLE
 from base_model.video.files import write_lossless, write_mp4
 from recipes import clip_openers, clip_scores, clip_table, curate
+from recipes.cli import main as cli
 from recipes.clip_folder import find_clips
 from recipes.clip_table import Table, read_table, schema
 from recipes.curate import Config, Keep, Range, decide, main, reasons_of
@@ -199,6 +200,21 @@ def test_a_folder_of_good_and_bad_files_becomes_a_folder_that_sft_reads(mixed: P
     assert {path: path.read_bytes() for path in sorted(mixed.rglob("*")) if path.is_file()} == before
     told = json.loads((tmp_path / "curated.json").read_text())
     assert told["kept"] == 3 and Keep.model_validate(told["keep"]) == Keep()
+
+
+def test_report_is_a_page_as_a_bare_word_too_and_without_an_input_that_of_before_is_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(curated.textured(9, 96)).save(tmp_path / "in" / "picture.png")
+    words = ["curate", "--report", "--out", str(tmp_path / "out")]
+    assert cli([*words]) == 2 and "nothing to curate, input" in capsys.readouterr().err
+    assert cli(["curate", str(tmp_path / "in"), *words[1:], "--workers", "1"]) == 0
+    page = tmp_path / "out" / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    assert cli([*words]) == 0 and page.read_bytes() == before and str(page) in capsys.readouterr().out
+    assert cli([*words, "--keep.cuts.most", "9"]) == 2, "thresholds need the input"
+    page.unlink()
+    assert cli(["curate", str(tmp_path / "in"), "--report", "false", *words[2:], "--workers", "1"]) == 0 and not page.exists()
 
 
 def test_thresholds_change_without_a_look_at_any_clip(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

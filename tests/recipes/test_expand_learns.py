@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from base_model.prompts.expand import Expander, load_expander
 from recipes import expand, trl_checkpoints
 from recipes.expand import Config, climb, learn_captions, pairs_of
 from recipes.memory import PeakMemory
+from tests.recipes.killed import killed_behind
 
 WORDS = ["--pool", "300", "--most-tokens", "32", "--tiny", "{width: 48, depth: 2, heads: 2, vocabulary: 420}", "--sft.lr", "4e-3"]
 CPU = torch.device("cpu")
@@ -106,6 +108,20 @@ def killed_and_resumed(cfg: Config, pairs: Any, out: Path, monkeypatch: pytest.M
     assert set(pickled(out)) <= {"README.md"}
     with PeakMemory() as memory:
         return learn_captions(cfg, pairs, out, memory)
+
+
+def test_after_kill_9_the_same_command_ends_with_the_weights_of_one_that_was_not_killed(tmp_path: Path) -> None:
+    words = ["--sft.steps", "12", "--sft.evaluate-every", "4", "--sft.batch", "8", "--pool", "40"]
+    killed = config(tmp_path / "killed", *words)
+    behind = killed.out / "sft" / "checkpoints" / "checkpoint-4" / trl_checkpoints.LAST_WRITTEN
+    assert killed_behind(["expand", "--out", str(killed.out), *WORDS, *words], behind) == -signal.SIGKILL
+    assert not (killed.out / "sft" / "model.safetensors").exists() and set(pickled(killed.out)) <= {"README.md"}
+    expand.main(killed)
+    (tmp_path / "whole").mkdir()
+    with PeakMemory() as memory:
+        learn_captions(killed, pairs_of(killed), tmp_path / "whole", memory)
+    one, other = (load_weights(folder / "model.safetensors")[0] for folder in (killed.out / "sft", tmp_path / "whole"))
+    assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("rank", ["0", pytest.param("4", marks=pytest.mark.slow)])
