@@ -83,6 +83,7 @@ def adapter_state(network: Any, name: str = TRAINED) -> dict[str, Tensor]:
 
 
 def load_adapter_state(network: Any, tensors: dict[str, Tensor], name: str = TRAINED) -> None:
+    """Puts tensors by peft's names into the adapter `name` of a network that has it."""
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(network, tensors, adapter_name=name)

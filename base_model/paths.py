@@ -19,6 +19,8 @@ def like(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 class Path(Protocol):
+    """How noise is mixed in: x_t = alpha(t) x0 + sigma(t) eps, and the velocity of that, at times t [B]."""
+
     @property
     def t_max(self) -> float: ...
     def alpha(self, t: Tensor) -> Tensor: ...

@@ -147,6 +147,7 @@ class UpsampleStage:
 
 
 def save_frames(path: FilePath, model: FrameModel, metadata: dict[str, str] | None = None) -> None:
+    """Writes a video model that `rushes temporal` trained, as safetensors; `load_frames` reads it."""
     save_weights(path, dict(model.network.state_dict()), {"config": json.dumps(asdict(model.network.config)), **(metadata or {})})
 
 
@@ -159,6 +160,7 @@ def load_frames(path: FilePath, codec: FilePath = WEIGHTS / "vae.safetensors") -
 
 
 def save_stage(path: FilePath, stage: UpsampleStage, metadata: dict[str, str] | None = None) -> None:
+    """Writes a stage that `rushes upsample` trained, as safetensors; `load_stage` reads it."""
     about = {"axis": stage.axis, "attention": "apart" if isinstance(stage.network.network, TemporalDiT) else "joint"}
     save_weights(path, dict(stage.network.state_dict()), {"config": json.dumps(asdict(stage.network.config)), **about, **(metadata or {})})
 

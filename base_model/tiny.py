@@ -174,15 +174,18 @@ def build_tiny(network: NetworkConfig | None = None, vae: VAEConfig | None = Non
 
 
 def save_network(path: FilePath, model: LatentVideoModel, metadata: dict[str, str] | None = None) -> None:
+    """Writes a network with its configuration, as safetensors; `load_tiny` reads it."""
     word = next(word for word, config in CONFIGS.items() if type(model.config) is config)
     save_weights(path, dict(model.network.state_dict()), {"network": word, "config": json.dumps(asdict(model.config)), **(metadata or {})})
 
 
 def save_codec(path: FilePath, codec: LatentCodec, metadata: dict[str, str] | None = None) -> None:
+    """Writes an autoencoder with its configuration, as safetensors; `load_codec` reads it."""
     save_weights(path, dict(codec.state_dict()), {"config": json.dumps(asdict(codec.vae.config)), **(metadata or {})})
 
 
 def load_codec(path: FilePath) -> LatentCodec:
+    """A frozen autoencoder. Raises UserError for a file that is missing, damaged, pickled, or of another architecture."""
     tensors, metadata = load_weights(path)
     codec = build_from(LatentCodec, read_config(VAEConfig, path, metadata), path)
     load_state(codec, tensors, path)
@@ -225,6 +228,7 @@ def read_config(cls: type[ConfigType], path: FilePath, metadata: dict[str, str])
 
 
 def build_from(cls: Callable[[ConfigType], Module], config: ConfigType, path: FilePath) -> Module:
+    """`cls(config)`. Raises UserError, which names `path`, where the configuration is no architecture."""
     try:
         return cls(config)
     except (ValueError, ArithmeticError, RuntimeError) as error:
@@ -239,6 +243,7 @@ def _is_size(value: object, like: object) -> bool:
 
 
 def load_state(module: nn.Module, tensors: dict[str, Tensor], path: FilePath) -> None:
+    """Puts tensors into a module. Raises UserError, which names `path`, where they are those of another architecture."""
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

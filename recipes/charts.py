@@ -104,6 +104,40 @@ def interval_chart(rows: Sequence[Whisker], *, name: str, percent: bool = False,
     return _svg(width, height, name, f"{name} with 95 % intervals. {said}.", body)
 
 
+def ratio_chart(groups: Sequence[tuple[str, Sequence[Whisker]]], *, name: str) -> str:
+    """Ratios with whiskers on a logarithmic axis around 1, one row each, under the titles of their groups. groups: (title, rows); all values are above 0."""
+    rows = [row for _, some in groups for row in some]
+    if not rows:
+        raise ValueError(f"{name}: nothing to draw")
+    width, left, line, top = 980, 480, 22, 14
+    reach = log_ticks(min(1 / 1.05, *(row.low for row in rows)), max(1.05, *(row.high for row in rows)))
+    first, span = math.log(reach[0]), math.log(reach[-1] / reach[0])
+
+    def across(value: float) -> float:
+        return left + (width - left - 24) * (math.log(value) - first) / span
+
+    body, y = [], float(top)
+    for title, some in groups:
+        body.append(f'<text class="title" x="8" y="{y + 16:.1f}">{escape(title)}</text>')
+        y += line
+        for row in some:
+            middle = y + line / 2
+            tip = f"{title}, {row.label}: {row.mean:.2f} [{row.low:.2f}, {row.high:.2f}]"
+            body.append(
+                f'<g class="{escape(row.look)}"><title>{escape(tip)}</title><text class="name" x="{left - 12}" y="{middle + 4:.1f}" text-anchor="end">{escape(row.label)}</text>'
+                f'<line class="whisker" x1="{across(row.low):.1f}" x2="{across(row.high):.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/>'
+                f'<circle class="dot" cx="{across(row.mean):.1f}" cy="{middle:.1f}" r="5"></circle></g>'
+            )
+            y += line
+    marks = [
+        f'<line class="{"limit" if tick == 1 else "grid"}" x1="{across(tick):.1f}" x2="{across(tick):.1f}" y1="{top - 8}" y2="{y:.1f}"/>'
+        f'<text class="tick" x="{across(tick):.1f}" y="{y + 18:.1f}" text-anchor="middle">{number(tick)}</text>'
+        for tick in reach
+    ]
+    said = "; ".join(f"{title}, {row.label}: {row.mean:.2f}" for title, some in groups for row in some)
+    return _svg(width, round(y + 50), name, f"{said}.", [*marks, *body, f'<text class="axis" x="{left}" y="{y + 40:.1f}">{escape(name)}</text>'])
+
+
 def bar_chart(groups: Sequence[tuple[str, Sequence[Bar], float]], *, name: str) -> str:
     """Lying bars of shares with whiskers. groups: (label, bars one below the other, where a dashed mark stands: what the share should be)."""
     if not groups:
@@ -243,6 +277,11 @@ def page(panels: Sequence[tuple[str, str, str]], style: str, *, columns: int = 2
         body.append(chart.replace("<svg ", f'<svg x="{left}" y="{top + head}" width="{WIDTH}" height="{HEIGHT}" overflow="visible" ', 1))
     size = columns * width, rows * height
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" viewBox="0 0 {size[0]} {size[1]}">{"".join(body)}</svg>\n'
+
+
+def alone(chart: str, style: str) -> str:
+    """One chart as an SVG file that needs nothing else, on white paper."""
+    return chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f'><style>{style}</style><rect class="paper" width="100%" height="100%"/>', 1) + "\n"
 
 
 def _line(line: Series, place: _Frame, percent: bool) -> str:

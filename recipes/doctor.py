@@ -36,8 +36,8 @@ NEEDED = {
     "httpx2": "asking judges and reward servers",
 }
 OPTIONAL = {
-    "starlette": "`rushes app`, `rushes serve-reward` (pip install -e '.[app]')",
-    "uvicorn": "`rushes app`, `rushes serve-reward` (pip install -e '.[app]')",
+    "starlette": "`rushes app` (pip install -e '.[app]'), `rushes serve-reward` (pip install -e '.[judges]')",
+    "uvicorn": "`rushes app` (pip install -e '.[app]'), `rushes serve-reward` (pip install -e '.[judges]')",
     "pytest": "`make test` (pip install -e '.[dev]')",
     "ruff": "`make test` (pip install -e '.[dev]')",
     "mypy": "`make test` (pip install -e '.[dev]')",

@@ -55,5 +55,5 @@ def uvicorn() -> Any:
         import starlette  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise UserError(f"serving needs the package {error.name!r}, which is not installed. pip install -e '.[app]'") from error
+        raise UserError(f"serving needs the package {error.name!r}, which is not installed. pip install 'rushes[judges]'") from error
     return uvicorn

@@ -259,14 +259,6 @@ def append_look(out: Path, look: Look) -> None:
     _write(out, [*before, look])
 
 
-def cut_looks(out: Path, iteration: int) -> None:
-    """Leaves the looks before `iteration`, the next one of a run that was resumed."""
-    looks = read_looks(out)
-    kept = [look for look in looks if look.iteration < iteration]
-    if len(kept) < len(looks):
-        _write(out, kept)
-
-
 def read_looks(out: Path) -> list[Look]:
     """In order; none where nobody has looked. Raises UserError for a damaged file."""
     file = out / LOOKS

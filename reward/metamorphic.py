@@ -74,10 +74,12 @@ def reencoded(case: Case) -> Changed:
 
 
 def without_last_frame(case: Case) -> Changed | None:
+    """The clip without its last frame, where it has three."""
     return (case.video[:-1], case.prompt) if len(case.video) > 2 else None
 
 
 def with_one_more_frame(case: Case) -> Changed:
+    """The clip with its last frame twice."""
     return torch.cat([case.video, case.video[-1:]]), case.prompt
 
 
@@ -87,6 +89,7 @@ def at_another_rate(case: Case) -> Changed:
 
 
 def mirrored(case: Case) -> Changed:
+    """The mirror image under the mirrored prompt."""
     return case.video.flip(-1), swap_sides(case.prompt)
 
 
@@ -97,6 +100,7 @@ def shuffled(case: Case) -> Changed | None:
 
 
 def frozen(case: Case) -> Changed | None:
+    """The middle frame all the time. Nothing to say of a clip that hardly moves."""
     middle = case.video[len(case.video) // 2]
     return (middle.expand_as(case.video), case.prompt) if moves(case.video) else None
 
@@ -123,10 +127,12 @@ def oversaturated(case: Case) -> Changed | None:
 
 
 def reversed_in_time(case: Case) -> Changed | None:
+    """The clip backwards, where its prompt names a direction."""
     return (case.video.flip(0), case.prompt) if case.directed else None
 
 
 def under_a_wrong_prompt(case: Case) -> Changed | None:
+    """The clip under another prompt, where one is known that is wrong."""
     return (case.video, case.wrong_prompt) if case.wrong_prompt else None
 
 

@@ -75,6 +75,7 @@ def toy_tokenizer() -> Any:
 
 
 def toy_text_encoder() -> Any:
+    """Wan's kind of text encoder with random weights, a few thousand of them."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     return UMT5EncoderModel(UMT5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, relative_attention_num_buckets=8)).eval()

@@ -85,6 +85,8 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
 
 
 class CrossAttention(nn.Module):
+    """Every clip's tokens look at the tokens of its own text."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -101,6 +103,8 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention within a clip, attention to its text, MLP; each norm is modulated by time and gated, but for the text's."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         w = config.width

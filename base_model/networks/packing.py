@@ -122,6 +122,8 @@ def grid_positions(grid: tuple[int, int, int]) -> Tensor:
 
 
 class Packed(NamedTuple):
+    """Tokens of several clips, one after another, with their places and where each clip begins."""
+
     tokens: Tensor  # [N, c]
     positions: Tensor  # [N, 3]
     segments: Segments

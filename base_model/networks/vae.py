@@ -24,6 +24,8 @@ from base_model.types import LatentSpec
 
 @dataclass(frozen=True)
 class VAEConfig:
+    """The architecture of a video autoencoder: latent channels, width, blocks of either side, pixels and frames a latent."""
+
     channels: int = 8
     width: int = 128
     encoder_depth: int = 2

@@ -32,6 +32,8 @@ class Canvas(NamedTuple):
 
 
 class Encoder(Protocol):
+    """What encodes clips into latents."""
+
     @property
     def latents(self) -> LatentSpec: ...
     def encode(self, video: Tensor) -> Tensor: ...

@@ -51,6 +51,7 @@ from reward.app.store import Store, new_id, open_store
 StoreKind = Literal["sqlite", "postgresql"]
 START_SECONDS = 60.0
 TAKES = 4
+PARTS = 10
 REMARKS = (
     "One server process, its database and the simulated labelers share the machine. Milliseconds; `next_task` is two requests, the lease and the task's data. "
     "`server_cpu_share`: of one core.",
@@ -253,7 +254,7 @@ def measure_store(kind: StoreKind, labelers: int, think: float, seconds: float) 
         store = open_store(folder, database)
         rate = labelers / think if think else 150
         project_id, cookies = seed_store(store, labelers, int(2 * rate * seconds) + 2 * labelers)
-        sessions = [(cookie, _csrf(store, cookie)) for cookie in cookies]
+        sessions = [(cookie, csrf_of(store, cookie)) for cookie in cookies]
         store.close()
         with served(folder, database) as (url, process):
             cpu = _cpu(process.pid)
@@ -285,7 +286,7 @@ def measure_store(kind: StoreKind, labelers: int, think: float, seconds: float) 
     }
 
 
-def _csrf(store: Store, cookie: str) -> str:
+def csrf_of(store: Store, cookie: str) -> str:
     from reward.app.security import actor_of_session
 
     actor = actor_of_session(store, cookie)
@@ -323,7 +324,7 @@ def beside(cfg: Config) -> list[Row]:
         store = open_store(ours)
         imported = import_ours(store, 1_000)
         project_id, (cookie,) = seed_store(store, 1, 2 * cfg.peer_tasks + 10)
-        csrf = _csrf(store, cookie)
+        csrf = csrf_of(store, cookie)
         store.close()
         url, _ = stack.enter_context(served(ours, None))
         theirs = stack.enter_context(peer.served(python, Path(place) / "theirs", _free_port()))
@@ -361,14 +362,23 @@ def _answer_ours(client: httpx2.Client, project_id: str, number: int) -> Iterato
         task_id = client.post(f"/api/projects/{project_id}/label/next", json={}).json()["assignment_id"]
         client.get(f"/api/assignments/{task_id}").raise_for_status()
         got = time.perf_counter()
-        body = {"id": new_id("z"), "ranks": {"overall": [1, 2, 3, 4]}, "watched": [1.0] * TAKES, "watch_ms": [2_000] * TAKES, "lead_time_ms": 3_000}
-        client.post(f"/api/assignments/{task_id}/answer", json=body).raise_for_status()
+        client.post(f"/api/assignments/{task_id}/answer", json=answer_body()).raise_for_status()
         yield got - began, time.perf_counter() - got
 
 
+def answer_body() -> Row:
+    """The answer of somebody who watched everything."""
+    return {"id": new_id("z"), "ranks": {"overall": [1, 2, 3, 4]}, "watched": [1.0] * TAKES, "watch_ms": [2_000] * TAKES, "lead_time_ms": 3_000}
+
+
 def _ratio(what: str, ours: Sequence[float], theirs: Sequence[float]) -> Row:
+    """Medians and their ratio; with the smallest and the largest ratio of ten parts of the turns, one after another, where there are so many."""
     mine, their = statistics.median(ours), statistics.median(theirs)
-    return {"what": what, "ours": _ms(mine), "peer": _ms(their), "ratio": round(mine / their, 4), "times": len(ours)}
+    size = len(ours) // PARTS
+    turns = [slice(size * k, size * (k + 1)) for k in range(PARTS)] if size else []
+    ratios = [statistics.median(ours[some]) / statistics.median(theirs[some]) for some in turns]
+    between = {"ratio_low": round(min(ratios), 4), "ratio_high": round(max(ratios), 4)} if ratios else {"ratio_low": None, "ratio_high": None}
+    return {"what": what, "ours": _ms(mine), "peer": _ms(their), "ratio": round(mine / their, 4), **between, "times": len(ours)}
 
 
 def _free_port() -> int:

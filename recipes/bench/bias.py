@@ -33,7 +33,7 @@ from recipes.bench._start import Begin, Start, the_start
 from recipes.bench._trained import kept
 from recipes.bench.hacking import unranked
 from recipes.bias import Audit, Blocked, audit_bias, chart_of
-from recipes.charts import Series, line_chart, page
+from recipes.charts import Series, alone, line_chart, page
 from recipes.disparity import Tally
 from recipes.evaluate import generator
 from recipes.feedback import StoppedByGuard
@@ -345,11 +345,6 @@ def power_chart(cfg: Config, rows: Sequence[Row]) -> str:
     return page(drawn, STYLE)
 
 
-def alone(chart: str) -> str:
-    """A chart as an SVG file of its own."""
-    return chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f'><style>{STYLE}</style><rect class="paper" width="100%" height="100%"/>', 1) + "\n"
-
-
 def shrunk(cfg: Config) -> Config:
     """The quick form: shows that all of it runs, and nothing else."""
     policy = cfg.policy.model_copy(update={"iterations": 1, "prompts": 2, "group_size": 4, "updates": 1, "evaluate_every": 5})
@@ -375,7 +370,7 @@ def run_all(cfg: Config, out: Path, *, quick: bool) -> tuple[dict[str, list[Row]
     parts = {"power": power, "colours": value_rows(cfg, found["audit"]), "models": model_rows(found)}
     parts["pool"] = [{"prompts": len(pool), "clips": pool.size, "no_colour": unclear, "between_prompts": between}]
     asked = claims(cfg, parts)
-    return {"claims": asked, **parts}, alone(chart_of(found["audit"])), power_chart(cfg, power)
+    return {"claims": asked, **parts}, alone(chart_of(found["audit"]), STYLE), power_chart(cfg, power)
 
 
 HEADINGS = {"claims": "Asked", "power": "Audits that resample one pool", "colours": "What RL did, by colour", "models": "What RL did, before and after", "pool": "The pool"}

@@ -92,9 +92,14 @@ def run_updates(cfg: Config, recipe: Recipe, reward: Mixture, out: Path) -> Meas
     return Measured(laps.done[1:], memory.peak_bytes)
 
 
+def reward_of(cfg: Config) -> Mixture:
+    """The reward model given, or one with fresh weights."""
+    return standardised(load_reward_model(cfg.reward, TextEncoder()) if cfg.reward else RewardModel(Matcher(), Quality(), ("overall",), TextEncoder()).eval(), 0.5)
+
+
 def measure(cfg: Config) -> list[Row]:
     """One row a recipe."""
-    reward = standardised(load_reward_model(cfg.reward, TextEncoder()) if cfg.reward else RewardModel(Matcher(), Quality(), ("overall",), TextEncoder()).eval(), 0.5)
+    reward = reward_of(cfg)
     found: dict[Recipe, list[Measured]] = {recipe: [] for recipe in cfg.recipes}
     with Progress("phases", total=cfg.rounds * len(found)) as progress:
         for _ in range(cfg.rounds):

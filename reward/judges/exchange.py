@@ -203,6 +203,7 @@ def one_line(text: str) -> str:
 
 
 def check_url(url: str) -> str:
+    """The address as it is asked. Raises UserError for one that is none, or holds a password or a query."""
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL as error:

@@ -372,6 +372,7 @@ def violates(readings: Sequence[Reading], code: str = ANY) -> bool | None:
 
 
 def by_clip(readings: Iterable[Reading]) -> dict[str, list[Reading]]:
+    """The readings of each clip, in their order."""
     found: dict[str, list[Reading]] = defaultdict(list)
     for reading in readings:
         found[reading.clip_id].append(reading)

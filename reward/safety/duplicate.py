@@ -74,6 +74,7 @@ def block(clip_id: str, policy: str, video: Tensor, fps: float) -> BlockedClip:
 
 
 def save_blocked(path: str | Path, blocked: Sequence[BlockedClip]) -> None:
+    """Writes what `load_blocked` reads."""
     rows = [{"clip_id": each.clip_id, "policy": each.policy, "looks": [" ".join(look) for look in each.looks]} for each in blocked]
     write_atomic(Path(path), json.dumps({"format": FORMAT, "samples_a_second": SAMPLES_A_SECOND, "clips": rows}, indent=1).encode())
 

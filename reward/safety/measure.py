@@ -168,6 +168,7 @@ class Estimate(NamedTuple):
 
 
 def unknown(note: str) -> Estimate:
+    """No estimate, and why."""
     return Estimate(math.nan, math.nan, math.nan, note)
 
 

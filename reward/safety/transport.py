@@ -75,6 +75,7 @@ def put(each: Any, request: Request) -> object:
 
 
 def failure_of(error: BaseException) -> Failure:
+    """An error in one line that can be sent, of 200 characters at most."""
     try:
         text = " ".join(str(error).split())
     except Exception:  # an error that cannot even be told

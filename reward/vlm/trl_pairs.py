@@ -19,6 +19,8 @@ from reward.vlm.model import VlmReward
 
 
 class TrlParts(NamedTuple):
+    """What trl's RewardTrainer is given."""
+
     model: Any  # a PreTrainedModel around the reward; what trl trains is the reward itself
     dataset: Any  # datasets.Dataset, a row a pair
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]

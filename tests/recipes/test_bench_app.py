@@ -30,7 +30,10 @@ def test_importing_makes_a_task_of_every_two_clips(tmp_path: Path) -> None:
 
 
 def test_a_ratio_below_one_is_faster_than_the_peer() -> None:
-    assert app._ratio("next task", [0.01, 0.02, 0.5], [0.1, 0.2, 0.3]) == {"what": "next task", "ours": 20.0, "peer": 200.0, "ratio": 0.1, "times": 3}
+    few = app._ratio("next task", [0.01, 0.02, 0.5], [0.1, 0.2, 0.3])
+    assert few == {"what": "next task", "ours": 20.0, "peer": 200.0, "ratio": 0.1, "ratio_low": None, "ratio_high": None, "times": 3}
+    many = app._ratio("next task", [0.01] * 18 + [0.03] * 2, [0.1] * 20)
+    assert (many["ratio"], many["ratio_low"], many["ratio_high"]) == (0.1, 0.1, 0.3), "of ten parts of the turns"
 
 
 def test_a_peer_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:

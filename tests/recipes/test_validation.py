@@ -21,7 +21,7 @@ from base_model.families.wan import WanVideoModel
 from base_model.types import Conditioning, Known, TrainableModel
 from recipes.bench._examples import InMemory
 from recipes.examples import Velocities
-from recipes.validation import LOOKS, Look, Shaped, Summary, Validation, append_look, batches_of, cut_looks, read_looks, split
+from recipes.validation import LOOKS, Look, Shaped, Summary, Validation, append_look, batches_of, read_looks, split
 from tests.base_model.families import tiny_ltx, tiny_wan
 from tests.recipes.small import small_model
 
@@ -258,13 +258,6 @@ def test_a_resumed_run_has_no_look_twice(tmp_path: Path) -> None:
         append_look(tmp_path, look)
     append_look(tmp_path, looks(3)[0])
     assert same(read_looks(tmp_path), looks(1, 3)), "those after it are of weights that are gone"
-    cut_looks(tmp_path, 3)
-    assert same(read_looks(tmp_path), looks(1))
-    before = (tmp_path / LOOKS).stat().st_mtime_ns
-    cut_looks(tmp_path, 2)
-    assert (tmp_path / LOOKS).stat().st_mtime_ns == before
-    cut_looks(tmp_path / "nothing", 0)
-    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize("text", ["{", "[]\n", "{}\n", '{"iteration": 1, "raw": {}}\n', "\x00"])
