@@ -22,6 +22,7 @@ Nothing heavy is imported before the command is known, and the environment is se
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
 import importlib
 import itertools
@@ -44,6 +45,14 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",  # set it to 0 to let a command download a model you named
 }
+
+KEPT_MEMORY = {
+    -8: 1,  # M_ARENA_MAX: threads share what one of them gave back
+    -3: 32 << 20,  # M_MMAP_THRESHOLD: larger blocks than 32 MiB, the most there is, still go back to the system
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: the rest does not
+    -2: 64 << 20,  # M_TOP_PAD
+}
+"""glibc's settings (`mallopt(3)`). As it comes it returns every large tensor to the system when it is freed, and the next one of that size is paid with a page fault for each 4 KiB."""
 
 
 class Command(NamedTuple):
@@ -122,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return (_report(UserError("no command. `rushes --help` lists them"), as_json=True, debug=False) if as_json else _say(usage())) or 2
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    _keep_memory()
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         with _stdout_to_stderr() if as_json else contextlib.nullcontext():
@@ -135,6 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if as_json:
         return _say(json.dumps({"help": result} if isinstance(result, str) else plain(result)))
     return _say(result if isinstance(result, str) else _lines(plain(result)))
+
+
+def _keep_memory() -> None:
+    """What was freed is used again, where the C library is glibc and its settings are nobody's choice."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        for option, value in KEPT_MEMORY.items():
+            mallopt(option, value)
 
 
 def usage() -> str:

@@ -18,8 +18,8 @@ class PeakMemory:
     Example: `with PeakMemory() as memory: work()` and then `memory.peak_bytes`.
     """
 
-    def __init__(self, interval: float = 0.2) -> None:
-        """`interval`: seconds between two samples."""
+    def __init__(self, interval: float = 0.5) -> None:
+        """`interval`: seconds between two samples; each asks the system for all its processes, 2 ms for a hundred."""
         self.peak_bytes = 0
         self._interval = interval
         self._done = threading.Event()

@@ -68,6 +68,26 @@ def test_the_environment_is_set_before_torch_is_imported() -> None:
     assert found == {"torch": False, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "0"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the setting is glibc's")
+@pytest.mark.parametrize(("environment", "fresh"), [({}, False), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, True)])
+def test_freed_memory_is_used_again_unless_the_environment_says_otherwise(environment: dict[str, str], fresh: bool) -> None:
+    code = textwrap.dedent("""
+        import resource
+        import numpy as np
+        import recipes.cli
+        recipes.cli._run = lambda words, flags: {}
+        recipes.cli.main(["doctor"])
+        np.ones(1 << 18)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            np.ones(1 << 18)  # 2 MiB, below what numpy asks huge pages for
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    faults = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**plain, **environment}).stdout.split()[-1])
+    assert faults >= 20 * 512 if fresh else faults < 512, f"{faults} page faults for 20 arrays of 512 pages"
+
+
 def test_no_command_shows_the_usage_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "rushes COMMAND" in capsys.readouterr().out
