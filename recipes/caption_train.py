@@ -3,7 +3,8 @@
 The loss is the negative log-likelihood of the caption's tokens and of its end, nothing else. Frames are taken and cut into patches by `base_model/prompts/caption.py`, since
 transformers' own video processors need torchvision. Without a model and a folder, a tiny one of random weights learns the built-in world. The result is a folder that transformers,
 `rushes caption` and this command read.
-What it leaves out: several processes, and any choice of the best step: what the last step left is kept.
+Under torchrun processes share the clips of a step (accelerate's DDP); the first one looks at held-out clips and writes.
+What it leaves out: any choice of the best step: what the last step left is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from align.config import Config as BaseConfig
 from align.config import Count, Positive, Seed, Whole, dump, leaves, path_keys, resolved
 from align.optimizers import MuonWithAdamW, build_optimizer, warmup_cosine
+from align.processes import is_main, join, on_main, started
 from align.progress import Progress
 from base_model.checkpoint import atomic_write, check_can_write, disk_errors, read_json
 from base_model.errors import UserError
@@ -161,13 +164,16 @@ def fit(cfg: Config, captioner: Captioner, pairs: Pairs, *, resume: bool, quiet:
             losses = [line["loss"] for line in state.log_history if "loss" in line]
             progress.advance(f"loss {losses[-1]:.3f}" if losses else "")
 
-    together = min(cfg.together, cfg.batch)
+    own, left = divmod(cfg.batch, started())
+    if left:
+        raise UserError(f"{started()} processes cannot share the {cfg.batch} clips of a step evenly, batch. Give a multiple, or start other processes")
+    together = min(cfg.together, own)
     warnings.filterwarnings("ignore", "`gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning)  # trl uses transformers' old names
     settings = SFTConfig(
         str(cfg.out / "checkpoints"),
         max_steps=cfg.steps,
         per_device_train_batch_size=together,
-        gradient_accumulation_steps=-(-cfg.batch // together),
+        gradient_accumulation_steps=-(-own // together),
         max_grad_norm=1.0,
         seed=cfg.seed % 2**32,
         use_cpu=not cuda,
@@ -186,7 +192,7 @@ def fit(cfg: Config, captioner: Captioner, pairs: Pairs, *, resume: bool, quiet:
     last = checkpoint_of(cfg.out) if resume else None
     if last is not None:
         restore(cfg, network, last)
-    with Progress("caption-train", total=cfg.steps, done=steps_of(last) if last else 0, quiet=quiet) as progress:
+    with Progress("caption-train", total=cfg.steps, done=steps_of(last) if last else 0, quiet=quiet or not is_main()) as progress:
         trainer = SFTTrainer(
             network,
             settings,
@@ -277,16 +283,21 @@ def claim(cfg: Config, resume: bool) -> None:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     begun = time.monotonic()
-    claim(cfg, resume)
+    join()
+    on_main(partial(claim, cfg, resume))
     captioner, frames = captioner_to_train(cfg)
     pairs, held_out = pairs_of(cfg, frames, captioner.vlm)
-    before = held_out_loss(captioner, held_out, cfg.together)
+    before = on_main(partial(held_out_loss, captioner, held_out, cfg.together))
     curve = fit(cfg, captioner, pairs, resume=resume)
     captioner.vlm.network.eval()
     if cfg.lora_rank:
         captioner.vlm.network = merge(captioner.vlm.network)
-    after = held_out_loss(captioner, held_out, cfg.together)
-    save(cfg.out / MODEL, captioner, frames)
-    found = {"held_out_loss": after, "held_out_loss_before": before, "loss": curve, "clips": len(pairs), "wall_seconds": round(time.monotonic() - begun, 1)}
-    atomic_write(cfg.out / "captioner.json", (json.dumps({**resolved(cfg), "measured": found}, indent=2) + "\n").encode())
-    return {"model": str(cfg.out / MODEL), **found}
+
+    def saved() -> dict[str, Any]:
+        after = held_out_loss(captioner, held_out, cfg.together)
+        save(cfg.out / MODEL, captioner, frames)
+        found = {"held_out_loss": after, "held_out_loss_before": before, "loss": curve, "clips": len(pairs), "wall_seconds": round(time.monotonic() - begun, 1)}
+        atomic_write(cfg.out / "captioner.json", (json.dumps({**resolved(cfg), "measured": found}, indent=2) + "\n").encode())
+        return found
+
+    return {"model": str(cfg.out / MODEL), **on_main(saved)}
