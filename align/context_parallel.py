@@ -91,6 +91,6 @@ def _plain(network: Any) -> Any:
 
 def _tell_attention(network: Any, config: Any) -> None:
     for module in network.modules():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_parallel_config"):
             processor._parallel_config = config

@@ -18,8 +18,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from base_model.errors import Interrupted, RushesError
 
@@ -34,8 +32,11 @@ def started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join() -> Accelerator:
-    """Meets the others, where torchrun started any; all call it, before anything else that is said here. Again it does nothing."""
+def join() -> Any:
+    """Meets the others, where torchrun started any; all call it, before anything else that is said here. Again it does nothing. Returns accelerate's Accelerator."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
     if accelerator.num_processes > 1:
         atexit.register(accelerator.end_training)  # torch aborts where its process group is still open at the end
@@ -66,6 +67,8 @@ def broadcast(value: Any) -> Any:
     """The value of the first process, in all of them: numbers, text, tensors, and what holds them."""
     if is_alone():
         return value
+    from accelerate.utils import broadcast_object_list
+
     told = [value]
     broadcast_object_list(told)
     return told[0]
@@ -75,6 +78,8 @@ def on_main(work: Callable[[], R]) -> R:
     """What the first process finds, in all of them; the others wait. Its errors that are reported in one line are raised in all of them, too."""
     if is_alone():
         return work()
+    from accelerate.utils import broadcast_object_list
+
     told: list[Any] = [None, None]
     if is_main():
         try:

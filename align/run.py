@@ -121,6 +121,7 @@ class Run:
         self._registered: dict[str, tuple[Stateful, bool]] = {}
         self._looping = self._stopping = self._compared = False
         self._sharded: nn.Module | None = None
+        self._sharded_trains = False
         self._split: nn.Module | None = None
         self._writer: Any = None
         self._note = self._remark = ""
@@ -180,10 +181,11 @@ class Run:
         """Networks and optimizers onto the device (and into DDP under torchrun), in the order given; one thing comes back alone."""
         return self.accelerator.prepare(*things)
 
-    def shard(self, network: nn.Module) -> None:
+    def shard(self, network: nn.Module, *, frozen: bool = False) -> None:
         """Spreads the weights of `network`, what the recipe calls, over the processes, in place (`sharding.py`), and moves it onto the device; one process keeps it whole.
 
-        Call it before optimizer and average are built. Raises UserError for what cannot be cut, GuardStop where processes begin with other weights.
+        frozen: only those that do not train, under an adapter. Else call it before optimizer and average are built. Raises UserError for what cannot be cut, GuardStop where
+        processes begin with other weights.
         """
         if self._sharded is not None or self._looping:
             raise ValueError("a run shards one network, before its loop begins")
@@ -192,8 +194,8 @@ class Run:
             return
         sharding.check_can_shard(network)
         self._compare_norms(list(network.parameters()))  # afterwards each holds a part, which no other can check
-        sharding.shard(network, self.device, self.processes)
-        self._sharded = network
+        sharding.shard(network, self.device, self.processes, frozen=frozen)
+        self._sharded, self._sharded_trains = network, not frozen
 
     def split_clips(self, network: nn.Module) -> None:
         """Spreads the tokens of every clip over the processes, in place (`context_parallel.py`): all of them then work on all items together; one process keeps clips whole.
@@ -223,7 +225,7 @@ class Run:
         """Makes the network that was sharded, or whose clips were split, plain again, for good: before it is merged or saved. Call it behind the loop, in all processes."""
         if self._sharded is not None:
             sharding.unshard(self._sharded)
-            self._sharded = None
+            self._sharded, self._sharded_trains = None, False
         if self._split is not None:
             context_parallel.unsplit(self._split)
             self._split = None
@@ -308,7 +310,7 @@ class Run:
         not depend on the number of cores. parts: this process's `share` of them; gradients of all processes are added up. Returns the losses of all without graph,
         in order. Without any loss gradients stay as they were. Raises GuardStop, before any optimizer sees it, where one is not finite. In a sharded run parts go one by one.
         """
-        if self._sharded is not None:
+        if self._sharded_trains:
             return self._backward_sharded(losses, parts)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -598,7 +600,7 @@ class Run:
             return
         self._compared = True
         gradients = [torch.zeros((), device=self.device) if one.grad is None else one.grad for one in parameters]
-        self._compare_norms([] if self._sharded is not None else [*gradients, *parameters])
+        self._compare_norms([] if self._sharded_trains else [*gradients, *parameters])
 
     def _compare_norms(self, tensors: Sequence[Tensor]) -> None:
         """All processes hold the same tensors, and draw the same number."""

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 
 from align.processes import is_main, on_main
 from align.progress import Progress
@@ -106,6 +105,7 @@ def common_arguments(folder: Path, *, seed: int, steps: int, save_every: int) ->
 
 
 def _callback(begun: Path | None, label: str, note: str, progress: Progress) -> Any:
+    from accelerate.utils import gather_object
     from transformers import TrainerCallback, set_seed
 
     class Checkpoints(TrainerCallback):

@@ -15,10 +15,16 @@ import torch
 
 from align.run import latest_checkpoint, read_metrics
 from base_model.checkpoint import load_weights
+from base_model.prompts.text import TextEncoder
 from base_model.video.files import write_mp4
 from recipes.cli import COMMANDS
+from reward.matcher import Matcher
+from reward.model import RewardModel, save_reward_model
+from reward.quality import Quality
+from tests.base_model.families import tiny_wan
 from tests.recipes.killed import Server
 from tests.recipes.small import save_small_network, save_small_reward_model
+from tests.recipes.test_families import clear
 from tests.recipes.test_resume import finished
 from tests.recipes.test_rounds import POLICY, TOY
 from tests.recipes.test_vlm_reward import make_world
@@ -37,6 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_small_reward_model(folder / "reward")
     make_world(folder, 12)
     save_tiny(folder / "vlm", "qwen3_vl")
+    clear(tiny_wan.text_to_video()).save_pretrained(folder / "wan")
+    torch.manual_seed(1)
+    reward = RewardModel(Matcher(), Quality(), ("overall",), TextEncoder())
+    reward.scale.fill_(1e-3)  # a fresh one says almost the same of all clips
+    (folder / "sharp").mkdir()
+    save_reward_model(folder / "sharp", reward, {})
     (folder / "captioned").mkdir()
     rows = []
     for k in range(10):
@@ -147,6 +159,38 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(recipe: str, befo
     ended = finished(server.run([*words, "--resume"], processes=after))
     assert f"saved by {before} process" in ended.said
     assert alike(recipe, tmp_path / "run", undisturbed) < 1e-5
+
+
+# Frozen weights spread over the processes
+
+
+def nft_words(out: Path, folder: Path, *, shard: bool) -> list[str]:
+    policy = {"iterations": 3, "updates": 1, "prompts": 2, "group_size": 2, "micro_batch": 1, "lora_rank": 2, "lr": 1e-4, "evaluate_every": 2, "save_every": 1, "old_rate": 0.1}
+    keys = {"model": str(folder / "wan"), "reward": str(folder / "sharp"), "prompt_pool": 4, "held_out_prompts": 2, "constrained": False, "guards.watch": False, "shard": shard}
+    sampler = {"steps": 2, "frames": 5, "height": 16, "width": 16}
+    return [
+        "nft",
+        "--out",
+        str(out),
+        *words_of({**keys, **{f"policy.{key}": value for key, value in policy.items()}, **{f"sampler.{key}": value for key, value in sampler.items()}}),
+    ]
+
+
+def test_rl_with_its_frozen_weights_sharded_makes_the_steps_of_whole_ones_and_goes_on_in_one_process(folder: Path, server: Server, tmp_path: Path) -> None:
+    """In one process numbers differ by more: this reward magnifies rounding a thousand times."""
+    ended = finished(server.run(nft_words(tmp_path / "whole", folder, shard=False), processes=2))
+    finished(server.run(nft_words(tmp_path / "cut", folder, shard=True), processes=2))
+    killed = server.run(nft_words(tmp_path / "turns", folder, shard=True), processes=2, kill=("update", 3), victim=1)
+    assert ended.moments["update"] == 3 and -9 in killed.statuses, killed.said
+    finished(server.run([*nft_words(tmp_path / "turns", folder, shard=True), "--resume"]))
+    wanted, adapter = read_metrics(tmp_path / "whole", wall_clock=False), load_weights(tmp_path / "whole" / "adapter.safetensors")[0]
+    for name, rel in (("cut", 1e-5), ("turns", 1e-2)):
+        for row, same in zip(read_metrics(tmp_path / name, wall_clock=False), wanted, strict=True):
+            told = [key for key in same if same[key] is not None]
+            assert row.keys() == same.keys() and {key: row[key] for key in told} == pytest.approx({key: same[key] for key in told}, rel=rel, abs=1e-6)
+        found = load_weights(tmp_path / name / "adapter.safetensors")[0]
+        assert found.keys() == adapter.keys() and max(float((found[key] - adapter[key]).abs().max()) for key in adapter) < 1e-5
+        assert max(float(found[key].abs().max()) for key in found if "lora_B" in key) > 1e-4, "nothing moved"
 
 
 # trl's own loops
