@@ -27,7 +27,6 @@ that is not is told, and moved aside to `checkpoints/damaged-<iteration>/`.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -42,7 +41,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -50,11 +48,10 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from align import selfcheck, sharding
+from align import context_parallel, processes, selfcheck, sharding
 from align.config import Config, leaves, path_keys, resolved
 from align.objectives import Loss
 from align.progress import Progress
@@ -81,7 +78,6 @@ SUMS = "SHA256SUMS"
 """File of a checkpoint with the hashes of its other files, as `sha256sum -c` reads them."""
 DAMAGED = "damaged-"
 SAME_WORD_SECONDS = 1.0  # a scheduler signals every process, and torchrun passes on what it was sent: each process hears it twice
-LONGEST_WAIT = timedelta(hours=12)  # of processes for one another: the first one alone looks at held-out clips
 
 
 class Stateful(Protocol):
@@ -117,11 +113,10 @@ class Run:
         clash = sorted(set(metrics) & set(BUILT_IN_METRICS))
         if clash:
             raise ValueError(f"metrics {clash} are written by Run itself")
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
-        self.processes = self.accelerator.num_processes
-        if self.processes > 1:
-            atexit.register(self.accelerator.end_training)  # torch aborts where its process group is still open at the end
-        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.accelerator = processes.join()
+        self.processes = 1 if processes.is_alone() else self.accelerator.num_processes
+        self.rank = self.accelerator.process_index if self.processes > 1 else 0
+        self.device, self.is_main = self.accelerator.device, self.rank == 0
         self.out, self.cfg, self.seed, self.quiet = Path(out), cfg, seed, quiet or not self.is_main
         self.metrics = {**BUILT_IN_METRICS, **metrics}
         self.iteration = 0  # iterations finished; inside the loop also the index of the present one
@@ -131,6 +126,8 @@ class Run:
         self._registered: dict[str, tuple[Stateful, bool]] = {}
         self._looping = self._stopping = self._compared = False
         self._sharded: nn.Module | None = None
+        self._sharded_trains = False
+        self._split: nn.Module | None = None
         self._writer: Any = None
         self._note = self._remark = ""
         self._notes: dict[str, Any] = {}
@@ -150,35 +147,30 @@ class Run:
         """Which of the items, the same in all processes, are this one's: consecutive ones, in the order of the processes; all where there is one process.
 
         key: what in the configuration makes the items. With it, raises UserError where a process would have none. Raises UserError in a sharded run where the processes
-        would not have equally many: each would wait for the others' weights.
+        would not have equally many: each would wait for the others' weights. Where clips are split all items are everyone's: of each clip a share.
         """
+        if self._split is not None:
+            return list(items)
         if self._sharded is not None and len(items) % self.processes:
             told = f"a sharded run makes equally many passes in each of its {self.processes} processes, and {len(items)} parts{key and f', {key},'} are no multiple of that"
             raise UserError(f"{told}. Change their number, start other processes, or leave sharding off")
         if key and len(items) < self.processes:
             raise UserError(f"{self.processes} processes cannot share {len(items)} micro-batches, {key}. Lower it, or start fewer processes")
-        begin, end = (len(items) * rank // self.processes for rank in (self.accelerator.process_index, self.accelerator.process_index + 1))
+        begin, end = (len(items) * rank // self.processes for rank in (self.rank, self.rank + 1))
         return list(items[begin:end])
 
     def gather(self, items: Iterable[T]) -> list[T]:
-        """The items of all processes, in the order of the processes: numbers, text, tensors on the CPU, and what holds them."""
-        return list(items) if self.processes == 1 else list(gather_object(list(items)))
+        """The items of all processes, in the order of the processes: numbers, text, tensors on the CPU, and what holds them. Where clips are split all have the same ones."""
+        return list(items) if self.processes == 1 or self._split is not None else list(gather_object(list(items)))
+
+    def wait(self) -> None:
+        """For the others."""
+        if self.processes > 1:
+            self.accelerator.wait_for_everyone()
 
     def on_main(self, work: Callable[[], R]) -> R:
         """What the first process finds, in all of them; the others wait. Its UserError or GuardStop is raised in all of them, too."""
-        if self.processes == 1:
-            return work()
-        told: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                told[0] = work()
-            except (UserError, GuardStop) as error:
-                told[1] = error
-        broadcast_object_list(told)
-        if told[1] is not None:
-            raise told[1]
-        found: R = told[0]
-        return found
+        return processes.on_main(work) if self.processes > 1 else work()
 
     # Verbs of a recipe
 
@@ -194,10 +186,11 @@ class Run:
         """Networks and optimizers onto the device (and into DDP under torchrun), in the order given; one thing comes back alone."""
         return self.accelerator.prepare(*things)
 
-    def shard(self, network: nn.Module) -> None:
+    def shard(self, network: nn.Module, *, frozen: bool = False) -> None:
         """Spreads the weights of `network`, what the recipe calls, over the processes, in place (`sharding.py`), and moves it onto the device; one process keeps it whole.
 
-        Call it before optimizer and average are built. Raises UserError for what cannot be cut, GuardStop where processes begin with other weights.
+        frozen: only those that do not train, under an adapter. Else call it before optimizer and average are built. Raises UserError for what cannot be cut, GuardStop where
+        processes begin with other weights.
         """
         if self._sharded is not None or self._looping:
             raise ValueError("a run shards one network, before its loop begins")
@@ -206,20 +199,41 @@ class Run:
             return
         sharding.check_can_shard(network)
         self._compare_norms(list(network.parameters()))  # afterwards each holds a part, which no other can check
-        sharding.shard(network, self.device, self.processes)
-        self._sharded = network
+        sharding.shard(network, self.device, self.processes, frozen=frozen)
+        self._sharded, self._sharded_trains = network, not frozen
+
+    def split_clips(self, network: nn.Module) -> None:
+        """Spreads the tokens of every clip over the processes, in place (`context_parallel.py`): all of them then work on all items together; one process keeps clips whole.
+
+        Raises UserError for a network that cannot be split.
+        """
+        if self._sharded is not None or self._split is not None or self._looping:
+            raise ValueError("a run splits the clips of one network, which is not sharded, before its loop begins")
+        if self.processes > 1:
+            context_parallel.split(network, self.device, self.processes)
+            self._split = network
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, every process holds all weights of the sharded network, to call without gradient as often as it likes. All processes enter; without sharding nothing happens."""
-        with contextlib.nullcontext() if self._sharded is None else sharding.whole(self._sharded):
+        """Inside, every process holds all weights of the sharded network, or all tokens of split clips, to call without gradient as often as it likes. All processes enter.
+
+        In other runs nothing happens.
+        """
+        with contextlib.ExitStack() as inside:
+            if self._sharded is not None:
+                inside.enter_context(sharding.whole(self._sharded))
+            if self._split is not None:
+                inside.enter_context(context_parallel.whole(self._split))
             yield
 
     def unshard(self) -> None:
-        """Makes the sharded network plain again, for good: before it is merged or saved. Call it behind the loop, in all processes."""
+        """Makes the network that was sharded, or whose clips were split, plain again, for good: before it is merged or saved. Call it behind the loop, in all processes."""
         if self._sharded is not None:
             sharding.unshard(self._sharded)
-            self._sharded = None
+            self._sharded, self._sharded_trains = None, False
+        if self._split is not None:
+            context_parallel.unsplit(self._split)
+            self._split = None
 
     def register(self, name: str, thing: Stateful, *, trainable_only: bool = False) -> None:
         """Keeps `thing` in every checkpoint. `trainable_only`: of a network, the parameters that train (a LoRA adapter on a frozen base)."""
@@ -292,14 +306,16 @@ class Run:
         self._check_finite("loss", loss.detach())
         self.accelerator.backward(loss / divide_by)
 
-    def backward_each(self, optimizer: Any, losses: Callable[[T], Iterable[Loss]], parts: Sequence[T]) -> list[Loss]:
+    def backward_each(self, optimizer: Any, losses: Callable[[T], Iterable[Loss]], parts: Sequence[T], *, one_by_one: bool = False) -> list[Loss]:
         """Adds the gradient of all losses of all parts of a batch; the parts go side by side on the CPU's cores (`in_threads`), the losses of one part one by one.
+
+        one_by_one: parts too, each on all cores, for what is too large to go side by side; then the bits depend on the number of cores.
 
         losses: a generator that yields losses ready to be added, already divided by what the batch holds. The sum is taken in the order of the parts, so it does
         not depend on the number of cores. parts: this process's `share` of them; gradients of all processes are added up. Returns the losses of all without graph,
         in order. Without any loss gradients stay as they were. Raises GuardStop, before any optimizer sees it, where one is not finite. In a sharded run parts go one by one.
         """
-        if self._sharded is not None:
+        if self._sharded_trains:
             return self._backward_sharded(losses, parts)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -312,7 +328,7 @@ class Run:
                 seen.append(Loss(loss.value.detach(), loss.stats))
             return total, seen
 
-        found = in_threads(gradient, parts, self.device)
+        found = [gradient(part) for part in parts] if one_by_one else in_threads(gradient, parts, self.device)
         told = self._told([loss for _, seen in found for loss in seen])
         if not told:
             return []
@@ -397,7 +413,7 @@ class Run:
         states = {name: flatten(self._state_of(*entry), gather) for name, entry in self._registered.items()}
         if self.is_main:
             self._write(states)
-        self.accelerator.wait_for_everyone()
+        self.wait()
 
     @property
     def forward_passes(self) -> int:
@@ -433,7 +449,7 @@ class Run:
         self._resolved = resolved(self.cfg)
         check_can_write(self.out)
         begun = self._description_file.exists()
-        self.accelerator.wait_for_everyone()  # or one would find the run that another has just begun
+        self.wait()  # or one would find the run that another has just begun
         if not begun:
             return None
         if not resume:
@@ -442,7 +458,7 @@ class Run:
             with disk_errors(self.out):
                 lock_folder(self.out)
                 _recover(self.out / "checkpoints")
-        self.accelerator.wait_for_everyone()
+        self.wait()
         self._check_same_config(read_json(self._description_file, "the description of the run"))
         checkpoint = self.on_main(self._newest_whole)
         kept = _read_state(checkpoint)["metrics_bytes"] if checkpoint else 0
@@ -481,7 +497,7 @@ class Run:
                     metrics.truncate(_read_state(self._checkpoint)["metrics_bytes"] if self._checkpoint else 0)
             atomic_write(self.out / "metrics.json", (json.dumps(self.metrics, indent=2, sort_keys=True) + "\n").encode())
             atomic_write(self._description_file, self._description)
-        self.accelerator.wait_for_everyone()
+        self.wait()
 
     def _check_same_config(self, before: dict[str, Any]) -> None:
         free = path_keys(type(self.cfg))
@@ -605,7 +621,7 @@ class Run:
             return
         self._compared = True
         gradients = [torch.zeros((), device=self.device) if one.grad is None else one.grad for one in parameters]
-        self._compare_norms([] if self._sharded is not None else [*gradients, *parameters])
+        self._compare_norms([] if self._sharded_trains else [*gradients, *parameters])
 
     def _compare_norms(self, tensors: Sequence[Tensor]) -> None:
         """All processes hold the same tensors, and draw the same number."""
@@ -661,7 +677,7 @@ class Run:
         return self.gather(Loss(loss.value.cpu(), {name: stat.cpu() for name, stat in loss.stats.items()}) for loss in losses)
 
     def _seed_globals(self, stream: str, index: int) -> None:
-        seed = derived_seed(self.seed, f"{stream}/rank {self.accelerator.process_index}", index)
+        seed = derived_seed(self.seed, f"{stream}/rank {self.rank}", index)
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)

@@ -15,6 +15,7 @@ files are those of a run that is not sharded.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -36,17 +37,22 @@ def check_can_shard(network: nn.Module) -> None:
         raise UserError("weights in four bits cannot be sharded: their blocks of 64 do not follow the cuts. Leave nf4 or sharding off")
 
 
-def shard(network: nn.Module, device: torch.device, processes: int) -> None:
+def shard(network: nn.Module, device: torch.device, processes: int, *, frozen: bool = False) -> None:
     """Spreads the weights of `network`, which are the same in all processes, in place: every repeated block by itself, the rest with the root, which is what must be called.
 
-    It may still lie on the CPU: blocks reach the device one by one. Gradients are added up in float32.
+    frozen: only those that do not train; an adapter on them stays whole, so that its gradients are those of any other. It may still lie on the CPU: blocks reach the device one by
+    one. Gradients are added up in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (processes,))
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w+\) returned a view tensor", UserWarning)  # nothing here works in place on a velocity
+    kept = {parameter for parameter in network.parameters() if frozen and parameter.requires_grad}
+    for parameter in kept:
+        parameter.data = parameter.data.to(device)  # nobody else moves them
     for module in (*reversed(repeated_blocks(network)), network):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), ignored_params=kept)
     for unit in _units(network):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)

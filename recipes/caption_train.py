@@ -3,7 +3,8 @@
 The loss is the negative log-likelihood of the caption's tokens and of its end, nothing else. Frames are taken and cut into patches by `base_model/prompts/caption.py`, since
 transformers' own video processors need torchvision. Without a model and a folder, a tiny one of random weights learns the built-in world. The result is a folder that transformers,
 `rushes caption` and this command read.
-What it leaves out: several processes, and any choice of the best step: what the last step left is kept.
+Under torchrun processes share the clips of a step (accelerate's DDP); the first one looks at held-out clips and writes.
+What it leaves out: any choice of the best step: what the last step left is kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from align.config import Config as BaseConfig
 from align.config import Count, Positive, Seed, Whole, dump, leaves, path_keys, resolved
 from align.optimizers import MuonWithAdamW, build_optimizer, warmup_cosine
+from align.processes import join, on_main, started
 from base_model.checkpoint import atomic_write, check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.lora import add_lora, merge
@@ -152,20 +155,23 @@ def fit(cfg: Config, captioner: Captioner, pairs: Pairs) -> list[float]:
         chosen = [row["row"] for row in rows]
         return captioner.learned([clip_patches(pairs.take(row), patches) for row in chosen], [pairs.texts[row] for row in chosen])
 
-    together = min(cfg.together, cfg.batch)
+    own, left = divmod(cfg.batch, started())
+    if left:
+        raise UserError(f"{started()} processes cannot share the {cfg.batch} clips of a step evenly, batch. Give a multiple, or start other processes")
+    together = min(cfg.together, own)
     usual = trl_checkpoints.common_arguments(folder, seed=cfg.seed % 2**32, steps=cfg.steps, save_every=cfg.save_every)
     told = {"activation_checkpointing": cfg.recompute, "logging_steps": max(1, cfg.steps // 10)}
     settings = SFTConfig(
         **{**usual, **told},
         per_device_train_batch_size=together,
-        gradient_accumulation_steps=-(-cfg.batch // together),
+        gradient_accumulation_steps=-(-own // together),
         max_grad_norm=1.0,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         max_length=None,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    last = trl_checkpoints.whole_checkpoint(folder)
+    last = on_main(lambda: trl_checkpoints.whole_checkpoint(folder))
     if last is not None:
         restore(cfg, network, last)
     trainer = SFTTrainer(
@@ -245,16 +251,21 @@ def claim(cfg: Config, resume: bool) -> None:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     begun = time.monotonic()
-    claim(cfg, resume)
+    join()
+    on_main(partial(claim, cfg, resume))
     captioner, frames = captioner_to_train(cfg)
     pairs, held_out = pairs_of(cfg, frames, captioner.vlm)
-    before = held_out_loss(captioner, held_out, cfg.together)
+    before = on_main(partial(held_out_loss, captioner, held_out, cfg.together))
     curve = fit(cfg, captioner, pairs)
     captioner.vlm.network.eval()
     if cfg.lora_rank:
         captioner.vlm.network = merge(captioner.vlm.network)
-    after = held_out_loss(captioner, held_out, cfg.together)
-    save(cfg.out / MODEL, captioner, frames)
-    found = {"held_out_loss": after, "held_out_loss_before": before, "loss": curve, "clips": len(pairs), "wall_seconds": round(time.monotonic() - begun, 1)}
-    atomic_write(cfg.out / "captioner.json", (json.dumps({**resolved(cfg), "measured": found}, indent=2) + "\n").encode())
-    return {"model": str(cfg.out / MODEL), **found}
+
+    def saved() -> dict[str, Any]:
+        after = held_out_loss(captioner, held_out, cfg.together)
+        save(cfg.out / MODEL, captioner, frames)
+        found = {"held_out_loss": after, "held_out_loss_before": before, "loss": curve, "clips": len(pairs), "wall_seconds": round(time.monotonic() - begun, 1)}
+        atomic_write(cfg.out / "captioner.json", (json.dumps({**resolved(cfg), "measured": found}, indent=2) + "\n").encode())
+        return found
+
+    return {"model": str(cfg.out / MODEL), **on_main(saved)}

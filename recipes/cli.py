@@ -56,46 +56,49 @@ KEPT_MEMORY = {
 
 
 class Command(NamedTuple):
-    """The module of a command, what it does, in one sentence, the keys that its first words give, those that further words may; without any a first word is a configuration."""
+    """The module of a command, what it does, in one sentence, the keys that its first words give, those that further words may; without any a first word is a configuration.
+
+    shared: whether the processes that torchrun starts share its work; others are refused there, for they would do all of it each, and write over one another."""
 
     module: str
     help: str
     words: tuple[str, ...] = ()
     further: tuple[str, ...] = ()
+    shared: bool = False
 
 
 COMMANDS = {
     "doctor": Command("recipes.doctor", "Say what this machine can do, and what is missing for what."),
-    "demo": Command("recipes.demo", "Do everything: data, SFT, takes, rankings, reward model, constrained RL, report."),
-    "pretrain": Command("recipes.pretrain", "Make the shipped base model again."),
-    "vae": Command("recipes.vae", "Make the shipped video VAE again."),
+    "demo": Command("recipes.demo", "Do everything: data, SFT, takes, rankings, reward model, constrained RL, report.", shared=True),
+    "pretrain": Command("recipes.pretrain", "Make the shipped base model again.", shared=True),
+    "vae": Command("recipes.vae", "Make the shipped video VAE again.", shared=True),
     "match": Command("recipes.match", "Make the shipped matchers of clips and captions again, from which reward models start."),
     "quality": Command("recipes.quality", "Make the shipped judges of quality again, which every reward model holds beside its matcher."),
-    "upsample": Command("recipes.upsample", "Learn a stage of a cascade: twice as many pixels a side, or twice as many frames."),
-    "temporal": Command("recipes.temporal", "Make a video model of an image model: keyframes, or the frames between them."),
+    "upsample": Command("recipes.upsample", "Learn a stage of a cascade: twice as many pixels a side, or twice as many frames.", shared=True),
+    "temporal": Command("recipes.temporal", "Make a video model of an image model: keyframes, or the frames between them.", shared=True),
     "curate": Command("recipes.curate", "Measure clips, keep the good ones, say why the others are not: rushes curate INPUT.", ("input",)),
     "caption": Command("recipes.caption", "Describe a folder of clips with a vision-language model: a caption a clip, flagged where something speaks against it."),
-    "caption-train": Command("recipes.caption_train", "Fine-tune a captioner on clips and their captions; without either, a tiny one on the built-in world."),
-    "encode": Command("recipes.encode", "Encode a folder of captioned clips once: latents and text states, kept on disk."),
-    "sft": Command("recipes.sft", "Fine-tune a base model on curated prompt-video pairs."),
-    "expand": Command("recipes.expand", "Teach a language model to make prompts long: SFT on pairs, then GRPO against the reward of the clips."),
-    "generate": Command("recipes.generate", "Make clips of prompts and keep them in a clip store."),
+    "caption-train": Command("recipes.caption_train", "Fine-tune a captioner on clips and their captions; without either, a tiny one on the built-in world.", shared=True),
+    "encode": Command("recipes.encode", "Encode a folder of captioned clips once: latents and text states, kept on disk.", shared=True),
+    "sft": Command("recipes.sft", "Fine-tune a base model on curated prompt-video pairs.", shared=True),
+    "expand": Command("recipes.expand", "Teach a language model to make prompts long: SFT on pairs, then GRPO against the reward of the clips.", shared=True),
+    "generate": Command("recipes.generate", "Make clips of prompts and keep them in a clip store.", shared=True),
     "verify": Command("recipes.verify", "Say what a clip's C2PA manifest tells, and whether it holds: rushes verify FILE.", ("file",)),
     "import-rankings": Command("recipes.import_rankings", "Read preferences in a public format: rushes import-rankings FORMAT FILE.", ("format", "file")),
     "export-rankings": Command("recipes.export_rankings", "Write rankings in a public format: rushes export-rankings FORMAT FOLDER FILE.", ("format", "folder", "file")),
     "reward-model": Command("recipes.reward_model", "Learn a reward model from ranked clips."),
     "evaluate-reward": Command("recipes.evaluate_reward", "Judge a reward model on rankings it has not seen; write the report."),
     "serve-reward": Command("recipes.serve_reward", "Serve a reward model over HTTP to other processes and machines."),
-    "vlm-reward": Command("recipes.vlm_reward", "Learn a reward from ranked clips on top of a vision-language model."),
-    "latent-reward": Command("recipes.latent_reward", "Distil a reward on pixels into one that scores latents at any noise level, without decoding."),
-    "ddpo": Command("recipes.ddpo", "Move a model toward the reward: DDPO with LoRA under a safety limit."),
-    "ppo": Command("recipes.ppo", "Move a model toward the reward: PPO with a critic and LoRA under a safety limit."),
-    "grpo": Command("recipes.grpo", "Move a model toward the reward: GRPO with LoRA under a safety limit."),
-    "nft": Command("recipes.nft", "Move a model toward the reward: forward-process reinforcement (DiffusionNFT) with LoRA under a safety limit."),
-    "dpo": Command("recipes.dpo", "Move a model toward what people preferred, or toward the better of its own clips: DPO with LoRA."),
-    "reward-gradient": Command("recipes.reward_gradient", "Move a model up the gradient of a reward: DRaFT, AlignProp, ReFL or VADER with LoRA under a safety limit."),
-    "rounds": Command("recipes.rounds", "Go in rounds: rank the new policy's clips, learn the reward anew, go on with RL."),
-    "check": Command("recipes.check", "Check an RL configuration before its first expensive second: rushes check CONFIG.yaml [--recipe NAME].", ("file",)),
+    "vlm-reward": Command("recipes.vlm_reward", "Learn a reward from ranked clips on top of a vision-language model.", shared=True),
+    "latent-reward": Command("recipes.latent_reward", "Distil a reward on pixels into one that scores latents at any noise level, without decoding.", shared=True),
+    "ddpo": Command("recipes.ddpo", "Move a model toward the reward: DDPO with LoRA under a safety limit.", shared=True),
+    "ppo": Command("recipes.ppo", "Move a model toward the reward: PPO with a critic and LoRA under a safety limit.", shared=True),
+    "grpo": Command("recipes.grpo", "Move a model toward the reward: GRPO with LoRA under a safety limit.", shared=True),
+    "nft": Command("recipes.nft", "Move a model toward the reward: forward-process reinforcement (DiffusionNFT) with LoRA under a safety limit.", shared=True),
+    "dpo": Command("recipes.dpo", "Move a model toward what people preferred, or toward the better of its own clips: DPO with LoRA.", shared=True),
+    "reward-gradient": Command("recipes.reward_gradient", "Move a model up the gradient of a reward: DRaFT, AlignProp, ReFL or VADER with LoRA under a safety limit.", shared=True),
+    "rounds": Command("recipes.rounds", "Go in rounds: rank the new policy's clips, learn the reward anew, go on with RL.", shared=True),
+    "check": Command("recipes.check", "Check an RL configuration before its first expensive second: rushes check CONFIG.yaml [--recipe NAME].", ("file",), shared=True),
     "evaluate": Command("recipes.evaluate", "Compare models on the same prompts and seeds; write the report."),
     "compare": Command("recipes.compare", "Say which of two runs makes the better clips, blind: rushes compare RUN_A RUN_B [--by judge|guard|people].", ("run_a", "run_b")),
     "audit": Command("recipes.audit", "Draw clips that people look at to find out how good the safety filters are: rushes audit FOLDER --clips STORE.", ("folder",)),
@@ -168,6 +171,9 @@ def _run(words: list[str], flags: set[str]) -> dict[str, Any] | str:
     if name == "bench":
         return _bench(rest, flags)
     module = _import(COMMANDS[name].module, name)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and not COMMANDS[name].shared and "--help" not in flags:
+        raise UserError(f"rushes {name} works in one process, and torchrun started {started}, WORLD_SIZE. Start it without torchrun: `rushes {name}`")
     if "--help" in flags:
         return _command_help(name, COMMANDS[name].help, module, words=[*COMMANDS[name].words, *(f"[{word}]" for word in COMMANDS[name].further)])
     from align.config import load

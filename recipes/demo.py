@@ -16,6 +16,7 @@ from pydantic import Field
 
 from align.config import Config as BaseConfig
 from align.config import Count, Several, Share, Whole, dump, leaves, path_keys
+from align.processes import join
 from base_model.errors import UserError
 from base_model.tiny import load_tiny
 from base_model.video.store import ClipStore
@@ -30,7 +31,7 @@ from recipes.shapes import labelers
 from recipes.shapes.dataset import ClipSet, draw_clips
 from recipes.shapes.eye import Eye
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
-from recipes.stages import Stages
+from recipes.stages import Stages, in_first
 from reward.comparisons import Prompt
 from reward.safety.contract import SafetyRunner, allowed
 
@@ -312,7 +313,8 @@ def command_line(cfg: Config) -> str:
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
-    """`resume` changes nothing: the demo always goes on with what its folder holds."""
+    """`resume` changes nothing: the demo always goes on with what its folder holds. Under torchrun processes share SFT and RL; the first one does all else."""
+    join()
     check_steps(cfg.sampler)
     if STAGES.index(cfg.stage) >= STAGES.index("rl"):
         check_unguided(cfg.sampler)
@@ -320,13 +322,13 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     stages.check_same()
     started = time.monotonic()
     works: dict[Stage, Callable[[Path, PeakMemory], dict[str, Any]]] = {
-        "data": lambda out, _: make_data(cfg, out),
+        "data": in_first(lambda out, _: make_data(cfg, out)),
         "sft": lambda out, _: fine_tune(cfg, out),
-        "candidates": lambda out, _: make_candidates(cfg, out),
-        "rankings": lambda out, _: rank_candidates(cfg, out),
-        "reward": lambda out, _: learn_rewards(cfg, out),
+        "candidates": in_first(lambda out, _: make_candidates(cfg, out)),
+        "rankings": in_first(lambda out, _: rank_candidates(cfg, out)),
+        "reward": in_first(lambda out, _: learn_rewards(cfg, out)),
         "rl": lambda out, _: align_policy(cfg, out),
-        "report": lambda out, memory: write_the_report(cfg, out, memory, time.monotonic()),
+        "report": in_first(lambda out, memory: write_the_report(cfg, out, memory, time.monotonic())),
     }
     done = {stage: stages.do(stage, works[stage]) for stage in STAGES[: STAGES.index(cfg.stage) + 1]}
     result: dict[str, object] = {stage: each["result"] for stage, each in done.items() if stage == cfg.stage}

@@ -60,11 +60,12 @@ class Velocities:
     """Asks a model about clips of any sizes, each with its own time and condition: in one sequence where its network packs (the built-in one, Wan), else one pass a shape.
 
     network: what is called, and what forward passes are counted at. Texts must be of one length where clips of a shape are asked about together.
+    packs: whether Wan's does; one pass a shape is what diffusers can spread over processes.
     """
 
-    def __init__(self, model: TrainableModel) -> None:
+    def __init__(self, model: TrainableModel, *, packs: bool = True) -> None:
         self.model = model
-        self.wan = PackedWan(model.network) if isinstance(model, WanVideoModel) and not _two_experts(model.network) else None
+        self.wan = PackedWan(model.network) if packs and isinstance(model, WanVideoModel) and not _two_experts(model.network) else None
         self.network: nn.Module = self.wan or model.network
 
     @property

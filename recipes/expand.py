@@ -9,7 +9,8 @@ Two stages of trl, each in a folder of its own under `out`; a finished one is no
 A caption that the prompt filter does not allow makes no clip. It has no reward (None), nor has one whose clip the filters withhold, or whose score is unknown: trl leaves it out of
 its group's mean and deviation and gives it an advantage of 0, so that the KL alone acts on it. Captions of one prompt are shown from the same noise: they differ by words alone.
 
-Left out: several processes, and the judge, which measures in `rushes bench expand` and rewards nothing. Letters: N prompts, G captions a prompt, B clips.
+Under torchrun processes share the texts of a step (accelerate's DDP), and the first one measures and writes; each draws its own captions in the second stage, so they are others.
+Left out: the judge, which measures in `rushes bench expand` and rewards nothing. Letters: N prompts, G captions a prompt, B clips.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Several, dump, leaves, path_keys
+from align.processes import join, on_main, started
 from align.run import derived_seed
 from base_model.errors import UserError
 from base_model.prompts.expand import INSTRUCTION, Expanded, Expander, Style, TinySize, answered, asked, ends_of, finished, load_expander, save_expander, tiny_expander
@@ -340,11 +341,14 @@ def start(cfg: Config, train: Sequence[Pair]) -> Expander:
 
 
 def in_passes(batch: int, micro_batch: int, key: str) -> dict[str, int]:
-    """A step's batch as passes of at most `micro_batch` texts. Raises UserError where they do not divide it."""
-    one = min(batch, micro_batch)
-    if batch % one:
-        raise UserError(f"{key}: {batch} texts a step are no multiple of micro_batch, {micro_batch}. Change either")
-    return {"per_device_train_batch_size": one, "gradient_accumulation_steps": batch // one}
+    """A step's batch, a process's share of it, as passes of at most `micro_batch` texts. Raises UserError where they do not divide it."""
+    own, left = divmod(batch, started())
+    if left:
+        raise UserError(f"{key}: {started()} processes cannot share {batch} texts a step evenly. Give a multiple, or start other processes")
+    one = min(own, micro_batch)
+    if own % one:
+        raise UserError(f"{key}: {own} texts a step are no multiple of micro_batch, {micro_batch}. Change either")
+    return {"per_device_train_batch_size": one, "gradient_accumulation_steps": own // one}
 
 
 def lora(cfg: Config) -> Any:
@@ -390,9 +394,13 @@ def learn_captions(cfg: Config, pairs: Splits, out: Path, memory: PeakMemory) ->
     trainer = SFTTrainer(model=expander.network, args=arguments, train_dataset=data[0], eval_dataset=data[1], processing_class=tokenizer, peft_config=lora(cfg))
     history = trl_checkpoints.train(trainer, out / "checkpoints", label="expand, sft")
     expander = Expander(merged(trainer, cfg), tokenizer, style)
-    sizes = {side: len(part) for side, part in zip(pairs._fields, pairs, strict=True)}
-    found = {"bits": language_bits(expander.network, test), **floors(train, val, test, len(tokenizer)), "pairs": sizes}
-    return keep(cfg, out, expander, history, {**found, **measure(expander, pairs.test, cfg)}, pairs, memory)
+
+    def kept() -> dict[str, Any]:
+        sizes = {side: len(part) for side, part in zip(pairs._fields, pairs, strict=True)}
+        found = {"bits": language_bits(expander.network, test), **floors(train, val, test, len(tokenizer)), "pairs": sizes}
+        return keep(cfg, out, expander, history, {**found, **measure(expander, pairs.test, cfg)}, pairs, memory)
+
+    return on_main(kept)
 
 
 # GRPO
@@ -488,7 +496,7 @@ def climb(cfg: Config, pairs: Splits, before: Path, reward: Callable[[Expander],
     rolled = [row for row in history if "reward" in row]
     found = {f"{name}_{when}": row.get(name) for when, row in (("first", rolled[0]), ("last", rolled[-1])) for name in ("reward", "kl")}
     shares = {name: mean_of(history, name) for name in ("unsafe_share", "missing_reward_share", "kept_prompt_share")}
-    return keep(cfg, out, expander, history, {**found, **shares, **measure(expander, pairs.test, cfg)}, pairs, memory)
+    return on_main(lambda: keep(cfg, out, expander, history, {**found, **shares, **measure(expander, pairs.test, cfg)}, pairs, memory))
 
 
 def mean_of(history: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -534,17 +542,16 @@ def settings_of(cfg: Config, pairs: Splits) -> dict[str, dict[str, Any]]:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """`resume` changes nothing: the same command goes on with what is in `out`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("rushes expand works in one process, WORLD_SIZE. Start it without torchrun")
+    join()
     pairs = pairs_of(cfg)
     settings = settings_of(cfg, pairs)
     stages = {name: Stages(cfg.out, name, settings[name]) for name in ("sft", *(["grpo"] if cfg.reward else []))}
     for each in stages.values():
         each.check_same()
-    begin(stages["sft"])
+    on_main(partial(begin, stages["sft"]))
     told = {"sft": stages["sft"].do("sft", partial(learn_captions, cfg, pairs))["result"]}
     if cfg.reward is not None:
-        begin(stages["grpo"])
+        on_main(partial(begin, stages["grpo"]))
         reward = partial(reward_of, cfg, cfg.reward)
         told["grpo"] = stages["grpo"].do("grpo", partial(climb, cfg, pairs, cfg.out / "sft", reward))["result"]
     return {"expander": told[list(told)[-1]]["expander"], **told}

@@ -471,7 +471,8 @@ def watch_over(run: Run, watch: GuardWatch, held_out: HeldOut, model: TrainableM
             return seen.told, {}
         return seen.told, guards.measure(watch.guards, seen.video, seen.guard, model, held_out.cond, held_out.sampler, held_out.seed)
 
-    told, values = run.on_main(looked)
+    with run.whole():
+        told, values = run.on_main(looked)
     if not watch.guards.watch:
         return told
     reading = watch.take(values, told["held_out_violation_rate"], iteration, adapter_state(model.network))
@@ -492,7 +493,8 @@ def last_look(run: Run, held_out: HeldOut, model: TrainableModel, assess: Assess
         run.log(**looked)
         if watch.fallen and watch.best:
             load_adapter_state(model.network, watch.best)
-            looked = run.on_main(lambda: held_out.watch(model, assess, run.iteration).told)
+            with run.whole():
+                looked = run.on_main(lambda: held_out.watch(model, assess, run.iteration).told)
             run.log(**looked)
     return looked
 

@@ -9,6 +9,7 @@ With `expand` a language model makes the prompts long first: the filters are ask
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from align.config import Config as BaseConfig
 from align.config import Count, Seed, dump
+from align.context_parallel import check_tokens, split
 from align.kernels import ODE
+from align.processes import broadcast, is_main, join, started
 from align.progress import Progress
 from align.run import derived_seed
 from align.threads import in_threads
@@ -110,6 +113,8 @@ class Config(BaseConfig):
     """Signed copies (`recipes/provenance.py`); `rushes verify FILE` reads them."""
     filters: Filters = Filters()
     """Safety filters beside those that need no weights."""
+    context_parallel: bool = False
+    """Under torchrun: spreads the tokens of every clip over the processes (Ulysses), where clips of a Wan are too long for one device. The first one keeps the store."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +246,24 @@ def go_on(model: TrainableModel, cond: Conditioning, seeds: Sequence[int], sampl
     return clips[:, :frames]
 
 
+def in_all(sampling: Sampling) -> Sampling:
+    """`sampling` where every process makes every clip, each with its share of the tokens: the first one tells the others, which `follow`, what is asked for."""
+
+    def asked(model: TrainableModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
+        broadcast((cond.to(torch.device("cpu")), list(seeds)))
+        yield from sampling(model, cond, seeds, sampler)
+
+    return asked
+
+
+def follow(sampling: Sampling, model: TrainableModel, sampler: Sampler) -> None:
+    """What the other processes do until the first one says that it has all clips."""
+    while (told := broadcast(None)) is not None:
+        cond, seeds = told
+        for _ in sampling(model, cond.to(model.device), seeds, sampler):
+            pass
+
+
 def fill_store(
     store: ClipStore,
     model: TrainableModel,
@@ -364,9 +387,15 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         raise UserError("model and stack: both make clips. Give one of them")
     if cfg.stack is not None and cfg.visual != Visual():
         raise UserError("stack and visual: a stack makes clips from text alone. Give one of them")
-    started = time.monotonic()
+    if cfg.context_parallel and (cfg.stack is not None or is_built_in(cfg.model)):
+        raise UserError("context_parallel is for open families: the built-in model's clips are small. Leave it out, or give --model a checkpoint that diffusers saved")
+    if started() > 1 and not cfg.context_parallel:
+        told = f"rushes generate works in one process, and torchrun started {started()}, WORLD_SIZE"
+        raise UserError(f"{told}. Start it without torchrun, or spread long clips over processes, --context-parallel true")
+    begun = time.monotonic()
+    processes = join().num_processes if cfg.context_parallel else 1
     check_can_write(cfg.out)
-    signer = credentials_of(cfg.export, cfg.out) if cfg.export.folder else None
+    signer = credentials_of(cfg.export, cfg.out) if cfg.export.folder and is_main() else None
     check_memory(cfg.sampler, len(cfg.prompts) * cfg.clips_per_prompt, cfg.visual.seconds, bytes_a_token=memory_of_token(cfg.model))
     expander = load_expander(cfg.expand, device=best_device()) if cfg.expand else None
     model, runner, store = load_model(cfg.model, device=best_device(), nf4=cfg.nf4, adapter=cfg.adapter), safety_runner(cfg.filters), ClipStore(cfg.out)
@@ -381,9 +410,18 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         sampling, given = visual_sampling(cfg.visual, prepared), prepared.key
     if cfg.stack is None:
         check_sampler(model, cfg.sampler)
+    if processes > 1:
+        check_tokens(math.prod(token_grid(latent_shape(model, cfg.sampler.clip), model.patch)), processes, f"a clip of {cfg.sampler.clip}")
+        split(model.network, model.device, processes)
+        if not is_main():
+            follow(sampling, model, cfg.sampler)
+            return {}
+        sampling = in_all(sampling)
     asked = expand_prompts(expander, cfg.prompts, runner, seed=cfg.seed) if expander else [Expanded(prompt, prompt, "") for prompt in cfg.prompts]
     requests = [Request(each.text, each.prompt, cfg.seed + g, each.prompt if each.text != each.prompt else "") for each in asked for g in range(cfg.clips_per_prompt)]
     rows = fill_store(store, model, requests, lineage=lineage, sampler=cfg.sampler, runner=runner, sampling=sampling, given=given)
+    if processes > 1:
+        broadcast(None)
     made = [row for row in rows if row is not None]
     origin = {"stack": lineage} if cfg.stack else origin_of(cfg.model) if is_built_in(cfg.model) else origin_of_family(lineage, cfg.adapter)
     signed = {"signed": [str(file) for file in export(cfg.export, store, made, origin, signer)]} if signer else {}
@@ -394,5 +432,5 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         **signed,
         "blocked_prompts": len({request.prompt_id for request, row in zip(requests, rows, strict=True) if row is None}),
         "safety": dict(runner.counts),
-        "wall_seconds": round(time.monotonic() - started, 2),
+        "wall_seconds": round(time.monotonic() - begun, 2),
     }

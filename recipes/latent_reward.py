@@ -223,8 +223,8 @@ def kept(folder: Path, key: Mapping[str, Any], make: Callable[[], dict[str, Tens
     return load_weights(path)[0]
 
 
-def make_scored(cfg: Config, model: LatentVideoModel, teacher: Teacher, texts: Sequence[str], split: str) -> Scored:
-    """`takes` clips of every prompt, scored."""
+def make_scored(cfg: Config, run: Run, model: LatentVideoModel, teacher: Teacher, texts: Sequence[str], split: str) -> Scored:
+    """`takes` clips of every prompt, scored; processes share the prompts, and read what the others found."""
     origin = {"network": network_lineage(cfg.model), "reward": file_hash(cfg.reward / "reward_card.json"), "sampler": dump(cfg.sampler)}
 
     def make(first: int, some: Sequence[str]) -> dict[str, Tensor]:
@@ -238,17 +238,26 @@ def make_scored(cfg: Config, model: LatentVideoModel, teacher: Teacher, texts: S
     def seeds(first: int, number: int) -> list[int]:
         return [derived_seed(cfg.seed, f"latent reward, {split}", first * cfg.takes + k) % 2**31 for k in range(number * cfg.takes)]
 
-    parts = []
-    with Progress(f"clips to learn from ({split})", total=len(texts)) as progress:
-        for first in range(0, len(texts), PROMPTS_A_SHARD):
-            some = texts[first : first + PROMPTS_A_SHARD]
-            part = kept(cfg.out / "scored", {**origin, "texts": list(some), "seeds": seeds(first, len(some))}, partial(make, first, some))
-            parts.append({**part, "prompt": first + torch.arange(len(some)).repeat_interleave(cfg.takes)})
-            progress.advance(steps=len(some))
-    return joined(texts, parts)
+    def shard(first: int) -> dict[str, Tensor]:
+        some = texts[first : first + PROMPTS_A_SHARD]
+        part = kept(cfg.out / "scored", {**origin, "texts": list(some), "seeds": seeds(first, len(some))}, partial(make, first, some))
+        return {**part, "prompt": first + torch.arange(len(some)).repeat_interleave(cfg.takes)}
+
+    return joined(texts, by_shards(run, shard, range(0, len(texts), PROMPTS_A_SHARD), f"clips to learn from ({split})"))
 
 
-def stored_scored(cfg: Config, model: LatentVideoModel, teacher: Teacher, folder: Path, without: set[str]) -> Scored:
+def by_shards(run: Run, shard: Callable[[int], dict[str, Tensor]], firsts: Sequence[int], label: str) -> list[dict[str, Tensor]]:
+    """All shards, each made by one process and kept, so that the others read it."""
+    mine, made = run.share(firsts), dict[int, dict[str, Tensor]]()
+    with Progress(label, total=len(mine), quiet=run.quiet) as progress:
+        for first in mine:
+            made[first] = shard(first)
+            progress.advance()
+    run.gather([len(mine)])  # all are there
+    return [made[first] if first in made else shard(first) for first in firsts]
+
+
+def stored_scored(cfg: Config, run: Run, model: LatentVideoModel, teacher: Teacher, folder: Path, without: set[str]) -> Scored:
     """The clips of a store that have the sampler's size and whose prompt is none of `without`, scored. Raises UserError where there is none."""
     store, size = ClipStore(folder), (cfg.sampler.frames, cfg.sampler.height, cfg.sampler.width)
     rows = [row for row in store.rows() if (row.num_frames, row.height, row.width) == size and row.prompt not in without]
@@ -261,14 +270,12 @@ def stored_scored(cfg: Config, model: LatentVideoModel, teacher: Teacher, folder
         video = torch.stack([store.load(row.clip_id) for row in some])  # [b,T,3,H,W]
         return {"x0": model.encode(video).cpu(), **teacher.look(video, [row.prompt for row in some])}
 
-    parts = []
-    with Progress("clips of the store", total=len(rows)) as progress:
-        for first in range(0, len(rows), PROMPTS_A_SHARD * cfg.takes):
-            some = rows[first : first + PROMPTS_A_SHARD * cfg.takes]
-            part = kept(cfg.out / "scored", {"reward": reward, "clips": [row.clip_id for row in some], "texts": [row.prompt for row in some]}, partial(make, some))
-            parts.append({**part, "prompt": torch.tensor([texts.index(row.prompt) for row in some])})
-            progress.advance(steps=len(some))
-    return joined(texts, parts)
+    def shard(first: int) -> dict[str, Tensor]:
+        some = rows[first : first + PROMPTS_A_SHARD * cfg.takes]
+        part = kept(cfg.out / "scored", {"reward": reward, "clips": [row.clip_id for row in some], "texts": [row.prompt for row in some]}, partial(make, some))
+        return {**part, "prompt": torch.tensor([texts.index(row.prompt) for row in some])}
+
+    return joined(texts, by_shards(run, shard, range(0, len(rows), PROMPTS_A_SHARD * cfg.takes), "clips of the store"))
 
 
 def together(a: Scored, b: Scored) -> Scored:
@@ -291,14 +298,14 @@ def prompts_of(cfg: Config) -> dict[str, list[str]]:
     return {"train": train, "val": rest[: len(rest) // 2], "test": rest[len(rest) // 2 :]}
 
 
-def learn_from(cfg: Config, model: LatentVideoModel, teacher: Teacher) -> dict[str, Scored]:
+def learn_from(cfg: Config, run: Run, model: LatentVideoModel, teacher: Teacher) -> dict[str, Scored]:
     """The scored clips of each split. Raises UserError where there is nothing to learn from."""
     texts = prompts_of(cfg)
     if not texts["train"] and cfg.clips is None:
         raise UserError("nothing to learn from: no prompts and no clips. Give --prompts 2500, or --clips a clip store")
-    found = {split: make_scored(cfg, model, teacher, some, split) for split, some in texts.items() if some}
+    found = {split: make_scored(cfg, run, model, teacher, some, split) for split, some in texts.items() if some}
     if cfg.clips is not None:
-        stored = stored_scored(cfg, model, teacher, cfg.clips, {*texts["val"], *texts["test"]})
+        stored = stored_scored(cfg, run, model, teacher, cfg.clips, {*texts["val"], *texts["test"]})
         found["train"] = together(found["train"], stored) if "train" in found else stored
     if len(found["train"].groups) < cfg.fit.prompts * cfg.fit.steps:
         read_at_once = cfg.fit.prompts * cfg.fit.steps
@@ -455,23 +462,25 @@ def train_head(cfg: Config, run: Run, learning: Learning, teacher: Teacher, trai
     for i in run.iterations(before + fit.iterations, save_every=fit.save_every, label="latent reward"):
         generator, first = run.generator("noise", i), i < before
         parts = noised(cfg, scorer, train, groups, cond, sampler[i], generator)
-        if not first:
-            parts = read(scorer, parts)
         steps = [parts[k : k + PARTS] for k in range(0, len(parts), PARTS)]
+        own = [run.share(step) for step in steps]
+        if not first:
+            told = iter(read(scorer, [part for step in own for part in step]))
+            own = [[next(told) for _ in step] for step in own]
         losses, norms = [], []
         for k in torch.cat([torch.randperm(len(steps), generator=generator) for _ in range(1 if first else fit.passes)]).tolist():
             clips = sum(len(part.rows) for part in steps[k])
             if first:
-                losses += run.backward_each(sight_optimizer, partial(sight_loss, fit, scorer, train, teacher, scale, clips), run.share(steps[k]))
+                losses += run.backward_each(sight_optimizer, partial(sight_loss, fit, scorer, train, teacher, scale, clips), own[k])
                 norms.append(run.step(sight_optimizer, fit.max_grad_norm, sight_schedule))
             else:
-                losses += run.backward_each(optimizer, partial(part_loss, fit, learning, train, teacher.weight, scale, clips), run.share(steps[k]))
+                losses += run.backward_each(optimizer, partial(part_loss, fit, learning, train, teacher.weight, scale, clips), own[k])
                 norms.append(run.step(optimizer, fit.max_grad_norm, schedule))
         if (i + 1) % fit.evaluate_every == 0 or i + 1 == before + fit.iterations:
             found, _ = predictions(scorer, val, 0.0, run.generator("looks", 0))
             within = float(np.nanmean([np.nanmean(list(inside(spearman, *columns).values())) for columns in by_dimension(found, val)]))
-            told = {name: torch.stack([loss.stats[name] for loss in losses]).sum() / len(norms) for name in losses[0].stats}
-            run.log(loss=torch.stack([loss.value for loss in losses]).sum() / len(norms), held_out_within=within, grad_norm=sum(norms) / len(norms), **told)
+            stats = {name: torch.stack([loss.stats[name] for loss in losses]).sum() / len(norms) for name in losses[0].stats}
+            run.log(loss=torch.stack([loss.value for loss in losses]).sum() / len(norms), held_out_within=within, grad_norm=sum(norms) / len(norms), **stats)
 
 
 # Measuring
@@ -559,10 +568,15 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     model.network.eval().requires_grad_(False)
     latent_shape(model, cfg.sampler.clip)
     teacher = load_teacher(cfg.reward, model.text, fps=cfg.sampler.fps, device=run.device)
-    scored = learn_from(cfg, model, teacher)
+    scored = learn_from(cfg, run, model, teacher)
     learning = start(cfg, model, teacher, scored["train"])
     train_head(cfg, run, learning, teacher, scored["train"], scored["val"])
-    scorer = learning.scorer.eval()
+    card = run.on_main(partial(measured_and_saved, cfg, run, learning.scorer.eval(), scored))
+    return {"out": str(cfg.out), "seconds": card["seconds"], "clips": card["clips"], "agreement": card["measured"]}
+
+
+def measured_and_saved(cfg: Config, run: Run, scorer: LatentReward, scored: Mapping[str, Scored]) -> dict[str, Any]:
+    """The card of what was learned, written beside it."""
     widen(run, scorer, scored["val"])
     facts = {
         "measured": measure(run, scorer, scored["test"]),
@@ -575,5 +589,4 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         "seconds": round(run.seconds, 1),
         "command": f"rushes latent-reward --seed {cfg.seed}",
     }
-    card = save_latent_reward(cfg.out, scorer, facts)
-    return {"out": str(cfg.out), "seconds": card["seconds"], "clips": card["clips"], "agreement": card["measured"]}
+    return save_latent_reward(cfg.out, scorer, facts)

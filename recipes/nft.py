@@ -34,9 +34,11 @@ from align.objectives.regression import clip_error, flow_matching
 from align.optimizers import build_optimizer
 from align.run import Run
 from align.threads import in_threads
+from base_model.errors import UserError
 from base_model.lora import ShadowAdapter, add_lora, folded, reference, using
 from base_model.paths import add_noise
 from base_model.times import stratified_logit_normal
+from base_model.tiny import LatentVideoModel
 from base_model.types import Conditioning, TrainableModel
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
@@ -92,10 +94,14 @@ class Policy(BaseConfig):
 
 
 class Config(Feedback):
+    may_change = Feedback.may_change | {"shard"}
+
     out: Path = Path("runs/nft")
     """Folder of the run: `adapter.safetensors`, and of the built-in model `network.safetensors` with the adapter merged."""
     policy: Policy = Policy()
     """How the policy moves."""
+    shard: bool = False
+    """Spreads a family's frozen weights over the processes (FSDP2), where one device has no room for them; the adapter stays whole."""
 
 
 METRICS = {name: sentence for name, sentence in feedback.METRICS.items() if name not in ("kl_per_element", "kl_total", "ratio", "clip_share")} | {
@@ -168,6 +174,10 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     pool = encode_prompts(model, texts)
     times = times_of(model, cfg.sampler)  # [K+1]
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
+    if cfg.shard:
+        if isinstance(model, LatentVideoModel):
+            raise UserError("the built-in network is small enough for every process, shard. Leave it out, or give --model a checkpoint that diffusers saved")
+        run.shard(model.network, frozen=True)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg, assess)
     feedback.register(run, model, optimizer, multiplier, watch)
@@ -221,7 +231,8 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         few = noised[0].of(feedback.eighth(len(mine[0])))
         if i == 0:
             in_threads(lambda part: feedback.check_velocity(model, part.x_t, part.t, part.cond), [few], run.device)
-        distance = run.on_main(partial(feedback.reference_distance, model, few.x_t, few.t, few.cond, sampled_by))
+        with run.whole():
+            distance = run.on_main(partial(feedback.reference_distance, model, few.x_t, few.t, few.cond, sampled_by))
 
         # 3. Move the policy.
         losses, norms = [], []

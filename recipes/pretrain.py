@@ -85,11 +85,16 @@ def train_leg(cfg: Config, leg: Leg, out: Path, start: Path | None, *, resume: b
     clips = draw_clips("messy", leg.clips, seed=leg.seed, events=leg.events)
     held_out = draw_clips("curated", leg.fit.held_out, seed=1_000_003, shape=ClipShape(13, 32, 32))
     train(leg.fit, run, model, encode_pairs(model, clips), encode_pairs(model, held_out))
-    loss = float(held_out_losses(model, encode_pairs(model, held_out), run.generator("held out", 0)).mean())
-    earlier = read_card(start) if start else {}
-    seconds = run.seconds + earlier.get("wall_seconds", 0.0)
-    measured = {"held_out_loss": loss, "held_out_loss_of_earlier_legs": [*_losses(earlier)]}
-    write_card(out / f"{cfg.network}.safetensors", lambda path: save_network(path, model), recipe="pretrain", cfg=cfg, data=clips.fingerprint(), seconds=seconds, measured=measured)
+
+    def saved() -> None:
+        loss = float(held_out_losses(model, encode_pairs(model, held_out), run.generator("held out", 0)).mean())
+        earlier = read_card(start) if start else {}
+        seconds = run.seconds + earlier.get("wall_seconds", 0.0)
+        measured = {"held_out_loss": loss, "held_out_loss_of_earlier_legs": [*_losses(earlier)]}
+        weights = out / f"{cfg.network}.safetensors"
+        write_card(weights, lambda path: save_network(path, model), recipe="pretrain", cfg=cfg, data=clips.fingerprint(), seconds=seconds, measured=measured)
+
+    run.on_main(saved)
 
 
 def _losses(card: dict[str, Any]) -> list[float]:

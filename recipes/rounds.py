@@ -34,6 +34,7 @@ from torch import Tensor
 from align.config import Config as BaseConfig
 from align.config import Count, Several, Share, dump, leaves, load, path_keys
 from align.kernels import Ancestral
+from align.processes import is_main, join
 from align.run import derived_seed
 from align.trajectory import path_kl, rollout
 from base_model.checkpoint import disk_errors
@@ -54,7 +55,7 @@ from recipes.scorers import load_scorer
 from recipes.shapes import labelers
 from recipes.shapes.eye import Eye
 from recipes.shapes.prompts import ShapesPrompt
-from recipes.stages import Stages
+from recipes.stages import Stages, in_first
 from recipes.weights import file_hash
 from reward.agreement import Interval, pairs_of, scorer_accuracy
 from reward.comparisons import Comparisons, Prompt, RankingEvent, load_comparisons
@@ -323,28 +324,31 @@ def check(cfg: Config) -> None:
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
-    """`resume` changes nothing: rounds always go on with what their folder holds."""
+    """`resume` changes nothing: rounds always go on with what their folder holds. Under torchrun processes share the RL; the first one does all else."""
+    join()
     check(cfg)
     started, stages = time.monotonic(), stages_of(cfg)
     stages.check_same()
     if cfg.rankings is not None:
-        stages.do("given", lambda out, _: copy_given(cfg, out))
+        stages.do("given", in_first(lambda out, _: copy_given(cfg, out)))
     rows = []
     for number in range(1, cfg.rounds + 1):
-        print(f"round {number} of {cfg.rounds}: from {name_of(cfg, number)}, which is its reference", file=sys.stderr, flush=True)
+        if is_main():
+            print(f"round {number} of {cfg.rounds}: from {name_of(cfg, number)}, which is its reference", file=sys.stderr, flush=True)
         rows.append(one_round(cfg, number, stages))
-    print(table(rows), file=sys.stderr, flush=True)
+    if is_main():
+        print(table(rows), file=sys.stderr, flush=True)
     return {"weights": str(folder(cfg, cfg.rounds, "rl") / "network.safetensors"), "rounds": rows, "seconds_of_this_call": round(time.monotonic() - started, 1)}
 
 
 def one_round(cfg: Config, number: int, stages: Stages) -> dict[str, Any]:
     """Its row of the table."""
     done = {
-        "takes": stages.do(f"round-{number}/takes", lambda out, _: make_takes(cfg, number, out)),
-        "rankings": stages.do(f"round-{number}/rankings", lambda out, _: have_ranked(cfg, number, out)),
-        "reward": stages.do(f"round-{number}/reward", lambda out, _: learn_reward(cfg, number, out)),
+        "takes": stages.do(f"round-{number}/takes", in_first(lambda out, _: make_takes(cfg, number, out))),
+        "rankings": stages.do(f"round-{number}/rankings", in_first(lambda out, _: have_ranked(cfg, number, out))),
+        "reward": stages.do(f"round-{number}/reward", in_first(lambda out, _: learn_reward(cfg, number, out))),
         "rl": stages.do(f"round-{number}/rl", lambda out, _: go_on(cfg, number, out)),
-        "look": stages.do(f"round-{number}/look", lambda out, _: look_around(cfg, number)),
+        "look": stages.do(f"round-{number}/look", in_first(lambda out, _: look_around(cfg, number))),
     }
     result = {name: each["result"] for name, each in done.items()}
     accuracy, before = result["reward"]["accuracy_newest"], result["reward"]["accuracy_newest_before"]

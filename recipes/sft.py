@@ -8,6 +8,7 @@ What it leaves out: captions are not made (`rushes caption` does that), several 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ import torch
 
 from align.config import Config as BaseConfig
 from align.config import Count, Positive, Seed, Share, Whole
+from align.context_parallel import check_can_split, check_tokens
 from align.ema import EMA
 from align.progress import duration
 from align.run import Run
@@ -128,6 +130,8 @@ class Config(BaseConfig):
     """Compiles a family's blocks, one kind once: worth its minute on a GPU."""
     shard: bool = False
     """Spreads weights, gradients and optimizer over the processes (FSDP2), where one device has no room for them."""
+    context_parallel: bool = False
+    """Spreads the tokens of every clip over the processes (Ulysses), where clips of a Wan are too long for one device. All work on the same clips, shape by shape."""
     merged: bool = False
     """Saves a whole checkpoint of a family beside its adapter too, with the adapter merged."""
     data_licence: str = ""
@@ -224,7 +228,7 @@ def train(fit: Fit, run: Run, model: LatentVideoModel, pairs: Pairs, held_out: P
 
     def look(number: int, average: EMA) -> None:
         with average.swap(), run.looking():
-            errors = held_out_losses(model, held_out, run.generator("held out", 0))
+            errors = run.on_main(lambda: held_out_losses(model, held_out, run.generator("held out", 0)))
         run.log(held_out_loss=errors.mean(), held_out_loss_low_noise=errors[:2].mean(), held_out_loss_high_noise=errors[-2:].mean())
 
     run.register("network", model.network)
@@ -238,6 +242,8 @@ def load_to_train(cfg: Config, device: torch.device) -> TrainableModel:
         raise UserError("weights in four bits do not train, nf4. Give lora_rank, or leave nf4 off")
     if cfg.stream and (cfg.data or cfg.shard):
         raise UserError("a stream stands in place of data, and is not sharded, stream. Leave data and shard out")
+    if cfg.context_parallel and (cfg.shard or cfg.stream or cfg.compiled):
+        raise UserError("clips that are spread over processes are not sharded, streamed or compiled as well, context_parallel. Leave shard, stream and compiled out")
     if cfg.dora and not cfg.lora_rank:
         raise UserError("dora is a kind of LoRA. Give lora_rank, or leave dora off")
     model = load_model(cfg.model, device=device, nf4=cfg.nf4, recompute=cfg.recompute)
@@ -303,7 +309,7 @@ class Looks:
         run.log(held_out_loss=averaged.mean, held_out_loss_raw=raw.mean, **losses, **told)
 
     def _summary(self) -> Summary:
-        with self.run.whole():
+        with contextlib.nullcontext() if self.cfg.context_parallel else self.run.whole():
             errors = self.validation.errors() if self.cfg.shard else self.validation.errors(share=self.run.share, gather=self.run.gather)
         return self.validation.summary(errors)
 
@@ -337,6 +343,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     model = load_to_train(cfg, run.device)
+    if cfg.context_parallel:
+        check_can_split(model.network, run.processes)
     source = stream_of(cfg.stream, model, cut_for(model, cfg.windows), seed=cfg.seed) if cfg.stream else None
     data = stream_data(cfg, source) if source else data_of(cfg, run, model)
     before = folder_data(cfg, run, model, cfg.remember.data) if cfg.remember.data else None
@@ -344,7 +352,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     run.note("safety", filters)
     run.note("data_sha256", data.sha256)
 
-    velocities, counter = Velocities(model), FlopCounter(model)
+    velocities, counter = Velocities(model, packs=not cfg.context_parallel), FlopCounter(model)
     if velocities.from_image:
         data = from_images(data, model)
     looks = Looks(cfg, run, validation_of(cfg, velocities, data), data)
@@ -353,6 +361,10 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     remembered = before and Lesson(cfg.fit, run, velocities, before.examples, before.learned, packs=cfg.remember.packs, counter=counter, stream="remembered noise")
     if cfg.shard:
         run.shard(velocities.network)
+    if cfg.context_parallel:
+        for shape in sorted({*data.examples.shapes, *data.held.shapes, *(before.examples.shapes if before else ())}):
+            check_tokens(num_tokens(shape, model.patch), run.processes, f"a clip of {pixels(model.latents, shape)}")
+        run.split_clips(velocities.network)
     tell(cfg, run, data, known, source)
     run.register("network", model.network, trainable_only=bool(cfg.lora_rank))
     if source:

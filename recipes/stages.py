@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.processes import alone, on_main
 from base_model.checkpoint import check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.video.files import write_atomic
@@ -54,15 +55,35 @@ class Stages:
         return done
 
     def do(self, stage: str, work: Callable[[Path, PeakMemory], dict[str, Any]]) -> dict[str, Any]:
-        """Does the stage in its folder unless it is done; returns what it left. The time of an interrupted try counts only for what it saved."""
-        if self.finished(stage):
-            return self.done(stage)
+        """Does the stage in its folder unless it is done; returns what it left. The time of an interrupted try counts only for what it saved.
+
+        Processes that torchrun started do it together (`in_first` is for what one does), and the first one writes.
+        """
+        if on_main(lambda: self.finished(stage)):
+            return on_main(lambda: self.done(stage))
         out, started = self.out / stage, time.monotonic()
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         with PeakMemory() as memory:
             result = work(out, memory)
-        done = {"stage": stage, "seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": memory.peak_bytes, "result": result}
-        write_atomic(self.file, (json.dumps(self.settings, indent=2, sort_keys=True) + "\n").encode())
-        write_atomic(out / "stage.json", (json.dumps(done, indent=2) + "\n").encode())
-        return done
+
+        def written() -> dict[str, Any]:
+            done = {"stage": stage, "seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": memory.peak_bytes, "result": result}
+            write_atomic(self.file, (json.dumps(self.settings, indent=2, sort_keys=True) + "\n").encode())
+            write_atomic(out / "stage.json", (json.dumps(done, indent=2) + "\n").encode())
+            return done
+
+        return on_main(written)
+
+
+def in_first(work: Callable[[Path, PeakMemory], dict[str, Any]]) -> Callable[[Path, PeakMemory], dict[str, Any]]:
+    """`work` where the first process does it by itself, and the others wait."""
+
+    def first(out: Path, memory: PeakMemory) -> dict[str, Any]:
+        def by_itself() -> dict[str, Any]:
+            with alone():
+                return work(out, memory)
+
+        return on_main(by_itself)
+
+    return first

@@ -162,7 +162,8 @@ def train(cfg: Config, run: Run, model: FrameModel, pairs: Pairs, held_out: Pair
         average.update()
         if (i + 1) % cfg.evaluate_every == 0 or i + 1 == cfg.iterations:
             with average.swap():
-                run.log(**changes(cfg, model, held_out))
+                told = run.on_main(partial(changes, cfg, model, held_out))
+            run.log(**told)
     average.apply()
 
 
@@ -183,7 +184,12 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     clips, unseen = draw_clips("curated", cfg.clips, seed=cfg.seed, shape=shape), draw_clips("curated", cfg.held_out, seed=cfg.seed + 1_000_003, shape=shape)
     pairs, held_out = (Pairs(each.texts, encode_frames(model, each.videos), each.videos) for each in (clips, unseen))
     train(cfg, run, model, pairs, held_out)
-    found = changes(cfg, model, held_out)
     weights = cfg.out / "network.safetensors"
-    write_card(weights, lambda path: save_frames(path, model), recipe="temporal", cfg=cfg, data=clips.fingerprint(), seconds=run.seconds, measured=found)
+
+    def saved() -> dict[str, float]:
+        found = changes(cfg, model, held_out)
+        write_card(weights, lambda path: save_frames(path, model), recipe="temporal", cfg=cfg, data=clips.fingerprint(), seconds=run.seconds, measured=found)
+        return found
+
+    found = run.on_main(saved)
     return {"weights": str(weights), "sha256": file_hash(weights), **found, "wall_seconds": round(time.monotonic() - started, 1)}

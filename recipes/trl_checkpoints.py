@@ -6,7 +6,8 @@ unpickler that makes tensors and little else. Here nothing is pickled at all: th
     checkpoint-<step>/model.safetensors, trainer_state.json, ...    by the trainer
     checkpoint-<step>/state.safetensors, rushes_state.json          by us, the last file being the last that is written: a checkpoint without it was killed, and is dropped
 
-The trainer's `training_args.bin`, which nobody reads, is removed.
+The trainer's `training_args.bin`, which nobody reads, is removed. Of several processes the first one writes, and each one's random states are kept; where there are others than
+there were, they draw from new ones.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from align.processes import is_main, on_main
 from align.progress import Progress
+from align.run import derived_seed
 from align.state import flatten, unflatten
 from base_model.checkpoint import atomic_write, load_weights, read_json, save_weights
 from base_model.errors import GuardStop
@@ -52,9 +55,9 @@ def train(trainer: Any, folder: Path, *, label: str, note: str = "loss") -> list
     """
     from transformers import PrinterCallback
 
-    begun = whole_checkpoint(folder)
+    begun = on_main(lambda: whole_checkpoint(folder))
     trainer.remove_callback(PrinterCallback)
-    with Progress(label, total=trainer.args.max_steps, done=0 if begun is None else step_of(begun)) as progress:
+    with Progress(label, total=trainer.args.max_steps, done=0 if begun is None else step_of(begun), quiet=not is_main()) as progress:
         trainer.add_callback(_callback(begun, label, note, progress))
         trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
     return list(trainer.state.log_history)
@@ -102,23 +105,30 @@ def common_arguments(folder: Path, *, seed: int, steps: int, save_every: int) ->
 
 
 def _callback(begun: Path | None, label: str, note: str, progress: Progress) -> Any:
-    from transformers import TrainerCallback
+    from accelerate.utils import gather_object
+    from transformers import TrainerCallback, set_seed
 
     class Checkpoints(TrainerCallback):
         told = ""
         random_states: dict[str, Any] | None = None
+        fresh: int | None = None  # seed of other ones
 
         def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any, lr_scheduler: Any, **_: Any) -> None:
             if begun is not None:
                 kept = _read(begun)
                 optimizer.load_state_dict(kept["optimizer"])
                 lr_scheduler.load_state_dict(kept["schedule"])
-                self.random_states = kept["random"]
+                own, same = args.process_index, len(kept["random"]) == args.world_size
+                self.random_states = kept["random"][own] if same else None
+                self.fresh = None if same else derived_seed(args.seed, f"process {own} of {args.world_size}", state.global_step)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.random_states is not None:  # not earlier: what a trainer prepares draws numbers, too
                 _set_random_states(self.random_states)
                 self.random_states = None
+            if self.fresh is not None:
+                set_seed(self.fresh % 2**32)
+                self.fresh = None
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
             if not all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
@@ -132,9 +142,12 @@ def _callback(begun: Path | None, label: str, note: str, progress: Progress) -> 
             progress.advance(self.told)
 
         def on_save(self, args: Any, state: Any, control: Any, *, optimizer: Any, lr_scheduler: Any, **_: Any) -> None:
+            states = gather_object([_random_states()]) if args.world_size > 1 else [_random_states()]
+            if not is_main():
+                return
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / "training_args.bin").unlink(missing_ok=True)
-            _write(folder, {"optimizer": optimizer.state_dict(), "schedule": lr_scheduler.state_dict(), "random": _random_states()})
+            _write(folder, {"optimizer": optimizer.state_dict(), "schedule": lr_scheduler.state_dict(), "random": states})
 
     return Checkpoints()
 

@@ -191,7 +191,8 @@ def train(cfg: Config, run: Run, stage: UpsampleStage, clips: ClipSet, held_out:
         run.log(loss=torch.stack([loss.value for loss in losses]).sum(), grad_norm=norm)
         if (i + 1) % cfg.evaluate_every == 0 or i + 1 == cfg.iterations:
             with average.swap():
-                run.log(**evaluate(cfg, stage, held_out))
+                told = run.on_main(partial(evaluate, cfg, stage, held_out))
+            run.log(**told)
     average.apply()
 
 
@@ -218,7 +219,12 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     clips, held_out = draw_clips("curated", cfg.clips, seed=cfg.seed, shape=shape), draw_clips("curated", cfg.held_out, seed=cfg.seed + 1_000_003, shape=shape)
     stage = fresh_stage(cfg, clips).to(run.device)
     train(cfg, run, stage, clips, held_out)
-    found = evaluate(cfg, stage, held_out)
     weights = cfg.out / "network.safetensors"
-    write_card(weights, lambda path: save_stage(path, stage), recipe="upsample", cfg=cfg, data=clips.fingerprint(), seconds=run.seconds, measured=found)
+
+    def saved() -> dict[str, float]:
+        found = evaluate(cfg, stage, held_out)
+        write_card(weights, lambda path: save_stage(path, stage), recipe="upsample", cfg=cfg, data=clips.fingerprint(), seconds=run.seconds, measured=found)
+        return found
+
+    found = run.on_main(saved)
     return {"weights": str(weights), "sha256": file_hash(weights), **found, "wall_seconds": round(time.monotonic() - started, 1)}

@@ -7,7 +7,8 @@ Kullback-Leibler term keeps the latents near a unit Gaussian (Kingma & Welling 2
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed
+from align.objectives import Loss
 from align.run import Run
 from base_model.errors import UserError
 from base_model.networks.vae import VAEConfig
 from base_model.tiny import LatentCodec, save_codec
+from base_model.types import ClipShape
 from recipes.shapes.dataset import ClipSet, by_shape, draw_clips
 from recipes.shapes.render import DEMO_CLIP, native_clips
 from recipes.weights import read_card, write_card
@@ -132,6 +135,21 @@ def measure_latents(codec: LatentCodec, data: ClipSet) -> None:
     codec.normaliser.std.copy_(values.std(1)[:, None, None, None])
 
 
+def clip_of(video: Tensor) -> ClipShape:
+    """The size of clips [B,T,3,H,W]."""
+    return ClipShape(video.shape[1], video.shape[3], video.shape[4])
+
+
+def clips_loss(cfg: Config, codec: LatentCodec, video: Tensor, noise: Tensor | None, rows: Sequence[int]) -> Iterator[Loss]:
+    """The loss of some clips of a batch [B,T,3,H,W], as their share of it. noise: of all latents [B,C,F,H,W], or none."""
+    part, share = video[list(rows)], len(rows) / len(video)
+    mean, log_variance = codec.vae.encode(part)  # [b,C,F,H,W] each
+    latents = mean if noise is None else mean + (log_variance / 2).exp() * noise[list(rows)]  # [b,C,F,H,W]
+    kl = gaussian_kl(mean, log_variance)
+    loss = reconstruction_loss(codec.vae.decode(latents), part) + cfg.kl_coef * kl
+    yield Loss(share * loss, {"kl": share * kl.detach()})
+
+
 def fit(cfg: Config, run: Run, data: ClipSet, held_out: Tensor) -> LatentCodec:
     """A codec trained on `data`; held_out: uint8 [B,T,3,H,W]."""
     codec, draw = LatentCodec(cfg.network), batches(data, cfg.batch)
@@ -142,14 +160,12 @@ def fit(cfg: Config, run: Run, data: ClipSet, held_out: Tensor) -> LatentCodec:
     for i in run.iterations(cfg.iterations, save_every=cfg.save_every, label="vae"):
         generator = run.generator("batch", i)
         video = draw(generator)  # [B,T,3,H,W]
-        mean, log_variance = codec.vae.encode(video)  # [B,C,F,H,W] each
-        latents = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=generator) if cfg.kl_coef else mean  # [B,C,F,H,W]
-        kl = gaussian_kl(mean, log_variance)
-        loss = reconstruction_loss(codec.vae.decode(latents), video) + cfg.kl_coef * kl
-        run.backward(loss)
+        noise = torch.randn((cfg.batch, *cfg.network.latents.shape(clip_of(video))), generator=generator) if cfg.kl_coef else None  # [B,C,F,H,W]
+        losses = run.backward_each(optimizer, partial(clips_loss, cfg, codec, video, noise), [run.share(range(cfg.batch), "batch")], one_by_one=True)
         norm = run.step(optimizer, 1.0, schedule)
         if i % 200 == 0 or i == cfg.iterations - 1:
-            run.log(loss=loss, kl=kl, grad_norm=norm, held_out_psnr=codec_psnr(codec, held_out))
+            loss, kl = (torch.stack(values).sum() for values in ([loss.value for loss in losses], [loss.stats["kl"] for loss in losses]))
+            run.log(loss=loss, kl=kl, grad_norm=norm, held_out_psnr=run.on_main(partial(codec_psnr, codec, held_out)))
 
     measure_latents(codec, data)
     return codec
@@ -159,15 +175,13 @@ def train(cfg: Config, run: Run) -> LatentCodec:
     data = draw_clips("messy", cfg.clips, seed=cfg.seed)
     held_out = torch.stack(draw_clips("messy", cfg.held_out, seed=cfg.seed + 1_000_003, shape=DEMO_CLIP).videos)
     codec = fit(cfg, run, data, held_out)
-    write_card(
-        cfg.out / "vae.safetensors",
-        lambda path: save_codec(path, codec),
-        recipe="vae",
-        cfg=cfg,
-        data=data.fingerprint(),
-        seconds=run.seconds,
-        measured={"held_out_psnr_db": round(codec_psnr(codec, held_out), 2)},
-    )
+
+    def saved() -> None:
+        measured = {"held_out_psnr_db": round(codec_psnr(codec, held_out), 2)}
+        weights = cfg.out / "vae.safetensors"
+        write_card(weights, lambda path: save_codec(path, codec), recipe="vae", cfg=cfg, data=data.fingerprint(), seconds=run.seconds, measured=measured)
+
+    run.on_main(saved)
     return codec
 
 

@@ -5,13 +5,15 @@ learn the rankings by the Davidson-Luce likelihood with learned tie parameters, 
 all dimensions they were ranked in are read off that one pass. The weights that were best on held-out prompts ("val") are kept; temperature and tie parameters are
 then fitted on "val", and accuracy is measured on "test".
 
-Left out: training of the vision tower (its features would be the next thing to adapt), more than one process.
+Under torchrun processes share the sets of a step, and the clips that are looked at on the way.
+Left out: training of the vision tower (its features would be the next thing to adapt).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed
+from align.objectives import Loss
 from align.run import Run
 from base_model.errors import UserError
 from base_model.prompts.vision import Precision
@@ -147,14 +150,30 @@ def set_nll(model: VlmReward, scores: Scores, part: Rankings, rows: Tensor, clip
 
 
 @torch.no_grad()
-def scored(model: VlmReward, data: Comparisons, parts: Sequence[Rankings]) -> tuple[Tensor, Table]:
+def scored(run: Run, model: VlmReward, data: Comparisons, parts: Sequence[Rankings]) -> tuple[Tensor, Table]:
     """The mean score of every clip [1,C,R], and the table of the events on them."""
-    means = []
-    for part in parts:
-        chunks = torch.arange(len(part.video)).split(CLIPS_AT_ONCE)
-        means.append(torch.cat([score_clips(model, data, part, clips).mean for clips in chunks]))
+    chunks = [(part, clips) for part in parts for clips in torch.arange(len(part.video)).split(CLIPS_AT_ONCE)]
+    found = run.gather(score_clips(model, data, part, clips).mean.cpu() for part, clips in run.share(chunks))
+    means = list(torch.cat(found).split([len(part.video) for part in parts]))
     table = joined(parts, means).to(model.temperature.device)
     return table.inputs[None], table
+
+
+Set = tuple[int, tuple[int, Tensor]]
+"""Which of a step's sets it is; its part, and the rows of its events."""
+
+
+def set_losses(cfg: Config, run: Run, model: VlmReward, data: Comparisons, train: Sequence[Rankings], batch: Sequence[tuple[int, Tensor]], own: Sequence[Set]) -> Iterator[Loss]:
+    """The loss of each of some sets of a step, as its share of that of the whole `batch`."""
+    weight = sum(float(train[number].weight[rows].sum()) for number, rows in batch)
+    for j, (number, rows) in own:
+        part = train[number]
+        clips = part.index[rows][part.ranks[rows] > 0].unique()  # [C]
+        scores = score_clips(model, data, part, clips)  # [C,R]
+        noise = torch.randn(cfg.samples, *scores.mean.shape, generator=run.generator(f"doubt {j}", run.iteration)) if cfg.spread else torch.zeros(1, *scores.mean.shape)
+        nll = set_nll(model, scores, part, rows, clips, noise)  # [E]
+        pull = 0.01 * scores.mean.mean(0).square().mean()  # fixes what rankings leave free: only differences count
+        yield Loss((nll * part.weight[rows].to(nll)).sum() / weight + pull / len(batch), {})
 
 
 def learn(cfg: Config, run: Run, model: VlmReward, data: Comparisons, train: Sequence[Rankings], val: Sequence[Rankings]) -> None:
@@ -168,28 +187,17 @@ def learn(cfg: Config, run: Run, model: VlmReward, data: Comparisons, train: Seq
     sets = sets_of(train)
     per_epoch = -(-len(sets) // cfg.batch)
     total = cfg.epochs * per_epoch
-    best.worse_for(held_out_nll(model, *scored(model, data, val)))
+    best.worse_for(held_out_nll(model, *scored(run, model, data, val)))
     for i in run.iterations(total, save_every=cfg.save_every, label="vision-language reward"):
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * (1 - i / total)
         order = torch.randperm(len(sets), generator=run.generator("order", i // per_epoch)).split(cfg.batch)[i % per_epoch]
         batch = [sets[k] for k in order.tolist()]
-        weight = sum(float(train[number].weight[rows].sum()) for number, rows in batch)
-        total_loss = 0.0
-        for j, (number, rows) in enumerate(batch):
-            part = train[number]
-            clips = part.index[rows][part.ranks[rows] > 0].unique()  # [C]
-            scores = score_clips(model, data, part, clips)  # [C,R]
-            noise = torch.randn(cfg.samples, *scores.mean.shape, generator=run.generator(f"doubt {j}", i)) if cfg.spread else torch.zeros(1, *scores.mean.shape)
-            nll = set_nll(model, scores, part, rows, clips, noise)  # [E]
-            pull = 0.01 * scores.mean.mean(0).square().mean()  # fixes what rankings leave free: only differences count
-            loss = (nll * part.weight[rows].to(nll)).sum() / weight + pull / len(batch)
-            run.backward(loss)
-            total_loss += float(loss.detach())
+        losses = run.backward_each(optimizer, partial(set_losses, cfg, run, model, data, train, batch), [run.share(list(enumerate(batch)))], one_by_one=True)
         norm = run.step(optimizer, max_grad_norm=1.0)
         if (i + 1) % max(1, per_epoch // 2) == 0 or i + 1 == total:
-            held_out = held_out_nll(model, *scored(model, data, val))
-            run.log(loss=total_loss, grad_norm=norm, held_out_nll=held_out)
+            held_out = held_out_nll(model, *scored(run, model, data, val))
+            run.log(loss=sum(float(loss.value) for loss in losses), grad_norm=norm, held_out_nll=held_out)
             if best.worse_for(held_out) >= 3:
                 run.stop()
     best.restore()
@@ -239,11 +247,11 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         model.log_tie.copy_(start_log_tie(train, answers.most_clips))
     learn(cfg, run, model, data, train, val)
     model.eval()
-    calibrate(model, *scored(model, data, val))
-    normalise(model, scored(model, data, train)[0])
+    calibrate(model, *scored(run, model, data, val))
+    normalise(model, scored(run, model, data, train)[0])
 
-    scores = [(scored(model, data, [part])[0][0] / model.temperature).cpu() for part in test]  # [C,R] each
-    result = measure(answers, train, test, scores, {})
+    scores = [(scored(run, model, data, [part])[0][0] / model.temperature).cpu() for part in test]  # [C,R] each
+    result = run.on_main(lambda: measure(answers, train, test, scores, {}))
     facts = {
         "measured": result,
         "command": f"rushes vlm-reward --base {cfg.base} --seed {cfg.seed}",
@@ -252,5 +260,5 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         "clips": sizes_of(train),
         **facts_of(answers),
     }
-    card = save_vlm_reward(cfg.out, model, facts)
+    card = run.on_main(lambda: save_vlm_reward(cfg.out, model, facts))
     return {"out": str(cfg.out), "normalisation": card["normalisation"], "temperature": card["temperature"], "seconds": facts["seconds"], **result}

@@ -568,7 +568,7 @@ def test_processes_share_items_in_order_almost_evenly_and_none_goes_without(tmp_
     run.processes = processes
     shares = []
     for rank in range(processes):
-        monkeypatch.setattr(run.accelerator.state, "process_index", rank)
+        monkeypatch.setattr(run, "rank", rank)
         shares.append(run.share(range(8), "policy.micro_batch"))
         assert len(run.share([1, 2])) <= max(1, 2 // processes)
         if processes > 2:

@@ -132,6 +132,10 @@ def _run(asked: dict[str, Any], rank: int) -> int:
     align.run.Run.step = noted("update", align.run.Run.step)  # type: ignore[method-assign]
     for name in ("write_synced", "fsync_folder"):  # of the files of a checkpoint, and around its move into place
         setattr(align.run, name, noted("checkpoint", getattr(align.run, name)))
+    if asked["words"][0] in ("caption-train", "expand"):  # a micro-batch of theirs
+        from transformers import Trainer
+
+        Trainer.training_step = noted("trl", Trainer.training_step)  # type: ignore[method-assign]
     try:
         status = main(asked["words"])
     except BaseException:
@@ -142,7 +146,8 @@ def _run(asked: dict[str, Any], rank: int) -> int:
     if asked["processes"] > 1:
         import torch.distributed
 
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return status
 
 

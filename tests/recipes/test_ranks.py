@@ -1,0 +1,273 @@
+"""Training recipes in several processes: the steps of one process at the same batch, on with another number of processes after a kill, or a refusal in one line.
+
+What aligns is in test_resume.py, SFT in test_sft_resume.py, both with these tests' tools.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from align.run import latest_checkpoint, read_metrics
+from base_model.checkpoint import load_weights
+from base_model.prompts.text import TextEncoder
+from base_model.video.files import write_mp4
+from recipes.cli import COMMANDS
+from reward.matcher import Matcher
+from reward.model import RewardModel, save_reward_model
+from reward.quality import Quality
+from tests.base_model.families import tiny_wan
+from tests.recipes.killed import Server
+from tests.recipes.small import save_small_network, save_small_reward_model
+from tests.recipes.test_families import clear
+from tests.recipes.test_resume import finished
+from tests.recipes.test_rounds import POLICY, TOY
+from tests.recipes.test_vlm_reward import make_world
+from tests.reward.vlm.tiny import save_tiny
+
+RECIPES = ("vae", "pretrain", "temporal", "upsample", "vlm-reward", "latent-reward")
+SLOW = ("pretrain", "temporal", "upsample", "latent-reward")
+NAMES = {"vae": "codec", "vlm-reward": "model", "latent-reward": "learning"}
+"""What a checkpoint calls that which learns, where it is not the network."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_small_network(folder / "network.safetensors")
+    save_small_reward_model(folder / "reward")
+    make_world(folder, 12)
+    save_tiny(folder / "vlm", "qwen3_vl")
+    clear(tiny_wan.text_to_video()).save_pretrained(folder / "wan")
+    torch.manual_seed(1)
+    reward = RewardModel(Matcher(), Quality(), ("overall",), TextEncoder())
+    reward.scale.fill_(1e-3)  # a fresh one says almost the same of all clips
+    (folder / "sharp").mkdir()
+    save_reward_model(folder / "sharp", reward, {})
+    (folder / "captioned").mkdir()
+    rows = []
+    for k in range(10):
+        write_mp4(folder / "captioned" / f"{k}.mp4", torch.full((9, 3, 16, 16), 0.1 + 0.08 * k), 8.0, upscale=False)
+        rows.append({"file_name": f"{k}.mp4", "text": "a bright clip that is seen" if k % 2 else "dark"})
+    (folder / "captioned" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+def words_of(keys: dict[str, Any]) -> list[str]:
+    return [word for key, value in keys.items() for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))]
+
+
+def command(recipe: str, out: Path, folder: Path) -> list[str]:
+    """A few steps, each of at least two parts, a checkpoint every other step."""
+    sampler = {"sampler.steps": 2, "sampler.frames": 5, "sampler.height": 16, "sampler.width": 16}
+    fit = {"iterations": 4, "lr": 1e-3, "capacity": 256, "held_out": 2, "save_every": 2, "evaluate_every": 2}
+    keys: dict[str, dict[str, Any]] = {
+        "vae": {"clips": 12, "held_out": 2, "batch": 4, "width": 16, "iterations": 4, "save_every": 2},
+        "pretrain": {"width": 128, "depth": 1, "legs": [{"seed": 0, "clips": 8, "fit": fit}, {"seed": 1, "clips": 8, "fit": fit}]},
+        "temporal": {
+            "image": str(folder / "network.safetensors"),
+            **{"clips": 6, "frames": 5, "side": 16, "batch": 2, "held_out": 2, "iterations": 4, "save_every": 2, "evaluate_every": 2, "lr": 1e-3, "optimizer": "adamw"},
+        },
+        "upsample": {
+            **{"frames": 3, "side": 16, "crop": 8, "clips": 12, "width": 24, "depth": 1, "batch": 2, "held_out": 2, "steps": 1, "lr": 1e-3, "optimizer": "adamw"},
+            **{"iterations": 4, "save_every": 2, "evaluate_every": 2},
+        },
+        "vlm-reward": {
+            **{"comparisons": str(folder / "rankings"), "clips": str(folder / "clips"), "base": str(folder / "vlm")},
+            **{"rank": 4, "alpha": 8.0, "epochs": 2, "batch": 3, "save_every": 1},
+            "frames": {"fps": 4.0, "min_frames": 2, "max_frames": 16, "min_pixels": 64, "max_pixels": 1024},
+        },
+        "latent-reward": {
+            **{"reward": str(folder / "reward"), "model": str(folder / "network.safetensors"), "prompts": 20, "takes": 3, "held_out": 4, "levels": [0.0, 0.5]},
+            **{"fit.sight": 1, "fit.iterations": 2, "fit.prompts": 4, "fit.steps": 2, "fit.passes": 2, "fit.evaluate_every": 1, "fit.save_every": 1},
+            **{"reader.after": [1, 2], "reader.width": 16, "reader.heads": 2, **sampler},
+        },
+    }
+    return [recipe, "--out", str(out), *words_of(keys[recipe])]
+
+
+def runs(recipe: str, out: Path) -> list[Path]:
+    """Folders of the runs that it made."""
+    found = sorted(file.parent for file in out.glob("**/metrics.jsonl"))
+    assert len(found) == (2 if recipe == "pretrain" else 1)
+    return found
+
+
+def alike(recipe: str, one: Path, other: Path) -> float:
+    """All metrics to 1e-5, passes exactly, and what learned; the largest distance of a weight over the largest there is."""
+    apart = 0.0
+    for mine, theirs in zip(runs(recipe, one), runs(recipe, other), strict=True):
+        rows, same = read_metrics(mine, wall_clock=False), read_metrics(theirs, wall_clock=False)
+        assert len(rows) >= 1
+        for row, wanted in zip(rows, same, strict=True):
+            assert row == pytest.approx(wanted, rel=1e-5, abs=1e-6, nan_ok=True)
+            assert all(row[name] == wanted[name] for name in ("iteration", "forward_passes", "forward_equivalents"))
+        states = []
+        for run in (mine, theirs):
+            checkpoint = latest_checkpoint(run)
+            assert checkpoint is not None
+            states.append(load_weights(checkpoint / f"{NAMES.get(recipe, 'network')}.safetensors")[0])
+        assert states[0].keys() == states[1].keys()
+        apart = max([apart, *(float((states[0][name].double() - states[1][name].double()).abs().max()) for name in states[0] if states[0][name].numel())])
+    return apart
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Undisturbed runs of one process, made when first asked for: recipe -> folder, how often it stepped."""
+    place = tmp_path_factory.mktemp("alone")
+
+    class Runs(dict[str, tuple[Path, int]]):
+        def __missing__(self, recipe: str) -> tuple[Path, int]:
+            ended = finished(server.run(command(recipe, place / recipe, folder)))
+            self[recipe] = place / recipe, ended.moments["update"]
+            return self[recipe]
+
+    return Runs()
+
+
+CASES = [pytest.param(recipe, marks=[pytest.mark.slow] if recipe in SLOW else []) for recipe in RECIPES]
+
+
+@pytest.mark.parametrize("recipe", CASES)
+def test_two_processes_make_the_steps_of_one(recipe: str, alone: Any, folder: Path, server: Server, tmp_path: Path) -> None:
+    ended = finished(server.run(command(recipe, tmp_path / "two", folder), processes=2))
+    assert ended.moments["update"] == alone[recipe][1]
+    apart = alike(recipe, tmp_path / "two", alone[recipe][0])
+    print(f"{recipe}: weights {apart:.1e}")
+    assert apart < 1e-5
+
+
+@pytest.mark.parametrize("recipe", CASES)
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_with_another_number_of_processes(recipe: str, before: int, after: int, alone: Any, folder: Path, server: Server, tmp_path: Path) -> None:
+    undisturbed, steps = alone[recipe]
+    words = command(recipe, tmp_path / "run", folder)
+    killed = server.run(words, processes=before, kill=("update", steps // 2 + 2), victim=before - 1)
+    assert -9 in killed.statuses, killed.said
+    ended = finished(server.run([*words, "--resume"], processes=after))
+    assert f"saved by {before} process" in ended.said
+    assert alike(recipe, tmp_path / "run", undisturbed) < 1e-5
+
+
+# Frozen weights spread over the processes
+
+
+def nft_words(out: Path, folder: Path, *, shard: bool) -> list[str]:
+    policy = {"iterations": 3, "updates": 1, "prompts": 2, "group_size": 2, "micro_batch": 1, "lora_rank": 2, "lr": 1e-4, "evaluate_every": 2, "save_every": 1, "old_rate": 0.1}
+    keys = {"model": str(folder / "wan"), "reward": str(folder / "sharp"), "prompt_pool": 4, "held_out_prompts": 2, "constrained": False, "guards.watch": False, "shard": shard}
+    sampler = {"steps": 2, "frames": 5, "height": 16, "width": 16}
+    return [
+        "nft",
+        "--out",
+        str(out),
+        *words_of({**keys, **{f"policy.{key}": value for key, value in policy.items()}, **{f"sampler.{key}": value for key, value in sampler.items()}}),
+    ]
+
+
+def test_rl_with_its_frozen_weights_sharded_makes_the_steps_of_whole_ones_and_goes_on_in_one_process(folder: Path, server: Server, tmp_path: Path) -> None:
+    """In one process numbers differ by more: this reward magnifies rounding a thousand times."""
+    ended = finished(server.run(nft_words(tmp_path / "whole", folder, shard=False), processes=2))
+    finished(server.run(nft_words(tmp_path / "cut", folder, shard=True), processes=2))
+    killed = server.run(nft_words(tmp_path / "turns", folder, shard=True), processes=2, kill=("update", 3), victim=1)
+    assert ended.moments["update"] == 3 and -9 in killed.statuses, killed.said
+    finished(server.run([*nft_words(tmp_path / "turns", folder, shard=True), "--resume"]))
+    wanted, adapter = read_metrics(tmp_path / "whole", wall_clock=False), load_weights(tmp_path / "whole" / "adapter.safetensors")[0]
+    for name, rel in (("cut", 1e-5), ("turns", 1e-2)):
+        for row, same in zip(read_metrics(tmp_path / name, wall_clock=False), wanted, strict=True):
+            told = [key for key in same if same[key] is not None]
+            assert row.keys() == same.keys() and {key: row[key] for key in told} == pytest.approx({key: same[key] for key in told}, rel=rel, abs=1e-6)
+        found = load_weights(tmp_path / name / "adapter.safetensors")[0]
+        assert found.keys() == adapter.keys() and max(float((found[key] - adapter[key]).abs().max()) for key in adapter) < 1e-5
+        assert max(float(found[key].abs().max()) for key in found if "lora_B" in key) > 1e-4, "nothing moved"
+
+
+# trl's own loops
+
+
+def trl_words(recipe: str, out: Path, folder: Path) -> list[str]:
+    """Six steps, a checkpoint every other one."""
+    if recipe == "expand":
+        words = ["--pool", "100", "--most-tokens", "16", "--tiny", "{width: 48, depth: 2, heads: 2, vocabulary: 420}", "--micro-batch", "2"]
+        return [recipe, "--out", str(out), *words, "--sft.steps", "6", "--sft.batch", "8", "--sft.evaluate-every", "2", "--sft.lr", "1e-4"]
+    frames = {"fps": 4.0, "min_frames": 2, "max_frames": 4, "min_pixels": 64, "max_pixels": 256}
+    given = {"model": str(folder / "vlm"), "data": str(folder / "captioned"), "frames": frames, "instruction": "look", "optimizer": "adamw", "lr": 1e-4}
+    return [recipe, "--out", str(out), *words_of({**given, "batch": 4, "together": 2, "held_out": 2, "steps": 6, "save_every": 2})]
+
+
+def told_by_trl(recipe: str, out: Path) -> list[float]:
+    """The losses of all steps (a captioner's of every step, too, for there are fewer than ten), and the held-out loss."""
+    if recipe == "expand":
+        rows = [json.loads(line) for line in (out / "sft" / "metrics.jsonl").read_text().splitlines()]
+        return [row[name] for name in ("loss", "grad_norm", "learning_rate") for row in rows if name in row]
+    measured = json.loads((out / "captioner.json").read_text())["measured"]
+    return [*measured["loss"], measured["held_out_loss_before"], measured["held_out_loss"]]
+
+
+@pytest.mark.parametrize("recipe", ["caption-train", pytest.param("expand", marks=pytest.mark.slow)])
+def test_trls_recipes_share_a_step_and_go_on_with_another_number_of_processes(recipe: str, folder: Path, server: Server, tmp_path: Path) -> None:
+    finished(server.run(trl_words(recipe, tmp_path / "one", folder)))
+    wanted = told_by_trl(recipe, tmp_path / "one")
+    finished(server.run(trl_words(recipe, tmp_path / "two", folder), processes=2))
+    assert told_by_trl(recipe, tmp_path / "two") == pytest.approx(wanted, rel=1e-4)
+    words = trl_words(recipe, tmp_path / "turns", folder)
+    killed = server.run(words, processes=2, kill=("trl", 4), victim=1)
+    assert -9 in killed.statuses, killed.said
+    finished(server.run([*words, "--resume"]))
+    assert told_by_trl(recipe, tmp_path / "turns") == pytest.approx(wanted, rel=1e-4)
+
+
+# What goes through stages
+
+
+@pytest.mark.slow
+def test_rounds_share_their_rl_and_the_first_process_does_all_else(server: Server, folder: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        words = ["--labelers", "simulated", "--model", str(folder / "network.safetensors"), "--rounds", "1", *TOY, *POLICY, "--rl.policy.micro_batch", "4"]
+        finished(server.run(["rounds", "--out", str(tmp_path / str(processes)), *words], processes=processes))
+    one, two = tmp_path / "1", tmp_path / "2"
+    for file in ("rankings/comparisons-00000.parquet", "round-1/reward/reward_model.safetensors"):
+        assert (one / file).read_bytes() == (two / file).read_bytes()
+    rows, same = (read_metrics(out / "round-1" / "rl", wall_clock=False) for out in (one, two))
+    assert len(rows) >= 2 and [row.keys() for row in rows] == [row.keys() for row in same]
+    for row, wanted in zip(rows, same, strict=True):
+        assert row["reward"] == pytest.approx(wanted["reward"], rel=1e-4) if "reward" in row else True
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3) if "grad_norm" in row else True
+
+
+@pytest.mark.parametrize("name", ["reward-model", "match", "quality", "safety-train"])
+def test_what_learns_in_moments_is_refused_in_one_line_and_leaves_nothing(name: str, server: Server, tmp_path: Path) -> None:
+    ended = server.run([name, "--out", str(tmp_path / "run")], processes=2)
+    assert ended.statuses == [2, 2] and not (tmp_path / "run").exists()
+    assert f"rushes {name} works in one process, and torchrun started 2" in ended.said and "Traceback" not in ended.said
+
+
+def test_every_command_that_trains_says_whether_processes_share_it() -> None:
+    assert {name for name, command in COMMANDS.items() if command.shared} >= {
+        *RECIPES,
+        "sft",
+        "caption-train",
+        "expand",
+        "rounds",
+        "demo",
+        "encode",
+        "ddpo",
+        "ppo",
+        "grpo",
+        "nft",
+        "dpo",
+        "reward-gradient",
+        "check",
+    }
+    assert not any(COMMANDS[name].shared for name in ("reward-model", "safety-train", "match", "quality", "curate", "app"))
