@@ -52,7 +52,7 @@ KEPT_MEMORY = {
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: the rest does not
     -2: 64 << 20,  # M_TOP_PAD
 }
-"""glibc's settings (`mallopt(3)`). As it comes it returns every large tensor to the system when it is freed, and the next one of that size is paid with a page fault for each 4 KiB."""
+"""glibc's settings (`mallopt(3)`). As it comes it returns every large tensor to the system when it is freed, and the next one costs a page fault for each 4 KiB."""
 
 
 class Command(NamedTuple):

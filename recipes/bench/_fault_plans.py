@@ -618,12 +618,12 @@ class Labeler:
 
 
 def make_store(folder: Path, told: Path) -> None:
-    from recipes.bench.app import _csrf, seed_store
+    from recipes.bench.app import csrf_of, seed_store
     from reward.app.store import open_store
 
     store = open_store(folder)
     project, (cookie,) = seed_store(store, 1, 2 * ANSWERS + 8)
-    told.write_text(json.dumps([project, cookie, _csrf(store, cookie)]))
+    told.write_text(json.dumps([project, cookie, csrf_of(store, cookie)]))
     store.close()
 
 

@@ -1,7 +1,7 @@
 """Which role may do what, and the one dependency that says so.
 
 Every route names its rule: `Annotated[Actor, Depends(may(LABELER))]`. On a path with `{project_id}` the role has to be held in that project; elsewhere in any, and what the
-request is about is looked up by who asks (`own_assignment`, `own_reading`), so that another's does not exist. `PUBLIC` routes name that. A route that names nothing fails the tests.
+request is about is looked up by who asks (`own_assignment`, `own_reading`), so that another's does not exist. `PUBLIC` routes name that. One that names nothing fails the tests.
 """
 
 from __future__ import annotations
