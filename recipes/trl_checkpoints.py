@@ -72,6 +72,7 @@ def quiet() -> Iterator[None]:
     disable_progress_bars()
     disable_progress_bar()
     logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)
+    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)  # of weights that are tied, and saved once, it says that they are missing
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
         yield
