@@ -25,7 +25,7 @@ from base_model.prompts.conditions import Canvas, Kind, draw_given, encode_known
 from base_model.times import quantile_times, square_root_shift, stratified_logit_normal
 from base_model.tiny import LatentVideoModel, packed_text
 from base_model.types import ClipShape, Conditioning
-from recipes.examples import Examples, Velocities, num_tokens
+from recipes.examples import Examples, Velocities, num_tokens, together
 from recipes.models import with_canvases
 from recipes.pairs import Pairs
 
@@ -107,7 +107,7 @@ def pack_loss(fit: Fit, model: LatentVideoModel, examples: Examples, whole: floa
     packed = pack([examples.latent(j) for j in rows], model.config.patch)  # tokens [N,c]
     lengths = packed.segments.lengths  # S
     dropped = torch.rand(len(rows), generator=generator) < fit.text_dropout  # [S]
-    cond = model.encode_text(["" if drop else examples.texts[j] for j, drop in zip(rows, dropped.tolist(), strict=True)])
+    cond = together([examples.cond(None if drop else j) for j, drop in zip(rows, dropped.tolist(), strict=True)])  # as they are kept: beside others they round otherwise
     values, given = packed.tokens, torch.zeros(packed.segments.total, dtype=torch.bool)  # [N,c], [N]
     if fit.conditions:
         values, given = packed_conditions(fit, model, examples, rows, generator)

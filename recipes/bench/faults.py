@@ -33,7 +33,7 @@ QUICK = (2, 8, 11, 12)
 LONGEST_PLAN = 900.0
 REMARK = (
     "A plan holds where the folder ends up as that of an undisturbed run, to the bit (weights, state, metrics), every acknowledged answer is there once, and every refusal is one "
-    "line. `lost`: plans after which something saved or acknowledged was gone or another. `rushes bench faults --only SEED` carries one out again. "
+    "line. `lost`: plans after which something saved or acknowledged was gone or another. `rushes bench faults --only 17` carries the plan of seed 17 out again. "
     "[How to read](../README.md#how-to-read-faults)."
 )
 

@@ -29,6 +29,7 @@ from base_model.video.files import mp4_bytes, read_video, write_mp4
 from recipes import clip_folder, encode, shards
 from recipes.clip_folder import Windows
 from recipes.encode import Encoded, encode_folder, read_ahead
+from recipes.fit import Fit, pack_loss
 from recipes.latents import DTYPES, Cache, CachedClips, Findings, Lineage, caption_cond, encode_caption, lineage_of, load_plan, text_key
 from tests.base_model.families import tiny_cogvideox, tiny_hunyuan_video, tiny_ltx, tiny_mochi, tiny_wan
 from tests.recipes.small import small_model
@@ -107,6 +108,19 @@ def test_examples_are_what_the_model_makes_of_the_clips(tmp_path: Path) -> None:
     assert (report.found, report.used, report.examples, report.frames, report.frames_left_out) == (3, 3, 6, 34, 3 + 1)
     assert report.shapes == {"9x16x24": (3, 54), "5x32x16": (1, 16), "1x16x24": (1, 6), "1x16x16": (1, 4)} and report.tokens == 80
     assert report.seconds == pytest.approx((3 * 9 + 5) / 12)
+
+
+def test_a_step_of_sft_learns_from_the_captions_that_are_kept_and_encodes_none(tmp_path: Path) -> None:
+    """Encoded again beside others they would round otherwise: a resumed run would not make the steps of one that has just encoded them."""
+
+    def nobody(prompts: Any) -> Any:
+        raise AssertionError(f"encoded again: {prompts}")
+
+    folder, model = clips_in(tmp_path / "clips", {name: clip(seed) for seed, name in enumerate(("a.mp4", "b.mp4", "c.mp4"))}), small_model()
+    examples, _ = encoded(folder, tmp_path / "cache", model)
+    model.text = nobody  # type: ignore[assignment]
+    (loss,) = pack_loss(Fit(iterations=1, lr=1e-3, text_dropout=0.5), model, examples, 3, (range(3), torch.Generator().manual_seed(3)))
+    assert bool(loss.value.isfinite())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,20 +18,20 @@ from tests.recipes.small import small_model
 ROWS = (2, 0, 3)
 
 
-def some_pairs() -> Pairs:
+def some_pairs(model: LatentVideoModel) -> Pairs:
     generator = torch.Generator().manual_seed(0)
     shapes = [(8, 2, 4, 4), (8, 2, 4, 4), (8, 1, 6, 4), (8, 3, 8, 4)]
-    return Pairs(("a red circle", "a blue bar", "a green bar grows", "a red bar"), tuple(torch.randn(shape, generator=generator) for shape in shapes), ())
+    return Pairs(("a red circle", "a blue bar", "a green bar grows", "a red bar"), tuple(torch.randn(shape, generator=generator) for shape in shapes), (), model.encode_text)
 
 
 def loss_of(fit: Fit, model: LatentVideoModel, clips: int = 3) -> Loss:
-    (loss,) = pack_loss(fit, model, some_pairs(), clips, (ROWS, torch.Generator().manual_seed(5)))
+    (loss,) = pack_loss(fit, model, some_pairs(model), clips, (ROWS, torch.Generator().manual_seed(5)))
     return loss
 
 
 def by_hand(model: LatentVideoModel, token_drop: float, *, text_dropout: float = 0.1) -> Tensor:
     """The same loss, clip by clip; the generator gives captions, then rates and kept tokens if any are dropped, then times and noise."""
-    pairs, generator, patch = some_pairs(), torch.Generator().manual_seed(5), model.config.patch
+    pairs, generator, patch = some_pairs(model), torch.Generator().manual_seed(5), model.config.patch
     tokens = [patchify(pairs.latents[j][None], patch)[0] for j in ROWS]  # [n,c] each
     positions = [grid_positions(token_grid(pairs.latents[j].shape, patch)) for j in ROWS]
     mute = (torch.rand(len(ROWS), generator=generator) < text_dropout).tolist()
