@@ -177,9 +177,9 @@ def folder_data(cfg: Config, run: Run, model: TrainableModel, folder: Path) -> D
         cfg.cache,
         lineage=lineage_of(cfg.model, model),
         windows=cfg.windows,
-        rank=run.accelerator.process_index,
+        rank=run.rank,
         ranks=run.processes,
-        wait=run.accelerator.wait_for_everyone,
+        wait=run.wait,
         quiet=run.quiet,
     )
     examples, report = encoded

@@ -18,12 +18,14 @@ from base_model.checkpoint import load_weights
 from base_model.prompts.text import TextEncoder
 from base_model.video.files import write_mp4
 from recipes.cli import COMMANDS
+from recipes.demo import STAGES
 from reward.matcher import Matcher
 from reward.model import RewardModel, save_reward_model
 from reward.quality import Quality
 from tests.base_model.families import tiny_wan
 from tests.recipes.killed import Server
 from tests.recipes.small import save_small_network, save_small_reward_model
+from tests.recipes.test_demo import TOY as TOY_DEMO
 from tests.recipes.test_families import clear
 from tests.recipes.test_resume import finished
 from tests.recipes.test_rounds import POLICY, TOY
@@ -165,7 +167,7 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(recipe: str, befo
 
 
 def nft_words(out: Path, folder: Path, *, shard: bool) -> list[str]:
-    policy = {"iterations": 3, "updates": 1, "prompts": 2, "group_size": 2, "micro_batch": 1, "lora_rank": 2, "lr": 1e-4, "evaluate_every": 2, "save_every": 1, "old_rate": 0.1}
+    policy = {"iterations": 2, "updates": 1, "prompts": 2, "group_size": 2, "micro_batch": 1, "lora_rank": 2, "lr": 1e-4, "evaluate_every": 2, "save_every": 1, "old_rate": 0.1}
     keys = {"model": str(folder / "wan"), "reward": str(folder / "sharp"), "prompt_pool": 4, "held_out_prompts": 2, "constrained": False, "guards.watch": False, "shard": shard}
     sampler = {"steps": 2, "frames": 5, "height": 16, "width": 16}
     return [
@@ -176,21 +178,36 @@ def nft_words(out: Path, folder: Path, *, shard: bool) -> list[str]:
     ]
 
 
-def test_rl_with_its_frozen_weights_sharded_makes_the_steps_of_whole_ones_and_goes_on_in_one_process(folder: Path, server: Server, tmp_path: Path) -> None:
-    """In one process numbers differ by more: this reward magnifies rounding a thousand times."""
-    ended = finished(server.run(nft_words(tmp_path / "whole", folder, shard=False), processes=2))
+def same_steps(out: Path, other: Path, rel: float) -> None:
+    """Metrics, to `rel` of themselves or of 1, and adapters, which moved, to 1e-5."""
+    adapters = [load_weights(folder / "adapter.safetensors")[0] for folder in (out, other)]
+    for row, same in zip(read_metrics(out, wall_clock=False), read_metrics(other, wall_clock=False), strict=True):
+        told = [key for key in same if same[key] is not None]
+        assert row.keys() == same.keys() and {key: row[key] for key in told} == pytest.approx({key: same[key] for key in told}, rel=rel, abs=rel)
+    assert adapters[0].keys() == adapters[1].keys() and max(float((adapters[0][key] - adapters[1][key]).abs().max()) for key in adapters[0]) < 1e-5
+    assert max(float(adapters[0][key].abs().max()) for key in adapters[0] if "lora_B" in key) > 1e-4, "nothing moved"
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that hold all weights each."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert finished(server.run(nft_words(out, folder, shard=False), processes=2)).moments["update"] == 2
+    return out
+
+
+def test_rl_with_its_frozen_weights_sharded_makes_the_steps_of_whole_ones(whole: Path, folder: Path, server: Server, tmp_path: Path) -> None:
     finished(server.run(nft_words(tmp_path / "cut", folder, shard=True), processes=2))
-    killed = server.run(nft_words(tmp_path / "turns", folder, shard=True), processes=2, kill=("update", 3), victim=1)
-    assert ended.moments["update"] == 3 and -9 in killed.statuses, killed.said
+    same_steps(tmp_path / "cut", whole, 1e-5)
+
+
+@pytest.mark.slow
+def test_rl_with_its_frozen_weights_sharded_goes_on_in_one_process(whole: Path, folder: Path, server: Server, tmp_path: Path) -> None:
+    """In one process numbers differ by more: this reward magnifies rounding a thousand times."""
+    killed = server.run(nft_words(tmp_path / "turns", folder, shard=True), processes=2, kill=("update", 2), victim=1)
+    assert -9 in killed.statuses, killed.said
     finished(server.run([*nft_words(tmp_path / "turns", folder, shard=True), "--resume"]))
-    wanted, adapter = read_metrics(tmp_path / "whole", wall_clock=False), load_weights(tmp_path / "whole" / "adapter.safetensors")[0]
-    for name, rel in (("cut", 1e-5), ("turns", 1e-2)):
-        for row, same in zip(read_metrics(tmp_path / name, wall_clock=False), wanted, strict=True):
-            told = [key for key in same if same[key] is not None]
-            assert row.keys() == same.keys() and {key: row[key] for key in told} == pytest.approx({key: same[key] for key in told}, rel=rel, abs=1e-6)
-        found = load_weights(tmp_path / name / "adapter.safetensors")[0]
-        assert found.keys() == adapter.keys() and max(float((found[key] - adapter[key]).abs().max()) for key in adapter) < 1e-5
-        assert max(float(found[key].abs().max()) for key in found if "lora_B" in key) > 1e-4, "nothing moved"
+    same_steps(tmp_path / "turns", whole, 1e-2)
 
 
 # trl's own loops
@@ -215,17 +232,39 @@ def told_by_trl(recipe: str, out: Path) -> list[float]:
     return [*measured["loss"], measured["held_out_loss_before"], measured["held_out_loss"]]
 
 
-@pytest.mark.parametrize("recipe", ["caption-train", pytest.param("expand", marks=pytest.mark.slow)])
-def test_trls_recipes_share_a_step_and_go_on_with_another_number_of_processes(recipe: str, folder: Path, server: Server, tmp_path: Path) -> None:
-    finished(server.run(trl_words(recipe, tmp_path / "one", folder)))
-    wanted = told_by_trl(recipe, tmp_path / "one")
+TRL = ["caption-train", pytest.param("expand", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module")
+def by_trl(folder: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What undisturbed runs of one process told, made when first asked for."""
+    place = tmp_path_factory.mktemp("trl")
+
+    class Told(dict[str, list[float]]):
+        def __missing__(self, recipe: str) -> list[float]:
+            finished(server.run(trl_words(recipe, place / recipe, folder)))
+            self[recipe] = told_by_trl(recipe, place / recipe)
+            return self[recipe]
+
+    return Told()
+
+
+@pytest.mark.parametrize("recipe", TRL)
+def test_trls_recipes_share_a_step(recipe: str, by_trl: Any, folder: Path, server: Server, tmp_path: Path) -> None:
     finished(server.run(trl_words(recipe, tmp_path / "two", folder), processes=2))
-    assert told_by_trl(recipe, tmp_path / "two") == pytest.approx(wanted, rel=1e-4)
-    words = trl_words(recipe, tmp_path / "turns", folder)
-    killed = server.run(words, processes=2, kill=("trl", 4), victim=1)
+    assert told_by_trl(recipe, tmp_path / "two") == pytest.approx(by_trl[recipe], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["caption-train", "expand"])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_trls_recipes_go_on_with_another_number_of_processes(recipe: str, before: int, after: int, by_trl: Any, folder: Path, server: Server, tmp_path: Path) -> None:
+    words = trl_words(recipe, tmp_path, folder)
+    steps = {"caption-train": 2, "expand": 4}[recipe]  # micro-batches of a step in one process
+    killed = server.run(words, processes=before, kill=("trl", 3 * steps // before + 1), victim=before - 1)
     assert -9 in killed.statuses, killed.said
-    finished(server.run([*words, "--resume"]))
-    assert told_by_trl(recipe, tmp_path / "turns") == pytest.approx(wanted, rel=1e-4)
+    finished(server.run([*words, "--resume"], processes=after))
+    assert told_by_trl(recipe, tmp_path) == pytest.approx(by_trl[recipe], rel=1e-4)
 
 
 # What goes through stages
@@ -244,6 +283,12 @@ def test_rounds_share_their_rl_and_the_first_process_does_all_else(server: Serve
     for row, wanted in zip(rows, same, strict=True):
         assert row["reward"] == pytest.approx(wanted["reward"], rel=1e-4) if "reward" in row else True
         assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3) if "grad_norm" in row else True
+
+
+@pytest.mark.slow
+def test_the_demo_goes_through_all_its_stages_in_two_processes(server: Server, tmp_path: Path) -> None:
+    finished(server.run(["demo", str(TOY_DEMO), "--seed", "1", "--out", str(tmp_path)], processes=2))
+    assert (tmp_path / "report" / "index.html").exists() and len([*tmp_path.glob("*/stage.json")]) == len(STAGES)
 
 
 @pytest.mark.parametrize("name", ["reward-model", "match", "quality", "safety-train"])
