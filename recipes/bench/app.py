@@ -1,10 +1,8 @@
 """Does the labeling app answer a hundred labelers at once, and lose nothing?
 
 A server process of its own (`rushes app serve`) and simulated labelers that do what a browser does: ask for the next task, load its page's data, fetch every clip by range,
-think, answer. Thinking
-times are exponential; without thinking the same shows how much the server does at most. Both stores commit to disk before they acknowledge. In the full form Label Studio's
-API is measured
-beside it, one client after the other, import, next task and answer of both in turn.
+think, answer. Thinking times are exponential; without thinking the same shows how much the server does at most. Both stores commit to disk before they acknowledge. In the full
+form Label Studio's API is measured beside it, one client after the other, import, next task and answer of both in turn.
 
 "next task" is from the request for a lease to the task's data, both requests; "submit" until the answer is acknowledged.
 """
