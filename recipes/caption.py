@@ -23,6 +23,7 @@ from torch import Tensor
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Whole, dump
 from align.progress import Progress
+from align.run import lock_folder
 from base_model.checkpoint import atomic_write, check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.prompts.caption import INSTRUCTION, Caption, Captioner, Sight, Taken, clip_patches, take_frames
@@ -317,6 +318,9 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         raise UserError(f"the old captions are there, {cfg.out}. Give another --out")
     clips = clips_of(cfg.clips)
     check_can_write(cfg.out.parent)
+    with disk_errors(cfg.out.parent):
+        cfg.out.parent.mkdir(parents=True, exist_ok=True)
+    lock_folder(cfg.out.parent)
     instruction, frames = settings_of(cfg)
     table = Table(cfg.out, cfg.flags)
     vlm = load_vlm(cfg.model, revision=cfg.revision, dtype=cfg.dtype, what="captioner")

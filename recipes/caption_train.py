@@ -26,7 +26,11 @@ from torch import Tensor, nn
 from align.config import Config as BaseConfig
 from align.config import Count, Positive, Seed, Whole, dump, leaves, path_keys, resolved
 from align.optimizers import MuonWithAdamW, build_optimizer, warmup_cosine
+<<<<<<< HEAD
 from align.processes import join, on_main, started
+=======
+from align.run import lock_folder
+>>>>>>> nine
 from base_model.checkpoint import atomic_write, check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.lora import add_lora, merge
@@ -237,6 +241,9 @@ def save(folder: Path, captioner: Captioner, frames: Frames) -> None:
 def claim(cfg: Config, resume: bool) -> None:
     """Writes `run.json`. Raises UserError where the folder holds a run and `resume` is off, and where it was begun with another configuration."""
     check_can_write(cfg.out)
+    with disk_errors(cfg.out):
+        cfg.out.mkdir(parents=True, exist_ok=True)
+    lock_folder(cfg.out)
     file = cfg.out / "run.json"
     if file.exists():
         before = leaves(read_json(file, "the description of the run").get("config"))

@@ -33,14 +33,18 @@ from torch import Tensor
 
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Several, dump, leaves, path_keys
+<<<<<<< HEAD
 from align.processes import join, on_main, started
 from align.run import derived_seed
+=======
+from align.run import derived_seed, lock_folder
+>>>>>>> nine
 from base_model.errors import UserError
 from base_model.prompts.expand import INSTRUCTION, Expanded, Expander, Style, TinySize, answered, asked, ends_of, finished, load_expander, save_expander, tiny_expander
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import LatentVideoModel
 from base_model.types import TrainableModel
-from base_model.video.files import write_atomic
+from base_model.video.files import disk_errors, write_atomic
 from recipes import trl_checkpoints
 from recipes.feedback import Assessor, load_reward
 from recipes.filters import Filters
@@ -545,6 +549,9 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     join()
     pairs = pairs_of(cfg)
     settings = settings_of(cfg, pairs)
+    with disk_errors(cfg.out):
+        cfg.out.mkdir(parents=True, exist_ok=True)
+    lock_folder(cfg.out)
     stages = {name: Stages(cfg.out, name, settings[name]) for name in ("sft", *(["grpo"] if cfg.reward else []))}
     for each in stages.values():
         each.check_same()

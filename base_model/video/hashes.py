@@ -284,9 +284,10 @@ def _aligned(one: Words, other: Words, one_known: NDArray[np.bool_], other_known
     """`clips_apart` of L pairs of looks [L,S,words] and [L,U,words]. Long clips are first compared at a few of their moments, then at all of them around the best line."""
     stride = -(-max(one.shape[1], other.shape[1]) // MOST_MOMENTS)
     distance = _distances(one[:, ::stride], other[:, ::stride], one_known[::stride], other_known[::stride])  # [L,S,U]
-    lines = _lines(*distance.shape[1:])
+    _, count, others = distance.shape
+    lines = _lines(count, others)
     nearest = np.sort(np.where(np.isfinite(distance), distance, np.inf).min(2))  # [L,S]
-    bounds = nearest[:, : math.ceil(_covered(*distance.shape[1:], max(SPEEDS)))].mean(1)  # no line is nearer
+    bounds = nearest[:, : math.ceil(_covered(count, others, max(SPEEDS)))].mean(1)  # no line is nearer
     best = math.inf
     for look in np.argsort(bounds).tolist():
         if bounds[look] >= min(limit, best):

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +63,19 @@ def killed_behind(words: Sequence[str], file: Path, *, seconds: float = 240) -> 
         time.sleep(0.01)
     process.kill()
     return process.wait()
+
+
+@contextmanager
+def busy(folder: Path) -> Iterator[None]:
+    """Another process is at work in the folder, as `align.run.lock_folder` sees it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    script = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print('locked', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", script, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None and process.stdout.readline() == "locked\n"
+        try:
+            yield
+        finally:
+            process.stdin.close()
 
 
 def _serve() -> None:

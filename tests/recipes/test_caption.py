@@ -22,6 +22,7 @@ from recipes.caption import CARD, UNLIKE_CLIP, UNLIKE_OLD, Config, Flags, Frames
 from recipes.clip_folder import Dropped, Named, find_clips
 from recipes.encode import encode_folder
 from recipes.latents import lineage_of
+from tests.recipes.killed import busy
 from tests.recipes.small import small_model
 from tests.reward import tiny_encoders
 from tests.reward.vlm.tiny import save_tiny
@@ -230,4 +231,6 @@ def test_what_cannot_be_done_is_one_line_before_a_clip_is_looked_at(model: Path,
         with pytest.raises(UserError, match=match) as error:
             main(cfg)
         assert "\n" not in str(error.value)
+    with busy(tmp_path / "busy"), pytest.raises(UserError, match="another process is at work in"):
+        main(config(clips, model, tmp_path / "busy"))
     assert load(Config, None, ["--flags.similarity", "0.5"]).flags.similarity == 0.5

@@ -20,7 +20,7 @@ from recipes.caption import Config as Asked
 from recipes.caption import Frames, settings_of
 from recipes.caption_train import Config, Pairs, captioner_to_train, fit, main, optimizer_of
 from recipes.shapes import captions as shapes
-from tests.recipes.killed import killed_behind
+from tests.recipes.killed import busy, killed_behind
 from tests.reward.vlm.tiny import save_tiny
 
 pytestmark = [
@@ -142,7 +142,7 @@ def test_after_kill_9_the_same_command_ends_with_the_same_bits_and_nothing_is_pi
     main(cfg, resume=True)
     model = "model/model.safetensors"
     assert (cfg.out / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
-    assert {path.suffix for path in cfg.out.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".jinja", ".md"}
+    assert {path.suffix for path in cfg.out.rglob("*") if path.is_file() and path.name != ".lock"} <= {".json", ".safetensors", ".jinja", ".md"}
 
 
 def test_what_cannot_be_learned_is_one_line(world: Path, tmp_path: Path) -> None:
@@ -155,6 +155,8 @@ def test_what_cannot_be_learned_is_one_line(world: Path, tmp_path: Path) -> None
         ({"data": tmp_path / "nowhere"}, False, "no folder of clips"),
         ({"lora_rank": 2, "optimizer": "muon"}, False, "muon is for all weights"),
     ]
+    with busy(tmp_path / "busy"), pytest.raises(UserError, match="another process is at work in"):
+        main(config(world, tmp_path / "busy"))
     for number, (changes, resume, match) in enumerate(cases):
         with pytest.raises(UserError, match=match) as error:
             main(config(world, changes.pop("out", tmp_path / str(number)), **changes), resume=resume)

@@ -33,6 +33,7 @@ from recipes.curate import Config, Keep, Range, decide, main, reasons_of
 from recipes.opt_out import OptOut
 from tests.recipes import curated
 from tests.recipes.curated import LOG, Shown, frames_of
+from tests.recipes.killed import busy
 
 EASY = {"apart": None}
 
@@ -358,6 +359,12 @@ def test_what_is_missing_or_contradicts_itself_is_told_before_the_work(tmp_path:
     ):
         with pytest.raises(UserError, match=told):
             run(tmp_path, tmp_path / "out", **more)
+
+
+def test_two_that_curate_into_one_folder_are_refused(mixed: Path, tmp_path: Path) -> None:
+    with busy(tmp_path / "out"), pytest.raises(UserError, match="another process is at work in"):
+        main(Config(input=str(mixed), out=tmp_path / "out"))
+    assert not (tmp_path / "out" / "scores").exists()
 
 
 # What a kill leaves

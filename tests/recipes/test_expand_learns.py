@@ -19,7 +19,7 @@ from base_model.prompts.expand import Expander, load_expander
 from recipes import expand, trl_checkpoints
 from recipes.expand import Config, climb, learn_captions, pairs_of
 from recipes.memory import PeakMemory
-from tests.recipes.killed import killed_behind
+from tests.recipes.killed import busy, killed_behind
 
 WORDS = ["--pool", "300", "--most-tokens", "32", "--tiny", "{width: 48, depth: 2, heads: 2, vocabulary: 420}", "--sft.lr", "4e-3"]
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def climbed(cfg: Config, before: Path, out: Path, reward: Callable[..., Any]) ->
 
 
 def pickled(folder: Path) -> list[str]:
-    return [path.name for path in folder.rglob("*") if path.is_file() and path.suffix not in (".json", ".safetensors", ".jsonl", ".jinja")]
+    return [path.name for path in folder.rglob("*") if path.is_file() and path.name != ".lock" and path.suffix not in (".json", ".safetensors", ".jsonl", ".jinja")]
 
 
 # SFT
@@ -108,6 +108,11 @@ def killed_and_resumed(cfg: Config, pairs: Any, out: Path, monkeypatch: pytest.M
     assert set(pickled(out)) <= {"README.md"}
     with PeakMemory() as memory:
         return learn_captions(cfg, pairs, out, memory)
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with busy(tmp_path), pytest.raises(UserError, match="another process is at work in"):
+        expand.main(config(tmp_path))
 
 
 def test_after_kill_9_the_same_command_ends_with_the_weights_of_one_that_was_not_killed(tmp_path: Path) -> None:
