@@ -26,11 +26,8 @@ from torch import Tensor, nn
 from align.config import Config as BaseConfig
 from align.config import Count, Positive, Seed, Whole, dump, leaves, path_keys, resolved
 from align.optimizers import MuonWithAdamW, build_optimizer, warmup_cosine
-<<<<<<< HEAD
 from align.processes import join, on_main, started
-=======
 from align.run import lock_folder
->>>>>>> nine
 from base_model.checkpoint import atomic_write, check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.lora import add_lora, merge

@@ -33,12 +33,8 @@ from torch import Tensor
 
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Several, dump, leaves, path_keys
-<<<<<<< HEAD
 from align.processes import join, on_main, started
-from align.run import derived_seed
-=======
 from align.run import derived_seed, lock_folder
->>>>>>> nine
 from base_model.errors import UserError
 from base_model.prompts.expand import INSTRUCTION, Expanded, Expander, Style, TinySize, answered, asked, ends_of, finished, load_expander, save_expander, tiny_expander
 from base_model.prompts.text import TextEncoder
@@ -549,9 +545,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     join()
     pairs = pairs_of(cfg)
     settings = settings_of(cfg, pairs)
-    with disk_errors(cfg.out):
-        cfg.out.mkdir(parents=True, exist_ok=True)
-    lock_folder(cfg.out)
+    on_main(partial(claim, cfg.out))
     stages = {name: Stages(cfg.out, name, settings[name]) for name in ("sft", *(["grpo"] if cfg.reward else []))}
     for each in stages.values():
         each.check_same()
@@ -566,6 +560,13 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
 
 def reward_of(cfg: Config, folder: Path, expander: Expander) -> Callable[..., Any]:
     return load_video_reward(cfg, folder, ends_of(expander.network, expander.tokenizer)).video_reward
+
+
+def claim(out: Path) -> None:
+    """Makes the folder, for this process alone. Raises UserError where another one is at work in it."""
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    lock_folder(out)
 
 
 def begin(stages: Stages) -> None:
