@@ -6,6 +6,7 @@ What aligns is in test_resume.py, SFT in test_sft_resume.py, both with these tes
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,13 +180,16 @@ def nft_words(out: Path, folder: Path, *, shard: bool) -> list[str]:
 
 
 def same_steps(out: Path, other: Path, rel: float) -> None:
-    """Metrics, to `rel` of themselves or of 1, and adapters, which moved, to 1e-5."""
+    """Metrics, to `rel` of themselves or of 1, and adapters, to that and at least a thousandth of what they moved."""
     adapters = [load_weights(folder / "adapter.safetensors")[0] for folder in (out, other)]
     for row, same in zip(read_metrics(out, wall_clock=False), read_metrics(other, wall_clock=False), strict=True):
         told = [key for key in same if same[key] is not None]
         assert row.keys() == same.keys() and {key: row[key] for key in told} == pytest.approx({key: same[key] for key in told}, rel=rel, abs=rel)
-    assert adapters[0].keys() == adapters[1].keys() and max(float((adapters[0][key] - adapters[1][key]).abs().max()) for key in adapters[0]) < 1e-5
-    assert max(float(adapters[0][key].abs().max()) for key in adapters[0] if "lora_B" in key) > 1e-4, "nothing moved"
+    assert adapters[0].keys() == adapters[1].keys()
+    apart = math.hypot(*(float((adapters[0][key] - adapters[1][key]).norm()) for key in adapters[0]))
+    moved = math.hypot(*(float(tensor.norm()) for key, tensor in adapters[0].items() if "lora_B" in key))  # which was 0
+    print(f"apart {apart:.1e}, moved {moved:.1e}")
+    assert moved > 1e-3 and apart < max(rel, 1e-3) * moved
 
 
 @pytest.fixture(scope="module")
