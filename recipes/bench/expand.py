@@ -299,7 +299,7 @@ def verdicts(parts: Mapping[str, Sequence[Row]]) -> list[str]:
     """What was asked, and whether it holds."""
     words = {True: "raises", False: "lowers", None: "cannot be told to change"}
     found = [
-        f"{row['captions'].replace(' - ', ' after ')} {words[row['is_better']]} the share of clips that show what was typed: {100 * row['right']:+.1f} points "
+        f"{row['captions'].replace(' - ', ' against ')}: {words[row['is_better']]} the share of clips that show what was typed: {100 * row['right']:+.1f} points "
         f"[{100 * row['right_low']:+.1f}, {100 * row['right_high']:+.1f}]."
         for row in parts["difference"]
         if row["prompts"] == "all"
