@@ -58,7 +58,7 @@ def test_what_cannot_be_told_is_said_so() -> None:
     rows = [{**gaps, "captions": "GRPO - SFT", "is_better": True}, {**gaps, "captions": "SFT - as typed", "is_better": None}]
     language = [{"pairs": "real prompts", "sft_bits": 5.0, "ngram_bits": 4.0, "sft_is_better": False}]
     said = bench.verdicts({"difference": rows, "language": language})
-    assert said[0].startswith("GRPO after SFT raises") and "[+2.0, +20.0]" in said[0]
+    assert said[0].startswith("GRPO against SFT: raises") and "[+2.0, +20.0]" in said[0]
     assert "cannot be told to change" in said[1] and "worse than" in said[2] and "5.00 bits" in said[2]
     found = [{"bits": bits, "ngram_bits": 5.0, "ngram_order": 3, "unigram_bits": 8.0, "pairs": {"test": 9}} for bits in (4.0, 5.5)]
     words = dict.fromkeys(("words", "most_words", "likeness", "likeness_of_pairs", "kept_prompts", "unsafe"), 0.0)
