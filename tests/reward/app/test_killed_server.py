@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy import select
 
 from recipes.bench._postgres import postgres, programs
-from recipes.bench.app import TAKES, Browser, _csrf, seed_store, served
+from recipes.bench.app import TAKES, Browser, csrf_of, seed_store, served
 from reward.app import schema
 from reward.app.store import open_store
 from tests.reward.app.conftest import STORES
@@ -64,7 +64,7 @@ def kill_again_and_again(folder: Path, kind: str, submits: int) -> tuple[Told, i
         database = stack.enter_context(postgres()).format("postgres") if kind == "postgresql" else None
         store = open_store(folder, database)
         project_id, cookies = seed_store(store, LABELERS, 2 * submits + 10 * LABELERS)
-        sessions = [(cookie, _csrf(store, cookie)) for cookie in cookies]
+        sessions = [(cookie, csrf_of(store, cookie)) for cookie in cookies]
         store.close()
         while len(told.acknowledged) < submits:
             with served(folder, database) as (url, process):
