@@ -52,33 +52,6 @@ def reference(network: Any) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def folded(network: Any) -> Iterator[None]:
-    """Inside, the active adapter is in the weights it adapts, on a CPU: a pass without gradient then costs what the plain network's does, and is the same to rounding. Outside
-    the weights are the very ones they were, also after an exception. Where a layer has other weights than plain ones (four bits, DoRA, a GPU's memory) nothing happens.
-
-    Neither train inside nor switch the adapter off or to another.
-    """
-    layers = [module for module in network.modules() if hasattr(module, "lora_A")]
-    plain = all(_is_plain(layer) for layer in layers)
-    kept = [layer.get_base_layer().weight.data for layer in layers] if plain else []
-    try:
-        for layer, weight in zip(layers, kept, strict=False):
-            with torch.no_grad():
-                layer.get_base_layer().weight.data = sum((layer.get_delta_weight(name) for name in layer.active_adapters), weight)
-            layer.merged_adapters = list(layer.active_adapters)
-        yield
-    finally:
-        for layer, weight in zip(layers, kept, strict=False):
-            layer.get_base_layer().weight.data = weight
-            layer.merged_adapters = []
-
-
-def _is_plain(layer: Any) -> bool:
-    base = layer.get_base_layer()
-    return type(base) is nn.Linear and type(base.weight) is nn.Parameter and base.weight.device.type == "cpu" and not len(layer.lora_magnitude_vector)
-
-
 def merge(network: Any) -> nn.Module:
     """Adds the adapter into the weights it adapts and returns the plain network. Weights in four bits become plain ones, in the dtype that they compute in: added to as they were
     rounded for training, and not rounded to four bits again."""

@@ -30,7 +30,7 @@ from align.trajectory import Trajectory, replay, rollout
 from base_model.checkpoint import save_weights
 from base_model.errors import GuardStop, UserError
 from base_model.guidance import Guided
-from base_model.lora import adapter_state, folded, load_adapter_state, reference
+from base_model.lora import adapter_state, load_adapter_state, reference
 from base_model.prompts.text import TextEncoder
 from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import guards
@@ -310,8 +310,7 @@ class HeldOut:
     def watch(self, model: TrainableModel, assess: Assessor, iteration: int) -> Look:
         """Samples, keeps and scores the held-out clips."""
         seeds = [derived_seed(self.seed, "held out", k) % 2**31 for k in range(len(self.cond))]
-        with folded(model.network):
-            x0, clips = zip(*sample_with_latents(model, self.cond, seeds, self.sampler), strict=True)
+        x0, clips = zip(*sample_with_latents(model, self.cond, seeds, self.sampler), strict=True)
         video = torch.cat(clips)  # [B,T,3,H,W]
         save_weights(self.folder / f"{iteration:06d}.safetensors", {"video": (video * 255).round().to(torch.uint8)}, {})
         seen = assess.finished(model, x0, self.cond, video)

@@ -35,7 +35,7 @@ from align.optimizers import build_optimizer
 from align.run import Run
 from align.threads import in_threads
 from base_model.errors import UserError
-from base_model.lora import ShadowAdapter, add_lora, folded, reference, using
+from base_model.lora import ShadowAdapter, add_lora, reference, using
 from base_model.paths import add_noise
 from base_model.times import stratified_logit_normal
 from base_model.tiny import LatentVideoModel
@@ -197,7 +197,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         # 1. Roll out by the deterministic sampler, score, compare within each prompt.
         cond = pool[torch.tensor(sampler[i]).repeat_interleave(p.group_size)]  # B
         noise = run.noise(model.latents.shape(cfg.sampler.clip), clips, "rollout", i * clips)  # [B,C,F,H,W]
-        with sampled_by(), folded(model.network):
+        with sampled_by():
             taken = in_threads(partial(feedback.roll_out_clean, model, times, cond, noise), mine, run.device)
         seen = assess.finished(model, [made.x0 for made in taken], cond[torch.cat(mine)], gather=run.gather)
         advantage = group_advantage(seen.reward, p.group_size)

@@ -15,7 +15,7 @@ from align.ema import EMA
 from align.objectives.regression import clip_error
 from align.run import Run
 from base_model.checkpoint import load_weights, save_weights
-from base_model.lora import TRAINED, ShadowAdapter, adapter_state, add_lora, folded, load_adapter_state, merge, reference, using
+from base_model.lora import TRAINED, ShadowAdapter, adapter_state, add_lora, load_adapter_state, merge, reference, using
 from base_model.networks.dit import DiTConfig
 from base_model.quantize import to_nf4
 from base_model.tiny import build_tiny
@@ -148,52 +148,6 @@ def test_several_shadows_live_beside_each_other_and_files_hold_only_the_trained_
     out, plain = net(X), merge(net)
     assert not hasattr(plain, "peft_config") and all(parameter.requires_grad for parameter in plain.parameters())
     assert torch.allclose(plain(X), out, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", [TRAINED, "old"])
-def test_a_folded_adapter_says_what_it_says_unfolded_and_leaves_the_very_weights(name: str) -> None:
-    net = network()
-    shake(net, 1)
-    ShadowAdapter(net, "old")
-    shake(net, 2)
-    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    weights = [module.get_base_layer().weight for module in net.modules() if hasattr(module, "lora_A")]
-    before = [(weight.data_ptr(), weight.detach().clone()) for weight in weights]
-    linears = count_of(net, nn.Linear)
-    with using(net, name), torch.no_grad():
-        plain, calls = net(x), linears[0]
-        linears[0] = 0
-        with folded(net):
-            torch.testing.assert_close(net(x), plain, rtol=1e-6, atol=1e-6)
-        assert (calls, linears[0]) == (6, 2), "the base's two linears, and folded no A and B beside them"
-        torch.testing.assert_close(net(x), plain, rtol=0, atol=0)
-        with pytest.raises(KeyError), folded(net):
-            raise KeyError
-        torch.testing.assert_close(net(x), plain, rtol=0, atol=0)
-    for weight, (place, value) in zip(weights, before, strict=True):
-        assert weight.data_ptr() == place and torch.equal(weight, value)
-
-
-def count_of(net: nn.Module, kind: type[nn.Module]) -> list[int]:
-    """Calls of the modules of that class from now on."""
-    calls = [0]
-
-    def count(*_: object) -> None:
-        calls[0] += 1
-
-    for module in net.modules():
-        if type(module) is kind:
-            module.register_forward_hook(count)
-    return calls
-
-
-def test_adapters_that_cannot_be_folded_stay_beside_their_weights() -> None:
-    net = add_lora(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), rank=2, alpha=4, targets="[02]", dora=True)
-    shake(net, 1)
-    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), folded(net):
-        inside = net(x)
-    torch.testing.assert_close(inside, net(x).detach(), rtol=0, atol=0)
 
 
 def test_names_that_peft_would_mix_up_are_refused() -> None:
