@@ -133,9 +133,9 @@ def plain_clip(folder: Path, rows: Callable[[int], list[int]]) -> Callable[[Tens
     """transformers alone: clips [B,T,3,H,W] and B prompts -> mean cosine over the frames that ours sees [B]."""
     import transformers
 
-    network: Any = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    processor = transformers.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, backend="pil")
+    network: Any = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=False).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    processor = transformers.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, backend="pil")
     text_tokens = network.config.text_config.max_position_embeddings
 
     def score(video: Tensor, prompts: Sequence[str]) -> Tensor:
