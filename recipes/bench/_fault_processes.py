@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -103,12 +104,21 @@ def fork(work: Callable[[], int | None], log: Path) -> Started:
     pid = os.fork()
     if pid:
         return Started(pid, log)
-    status = 1
-    try:
+
+    def logged() -> int | None:
         os.setsid()
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
+        return work()
+
+    _end_with(logged)
+
+
+def _end_with(work: Callable[[], int | None]) -> NoReturn:
+    """Ends this forked process with the status that `work` returns, 1 where it raises; nothing that its parent registered runs at its end."""
+    status = 1
+    try:
         status = work() or 0
     except BaseException:
         import traceback
@@ -151,7 +161,7 @@ def _alone(order: Order) -> int:
         return main(list(order.words))
 
 
-STUB = """
+STAND_IN = """
 import json, os, signal, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect(sys.argv[1])
@@ -185,7 +195,7 @@ def _under_agent(order: Order) -> int:
                 _serve_ranks(order, listener)
         config = LaunchConfig(1, 1, order.processes, run_id="faults", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=order.restarts)
         try:
-            elastic_launch(config, sys.executable)("-S", "-E", "-c", STUB, place)
+            elastic_launch(config, sys.executable)("-S", "-E", "-c", STAND_IN, place)
         except (ChildFailedError, SignalException) as error:
             print(f"torchrun: {type(error).__name__}", file=sys.stderr, flush=True)
             return 1
@@ -195,55 +205,47 @@ def _under_agent(order: Order) -> int:
 
 
 def _serve_ranks(order: Order, listener: socket.socket) -> NoReturn:
-    """Forks a rank for every stub that asks, tells it of its end, and kills a rank whose stub was killed."""
+    """Forks a rank for every stand-in that asks, tells it of its end, and kills a rank whose stand-in was killed."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     listener.setblocking(False)
-    stubs: dict[int, socket.socket] = {}
+    stand_ins: dict[int, socket.socket] = {}
     while True:
         with contextlib.suppress(BlockingIOError):
-            stub, _ = listener.accept()
-            stub.setblocking(True)
-            environment = json.loads(stub.makefile().readline())
+            stand_in, _ = listener.accept()
+            stand_in.setblocking(True)
+            environment = json.loads(stand_in.makefile().readline())
             pid = os.fork()
             if not pid:
-                _rank(order, environment)
-            stubs[pid] = stub
-            stub.sendall(f"{pid}\n".encode())
-            stub.setblocking(False)
-        for pid, stub in [*stubs.items()]:
+                _end_with(partial(_rank, order, environment))
+            stand_ins[pid] = stand_in
+            stand_in.sendall(f"{pid}\n".encode())
+            stand_in.setblocking(False)
+        for pid, stand_in in [*stand_ins.items()]:
             ended, status = os.waitpid(pid, os.WNOHANG)
             with contextlib.suppress(OSError):
                 if ended:
-                    del stubs[pid]
-                    stub.setblocking(True)
-                    stub.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-                    stub.close()
-                elif stub.recv(1) == b"":
+                    del stand_ins[pid]
+                    stand_in.setblocking(True)
+                    stand_in.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                    stand_in.close()
+                elif stand_in.recv(1) == b"":
                     os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
 
 
-def _rank(order: Order, environment: dict[str, str]) -> NoReturn:
-    status = 1
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.environ.update(environment)
-        from recipes.cli import main
+def _rank(order: Order, environment: dict[str, str]) -> int:
+    """One process of torchrun's; its exit status."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(environment)
+    from recipes.cli import main
 
-        with _moments(order, rank=int(os.environ["RANK"]), first=os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
-            status = main(list(order.words))
-        import torch.distributed
+    with _moments(order, rank=int(os.environ["RANK"]), first=os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
+        status = main(list(order.words))
+    import torch.distributed
 
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return status
 
 
 @contextlib.contextmanager
