@@ -40,6 +40,17 @@ def repeatable() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def fair() -> Iterator[None]:
+    """Fails a test that leaves this process with real-time priority: whatever starts later inherits it, and a machine of such processes stands still.
+
+    SVT-AV1's encoder does so where it runs as root."""
+    yield
+    if (policy := os.sched_getscheduler(0)) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        pytest.fail(f"the test left this process with scheduling policy {policy}, not the usual one")
+
+
+@pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that leave this machine fail the test."""
     connect = socket.socket.connect
