@@ -6,7 +6,7 @@ Every chart is an image with a name and a description for screen readers; every 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -17,6 +17,11 @@ WIDTH, HEIGHT = 340, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
 MOST_POINTS = 240
 SMOOTH_FROM = 30
+STYLE = (
+    ".paper{fill:#fff}.chart text,.drawn{font:11.5px system-ui,sans-serif;fill:#5f6673}.title{font:600 14px system-ui,sans-serif;fill:#1a1c20}.chart .name{fill:#1a1c20}"
+    ".chart .title{font-weight:600;fill:#1a1c20}.grid{stroke:#e3e6ea}.limit{stroke:#1a1c20;stroke-width:1.5;stroke-dasharray:5 4}.line,.raw{fill:none;stroke-width:2}"
+    ".raw{stroke-width:1;opacity:.3}.hit{fill:transparent}.whisker{stroke:#1a1c20;stroke-width:1.3}"
+)
 
 
 @dataclass(frozen=True)
@@ -266,11 +271,11 @@ class _Frame:
         return marks + f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(label)}</text>'
 
 
-def page(panels: Sequence[tuple[str, str, str]], style: str, *, columns: int = 2) -> str:
-    """Charts as one SVG file that needs nothing else. panels: (title, what is drawn, chart) each; `style` is the CSS of their classes."""
+def page(panels: Sequence[tuple[str, str, str]], colours: Mapping[str, str], *, more: str = "", columns: int = 2) -> str:
+    """Charts as one SVG file that needs nothing else. panels: (title, what is drawn, chart) each; colours: of each look; more: CSS for what these do not say."""
     width, height, head = WIDTH + 24, HEIGHT + 64, 40
     rows = -(-len(panels) // columns)
-    body = [f"<style>{style}</style>", '<rect class="paper" width="100%" height="100%"/>']
+    body = [f"<style>{_style(colours, more)}</style>", '<rect class="paper" width="100%" height="100%"/>']
     for index, (title, drawn, chart) in enumerate(panels):
         left, top = index % columns * width + 12, index // columns * height
         body.append(f'<text class="title" x="{left}" y="{top + 18}">{escape(title)}</text><text class="drawn" x="{left}" y="{top + 33}">{escape(drawn)}</text>')
@@ -279,9 +284,14 @@ def page(panels: Sequence[tuple[str, str, str]], style: str, *, columns: int = 2
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" viewBox="0 0 {size[0]} {size[1]}">{"".join(body)}</svg>\n'
 
 
-def alone(chart: str, style: str) -> str:
-    """One chart as an SVG file that needs nothing else, on white paper."""
+def alone(chart: str, colours: Mapping[str, str]) -> str:
+    """One chart as an SVG file that needs nothing else, on white paper; colours: of each look."""
+    style = _style(colours)
     return chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f'><style>{style}</style><rect class="paper" width="100%" height="100%"/>', 1) + "\n"
+
+
+def _style(colours: Mapping[str, str], more: str = "") -> str:
+    return STYLE + "".join(f".{look} .line,.{look} .raw{{stroke:{colour}}}.{look} .dot,.{look} .bar{{fill:{colour}}}" for look, colour in colours.items()) + more
 
 
 def _line(line: Series, place: _Frame, percent: bool) -> str:

@@ -24,11 +24,7 @@ from recipes.charts import Whisker, alone, ratio_chart
 
 Name = Literal["sampler", "sft", "ddpo-trl", "phases", "packing", "packing-wan", "score", "loader", "app"]
 COLUMNS = ("bench", "what", "ours", "peer", "ratio", "low", "high", "error")
-STYLE = (
-    ".paper{fill:#fff}.chart text{font:12px system-ui,sans-serif;fill:#5f6673}.chart .name{fill:#1a1c20}.chart .title{font-weight:600;fill:#1a1c20}.grid{stroke:#e3e6ea}"
-    ".limit{stroke:#1a1c20;stroke-width:1.5;stroke-dasharray:5 4}.whisker{stroke-width:2}.faster{fill:#2f6fb3;stroke:#2f6fb3}.slower{fill:#c2410c;stroke:#c2410c}"
-    ".even{fill:#8a6a3d;stroke:#8a6a3d}.chart g text{stroke:none}"
-)
+COLOURS = {"faster": "#2f6fb3", "slower": "#c2410c", "even": "#8a6a3d"}
 
 
 class Config(Bench):
@@ -226,7 +222,7 @@ def chart(rows: Sequence[Row]) -> str:
         if row["ratio"]:
             low, high = row["low"] or row["ratio"], row["high"] or row["ratio"]
             groups.setdefault(row["bench"], []).append(Whisker(row["what"], "faster" if low > 1 else "slower" if high < 1 else "even", row["ratio"], low, high))
-    return alone(ratio_chart(list(groups.items()), name="Peer over ours: right of the line ours is faster or needs less"), STYLE)
+    return alone(ratio_chart(list(groups.items()), name="Peer over ours: right of the line ours is faster or needs less"), COLOURS)
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:

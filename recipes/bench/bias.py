@@ -55,11 +55,7 @@ VERSION = 1
 """Of what is kept. One more wherever that changes: what was kept before is then refused, not read."""
 STATES_OF = 100
 """Audits of a row whose state is told, where they have as many prompts as the default audit: that takes intervals."""
-STYLE = (
-    ".paper{fill:#fff}.chart text,.drawn{font:11.5px system-ui,sans-serif;fill:#5f6673}.title{font:600 14px system-ui,sans-serif;fill:#1a1c20}.chart .name{fill:#1a1c20}"
-    ".grid{stroke:#e3e6ea}.limit{stroke:#1a1c20;stroke-width:1.5;stroke-dasharray:5 4}.line,.raw{fill:none;stroke-width:2}.whisker{stroke:#1a1c20;stroke-width:1.3}"
-    ".m0 .line{stroke:#8a6a3d}.m0 .dot,.m0 .bar{fill:#8a6a3d}.m1 .line{stroke:#2f6fb3}.m1 .dot,.m1 .bar{fill:#2f6fb3}.m2 .line{stroke:#c2410c}.m2 .dot{fill:#c2410c}"
-)
+COLOURS = {"m0": "#8a6a3d", "m1": "#2f6fb3", "m2": "#c2410c"}
 
 
 class Config(Bench):
@@ -342,7 +338,7 @@ def power_chart(cfg: Config, rows: Sequence[Row]) -> str:
         alarms = [line("over prompts", "m0", "anything", 0.0), line("as if clips were independent", "m2", "anything_naive", 0.0)]
         chart = line_chart(alarms, name="False alarms", x_label=label, percent=True, limit=FALSE_ALARM)
         drawn.append(("False alarms", "brown: over prompts; orange: as if clips were independent", chart))
-    return page(drawn, STYLE)
+    return page(drawn, COLOURS)
 
 
 def shrunk(cfg: Config) -> Config:
@@ -370,7 +366,7 @@ def run_all(cfg: Config, out: Path, *, quick: bool) -> tuple[dict[str, list[Row]
     parts = {"power": power, "colours": value_rows(cfg, found["audit"]), "models": model_rows(found)}
     parts["pool"] = [{"prompts": len(pool), "clips": pool.size, "no_colour": unclear, "between_prompts": between}]
     asked = claims(cfg, parts)
-    return {"claims": asked, **parts}, alone(chart_of(found["audit"]), STYLE), power_chart(cfg, power)
+    return {"claims": asked, **parts}, alone(chart_of(found["audit"]), COLOURS), power_chart(cfg, power)
 
 
 HEADINGS = {"claims": "Asked", "power": "Audits that resample one pool", "colours": "What RL did, by colour", "models": "What RL did, before and after", "pool": "The pool"}

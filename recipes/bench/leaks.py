@@ -64,12 +64,7 @@ FULL_SWING = 0.5
 """Of luminance, from which a clip is liked no better for flashing more."""
 VERSION = 2
 """Of what is kept. One more wherever that changes: what was kept before is then refused, not read."""
-STYLE = (
-    ".paper{fill:#fff}.chart text,.drawn{font:11.5px system-ui,sans-serif;fill:#5f6673}.title{font:600 14px system-ui,sans-serif;fill:#1a1c20}"
-    ".grid{stroke:#e3e6ea}.limit{stroke:#1a1c20;stroke-width:1.5;stroke-dasharray:5 4}.line,.raw{fill:none;stroke-width:2}.raw{stroke-width:1;opacity:.3}.hit{fill:transparent}"
-    ".plain .line,.plain .raw{stroke:#c2410c}.plain .dot{fill:#c2410c}.corrected .line,.corrected .raw{stroke:#2f6fb3}.corrected .dot{fill:#2f6fb3}"
-    ".retrained .line,.retrained .raw{stroke:#2e7d4f}.retrained .dot{fill:#2e7d4f}.true .line,.true .raw{stroke:#8a6a3d}.true .dot{fill:#8a6a3d}"
-)
+COLOURS = {"plain": "#c2410c", "corrected": "#2f6fb3", "retrained": "#2e7d4f", "true": "#8a6a3d"}
 
 
 class Arm(NamedTuple):
@@ -464,7 +459,7 @@ def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], str]:
             runs.setdefault(arm.name, []).append(kept_climb(cfg, out, reward, training, held_out, arm, seed))
             pace.advance(f"{arm.name}, seed {seed}", cfg.policy.iterations * cfg.legs, fresh=fresh)
     rows = arm_rows(cfg, runs)
-    return {"claims": claims(cfg.safety.limit, rows), "arms": rows, "way": way_rows(cfg, runs)}, page(panels(cfg, runs), STYLE)
+    return {"claims": claims(cfg.safety.limit, rows), "arms": rows, "way": way_rows(cfg, runs)}, page(panels(cfg, runs), COLOURS)
 
 
 HEADINGS = {"claims": "Asked", "arms": "The last leg, and held-out clips of the finished policy", "way": "On the way"}

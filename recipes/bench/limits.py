@@ -68,12 +68,7 @@ BLOCK = 5
 """Rollouts a row of the table of the way."""
 VERSION = 1
 """Of what is kept. One more wherever that changes: what was kept before is then refused, not read."""
-STYLE = (
-    ".paper{fill:#fff}.chart text,.drawn{font:11.5px system-ui,sans-serif;fill:#5f6673}.title{font:600 14px system-ui,sans-serif;fill:#1a1c20}"
-    ".grid{stroke:#e3e6ea}.limit{stroke:#1a1c20;stroke-width:1.5;stroke-dasharray:5 4}.line,.raw{fill:none;stroke-width:2}.raw{stroke-width:1;opacity:.3}.hit{fill:transparent}"
-    ".unconstrained .line,.unconstrained .raw{stroke:#8a6a3d}.unconstrained .dot{fill:#8a6a3d}.graded .line,.graded .raw{stroke:#2f6fb3}.graded .dot{fill:#2f6fb3}"
-    ".blunt .line,.blunt .raw{stroke:#c2410c}.blunt .dot{fill:#c2410c}"
-)
+COLOURS = {"unconstrained": "#8a6a3d", "graded": "#2f6fb3", "blunt": "#c2410c"}
 LOOKS: Mapping[Arm, str] = {"unconstrained": "unconstrained", "graded": "graded", "0/1": "blunt"}
 
 
@@ -443,7 +438,7 @@ def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], str]:
                 runs[task.name].setdefault(arm, []).append(kept_climb(cfg, out / "rl", reward, task, arm, seed))
                 pace.advance(f"{task.name}, {arm}, seed {seed}", task.policy.iterations, fresh=fresh)
     parts = {"bank": bank_rows(runs["bank"], held_out.places()), "alone": alone_rows(runs["alone"]), "way": way_rows(runs)}
-    return {"claims": claims(cfg.safety.limit, parts), **parts}, page(panels(cfg, runs), STYLE)
+    return {"claims": claims(cfg.safety.limit, parts), **parts}, page(panels(cfg, runs), COLOURS)
 
 
 def in_brackets(rows: Sequence[Row]) -> list[Row]:

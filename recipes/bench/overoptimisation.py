@@ -70,12 +70,8 @@ TOLD_N = (4, 16)
 GOLDS = ("people", "judge")
 WORDS = {"people": "what people want", "judge": "the judge"}
 Array = NDArray[np.float64]
-STYLE = (
-    ".paper{fill:#fff}.chart text,.drawn{font:11.5px system-ui,sans-serif;fill:#5f6673}.title{font:600 14px system-ui,sans-serif;fill:#1a1c20}"
-    ".grid{stroke:#e3e6ea}.line{fill:none;stroke-width:2}"
-    ".few .line{stroke:#c2410c}.few .dot{fill:#c2410c}.some .line{stroke:#8a6a3d}.some .dot{fill:#8a6a3d}.many .line{stroke:#2f6fb3}.many .dot{fill:#2f6fb3}"
-    ".promised .line,.none .line{stroke:#1a1c20;stroke-width:1.5;stroke-dasharray:2 4}.promised .dot,.none .dot{display:none}"
-)
+COLOURS = {"few": "#c2410c", "some": "#8a6a3d", "many": "#2f6fb3"}
+MORE = ".promised .line,.none .line{stroke:#1a1c20;stroke-width:1.5;stroke-dasharray:2 4}.promised .dot,.none .dot{display:none}"
 
 
 class Config(Bench):
@@ -458,7 +454,7 @@ def measure(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], list[str], st
         f"standard deviations among clips of one prompt ({units['people']:.2f} of their utility). Intervals are 95 % bootstraps over prompts; best of n is the mean over "
         f"{len(cfg.seeds)} seeds, RL one run each.",
     ]
-    return parts, remarks, page(panels(cfg, arms, climbs, units), STYLE)
+    return parts, remarks, page(panels(cfg, arms, climbs, units), COLOURS, more=MORE)
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:

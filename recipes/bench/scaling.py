@@ -40,11 +40,8 @@ from recipes.statistics import bootstrap_crossed, bootstrap_mean
 
 DATA_SEED = 0
 PACKS_COUNTED = 16  # of a training, for its FLOPs a token
-STYLE = (
-    ".paper{fill:#fff}.chart text,.drawn{font:11.5px system-ui,sans-serif;fill:#5f6673}.title{font:600 14px system-ui,sans-serif;fill:#1a1c20}"
-    ".grid{stroke:#e3e6ea}.limit{stroke:#b3261e;stroke-width:1.5;stroke-dasharray:5 4}.line{fill:none;stroke:#2f6fb3;stroke-width:2}.dot{fill:#2f6fb3}"
-    ".seed .line,.other .line,.fit .dot{display:none}.other .dot{fill:#c2410c}.fit .line{stroke:#1a1c20;stroke-width:1.5}"
-)
+COLOURS = {"seed": "#2f6fb3", "other": "#c2410c", "fit": "#1a1c20"}
+MORE = ".limit{stroke:#b3261e}.seed .line,.other .line,.fit .dot{display:none}.fit .line{stroke-width:1.5}"
 
 
 class Config(Bench):
@@ -323,7 +320,7 @@ def chart(found: Sequence[Point], law: PowerLaw, sampled: Sequence[Sampled], sam
         panel("Prompts the judge finds right", rows("right"), x_label="training FLOPs", percent=True),
         panel("Prompts right by sampling size", sizes("right"), x_label="tokens a clip", percent=True),
     ]
-    return page(panels, STYLE)
+    return page(panels, COLOURS, more=MORE)
 
 
 # The command

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._start import Begin, Start, evaluation_prompts, the_start
 from recipes.bench._trained import Pace, Seeds, check_same, kept
 from recipes.bench.selection import needed
-from recipes.charts import Series, line_chart, page
+from recipes.charts import Series, Whisker, interval_chart, line_chart, page
 from recipes.evaluate import clip_seeds
 from recipes.feedback import Assessor, HeldOut, Look
 from recipes.generate import Sampler, best_device, network_lineage, safety_runner, sample, seeded_noise, times_of
@@ -481,24 +481,20 @@ def claim_rows(found: Mapping[Name, Finished]) -> list[Row]:
 
 # The command
 
-LOOKS = ("a", "b", "c", "d", "e", "f", "g", "h")
-COLOURS = ("#1a1c20", "#c2410c", "#2f6fb3", "#7c3aed", "#1d7a43", "#b7791f", "#be185d", "#0e7490")
-STYLE = (
-    ".paper{fill:#fff}.chart text,.drawn{font:11.5px system-ui,sans-serif;fill:#5f6673}.title{font:600 14px system-ui,sans-serif;fill:#1a1c20}"
-    ".grid{stroke:#e3e6ea}.line{fill:none;stroke-width:2}"
-    + "".join(f".{look} .line{{stroke:{colour}}}.{look} .dot{{fill:{colour}}}" for look, colour in zip(LOOKS, COLOURS, strict=True))
-)
+COLOURS = dict(zip(get_args(Name), ("#1a1c20", "#c2410c", "#2f6fb3", "#7c3aed", "#1d7a43", "#b7791f", "#be185d", "#0e7490"), strict=True))
 
 
 def picture(found: Mapping[Name, Finished]) -> str:
-    """The judge's share against forward-equivalents, as SVG."""
-    drawn = [
-        Series(name, LOOKS[list(ALGORITHMS).index(name)], *(tuple(float(value) for value in part) for part in (np.maximum(x, 1_000), y)))
+    """The judge's share against forward-equivalents, and where it ends, as SVG."""
+    lines = [
+        Series(name, name, *(tuple(float(value) for value in part) for part in (np.maximum(x, 1_000), y)))
         for name, one in found.items()
         for x, y in [mean_curve(one)]
     ]
-    chart = line_chart(drawn, name="Held-out clips that are right", x_label="forward-equivalents of training (the start stands at 1,000)", percent=True, logarithmic=True)
-    return page([("Held-out clips that are right", chart, ", ".join(found))], STYLE, columns=1)
+    chart = line_chart(lines, name="Held-out clips that are right", x_label="forward-equivalents of training (the start stands at 1,000)", percent=True, logarithmic=True)
+    ends = [Whisker(name, name, end.mean, end.low, end.high) for name, one in found.items() for end in [bootstrap_crossed(ends_of(one))]]
+    panels = [("Held-out clips that are right", "by forward-equivalents; colours as at the right", chart)]
+    return page([*panels, ("At the end", "95 % intervals over prompts and seeds", interval_chart(ends, name="Held-out clips that are right at the end", percent=True))], COLOURS)
 
 
 def shrunk(cfg: Config) -> Config:
