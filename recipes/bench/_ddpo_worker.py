@@ -25,8 +25,8 @@ from base_model.guidance import Guided
 from base_model.lora import add_lora
 from base_model.predictions import convert
 from base_model.types import Conditioning, VideoModel
+from recipes.bench._serve import Answer, Handlers, Passes, peak_bytes, serve
 from recipes.bench._stable_diffusion import ATTENTION, CLIP, load
-from recipes.bench._trl_worker import Answer, Handlers, Passes, peak_bytes, serve
 
 PEFT = "base_model.model."  # what peft puts before a parameter's name, and diffusers does not
 

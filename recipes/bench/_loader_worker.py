@@ -1,4 +1,4 @@
-"""imageio and torchcodec in a process of their own, called as their users call them. Nothing of this project is imported but `serve`."""
+"""imageio and torchcodec in a process of their own, called as their users call them. Nothing of this project is imported but `_serve.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    _trl_worker: Any = importlib.import_module("_trl_worker")
+    _serve: Any = importlib.import_module("_serve")
 
 
 def read_imageio(path: str) -> Any:
@@ -49,4 +49,4 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _trl_worker.serve(build)
+    _serve.serve(build)

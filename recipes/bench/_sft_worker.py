@@ -28,7 +28,7 @@ from base_model.networks.packing import balanced_packs, forward_flops
 from base_model.types import Conditioning
 from recipes.bench._examples import InMemory
 from recipes.bench._packing_wan import CHANNELS, PATCH, TEXT_TOKENS, Grid, largest
-from recipes.bench._trl_worker import Answer, Handlers, peak_bytes, serve
+from recipes.bench._serve import Answer, Handlers, peak_bytes, serve
 from recipes.examples import Velocities, num_tokens
 from recipes.fit import Fit, clips_loss, whole_of
 

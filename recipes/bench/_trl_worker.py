@@ -1,69 +1,25 @@
 """trl's DDPOTrainer in a process that makes one epoch whenever it is told to.
 
-It runs in trl's own environment, which knows nothing of this project: only the standard library is imported here, and inside functions trl and what it needs.
-`serve` and `Passes` are the arm's too, which is told the same words (`_ddpo_worker.py`).
+It runs in trl's own environment, which knows nothing of this project: only the standard library and `_serve.py` are imported here, inside functions trl and what it needs.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
-import json
-import os
-import re
 import sys
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Answer = dict[str, Any]
-Handlers = Mapping[str, Callable[..., Answer]]
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    _serve: Any = importlib.import_module("_serve")
 
 
-def serve(build: Callable[[dict[str, Any]], Handlers]) -> None:
-    """Builds what the first argument describes, then answers each line of standard input, `{"do": NAME, ...}`, by a line of standard output.
-
-    Whatever else is printed goes to standard error.
-    """
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    handlers = build(json.loads(sys.argv[1]))
-    print(json.dumps({"peak_bytes": peak_bytes()}), file=answers, flush=True)
-    for line in sys.stdin:
-        order = json.loads(line)
-        print(json.dumps(handlers[order.pop("do")](**order)), file=answers, flush=True)
-
-
-def peak_bytes() -> int | None:
-    """The largest resident set this process ever had; None where the system does not say."""
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
-
-
-class Passes:
-    """Images through a UNet since the last `take`, with a gradient and without, and the calls."""
-
-    def __init__(self, unet: Any) -> None:
-        self.seen: Counter[str] = Counter()
-        unet.register_forward_pre_hook(self.count)
-
-    def count(self, unet: Any, arguments: tuple[Any, ...]) -> None:
-        import torch
-
-        kind = "trained" if torch.is_grad_enabled() else "rolled"
-        self.seen.update({f"{kind}_rows": len(arguments[0]), f"{kind}_calls": 1})
-
-    def take(self) -> Answer:
-        seen, self.seen = dict(self.seen), Counter()
-        return seen
-
-
-def build(spec: dict[str, Any]) -> Handlers:
+def build(spec: dict[str, Any]) -> dict[str, Callable[..., dict[str, Any]]]:
     import torch
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -103,14 +59,14 @@ def build(spec: dict[str, Any]) -> Handlers:
     clock: dict[str, float] = {}
     for phase, method in (("rollout", "_generate_samples"), ("update", "_train_batched_samples")):
         setattr(trainer, method, timed(getattr(trainer, method), clock, phase))
-    passes = Passes(trainer.sd_pipeline.unet)
+    passes = _serve.Passes(trainer.sd_pipeline.unet)
 
-    def epoch() -> Answer:
+    def epoch() -> dict[str, Any]:
         clock.clear()
         passes.take()
         started, cpu = time.perf_counter(), time.process_time()
         trainer.step(0, 0)
-        return {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu, **clock, **passes.take(), "peak_bytes": peak_bytes()}
+        return {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu, **clock, **passes.take(), "peak_bytes": _serve.peak_bytes()}
 
     return {"epoch": epoch, "capture": lambda file: capture(trainer, file)}
 
@@ -125,7 +81,7 @@ def timed(work: Callable[..., Any], clock: dict[str, float], phase: str) -> Call
     return clocked
 
 
-def capture(trainer: Any, file: str) -> Answer:
+def capture(trainer: Any, file: str) -> dict[str, Any]:
     """One epoch by a new optimizer, with every tensor that goes into its losses and comes out of them, as safetensors.
 
     `NNNN.latents` and so on are those of the N-th loss, `NNNN.eps` is the guided noise prediction and `NNNN.now` its log-probability; `before.NAME`, `gradient.NAME` and
@@ -165,4 +121,4 @@ def capture(trainer: Any, file: str) -> Answer:
 
 
 if __name__ == "__main__":
-    serve(build)
+    _serve.serve(build)

@@ -1,4 +1,4 @@
-"""Processes that take turns: each works only when it is told to (`_trl_worker.py:serve` is the other end)."""
+"""Processes that take turns: each works only when it is told to (`_serve.py` is the other end)."""
 
 from __future__ import annotations
 

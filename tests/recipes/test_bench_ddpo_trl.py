@@ -220,7 +220,7 @@ def test_a_verdict_needs_the_whole_interval() -> None:
 
 def test_a_worker_answers_orders_and_says_why_it_ended(tmp_path: Path) -> None:
     spec = Spec(model=Path(), out=Path(), prompts=PROMPTS)
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from recipes.bench._trl_worker import serve; serve(lambda spec: {'half': lambda of: {'is': of / spec['clips']}})"
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from recipes.bench._serve import serve; serve(lambda spec: {'half': lambda of: {'is': of / spec['clips']}})"
     with ddpo_trl.worker("one", [sys.executable, "-c", code, str(ROOT)], spec, tmp_path / "one.log") as one:
         assert one.answer()["peak_bytes"] > 2**20
         assert one.ask("half", of=8) == {"is": 0.5} and one.ask("half", of=16) == {"is": 1.0}
