@@ -135,14 +135,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _keep_memory()
-    before = signal.signal(signal.SIGTERM, _terminated)
+    before, failed = signal.signal(signal.SIGTERM, _terminated), True
     try:
         with _stdout_to_stderr() if as_json else contextlib.nullcontext():
             result = _run(words, flags)
+        failed = False
     except (Exception, KeyboardInterrupt) as error:
         return _report(error, as_json=as_json, debug="--debug" in flags)
     finally:
         signal.signal(signal.SIGTERM, before)
+        _leave_group(failed)
     if int(os.environ.get("RANK", "0")):  # under torchrun the first process speaks for all
         return 0
     if as_json:
@@ -156,6 +158,15 @@ def _keep_memory() -> None:
     if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
         for option, value in KEPT_MEMORY.items():
             mallopt(option, value)
+
+
+def _leave_group(failed: bool) -> None:
+    """Ends the connections between torchrun's processes: threads of gloo that are at work when Python is gone abort the process, which torchrun takes for a failure.
+
+    After a failure NCCL would wait for the others."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized() and (not failed or distributed.get_backend() == "gloo"):
+        distributed.destroy_process_group()
 
 
 def usage() -> str:

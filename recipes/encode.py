@@ -414,8 +414,6 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         wait=here.wait_for_everyone,
         verify=cfg.verify,
     )
-    if here.num_processes > 1:
-        here.destroy_process_group()
     report = encoded.report
     return {
         "cache": str(cfg.out),

@@ -240,12 +240,7 @@ def _rank(order: Order, environment: dict[str, str]) -> int:
     from recipes.cli import main
 
     with _moments(order, rank=int(os.environ["RANK"]), first=os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
-        status = main(list(order.words))
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return status
+        return main(list(order.words))
 
 
 @contextlib.contextmanager

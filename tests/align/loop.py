@@ -93,6 +93,8 @@ def main(arguments: Sequence[str]) -> int:
     except RushesError as error:
         print(error, file=sys.stderr)
         return error.exit_status
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 

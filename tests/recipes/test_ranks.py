@@ -157,7 +157,7 @@ def test_two_processes_make_the_steps_of_one(recipe: str, alone: Any, folder: Pa
 def test_a_killed_run_goes_on_with_another_number_of_processes(recipe: str, before: int, after: int, alone: Any, folder: Path, server: Server, tmp_path: Path) -> None:
     undisturbed, steps = alone[recipe]
     words = command(recipe, tmp_path / "run", folder)
-    killed = server.run(words, processes=before, kill=("update", steps // 2 + 2), victim=before - 1)
+    killed = server.run(words, processes=before, kill=("update", steps), victim=before - 1)
     assert -9 in killed.statuses, killed.said
     ended = finished(server.run([*words, "--resume"], processes=after))
     assert f"saved by {before} process" in ended.said
