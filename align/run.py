@@ -56,10 +56,10 @@ from align.config import Config, leaves, path_keys, resolved
 from align.objectives import Loss
 from align.progress import Progress
 from align.state import flatten, unflatten
-from align.threads import in_threads
 from base_model.checkpoint import atomic_write, check_can_write, check_is_safetensors, disk_errors, fsync_folder, load_weights, read_json, weights_bytes, write_synced
 from base_model.errors import GuardStop, Interrupted, UserError
 from base_model.networks.packing import Segments
+from base_model.threads import in_threads
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -29,11 +29,11 @@ from align.objectives import Loss
 from align.objectives.policy_gradient import ppo_clip
 from align.optimizers import build_optimizer, warmup_cosine
 from align.run import Run
-from align.threads import in_threads
 from align.trajectory import Trajectory, join_steps, replay, rollout
 from align.windows import random_window
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
+from base_model.threads import in_threads
 from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut

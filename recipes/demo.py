@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 
 from align.config import Config as BaseConfig
 from align.config import Count, Several, Share, Whole, dump, leaves, path_keys
 from align.processes import join
 from base_model.errors import UserError
+from base_model.threads import in_threads
 from base_model.tiny import load_tiny
 from base_model.video.store import ClipStore
 from recipes import app, ddpo, evaluate, nft, report, reward_model, sft
@@ -138,8 +140,8 @@ def rank_candidates(cfg: Config, out: Path) -> dict[str, Any]:
     asked = candidate_prompts(cfg)
     shown = served(store.rows())
     clips: dict[str, list[tuple[str, Any]]] = {}
-    for row in shown:
-        clips.setdefault(row.prompt_id, []).append((row.clip_id, store.load(row.clip_id)))
+    for row, clip in zip(shown, in_threads(lambda row: store.load(row.clip_id), shown, torch.device("cpu")), strict=True):
+        clips.setdefault(row.prompt_id, []).append((row.clip_id, clip))
     tasks = labelers.tasks_from_signals(clips) if cfg.clips else labelers.tasks_from_eye(Eye.load(), asked, clips)
     prompts = [Prompt(p.prompt_id, p.text, source="built-in world" if not cfg.clips else "captions") for p in asked if p.prompt_id in clips]
     counts = {

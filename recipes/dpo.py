@@ -33,10 +33,10 @@ from align.objectives.preference import METRICS as PREFERENCE
 from align.objectives.preference import Reduction, describe_beta, flow_dpo, mean_beta, pair_errors
 from align.optimizers import build_optimizer
 from align.run import Run, read_metrics
-from align.threads import in_threads
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
 from base_model.paths import add_noise
+from base_model.threads import in_threads
 from base_model.times import quantile_times, stratified_logit_normal
 from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import feedback, guards

@@ -32,6 +32,7 @@ from base_model.errors import GuardStop, UserError
 from base_model.guidance import Guided
 from base_model.lora import adapter_state, load_adapter_state, reference
 from base_model.prompts.text import TextEncoder
+from base_model.threads import in_threads
 from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import guards
 from recipes.filters import Filters
@@ -501,7 +502,7 @@ def last_look(run: Run, held_out: HeldOut, model: TrainableModel, assess: Assess
 @torch.no_grad()
 def decode(model: VideoModel, x0: Sequence[Tensor]) -> Tensor:
     """The clips of all batches of finished latents [b,C,F,H,W], [B,T,3,H,W] on the CPU where they are scored."""
-    return torch.cat([model.decode(part).cpu() for part in x0])
+    return torch.cat(in_threads(lambda part: model.decode(part).cpu(), x0, x0[0].device))
 
 
 def mean_of(values: Sequence[Tensor]) -> float:

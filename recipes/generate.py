@@ -27,7 +27,6 @@ from align.kernels import ODE
 from align.processes import broadcast, is_main, join, started
 from align.progress import Progress
 from align.run import derived_seed
-from align.threads import in_threads
 from align.trajectory import rollout
 from base_model.checkpoint import check_can_write
 from base_model.errors import UserError
@@ -36,6 +35,7 @@ from base_model.networks.packing import token_grid
 from base_model.paths import add_noise
 from base_model.prompts.conditions import give_frames
 from base_model.prompts.expand import Expanded, Expander, load_expander
+from base_model.threads import in_threads
 from base_model.times import sampling_times
 from base_model.tiny import SHIFT
 from base_model.types import ClipShape, Conditioning, TrainableModel

@@ -37,12 +37,12 @@ from align.objectives import Loss
 from align.optimizers import build_optimizer, warmup_cosine
 from align.progress import Progress
 from align.run import Run, derived_seed
-from align.threads import in_threads
 from base_model.checkpoint import load_weights, save_weights
 from base_model.errors import UserError
 from base_model.networks.packing import Segments
 from base_model.paths import add_noise
 from base_model.prompts.text import TextEncoder
+from base_model.threads import in_threads
 from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.types import Conditioning
 from base_model.video.store import ClipRow, ClipStore

@@ -19,7 +19,6 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from align.config import Config
-from align.threads import side_by_side
 from base_model.checkpoint import save_weights
 from base_model.errors import UserError
 from base_model.families.adapters import load_lora, save_lora
@@ -28,6 +27,7 @@ from base_model.lora import adapter_state, merge
 from base_model.prompts.conditions import Canvas
 from base_model.prompts.text import TextEncoder
 from base_model.recompute import recompute_blocks
+from base_model.threads import side_by_side
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_tiny, save_network
 from base_model.types import Conditioning, TrainableModel
 from recipes.checkpoints import base_of

@@ -33,10 +33,10 @@ from align.objectives.policy_gradient import ppo_clip
 from align.objectives.regression import clip_error, flow_matching
 from align.optimizers import build_optimizer
 from align.run import Run
-from align.threads import in_threads
 from base_model.errors import UserError
 from base_model.lora import ShadowAdapter, add_lora, reference, using
 from base_model.paths import add_noise
+from base_model.threads import in_threads
 from base_model.times import stratified_logit_normal
 from base_model.tiny import LatentVideoModel
 from base_model.types import Conditioning, TrainableModel

@@ -37,10 +37,10 @@ from align.objectives.regression import clip_error
 from align.objectives.reward_gradient import Score, check_differentiable, draw_last, draw_late, last_steps, reward_ascent, reward_of, single_step, some_frames
 from align.optimizers import build_optimizer
 from align.run import Run
-from align.threads import in_threads
 from base_model.errors import UserError
 from base_model.lora import add_lora, reference
 from base_model.paths import add_noise
+from base_model.threads import in_threads
 from base_model.times import stratified_logit_normal
 from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import feedback

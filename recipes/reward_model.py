@@ -27,6 +27,7 @@ from align.config import Count, NonNegative, Positive, Seed, Whole
 from align.run import Run, Stateful
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
+from base_model.threads import in_threads
 from base_model.video.store import ClipStore
 from recipes.changed_clips import checked, ranked_most, within_prompt_std
 from recipes.filters import lineage_of_clips
@@ -40,7 +41,7 @@ from reward.encoders import Dtype
 from reward.features import SIGNALS, signal_features
 from reward.licences import check_commercial
 from reward.matcher import PARTS, load_matcher
-from reward.model import INTACT, EncodeText, RewardModel, save_reward_model
+from reward.model import INTACT, TOGETHER, EncodeText, RewardModel, save_reward_model
 from reward.quality import load_quality
 from reward.ranking import davidson_luce, tie_parameter
 
@@ -183,7 +184,9 @@ def load_answers(comparisons: Path, *, commercial: bool) -> Answers:
 def load_rankings(events: Sequence[RankingEvent], data: Comparisons, store: ClipStore, dims: tuple[str, ...], k: int) -> list[Rankings]:
     """Decode the ranked clips, grouped by size. Raises UserError for a clip that the store lacks or an event with clips of different sizes."""
     per_prompt = Counter(event.prompt_id for event in events)
-    video = {clip_id: (store.load(clip_id) * 255).round().to(torch.uint8) for clip_id in sorted({c for e in events for c in e.clip_ids})}
+    ranked = sorted({clip_id for event in events for clip_id in event.clip_ids})
+    loaded = in_threads(lambda clip_id: (store.load(clip_id) * 255).round().to(torch.uint8), ranked, torch.device("cpu"))
+    video = dict(zip(ranked, loaded, strict=True))
     by_size: dict[tuple[int, ...], list[RankingEvent]] = {}
     for event in events:
         sizes = {tuple(video[clip_id].shape) for clip_id in event.clip_ids}
@@ -244,7 +247,7 @@ def features_of(model: RewardModel, part: Rankings) -> Tensor:
 @torch.no_grad()
 def inputs_of(model: RewardModel, part: Rankings) -> Tensor:
     """The parts of the match and the signals of every clip, [C,width]."""
-    rows = torch.arange(len(part.video)).split(64)
+    rows = torch.arange(len(part.video)).split(4 * TOGETHER)
     return torch.cat([model.inputs(part.pixels(r), [part.prompts[i] for i in r.tolist()]) for r in rows])
 
 

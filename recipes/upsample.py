@@ -25,7 +25,6 @@ from align.objectives import Loss
 from align.objectives.regression import flow_matching, packed_clip_error
 from align.optimizers import OptimizerName, build_optimizer, warmup_cosine
 from align.run import Run
-from align.threads import in_threads
 from align.trajectory import rollout
 from base_model.errors import UserError
 from base_model.guidance import Guided
@@ -35,6 +34,7 @@ from base_model.networks.upsample import RESAMPLING, Axis, corrupt, expect, rand
 from base_model.paths import add_noise
 from base_model.prompts.text import TextEncoder
 from base_model.stages import UpsampleStage, build_upsampler, save_stage
+from base_model.threads import in_threads
 from base_model.times import sampling_times, stratified_logit_normal
 from base_model.tiny import packed_text
 from base_model.types import ClipShape, Conditioning

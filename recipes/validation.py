@@ -28,11 +28,11 @@ from torch import Tensor
 
 from align.objectives.regression import clip_error
 from align.run import derived_seed
-from align.threads import in_threads
 from base_model.checkpoint import atomic_write
 from base_model.errors import UserError
 from base_model.networks.packing import first_fit_decreasing
 from base_model.paths import add_noise
+from base_model.threads import in_threads
 from base_model.times import quantile_times
 from base_model.types import ClipShape, Conditioning, LatentSpec
 from recipes.examples import Examples, Shape, Velocities, num_tokens

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from base_model.checkpoint import atomic_write, load_weights, save_weights
 from base_model.errors import UserError
+from base_model.threads import in_threads
 from base_model.types import Conditioning
 from reward.features import SIGNALS, signal_features, subsampled_chroma
 from reward.matcher import PARTS, Matcher, MatcherSize
@@ -40,6 +41,8 @@ INTACT = len(PARTS)
 """Where "intact" is."""
 MATCH_BEND = 2.0
 """Deviations at which agreement with the prompt hardly counts any more: what is plainly there is there."""
+TOGETHER = 24
+"""Clips that are looked at in one pass."""
 TIER = "matcher"
 EncodeText = Callable[[Sequence[str]], Conditioning]
 
@@ -110,9 +113,15 @@ class RewardModel(nn.Module):
     def inputs(self, video: Tensor, prompts: Sequence[str]) -> Tensor:
         """The parts of the match, the log-probability of being intact and the signals, in the order of `INPUTS`, [B,26]: means over the clip and its mirror image."""
         cond = self._encode([*prompts, *map(swap_sides, prompts)])  # 2B
-        views = torch.cat([video, video.flip(-1)])  # [2B,T,3,H,W]
-        intact = F.logsigmoid(self.quality(views))[:, None]  # [2B,1]
-        seen = torch.cat([self.matcher.parts(subsampled_chroma(views), cond.text, cond.mask), intact, signal_features(views)], dim=-1)  # [2B,26]
+        rows = torch.arange(len(video))
+        found = in_threads(lambda part: self._inputs(video[part], cond[torch.cat([part, len(video) + part])]), rows.split(TOGETHER), video.device)
+        return torch.cat(found)
+
+    def _inputs(self, video: Tensor, cond: Conditioning) -> Tensor:
+        """Those of b clips; cond: of their prompts, then of the mirrored ones, 2b."""
+        views = torch.cat([video, video.flip(-1)])  # [2b,T,3,H,W]
+        intact = F.logsigmoid(self.quality(views))[:, None]  # [2b,1]
+        seen = torch.cat([self.matcher.parts(subsampled_chroma(views), cond.text, cond.mask), intact, signal_features(views)], dim=-1)  # [2b,26]
         return seen.unflatten(0, (2, -1)).mean(0)
 
     def standardised(self, inputs: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from base_model.errors import UserError
+from base_model.threads import in_threads
 from base_model.types import Conditioning
 
 
@@ -31,9 +32,10 @@ class TextEncoder:
         if not prompts:
             raise UserError("no prompts to encode: the list is empty. Give at least one prompt.")
         missing = list(dict.fromkeys(p for p in prompts if p not in self._states))
-        for begin in range(0, len(missing), 32):
-            batch = missing[begin : begin + 32]
-            self._states.update(zip(batch, _encode(batch), strict=True))
+        batches = [missing[begin : begin + 32] for begin in range(0, len(missing), 32)]
+        found = in_threads(_states, [_tokens(batch) for batch in batches], torch.device("cpu")) if batches else []
+        for batch, states in zip(batches, found, strict=True):
+            self._states.update(zip(batch, states, strict=True))
         states = [self._states[p] for p in prompts]
         if self._keep is not None:
             for old in list(self._states)[: max(0, len(self._states) - self._keep)]:
@@ -59,10 +61,15 @@ def _minilm() -> tuple[Any, Any]:
     return tokenizer, model.eval().requires_grad_(False)
 
 
+def _tokens(prompts: list[str]) -> dict[str, Tensor]:
+    """What the encoder is given; not for several threads, since a tokenizer keeps how it pads in itself."""
+    tokenizer, _ = _minilm()
+    return dict(tokenizer(prompts, padding=True, truncation=True, max_length=TextEncoder.max_tokens, return_tensors="pt"))
+
+
 @torch.no_grad()
-def _encode(prompts: list[str]) -> list[Tensor]:
+def _states(tokens: dict[str, Tensor]) -> list[Tensor]:
     """Token states of each prompt, [l, D], padding cut off."""
-    tokenizer, model = _minilm()
-    tokens = tokenizer(prompts, padding=True, truncation=True, max_length=TextEncoder.max_tokens, return_tensors="pt")
+    _, model = _minilm()
     states = model(**tokens).last_hidden_state  # [B,L,D]
     return [row[: int(mask.sum())].clone() for row, mask in zip(states, tokens["attention_mask"], strict=True)]

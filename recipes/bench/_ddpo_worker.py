@@ -19,11 +19,11 @@ from align.kernels import Ancestral, Kernel
 from align.objectives import Loss
 from align.objectives.policy_gradient import METRICS, ppo_clip
 from align.run import Run
-from align.threads import in_threads
 from align.trajectory import Step, join_steps, replay, rollout
 from base_model.guidance import Guided
 from base_model.lora import add_lora
 from base_model.predictions import convert
+from base_model.threads import in_threads
 from base_model.types import Conditioning, VideoModel
 from recipes.bench._serve import Answer, Handlers, Passes, peak_bytes, serve
 from recipes.bench._stable_diffusion import ATTENTION, CLIP, load

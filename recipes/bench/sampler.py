@@ -17,9 +17,9 @@ from torch import Tensor
 from align.config import Count
 from align.kernels import ODE
 from align.progress import Progress
-from align.threads import in_threads
 from align.trajectory import rollout
 from base_model.networks.packing import token_grid
+from base_model.threads import in_threads
 from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.types import Conditioning
 from recipes.bench._results import Bench, Row, here, paired_ratio, spread, timed, write

@@ -10,8 +10,8 @@ import torch
 from align.config import Config
 from align.objectives import Loss
 from align.run import Run
-from align.threads import in_threads, side_by_side
 from base_model.errors import GuardStop
+from base_model.threads import in_threads, side_by_side
 
 CPU = torch.device("cpu")
 

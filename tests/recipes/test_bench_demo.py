@@ -1,0 +1,67 @@
+"""Demos of two checkouts are made in turns, kept, and compared stage by stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from base_model.errors import UserError
+from recipes.bench import demo
+
+
+def run(seconds: float, commit: str = "abc", right: float = 0.5) -> dict[str, Any]:
+    share = {"mean": right, "low": right - 0.1, "high": right + 0.1}
+    told = {"stage_seconds": {"sft": seconds, "rl": 3 * seconds}, "wall_seconds": 4 * seconds, "cpu_seconds": 7 * seconds, "peak_memory_bytes": 2**30, "commit": commit}
+    return {**told, "judge": {"base": share, "rl": share}, "flash_rate": {"rl": {"mean": 0.0, "low": 0.0, "high": 0.1}}}
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    (tmp_path / "older" / "recipes").mkdir(parents=True)
+    for name in ("__init__.py", "demo.py"):
+        (tmp_path / "older" / "recipes" / name).touch()
+    return tmp_path / "older"
+
+
+def keep(folder: Path, runs: Mapping[str, dict[str, Any]]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, each in runs.items():
+        (folder / f"{name}.json").write_text(json.dumps(each))
+
+
+def test_ratios_are_of_runs_right_after_each_other_and_their_median_is_told(older: Path, tmp_path: Path) -> None:
+    keep(tmp_path / "out", {"now-0": run(10), "before-0": run(12), "now-1": run(20), "before-1": run(28), "now-2": run(10), "before-2": run(13)})
+    rows = demo.main(demo.Config(before=older, rounds=3, out=tmp_path / "out", write=True, results=tmp_path / "results", date="2026-11"))["rows"]
+    seconds = {row["what"]: (row["now"], row["before"], row["ratio"], row["low"], row["high"]) for row in rows if row["part"] == "seconds"}
+    assert seconds["sft"] == pytest.approx((10, 13, 1.3, 1.2, 1.4)) and seconds["all stages, CPU"] == pytest.approx((70, 91, 1.3, 1.2, 1.4))
+    (file,) = (tmp_path / "results").iterdir()
+    assert "3 demos of each in turns" in file.read_text() and "| sft | 10 | 13 | 1.3 | 1.2 | 1.4 |" in file.read_text()
+
+
+def test_how_well_it_ends_stands_beside_what_it_took(older: Path, tmp_path: Path) -> None:
+    keep(tmp_path / "out", {"now-0": run(10, right=0.4), "before-0": run(12, right=0.5)})
+    rows = demo.main(demo.Config(before=older, rounds=1, out=tmp_path / "out"))["rows"]
+    (right,) = [row for row in rows if row["what"] == "every attribute right, rl, %"]
+    assert (right["now"], right["before"], right["interval"]) == (40, 50, "[30.0, 50.0]")
+
+
+def test_runs_of_several_commits_are_not_one_measurement(tmp_path: Path) -> None:
+    keep(tmp_path / "out", {"now-0": run(10, "abc"), "now-1": run(10, "def")})
+    with pytest.raises(UserError, match=r"made by commit def, others by abc\. Give another --out"):
+        demo.main(demo.Config(rounds=2, out=tmp_path / "out"))
+
+
+def test_a_folder_without_the_demo_is_no_older_checkout(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no recipes/demo\.py, before\. Give a checkout"):
+        demo.main(demo.Config(before=tmp_path, out=tmp_path / "out"))
+
+
+def test_a_demo_that_fails_says_where_to_look_and_is_not_kept(older: Path, tmp_path: Path) -> None:
+    (older / "recipes" / "cli.py").write_text("raise SystemExit(3)")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"ended with status 3, .*now-0\.log"):
+        demo.run_demo(older, tmp_path / "out" / "now-0", [])
