@@ -226,6 +226,19 @@ class Run:
                 inside.enter_context(context_parallel.whole(self._split))
             yield
 
+    def keep_pace(self, passes: int, idle: Callable[[], object]) -> None:
+        """Before this process makes so many passes through a sharded network: calls `idle` as often as it makes fewer of them than the process that makes most.
+
+        A pass gathers weights from all processes, so all must make equally many, forward and back. idle: makes one pass of the same kind; it is not counted, and what it finds is
+        dropped. The others would be waited for as long. In other runs nothing happens. All processes call it.
+        """
+        if self._sharded is None:
+            return
+        lacking, counted = max(self.gather([passes])) - passes, list(self._own)
+        for _ in range(lacking):
+            idle()
+        self._own = counted
+
     def unshard(self) -> None:
         """Makes the network that was sharded, or whose clips were split, plain again, for good: before it is merged or saved. Call it behind the loop, in all processes."""
         if self._sharded is not None:
