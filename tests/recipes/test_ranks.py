@@ -171,6 +171,10 @@ UNEVEN: dict[str, dict[str, Any]] = {
     "nft": {"policy.prompts": 2, "policy.micro_batch": 1, "policy.updates": 1, "policy.old_rate": 0.1},
     "grpo": {"seed": 6, "policy.prompts": 4, "policy.micro_batch": 4, "policy.first_steps": 3, "policy.same_noise": True, "sampler.steps": 4, "sampler.guidance": 2.0},
     "ddpo": {"policy.prompts": 4, "policy.micro_batch": 2, "policy.updates": 3, "policy.window": 3, "policy.steps_a_pass": 2, "sampler.steps": 4, "recompute": 0.5},
+    "ppo": {
+        **{"policy.prompts": 4, "policy.micro_batch": 2, "policy.epochs": 2, "policy.minibatches": 3, "policy.window": 2},
+        **{"sampler.steps": 3, "sampler.guidance": 2.0, "policy.train_empty": False},
+    },
 }
 """Keys of each recipe that have its processes make unequally many passes, but for `nft`, where they make as many."""
 
