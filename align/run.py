@@ -143,15 +143,16 @@ class Run:
 
     # Several processes
 
-    def share(self, items: Sequence[T], key: str = "") -> list[T]:
+    def share(self, items: Sequence[T], key: str = "", *, paced: bool = False) -> list[T]:
         """Which of the items, the same in all processes, are this one's: consecutive ones, in the order of the processes; all where there is one process.
 
         key: what in the configuration makes the items. With it, raises UserError where a process would have none. Raises UserError in a sharded run where the processes
-        would not have equally many: each would wait for the others' weights. Where clips are split all items are everyone's: of each clip a share.
+        would not have equally many: each would wait for the others' weights. paced: they may, as the recipe keeps pace (`keep_pace`). Where clips are split all items are
+        everyone's: of each clip a share.
         """
         if self._split is not None:
             return list(items)
-        if self._sharded is not None and len(items) % self.processes:
+        if self._sharded is not None and not paced and len(items) % self.processes:
             told = f"a sharded run makes equally many passes in each of its {self.processes} processes, and {len(items)} parts{key and f', {key},'} are no multiple of that"
             raise UserError(f"{told}. Change their number, start other processes, or leave sharding off")
         if key and len(items) < self.processes:

@@ -175,6 +175,8 @@ UNEVEN: dict[str, dict[str, Any]] = {
         **{"policy.prompts": 4, "policy.micro_batch": 2, "policy.epochs": 2, "policy.minibatches": 3, "policy.window": 2},
         **{"sampler.steps": 3, "sampler.guidance": 2.0, "policy.train_empty": False},
     },
+    "dpo": {"policy.prompts": 4, "policy.micro_batch": 4, "policy.updates": 2},
+    "dpo of rankings": {"policy.pairs": 6, "policy.micro_batch": 2, "policy.updates": 2, "policy.held_out_pairs": 4},
 }
 """Keys of each recipe that have its processes make unequally many passes, but for `nft`, where they make as many."""
 
@@ -183,7 +185,8 @@ def rl_words(recipe: str, out: Path, folder: Path, *, shard: bool) -> list[str]:
     keys = {"model": str(folder / "wan"), "reward": str(folder / "sharp"), "captions": ["a ball", "a cube"], "constrained": False, "guards.watch": False, "shard": shard}
     sampler = {"steps": 2, "frames": 5, "height": 16, "width": 16}
     keys |= {f"policy.{key}": value for key, value in policy.items()} | {f"sampler.{key}": value for key, value in sampler.items()} | UNEVEN[recipe]
-    return [recipe, "--out", str(out), *words_of(keys)]
+    keys |= {"comparisons": str(folder / "rankings"), "clips": str(folder / "clips")} if recipe == "dpo of rankings" else {}
+    return [recipe.split()[0], "--out", str(out), *words_of(keys)]
 
 
 def same_steps(out: Path, other: Path, rel: float) -> None:
