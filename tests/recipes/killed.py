@@ -41,12 +41,13 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.process.communicate(timeout=300)
 
-    def run(self, words: Sequence[str], *, processes: int = 1, kill: tuple[str, int] | None = None, victim: int = 0) -> Ended:
-        """`rushes words` in so many processes. kill: SIGKILL for the victim when it comes to a moment for the n-th time, and then for the others."""
+    def run(self, words: Sequence[str], *, processes: int = 1, kill: tuple[str, int] | None = None, victim: int = 0, forbidden: int = 0) -> Ended:
+        """`rushes words` in so many processes. kill: SIGKILL for the victim when it comes to a moment for the n-th time, and then for the others. forbidden: of clips that are
+        judged together the filters allow all but the first so many."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.sent += 1
         log = self.folder / f"log-{self.sent}"
-        asked = {"words": list(words), "processes": processes, "kill": kill, "victim": victim, "log": str(log)}
+        asked = {"words": list(words), "processes": processes, "kill": kill, "victim": victim, "forbidden": forbidden, "log": str(log)}
         print(json.dumps(asked), file=self.process.stdin, flush=True)
         statuses = json.loads(self.process.stdout.readline())
         moments = log.with_suffix(".json")
@@ -146,7 +147,13 @@ def _run(asked: dict[str, Any], rank: int) -> int:
 
         return call
 
-    feedback.Assessor.ruled = noted("rollout", feedback.Assessor.ruled)  # type: ignore[method-assign]  # clips are made, and not yet judged
+    def ruled(self: Any, reward: Any, *given: Any, ruled: Callable[..., Any] = feedback.Assessor.ruled, **named: Any) -> Any:
+        seen = ruled(self, reward, *given, **named)
+        for k in range(len(seen.allowed)) if asked["forbidden"] else ():
+            seen.allowed[k] = k >= asked["forbidden"]
+        return seen
+
+    feedback.Assessor.ruled = noted("rollout", ruled)  # type: ignore[method-assign]  # clips are made, and not yet judged
     align.run.Run.step = noted("update", align.run.Run.step)  # type: ignore[method-assign]
     keep_pace = align.run.Run.keep_pace
     align.run.Run.keep_pace = lambda self, passes, idle: keep_pace(self, passes, noted("idle", idle))  # type: ignore[method-assign]
