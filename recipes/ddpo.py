@@ -85,14 +85,10 @@ class Policy(BaseConfig):
 
 
 class Config(Feedback):
-    may_change = Feedback.may_change | {"shard"}
-
     out: Path = Path("runs/ddpo")
     """Folder of the run: `adapter.safetensors`, and of the built-in model `network.safetensors` with the adapter merged."""
     policy: Policy = Policy()
     """How the policy moves."""
-    shard: bool = False
-    """Spreads a family's frozen weights over the processes (FSDP2), where one device has no room for them; the adapter stays whole."""
 
 
 METRICS = {

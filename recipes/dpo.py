@@ -91,8 +91,6 @@ class Policy(BaseConfig):
 
 
 class Config(Setting):
-    may_change = Setting.may_change | {"shard"}
-
     out: Path = Path("runs/dpo")
     """Folder of the run: `adapter.safetensors`, and of the built-in model `network.safetensors` with the adapter merged."""
     comparisons: Path | None = None
@@ -107,8 +105,6 @@ class Config(Setting):
     """Folder of a reward model: it picks fresh pairs; beside stored rankings it only scores the looks."""
     policy: Policy = Policy()
     """How the policy moves."""
-    shard: bool = False
-    """Spreads a family's frozen weights over the processes (FSDP2), where one device has no room for them; the adapter stays whole."""
 
 
 METRICS = {

@@ -124,6 +124,8 @@ class SafetyLimit(BaseConfig):
 class Setting(BaseConfig):
     """What every recipe that moves a policy is told: where it starts, who watches, which limit holds. A recipe adds `out` and `policy`."""
 
+    may_change = BaseConfig.may_change | {"shard"}
+
     seed: Seed = 0
     """Seed of prompts and noise."""
     model: Path | None = None
@@ -133,6 +135,8 @@ class Setting(BaseConfig):
     """Attention and mlp of a family's frozen network in four bits: less memory, a little slower."""
     recompute: Share = 0.0
     """Share of a family's blocks whose activations a backward pass computes again: less memory, at most a third more time."""
+    shard: bool = False
+    """Spreads a family's frozen weights over the processes (FSDP2), where one device has no room for them; the adapter stays whole."""
     guard: Path | None = None
     """Folder of a second reward model that watches and may stop the run."""
     captions: tuple[str, ...] = ()

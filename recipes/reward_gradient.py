@@ -93,14 +93,10 @@ class Policy(BaseConfig):
 
 
 class Config(Feedback):
-    may_change = Feedback.may_change | {"shard"}
-
     out: Path = Path("runs/reward-gradient")
     """Folder of the run: `adapter.safetensors`, and of the built-in model `network.safetensors` with the adapter merged."""
     policy: Policy = Policy()
     """How the policy moves."""
-    shard: bool = False
-    """Spreads a family's frozen weights over the processes (FSDP2), where one device has no room for them; the adapter stays whole."""
 
 
 METRICS = {name: sentence for name, sentence in feedback.METRICS.items() if name not in ("kl_per_element", "kl_total", "ratio", "clip_share", "zero_std_share")} | {
