@@ -143,15 +143,16 @@ class Run:
 
     # Several processes
 
-    def share(self, items: Sequence[T], key: str = "") -> list[T]:
+    def share(self, items: Sequence[T], key: str = "", *, paced: bool = False) -> list[T]:
         """Which of the items, the same in all processes, are this one's: consecutive ones, in the order of the processes; all where there is one process.
 
         key: what in the configuration makes the items. With it, raises UserError where a process would have none. Raises UserError in a sharded run where the processes
-        would not have equally many: each would wait for the others' weights. Where clips are split all items are everyone's: of each clip a share.
+        would not have equally many: each would wait for the others' weights. paced: they may, as the recipe keeps pace (`keep_pace`). Where clips are split all items are
+        everyone's: of each clip a share.
         """
         if self._split is not None:
             return list(items)
-        if self._sharded is not None and len(items) % self.processes:
+        if self._sharded is not None and not paced and len(items) % self.processes:
             told = f"a sharded run makes equally many passes in each of its {self.processes} processes, and {len(items)} parts{key and f', {key},'} are no multiple of that"
             raise UserError(f"{told}. Change their number, start other processes, or leave sharding off")
         if key and len(items) < self.processes:
@@ -225,6 +226,19 @@ class Run:
             if self._split is not None:
                 inside.enter_context(context_parallel.whole(self._split))
             yield
+
+    def keep_pace(self, passes: int, idle: Callable[[], object]) -> None:
+        """Before this process makes so many passes through a sharded network: calls `idle` as often as it makes fewer of them than the process that makes most.
+
+        A pass gathers weights from all processes, so all must make equally many, forward and back. idle: makes one pass of the same kind; it is not counted, and what it finds is
+        dropped. The others would be waited for as long. In other runs nothing happens. All processes call it.
+        """
+        if self._sharded is None:
+            return
+        lacking, counted = max(self.gather([passes])) - passes, list(self._own)
+        for _ in range(lacking):
+            idle()
+        self._own = counted
 
     def unshard(self) -> None:
         """Makes the network that was sharded, or whose clips were split, plain again, for good: before it is merged or saved. Call it behind the loop, in all processes."""

@@ -150,7 +150,10 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     latent_shape = model.latents.shape(cfg.sampler.clip)  # C F H W
 
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
+    if cfg.shard:
+        feedback.spread(run, model)
     policy = feedback.guided(model, cfg.sampler, train_empty=p.train_empty)
+    idle = partial(feedback.idle_pass, policy, *feedback.idle_clip(run, model, cfg.sampler, pool))
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     schedule = warmup_cosine(optimizer, p.iterations * p.updates, warmup=2)
     multiplier, watch = feedback.limits_of(cfg, assess)
@@ -193,11 +196,15 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
 
         # 4. Move the policy: replay the noisy steps, weigh their log-probabilities.
         losses, norms = [], []
+        passes = -(-int(rollouts[0].noisy.any(1).sum()) // p.steps_a_pass)  # of a micro-batch
+        with torch.no_grad():
+            run.keep_pace(int(0 in own), idle)
         priors = [prior_of(policy, kernel, taken) if k == 0 else None for k, taken in zip(own, rollouts, strict=True)]
         parts = {k: Replayed(*part) for k, *part in zip(own, mine, rollouts, priors, strict=True)}
         for u in range(p.updates):
             share = [parts[k] for k in range(u, len(batches), p.updates) if k in parts]
             known = limited.valid[torch.cat(batches[u :: p.updates])].sum().clamp_min(1)  # clips this update learns from
+            run.keep_pace(len(share) * passes, idle)
             losses += run.backward_each(optimizer, partial(losses_of, p, policy, kernel, limited, float(known)), share)
             norms.append(run.step(optimizer, p.max_grad_norm, schedule))
         kl = float(losses[0].stats["kl"])

@@ -164,7 +164,7 @@ class HeldOutPairs:
         chosen = numbered(takes, torch.randperm(count(takes), generator=generator)[: p.held_out_pairs].tolist(), p.micro_batch)
         levels = quantile_times(model.path, QUANTILES).tolist()
         self._parts = [[noised(each, rows, torch.full((len(rows),), t), generator, run.device) for t in levels] for each, rows in chosen]
-        with reference(model.network):
+        with run.whole(), reference(model.network):
             self._before = [self._errors(part) for part in self._parts] if run.is_main else []
 
     def accuracy(self) -> dict[str, float]:
@@ -193,21 +193,26 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     times = times_of(model, cfg.sampler)  # [K+1]
     shape, clips = model.latents.shape(cfg.sampler.clip), p.prompts * p.group_size  # C F H W
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
+    if cfg.shard:
+        feedback.spread(run, model)
     policy = feedback.guided(model, cfg.sampler)
+    blank = feedback.idle_clip(run, model, cfg.sampler, pool)
+    idle = partial(feedback.idle_pass, model, *blank)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg, assess)
     multiplier = None if ranked.train else multiplier
     feedback.register(run, model, optimizer, multiplier, watch)
     tested = HeldOutPairs(p, model, ranked.val, run)
     prompts = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
-    mine = run.share(torch.arange(clips).split(p.micro_batch), "" if ranked.train else "policy.micro_batch")
+    mine = [] if ranked.train else run.share(torch.arange(clips).split(p.micro_batch), "policy.micro_batch")
     numbers = PromptSampler(max(1, count(ranked.train)), p.pairs, seed=cfg.seed)
     say_beta(p, run, {takes.latents[0].numel() for takes in ranked.train} or {math.prod(shape)})
 
     for i in run.iterations(p.iterations, save_every=p.save_every, label="dpo"):
         looked = feedback.look(run, held_out, model, assess, watch, i, every=p.evaluate_every)
         if looked:
-            looked |= run.on_main(tested.accuracy)
+            with run.whole():
+                looked |= run.on_main(tested.accuracy)
 
         # 1. Pairs: what people preferred, or the extremes of clips made and scored now.
         if ranked.train:
@@ -230,9 +235,12 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
 
         # 2. Noise both clips of a pair alike, once a step, and ask the SFT policy.
         generator = run.generator("noise", i)
-        parts = [run.share(noised_anew(p, model, step, generator, run.device)) for step in steps]
+        parts = [run.share(noised_anew(p, model, step, generator, run.device), paced=True) for step in steps]
         with torch.no_grad(), reference(model.network):
+            run.keep_pace(sum(len(own) for own in parts), idle)
             before = [in_threads(partial(errors_of, model), step, run.device) for step in parts]
+        if i == 0:
+            run.keep_pace(min(1, len(parts[0])), partial(feedback.check_velocity, model, *blank))
         if i == 0 and parts[0]:
             part = parts[0][0]
             feedback.check_velocity(model, add_noise(model.path, part.win, part.eps, part.t), part.t, part.cond)
@@ -241,6 +249,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         losses, norms = [], []
         for step, own, said in zip(steps, parts, before, strict=True):
             number = sum(len(rows) for _, rows in step)
+            run.keep_pace(len(own), idle)
             losses += run.backward_each(optimizer, partial(batch_loss, p, model, number), list(zip(own, said, strict=True)))
             norms.append(run.step(optimizer, p.max_grad_norm))
 
@@ -248,7 +257,9 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         told = {name.removeprefix("preference/"): sum(float(loss.stats[name]) for loss in losses) / p.updates if losses else math.nan for name in PREFERENCE}
         run.log(**told, **looked, pairs=sum(len(rows) for step in steps for _, rows in step) / p.updates, grad_norm=sum(norms) / len(norms))
     if ranked.val:
-        run.log(**run.on_main(tested.accuracy))
+        with run.whole():
+            accuracy = run.on_main(tested.accuracy)
+        run.log(**accuracy)
     return watch
 
 

@@ -33,10 +33,11 @@ from base_model.guidance import Guided
 from base_model.lora import adapter_state, load_adapter_state, reference
 from base_model.prompts.text import TextEncoder
 from base_model.threads import in_threads
+from base_model.tiny import LatentVideoModel
 from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import guards
 from recipes.filters import Filters
-from recipes.generate import Sampler, check_sampler, safety_runner, sample_with_latents
+from recipes.generate import Sampler, check_sampler, safety_runner, sample_with_latents, times_of
 from recipes.guards import Guards
 from recipes.guards import GuardWatch as GuardWatch
 from recipes.models import built_in, encode_prompts, load_model, reward_text, save_policy
@@ -124,6 +125,8 @@ class SafetyLimit(BaseConfig):
 class Setting(BaseConfig):
     """What every recipe that moves a policy is told: where it starts, who watches, which limit holds. A recipe adds `out` and `policy`."""
 
+    may_change = BaseConfig.may_change | {"shard"}
+
     seed: Seed = 0
     """Seed of prompts and noise."""
     model: Path | None = None
@@ -133,6 +136,8 @@ class Setting(BaseConfig):
     """Attention and mlp of a family's frozen network in four bits: less memory, a little slower."""
     recompute: Share = 0.0
     """Share of a family's blocks whose activations a backward pass computes again: less memory, at most a third more time."""
+    shard: bool = False
+    """Spreads a family's frozen weights over the processes (FSDP2), where one device has no room for them; the adapter stays whole."""
     guard: Path | None = None
     """Folder of a second reward model that watches and may stop the run."""
     captions: tuple[str, ...] = ()
@@ -450,6 +455,29 @@ def register(run: Run, model: TrainableModel, optimizer: Any, multiplier: Multip
     if multiplier is not None:
         run.register("multiplier", multiplier)
     run.count_forwards(model.network)
+
+
+def spread(run: Run, model: TrainableModel) -> None:
+    """Spreads a family's frozen weights over the processes, before its optimizer is built; the adapter stays whole. Raises UserError for the built-in model."""
+    if isinstance(model, LatentVideoModel):
+        raise UserError("the built-in network is small enough for every process, shard. Leave it out, or give --model a checkpoint that diffusers saved")
+    run.shard(model.network, frozen=True)
+
+
+def idle_clip(run: Run, model: TrainableModel, sampler: Sampler, pool: Conditioning) -> tuple[Tensor, Tensor, Conditioning]:
+    """What a pass that teaches nothing is made of: noise x [1,C,F,H,W], where sampling begins, t [1], and the first prompt of a pool, 1."""
+    return run.noise(model.latents.shape(sampler.clip), 1, "idle", 0), times_of(model, sampler)[:1].to(run.device), pool[:1]
+
+
+def idle_pass(model: VideoModel, x: Tensor, t: Tensor, cond: Conditioning) -> None:
+    """A pass of clips x [b,C,F,H,W] at t [b] that teaches nothing, and back where gradients are wanted: so a process keeps pace with others (`Run.keep_pace`)."""
+    retrace(model, model(x, t, cond))
+
+
+def retrace(model: VideoModel, found: Tensor) -> None:
+    """The way back through the passes that `found` was made by, for nothing."""
+    if found.requires_grad:
+        torch.autograd.grad(found.sum(), [parameter for parameter in model.network.parameters() if parameter.requires_grad], allow_unused=True)
 
 
 def look(run: Run, held_out: HeldOut, model: TrainableModel, assess: Assessor, watch: GuardWatch, iteration: int, *, every: int) -> dict[str, float]:

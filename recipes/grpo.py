@@ -184,7 +184,10 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     states = encode_prompts(model, texts)
     kernel, times = build_kernel(p.kernel, p.noise_level), times_of(model, cfg.sampler)
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
+    if cfg.shard:
+        feedback.spread(run, model)
     policy = feedback.guided(model, cfg.sampler, train_empty=p.train_empty)
+    idle = partial(feedback.idle_pass, policy, *feedback.idle_clip(run, model, cfg.sampler, states))
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg, assess)
     feedback.register(run, model, optimizer, multiplier, watch)
@@ -231,8 +234,12 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
 
         # One update; the ratio is 1, so its gradient is REINFORCE's.
         rows = [slice(int(part[0]) * G, (int(part[-1]) + 1) * G) for part in mine]  # of the B clips
+        passes = sum(int((made.noisy.cpu() & kept[row]).any(1).sum()) for made, row in zip(taken, rows, strict=True))  # noisy steps of micro-batches, less those nobody learns from
+        with torch.no_grad():
+            run.keep_pace(passes, idle)
         lessons = [lessons_of(p, policy, kernel, made, limited.advantage[row], kept[row]) for made, row in zip(taken, rows, strict=True)]
         total = float(kept.sum() * noisy[:, 0].sum())
+        run.keep_pace(passes, idle)
         losses = run.backward_each(optimizer, partial(losses_of, p, policy, kernel, total), lessons)
         norm = run.step(optimizer, p.max_grad_norm)
 

@@ -33,12 +33,10 @@ from align.objectives.policy_gradient import ppo_clip
 from align.objectives.regression import clip_error, flow_matching
 from align.optimizers import build_optimizer
 from align.run import Run
-from base_model.errors import UserError
 from base_model.lora import ShadowAdapter, add_lora, reference, using
 from base_model.paths import add_noise
 from base_model.threads import in_threads
 from base_model.times import stratified_logit_normal
-from base_model.tiny import LatentVideoModel
 from base_model.types import Conditioning, TrainableModel
 from recipes import feedback
 from recipes.feedback import Assessor, Feedback, GuardWatch, HeldOut
@@ -94,14 +92,10 @@ class Policy(BaseConfig):
 
 
 class Config(Feedback):
-    may_change = Feedback.may_change | {"shard"}
-
     out: Path = Path("runs/nft")
     """Folder of the run: `adapter.safetensors`, and of the built-in model `network.safetensors` with the adapter merged."""
     policy: Policy = Policy()
     """How the policy moves."""
-    shard: bool = False
-    """Spreads a family's frozen weights over the processes (FSDP2), where one device has no room for them; the adapter stays whole."""
 
 
 METRICS = {name: sentence for name, sentence in feedback.METRICS.items() if name not in ("kl_per_element", "kl_total", "ratio", "clip_share")} | {
@@ -175,9 +169,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     times = times_of(model, cfg.sampler)  # [K+1]
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
     if cfg.shard:
-        if isinstance(model, LatentVideoModel):
-            raise UserError("the built-in network is small enough for every process, shard. Leave it out, or give --model a checkpoint that diffusers saved")
-        run.shard(model.network, frozen=True)
+        feedback.spread(run, model)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg, assess)
     feedback.register(run, model, optimizer, multiplier, watch)

@@ -167,7 +167,10 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     pool = encode_prompts(model, texts)
     times = times_of(model, cfg.sampler)  # [K+1]
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
+    if cfg.shard:
+        feedback.spread(run, model)
     policy = feedback.guided(model, cfg.sampler, train_empty=p.train_empty)
+    idle = partial(feedback.idle_pass, policy, *feedback.idle_clip(run, model, cfg.sampler, pool))
     critic = Critic(model.latents.channels, pool.text.shape[-1], width=p.critic_width, seed=cfg.seed).to(run.device)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     critic_optimizer = build_optimizer(critic, "adamw", lr=p.critic_lr, weight_decay=0.0)
@@ -218,6 +221,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
                 share = [parts[k] for k in chosen if k in parts]
                 clips = torch.cat([batches[k] for k in chosen])
                 taught, told = (float(valid[clips].sum().clamp_min(1)) for valid in (limited[0].valid, estimate.valid))
+                run.keep_pace(sum(len(part.steps) for part in share), idle)
                 losses += run.backward_each(optimizer, partial(policy_losses, p, policy, kernel, limited, taught), share)
                 norms.append(run.step(optimizer, p.max_grad_norm))
                 value_losses += run.backward_each(critic_optimizer, partial(critic_losses, p, critic, values, estimate.returns, estimate.valid, told), share)

@@ -141,13 +141,14 @@ def noised(p: Policy, model: VideoModel, rows: Tensor, cond: Conditioning, x0: T
     return Part(rows, cond, shown, add_noise(model.path, clean, eps, t), t, model.path.velocity(clean, eps, t))
 
 
-def losses_of(p: Policy, model: VideoModel, score: Score, learned: Tensor, limited: Advantage, price: float, part: tuple[Part, Tensor]) -> Iterator[Loss]:
+def losses_of(p: Policy, run: Run, model: VideoModel, score: Score, learned: Tensor, limited: Advantage, price: float, part: tuple[Part, Tensor]) -> Iterator[Loss]:
     """The losses of a micro-batch, as shares of an update of B clips. part: the clips, and the SFT policy's velocity.
 
     learned: which clips get a reward gradient, bool [B]; limited: how the cost moves them; price: 1 + lambda.
     """
     some, prior = part
     clips, better = len(learned), learned[some.rows].nonzero()[:, 0].to(some.shown.device)  # rows of the part
+    run.keep_pace(min(1, len(better)), partial(feedback.retrace, model, some.shown))
     if len(better):
         reward = reward_of(score, model, some.shown[better], some.cond[better], name="reward", differentiable=True, checkpointed=p.checkpointed)
         ascent, share = reward_ascent(reward, hinge=p.hinge), len(better) / clips
@@ -168,6 +169,8 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     pool = encode_prompts(model, texts)
     times = times_of(model, cfg.sampler)  # [K+1]
     model.network = add_lora(model.network, rank=p.lora_rank, alpha=p.lora_rank, targets=model.lora_targets, seed=cfg.seed)
+    if cfg.shard:
+        feedback.spread(run, model)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     multiplier, watch = feedback.limits_of(cfg, assess)
     feedback.register(run, model, optimizer, multiplier, watch)
@@ -209,7 +212,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
 
         # 4. Move the policy.
         price = 1.0 if multiplier is None else 1 + multiplier.value
-        losses = run.backward_each(optimizer, partial(losses_of, p, model, score, learned, limited, price), list(zip(parts, priors, strict=True)))
+        losses = run.backward_each(optimizer, partial(losses_of, p, run, model, score, learned, limited, price), list(zip(parts, priors, strict=True)))
         norm = run.step(optimizer, p.max_grad_norm)
 
         # 5. Tell.

@@ -578,6 +578,22 @@ def test_processes_share_items_in_order_almost_evenly_and_none_goes_without(tmp_
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_a_run_that_is_not_sharded_keeps_no_pace(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    run.keep_pace(0, lambda: pytest.fail("a pass for nothing"))
+
+
+def test_a_process_that_lags_makes_passes_that_are_not_counted_and_one_that_leads_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, network, made = fresh(tmp_path), nn.Linear(2, 2), []
+    run.count_forwards(network)
+    monkeypatch.setattr(run, "_sharded", network)
+    monkeypatch.setattr(run, "gather", lambda own: [*own, 5])
+    network(torch.zeros(3, 2)).sum().backward()
+    for passes in (2, 5, 7):
+        run.keep_pace(passes, lambda passes=passes: made.append(passes) or network(torch.zeros(4, 2)).sum().backward())  # type: ignore[misc,func-returns-value]
+    assert made == [2, 2, 2] and (run.forward_passes, run.forward_equivalents) == (3, 9)
+
+
 def test_gradients_without_any_loss_stay_as_they_were_and_none_is_invented(tmp_path: Path) -> None:
     run, weight = fresh(tmp_path), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)

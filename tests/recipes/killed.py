@@ -41,12 +41,14 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.process.communicate(timeout=300)
 
-    def run(self, words: Sequence[str], *, processes: int = 1, kill: tuple[str, int] | None = None, victim: int = 0) -> Ended:
-        """`rushes words` in so many processes. kill: SIGKILL for the victim when it comes to a moment for the n-th time, and then for the others."""
+    def run(self, words: Sequence[str], *, processes: int = 1, kill: tuple[str, int] | None = None, victim: int = 0, forbidden: int = 0) -> Ended:
+        """`rushes words` in so many processes. kill: SIGKILL for the victim when it comes to a moment for the n-th time, and then for the others. forbidden: of clips that are
+        judged together the filters allow all but the first so many."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.sent += 1
         log = self.folder / f"log-{self.sent}"
-        print(json.dumps({"words": list(words), "processes": processes, "kill": kill, "victim": victim, "log": str(log)}), file=self.process.stdin, flush=True)
+        asked = {"words": list(words), "processes": processes, "kill": kill, "victim": victim, "forbidden": forbidden, "log": str(log)}
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
         statuses = json.loads(self.process.stdout.readline())
         moments = log.with_suffix(".json")
         return Ended(statuses, log.read_text(), json.loads(moments.read_text()) if moments.exists() else {})
@@ -83,12 +85,16 @@ def _serve() -> None:
     import peft  # noqa: F401
     import scipy.special  # noqa: F401
     import torch._dynamo
+    import torch.distributed.fsdp
     import torch.utils.tensorboard  # noqa: F401
+    from diffusers import WanPipeline, WanTransformer3DModel  # noqa: F401
 
     from base_model.prompts.text import TextEncoder
     from recipes import ddpo, dpo, grpo, nft, ppo, reward_gradient, sft  # noqa: F401
+    from recipes.generate import safety_runner
 
     TextEncoder()(["what it needs is imported here, once"])
+    safety_runner()  # whose patterns are compiled once
     for line in sys.stdin:
         asked = json.loads(line)
         with socket.socket() as free:
@@ -141,8 +147,16 @@ def _run(asked: dict[str, Any], rank: int) -> int:
 
         return call
 
-    feedback.Assessor.ruled = noted("rollout", feedback.Assessor.ruled)  # type: ignore[method-assign]  # clips are made, and not yet judged
+    def ruled(self: Any, reward: Any, *given: Any, ruled: Callable[..., Any] = feedback.Assessor.ruled, **named: Any) -> Any:
+        seen = ruled(self, reward, *given, **named)
+        for k in range(len(seen.allowed)) if asked["forbidden"] else ():
+            seen.allowed[k] = k >= asked["forbidden"]
+        return seen
+
+    feedback.Assessor.ruled = noted("rollout", ruled)  # type: ignore[method-assign]  # clips are made, and not yet judged
     align.run.Run.step = noted("update", align.run.Run.step)  # type: ignore[method-assign]
+    keep_pace = align.run.Run.keep_pace
+    align.run.Run.keep_pace = lambda self, passes, idle: keep_pace(self, passes, noted("idle", idle))  # type: ignore[method-assign]
     for name in ("write_synced", "fsync_folder"):  # of the files of a checkpoint, and around its move into place
         setattr(align.run, name, noted("checkpoint", getattr(align.run, name)))
     if asked["words"][0] in ("caption-train", "expand"):  # a micro-batch of theirs

@@ -1,6 +1,6 @@
 """Training recipes in several processes: the steps of one process at the same batch, on with another number of processes after a kill, or a refusal in one line.
 
-What aligns is in test_resume.py, SFT in test_sft_resume.py, both with these tests' tools.
+What aligns is in test_resume.py, SFT in test_sft_resume.py, both with these tests' tools; what aligns with its weights spread over the processes is here.
 """
 
 from __future__ import annotations
@@ -167,16 +167,32 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(recipe: str, befo
 # Frozen weights spread over the processes
 
 
-def nft_words(out: Path, folder: Path, *, shard: bool) -> list[str]:
-    policy = {"iterations": 2, "updates": 1, "prompts": 2, "group_size": 2, "micro_batch": 1, "lora_rank": 2, "lr": 1e-4, "evaluate_every": 2, "save_every": 1, "old_rate": 0.1}
-    keys = {"model": str(folder / "wan"), "reward": str(folder / "sharp"), "prompt_pool": 4, "held_out_prompts": 2, "constrained": False, "guards.watch": False, "shard": shard}
+UNEVEN: dict[str, dict[str, Any]] = {
+    "nft": {"policy.prompts": 2, "policy.micro_batch": 1, "policy.updates": 1, "policy.old_rate": 0.1},
+    "grpo": {"seed": 6, "policy.prompts": 4, "policy.micro_batch": 4, "policy.first_steps": 3, "policy.same_noise": True, "sampler.steps": 4, "sampler.guidance": 2.0},
+    "ddpo": {"policy.prompts": 4, "policy.micro_batch": 2, "policy.updates": 3, "policy.window": 3, "policy.steps_a_pass": 2, "sampler.steps": 4, "recompute": 0.5},
+    "ppo": {
+        **{"policy.prompts": 4, "policy.micro_batch": 2, "policy.epochs": 2, "policy.minibatches": 3, "policy.window": 2},
+        **{"sampler.steps": 3, "sampler.guidance": 2.0, "policy.train_empty": False},
+    },
+    "dpo": {"policy.prompts": 4, "policy.micro_batch": 4, "policy.updates": 2},
+    "dpo of rankings": {"policy.pairs": 6, "policy.micro_batch": 2, "policy.updates": 2, "policy.held_out_pairs": 4},
+    "reward-gradient": {"policy.prompts": 2, "policy.micro_batch": 2, "policy.last_steps": 2, "recompute": 1.0, "constrained": True},
+}
+"""Keys of each recipe that have its processes make unequally many passes, but for `nft`, where they make as many: noisy steps of clips (`grpo`), batches of an update and what only
+the first one asks (`ddpo`), minibatches (`ppo`), pairs (`dpo`), clips that may be learned from."""
+
+FORBIDDEN = {"reward-gradient": 2}
+"""Clips of a rollout that the filters do not allow, all of one micro-batch."""
+
+
+def rl_words(recipe: str, out: Path, folder: Path, *, shard: bool) -> list[str]:
+    policy = {"iterations": 2, "group_size": 2, "lora_rank": 2, "lr": 1e-4, "evaluate_every": 2, "save_every": 1}
+    keys = {"model": str(folder / "wan"), "reward": str(folder / "sharp"), "captions": ["a ball", "a cube"], "constrained": False, "guards.watch": False, "shard": shard}
     sampler = {"steps": 2, "frames": 5, "height": 16, "width": 16}
-    return [
-        "nft",
-        "--out",
-        str(out),
-        *words_of({**keys, **{f"policy.{key}": value for key, value in policy.items()}, **{f"sampler.{key}": value for key, value in sampler.items()}}),
-    ]
+    keys |= {f"policy.{key}": value for key, value in policy.items()} | {f"sampler.{key}": value for key, value in sampler.items()} | UNEVEN[recipe]
+    keys |= {"comparisons": str(folder / "rankings"), "clips": str(folder / "clips")} if recipe == "dpo of rankings" else {}
+    return [recipe.split()[0], "--out", str(out), *words_of(keys)]
 
 
 def same_steps(out: Path, other: Path, rel: float) -> None:
@@ -193,25 +209,43 @@ def same_steps(out: Path, other: Path, rel: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes that hold all weights each."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    assert finished(server.run(nft_words(out, folder, shard=False), processes=2)).moments["update"] == 2
-    return out
+def whole(folder: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs of two processes that hold all weights each, made when first asked for: recipe -> folder, how often it stepped."""
+    place = tmp_path_factory.mktemp("whole")
+
+    class Runs(dict[str, tuple[Path, int]]):
+        def __missing__(self, recipe: str) -> tuple[Path, int]:
+            ended = finished(server.run(rl_words(recipe, place / recipe, folder, shard=False), processes=2, forbidden=FORBIDDEN.get(recipe, 0)))
+            assert ended.moments["update"] >= 2 and "idle" not in ended.moments
+            self[recipe] = place / recipe, ended.moments["update"]
+            return self[recipe]
+
+    return Runs()
 
 
-def test_rl_with_its_frozen_weights_sharded_makes_the_steps_of_whole_ones(whole: Path, folder: Path, server: Server, tmp_path: Path) -> None:
-    finished(server.run(nft_words(tmp_path / "cut", folder, shard=True), processes=2))
-    same_steps(tmp_path / "cut", whole, 1e-5)
+@pytest.mark.parametrize("recipe", UNEVEN)
+def test_rl_with_its_frozen_weights_sharded_makes_the_steps_of_whole_ones(recipe: str, whole: Any, folder: Path, server: Server, tmp_path: Path) -> None:
+    """The first process waits for the other, in passes that are not counted."""
+    ended = finished(server.run(rl_words(recipe, tmp_path / "cut", folder, shard=True), processes=2, forbidden=FORBIDDEN.get(recipe, 0)))
+    assert ("idle" in ended.moments) == (recipe != "nft")
+    same_steps(tmp_path / "cut", whole[recipe][0], 1e-5)
 
 
 @pytest.mark.slow
-def test_rl_with_its_frozen_weights_sharded_goes_on_in_one_process(whole: Path, folder: Path, server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", UNEVEN)
+def test_rl_with_its_frozen_weights_sharded_goes_on_in_one_process(recipe: str, whole: Any, folder: Path, server: Server, tmp_path: Path) -> None:
     """In one process numbers differ by more: this reward magnifies rounding a thousand times."""
-    killed = server.run(nft_words(tmp_path / "turns", folder, shard=True), processes=2, kill=("update", 2), victim=1)
+    words = rl_words(recipe, tmp_path / "turns", folder, shard=True)
+    killed = server.run(words, processes=2, kill=("update", whole[recipe][1] // 2 + 1), victim=1, forbidden=FORBIDDEN.get(recipe, 0))
     assert -9 in killed.statuses, killed.said
-    finished(server.run([*nft_words(tmp_path / "turns", folder, shard=True), "--resume"]))
-    same_steps(tmp_path / "turns", whole, 1e-2)
+    finished(server.run([*words, "--resume"], forbidden=FORBIDDEN.get(recipe, 0)))
+    same_steps(tmp_path / "turns", whole[recipe][0], 1e-2)
+
+
+def test_the_built_in_model_is_not_sharded_which_is_one_line(server: Server, folder: Path, tmp_path: Path) -> None:
+    words = [*rl_words("grpo", tmp_path / "run", folder, shard=True), "--model", str(folder / "network.safetensors")]
+    ended = server.run(words)
+    assert ended.statuses == [2] and "the built-in network is small enough for every process, shard. Leave it out" in ended.said and "Traceback" not in ended.said
 
 
 # trl's own loops
