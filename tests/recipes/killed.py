@@ -131,6 +131,8 @@ def _begin(asked: dict[str, Any], rank: int, port: int) -> int:
 def _run(asked: dict[str, Any], rank: int) -> int:
     import traceback
 
+    import torch.distributed
+
     import align.run
     from recipes import feedback
     from recipes.cli import main
@@ -170,11 +172,7 @@ def _run(asked: dict[str, Any], rank: int) -> int:
         return 1
     if rank == 0:
         Path(asked["log"]).with_suffix(".json").write_text(json.dumps(seen))
-    if asked["processes"] > 1:
-        import torch.distributed
-
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    assert not torch.distributed.is_initialized(), "a command ends its connections"
     return status
 
 
