@@ -25,7 +25,7 @@ from recipes.bench._results import Bench, Row, check_can_end, flat, here, paired
 ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).parents[1] / "configs" / "tiny" / "toy.yaml"
 Side = Literal["now", "before"]
-Run = dict[str, Any]  # stage_seconds, wall_seconds, cpu_seconds, peak_memory_bytes, judge, flash_rate, commit
+Told = dict[str, Any]  # of one demo: stage_seconds, wall_seconds, cpu_seconds, peak_memory_bytes, judge, flash_rate, commit
 
 
 class Config(Bench):
@@ -46,7 +46,7 @@ def checkouts(cfg: Config) -> dict[Side, Path]:
     return {"now": ROOT, "before": cfg.before.resolve()}
 
 
-def run_demo(checkout: Path, out: Path, configuration: Sequence[str]) -> Run:
+def run_demo(checkout: Path, out: Path, configuration: Sequence[str]) -> Told:
     """One demo from nothing to its report, and what it took. Raises UserError where it fails."""
     shutil.rmtree(out, ignore_errors=True)  # a demo that was killed would go on, and its time be that of a half
     log = out.with_suffix(".log")
@@ -66,9 +66,9 @@ def run_demo(checkout: Path, out: Path, configuration: Sequence[str]) -> Run:
     return {name: told[name] for name in names} | {"cpu_seconds": used.ru_utime + used.ru_stime}
 
 
-def run_all(cfg: Config, folder: Path) -> dict[Side, list[Run]]:
+def run_all(cfg: Config, folder: Path) -> dict[Side, list[Told]]:
     """The demos of each side that `folder` does not hold yet, in turns; then all of them. Raises UserError where those of a side are of several commits."""
-    found: dict[Side, list[Run]] = {side: [] for side in checkouts(cfg)}
+    found: dict[Side, list[Told]] = {side: [] for side in checkouts(cfg)}
     for k in range(cfg.rounds):
         for side, checkout in checkouts(cfg).items():
             kept = folder / f"{side}-{k}.json"
@@ -87,12 +87,12 @@ def run_all(cfg: Config, folder: Path) -> dict[Side, list[Run]]:
 # Rows
 
 
-def seconds_of(run: Run) -> dict[str, float]:
+def seconds_of(run: Told) -> dict[str, float]:
     """Seconds of each stage, of all, and of the CPU."""
     return {**run["stage_seconds"], "all stages": run["wall_seconds"], "all stages, CPU": run["cpu_seconds"]}
 
 
-def time_rows(found: Mapping[Side, Sequence[Run]]) -> list[Row]:
+def time_rows(found: Mapping[Side, Sequence[Told]]) -> list[Row]:
     """Medians, and the medians of paired ratios: above 1 it is faster now."""
     rows: list[Row] = []
     for what in seconds_of(found["now"][0]):
@@ -105,9 +105,8 @@ def time_rows(found: Mapping[Side, Sequence[Run]]) -> list[Row]:
     return rows
 
 
-def quality_rows(found: Mapping[Side, Sequence[Run]]) -> list[Row]:
+def quality_rows(found: Mapping[Side, Sequence[Told]]) -> list[Row]:
     """What the judge finds right and the share of clips that flash, of the first run: others of the same seed end alike."""
-    last: Row = {"what": "peak memory, MiB", "interval": None}
     rows: list[Row] = []
     for measure, label in (("judge", "every attribute right"), ("flash_rate", "clips that flash")):
         for model in found["now"][0][measure]:
@@ -116,7 +115,7 @@ def quality_rows(found: Mapping[Side, Sequence[Run]]) -> list[Row]:
             shares = {side: None if each is None else 100 * each["mean"] for side, each in told.items()}
             rows.append({"what": f"{label}, {model}, %", "now": shares["now"], "interval": f"[{low:.1f}, {high:.1f}]", "before": shares.get("before")})
     peaks = {side: max(run["peak_memory_bytes"] for run in runs) / 2**20 for side, runs in found.items()}
-    return [*rows, {**last, "now": peaks["now"], "before": peaks.get("before")}]
+    return [*rows, {"what": "peak memory, MiB", "now": peaks["now"], "interval": None, "before": peaks.get("before")}]
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def said(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[
 
 def test_on_an_empty_folder_it_prints_a_link_by_which_one_person_becomes_the_lead_and_it_keeps_who_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs" / "app"
-    with serving(folder) as (process, url), httpx2.Client(trust_env=False, base_url=url) as client:
+    with serving(folder) as (process, url), httpx2.Client(trust_env=False, base_url=url, timeout=60) as client:
         link = link_of(process)
         assert link.startswith(f"{url}/join/")
         path = "/api" + link.removeprefix(url)
@@ -59,12 +59,12 @@ def test_on_an_empty_folder_it_prints_a_link_by_which_one_person_becomes_the_lea
         assert client.get("/api/").json()["name"] == "Ada L."
         assert said(["serve", "--out", str(folder), "--port", "0"], capsys) == (2, f"rushes: another server uses {folder}. Stop it first, or give another --out\n")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 128 + signal.SIGTERM and process.stderr is not None
+        assert process.wait(60) == 128 + signal.SIGTERM and process.stderr is not None
         assert process.stderr.read() == "rushes: the app was told to stop; every answer that was acknowledged is kept. Start it again with the same command\n"
     assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir()), "nobody else reads names and hashes of passwords"
     with serving(folder) as (process, url):
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 128 + signal.SIGINT and process.stderr is not None
+        assert process.wait(60) == 128 + signal.SIGINT and process.stderr is not None
         assert "link" not in process.stderr.read()
     assert main(Config(action="verify-log", out=folder))["events"] > 0
 
