@@ -5,7 +5,7 @@ learn the rankings by the Davidson-Luce likelihood with learned tie parameters, 
 all dimensions they were ranked in are read off that one pass. The weights that were best on held-out prompts ("val") are kept; temperature and tie parameters are
 then fitted on "val", and accuracy is measured on "test".
 
-Under torchrun processes share the sets of a step, and the clips that are looked at on the way.
+Under torchrun processes share the sets of a step, and the clips that are looked at on the way; `shard` spreads the frozen weights over them.
 Left out: training of the vision tower (its features would be the next thing to adapt).
 """
 
@@ -80,6 +80,8 @@ class Asked(BaseConfig):
 
 
 class Config(BaseConfig):
+    may_change = BaseConfig.may_change | {"recompute", "shard"}
+
     out: Path = Path("runs/vlm-reward")
     """Folder of the run; `vlm_reward.safetensors` and `reward_card.json` appear in it."""
     comparisons: Path = Path("runs/rankings")
@@ -96,6 +98,10 @@ class Config(BaseConfig):
     """Precision of the frozen base; bfloat16 on a GPU. What is learned is float32."""
     nf4: bool = False
     """The language model's frozen weights in four bits."""
+    recompute: bool = False
+    """Computes the activations of the language model's layers again in the backward pass: less memory, about a third more time."""
+    shard: bool = False
+    """Spreads the base's frozen weights over the processes (FSDP2), where one device has no room for them; what learns stays whole."""
     dimensions: dict[str, Asked] = Field(default_factory=dict)
     """Rubric of each dimension that people ranked; a dimension that is not named sees the prompt and has no rubric."""
     frames: Frames = Frames()
@@ -153,7 +159,8 @@ def set_nll(model: VlmReward, scores: Scores, part: Rankings, rows: Tensor, clip
 def scored(run: Run, model: VlmReward, data: Comparisons, parts: Sequence[Rankings]) -> tuple[Tensor, Table]:
     """The mean score of every clip [1,C,R], and the table of the events on them."""
     chunks = [(part, clips) for part in parts for clips in torch.arange(len(part.video)).split(CLIPS_AT_ONCE)]
-    found = run.gather(score_clips(model, data, part, clips).mean.cpu() for part, clips in run.share(chunks))
+    with run.whole():
+        found = run.gather(score_clips(model, data, part, clips).mean.cpu() for part, clips in run.share(chunks, paced=True))
     means = list(torch.cat(found).split([len(part.video) for part in parts]))
     table = joined(parts, means).to(model.temperature.device)
     return table.inputs[None], table
@@ -176,6 +183,12 @@ def set_losses(cfg: Config, run: Run, model: VlmReward, data: Comparisons, train
         yield Loss((nll * part.weight[rows].to(nll)).sum() / weight + pull / len(batch), {})
 
 
+def idle_pass(model: VlmReward, data: Comparisons, part: Rankings) -> None:
+    """A pass of one clip, forward and back, that teaches nothing: so a process keeps pace with others (`Run.keep_pace`)."""
+    scores = score_clips(model, data, part, torch.zeros(1, dtype=torch.long)).mean
+    torch.autograd.grad(scores.sum(), [parameter for parameter in model.network.parameters() if parameter.requires_grad], allow_unused=True)
+
+
 def learn(cfg: Config, run: Run, model: VlmReward, data: Comparisons, train: Sequence[Rankings], val: Sequence[Rankings]) -> None:
     """Adapter, tokens, head and tie parameters learn; the weights that are best on val are kept."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
@@ -193,7 +206,9 @@ def learn(cfg: Config, run: Run, model: VlmReward, data: Comparisons, train: Seq
             group["lr"] = cfg.learning_rate * (1 - i / total)
         order = torch.randperm(len(sets), generator=run.generator("order", i // per_epoch)).split(cfg.batch)[i % per_epoch]
         batch = [sets[k] for k in order.tolist()]
-        losses = run.backward_each(optimizer, partial(set_losses, cfg, run, model, data, train, batch), [run.share(list(enumerate(batch)))], one_by_one=True)
+        own = run.share(list(enumerate(batch)), paced=True)
+        run.keep_pace(len(own), partial(idle_pass, model, data, train[0]))
+        losses = run.backward_each(optimizer, partial(set_losses, cfg, run, model, data, train, batch), [own], one_by_one=True)
         norm = run.step(optimizer, max_grad_norm=1.0)
         if (i + 1) % max(1, per_epoch // 2) == 0 or i + 1 == total:
             held_out = held_out_nll(model, *scored(run, model, data, val))
@@ -242,10 +257,16 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         spread=cfg.spread,
         most_clips=answers.most_clips,
         seed=cfg.seed,
-    ).to(run.device)
+    )
+    if cfg.shard:
+        run.shard(model.network, frozen=True)
+    model.to(run.device)
     with torch.no_grad():
         model.log_tie.copy_(start_log_tie(train, answers.most_clips))
+    if cfg.recompute:
+        model.recompute()
     learn(cfg, run, model, data, train, val)
+    run.unshard()
     model.eval()
     calibrate(model, *scored(run, model, data, val))
     normalise(model, scored(run, model, data, train)[0])

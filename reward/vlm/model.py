@@ -171,6 +171,13 @@ class VlmReward(nn.Module):
             inputs["position_ids"] = torch.arange(ids.shape[1], device=device).expand(3, len(ids), -1)  # [3,B,L]
         return inputs
 
+    def recompute(self) -> None:
+        """From now on, until `eval`, a backward pass computes the activations of the language model's layers again: less memory, the same gradients."""
+        language = self.base.network.language_model
+        language.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in language.layers:
+            layer.training = True  # transformers asks this of the layer alone; what is inside it, dropout too, stays as it is
+
     def learned(self) -> dict[str, Tensor]:
         """All that training changed, by name; of the base nothing, but the vision tower where it is not the base's (`keeps_vision`)."""
         return {name: value for name, value in self.state_dict().items() if self._is_learned(name)}

@@ -152,6 +152,13 @@ def test_two_processes_make_the_steps_of_one(recipe: str, alone: Any, folder: Pa
     assert apart < 1e-5
 
 
+def test_a_vision_language_reward_with_its_frozen_weights_sharded_makes_the_steps_of_one(alone: Any, folder: Path, server: Server, tmp_path: Path) -> None:
+    words = [*command("vlm-reward", tmp_path / "two", folder), "--shard", "true", "--recompute", "true"]
+    ended = finished(server.run(words, processes=2))
+    assert ended.moments["idle"] > 0, "three sets a step are two and one"
+    assert alike("vlm-reward", tmp_path / "two", alone["vlm-reward"][0]) < 1e-5
+
+
 @pytest.mark.parametrize("recipe", CASES)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_with_another_number_of_processes(recipe: str, before: int, after: int, alone: Any, folder: Path, server: Server, tmp_path: Path) -> None:

@@ -229,3 +229,26 @@ def test_a_damaged_base_is_one_line(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(words))
     with pytest.raises(UserError, match="does not know the video token"):
         load_base(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_activations_give_the_same_gradients_from_less_that_is_kept(family: str, bases: dict[str, Path]) -> None:
+    def learned(recompute: bool) -> tuple[dict[str, Tensor], int]:
+        model, kept = tiny_reward(bases[family]), 0
+        if recompute:
+            model.recompute()
+
+        def keep(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(clips(), PROMPTS).mean.square().sum()
+        loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}, kept
+
+    (plain, all_kept), (again, less_kept) = learned(False), learned(True)
+    assert less_kept < 0.6 * all_kept
+    assert plain.keys() == again.keys() and any("lora_" in name for name in plain)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
