@@ -8,10 +8,9 @@ answer in `answering.py`, tasks whose answer is known in `planting.py`, whether 
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from datetime import UTC, datetime
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, Connection, FromClause, Row, Select, and_, bindparam, case, exists, insert, or_, select, update
@@ -214,37 +213,3 @@ def demonstrations_of(store: Store, project_id: str) -> list[tuple[str, str]]:
                 continue  # deleted with who wrote it; the prompt itself was called wrong
             found += [(caption or texts[row.prompt_id], digests[row.clips[at]]) for at in chosen if row.clips[at] in digests]
     return found
-
-
-def habits_of(store: Store, project_id: str, person_id: str) -> dict[str, Any]:
-    """How somebody answers: how often the clip at each place of the screen was (among) the best, against 1 / K; shares of ties and of "all bad"; times; checks passed of those
-    that were made.
-
-    first: {K: {"tasks": n, "best_at": [share by place]}}, a tie for the best shared among its places. Shares and times are None where nothing is known.
-    """
-    with store.reading() as db:
-        rows = db.execute(live_answers().where(answer.c.person_id == person_id, answer.c.project_id == project_id)).all()
-    ranked = [row for row in rows if row.body["what"] == "rank"]
-    tasks, wins = Counter[int](), defaultdict[int, dict[int, float]](lambda: defaultdict(float))
-    pairs = ties = 0
-    for row in ranked:
-        for ranks in row.body["ranks"].values():
-            held = sorted((rank, place) for rank, place in zip(ranks, row.shown_order, strict=True) if rank is not None)
-            pairs += len(held) * (len(held) - 1) // 2
-            ties += sum(n * (n - 1) // 2 for n in Counter(rank for rank, _ in held).values())
-            best = [place for rank, place in held if rank == held[0][0]]
-            if held and len(best) < len(held):
-                tasks[len(ranks)] += 1
-                for place in best:
-                    wins[len(ranks)][place] += 1 / len(best)
-    checks = [row.body["ok"] for row in ranked if row.kind != "practice" and row.body["ok"] is not None]
-    return {
-        "answers": len(ranked),
-        "skipped": sum(row.body["what"] == "skip" for row in rows),
-        "first": {k: {"tasks": n, "best_at": [wins[k][place] / n for place in range(k)]} for k, n in sorted(tasks.items())},
-        "ties": ties / pairs if pairs else None,
-        "all_bad": sum(row.body["all_bad"] for row in ranked) / len(ranked) if ranked else None,
-        "lead_time_ms": median(row.body["lead_time_ms"] for row in ranked) if ranked else None,
-        "checks": len(checks),
-        "passed": sum(checks) / len(checks) if checks else None,
-    }

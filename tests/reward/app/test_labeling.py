@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from reward.app import answering, attention, choosing, labeling, planting
+from reward.app import answering, attention, choosing, labeling, planting, quality
 from reward.app.answering import Answer, Demonstration, Skip, Unsafe
 from reward.app.schema import answer, assignment, clip, event, item, person, private_text, project, task
 from reward.app.security import Actor, Denied
@@ -525,6 +525,13 @@ def test_a_repeat_may_differ_in_a_third_of_its_pairs() -> None:
     assert attention.agrees_with_itself({"overall": (1, 1, None)}, before) is None
 
 
+def checks_of(store: Store, who: Actor) -> list[bool]:
+    """Whether each check that somebody was given, practice aside, was passed."""
+    with store.reading() as db:
+        rows = db.execute(labeling.live_answers().where(answer.c.person_id == who.person_id, task.c.kind != "practice").order_by(answer.c.at)).all()
+    return [row.body["ok"] for row in rows if row.body["what"] == "rank" and row.body["ok"] is not None]
+
+
 def test_who_goes_by_the_place_is_warned_then_paused_and_starts_anew_when_let_back(each_store: Store) -> None:
     project_id = with_tasks(each_store, prompts=60, takes=3, overlap=1, mixture={"active": 0.5, "random": 0, "gold": 0, "repeat": 0, "mirrored": 0.5})
     ann = as_labeler(each_store, "ann", project_id)
@@ -536,8 +543,7 @@ def test_who_goes_by_the_place_is_warned_then_paused_and_starts_anew_when_let_ba
     assert list(dict.fromkeys(standings)) == ["fine", "warned", "paused"]
     with pytest.raises(Denied, match="paused"):
         choosing.next_assignment(each_store, ann, project_id)
-    habits = labeling.habits_of(each_store, project_id, ann.person_id)
-    assert habits["first"][3]["best_at"] == [1, 0, 0] and habits["checks"] == 6 and habits["passed"] == 0
+    assert checks_of(each_store, ann) == [False] * 6
     with each_store.writing() as db:
         db.execute(update(person).where(person.c.id == ann.person_id).values(state="active"))
     assert answering.submit(each_store, ann, taken(each_store, ann, project_id), an_answer(3)).standing == "fine"
@@ -556,11 +562,11 @@ def test_people_who_agreed_to_answer_the_wrong_way_round_are_found_by_what_is_kn
     for each in colluders:
         with pytest.raises(Denied, match="paused"):
             answer_all(store, each, project_id, reversed_)
-        habits = labeling.habits_of(store, project_id, each.person_id)
-        assert habits["passed"] <= 0.5 and habits["checks"] >= 6
+        checks = checks_of(store, each)
+        assert len(checks) >= 6 and sum(checks) <= len(checks) / 2
     honest = as_labeler(store, "ann", project_id)
     answer_all(store, honest, project_id, by_clip(worth))
-    assert labeling.habits_of(store, project_id, honest.person_id)["passed"] == 1
+    assert all(checks_of(store, honest))
     said = [each for each in labeling.events_of(store, project_id) if each.annotator_id != honest.pseudonym]
     assert {each.gold_ok for each in said if each.is_gold} == {False}, "and what they said is marked for whoever learns from it"
 
@@ -571,15 +577,10 @@ def test_who_is_of_one_mind_passes_mirrored_repeats(store: Store) -> None:
     with store.reading() as db:
         ids = list(db.execute(select(clip.c.id)).scalars())
     answer_all(store, ann, project_id, by_clip({each: place for place, each in enumerate(ids)}))
-    habits = labeling.habits_of(store, project_id, ann.person_id)
-    assert habits["checks"] >= 10 and habits["passed"] == 1
-    assert all(0.1 < share < 0.6 for share in habits["first"][3]["best_at"])
-
-
-def test_habits_of_who_said_nothing_are_unknown(store: Store) -> None:
-    project_id = with_tasks(store)
-    habits = labeling.habits_of(store, project_id, "p_nobody")
-    assert [habits[name] for name in ("ties", "all_bad", "lead_time_ms", "passed")] == [None] * 4
+    checks = checks_of(store, ann)
+    assert len(checks) >= 10 and all(checks)
+    (habits,) = quality.people_of(store, project_id).people
+    assert habits.first_place.value is not None and 0.1 < habits.first_place.value < 0.6
 
 
 # Gold, practice, demonstrations
