@@ -188,8 +188,9 @@ def distance(one: Tensor, other: Tensor) -> Tensor:
 
 
 def second_clips(model: TrainableModel, cond: Conditioning, sampler: Sampler, seed: int) -> Tensor:
-    """Another clip of each prompt, [P,T,3,H,W]."""
-    return torch.cat(list(sample(model, cond, [derived_seed(seed, "second held out", k) % 2**31 for k in range(len(cond))], sampler)))
+    """Another clip of each prompt, [P,T,3,H,W]; in two batches at least, which go side by side."""
+    halves = sampler.model_copy(update={"batch": max(1, min(sampler.batch, -(-len(cond) // 2)))})
+    return torch.cat(list(sample(model, cond, [derived_seed(seed, "second held out", k) % 2**31 for k in range(len(cond))], halves)))
 
 
 @torch.no_grad()

@@ -302,7 +302,7 @@ def lead(world: Hostile, client: Client, run: Path) -> None:
     (files,) = [each for each in folders if "«files»" in each]
     client.post(f"{base}/import", json={"folder": files, "run": printable("imported", 1)}).raise_for_status()
     wait(lambda: client.get(f"{base}/import").json()["job"]["state"] != "running")
-    name = client_runs(client, base)
+    name = client_run(client, base)
     from urllib.parse import quote
 
     look = f"{base}/signoffs?run={quote(name)}"
@@ -321,9 +321,16 @@ def lead(world: Hostile, client: Client, run: Path) -> None:
         wait(lambda page=page: client.get(base + page).json().get("standing", {}).get("state") not in ("computing", "failed"))
 
 
-def client_runs(client: Client, base: str) -> str:
-    wait(lambda: client.get(f"{base}/signoffs").json()["runs"])
-    return str(client.get(f"{base}/signoffs").json()["runs"][0][0])
+def client_run(client: Client, base: str) -> str:
+    """A run that can be asked about: names of some are longer than an address may hold, and their order is that of the clips."""
+    asked: list[str] = []
+
+    def found() -> bool:
+        asked[:] = [name for name, *_ in client.get(f"{base}/signoffs").json()["runs"] if len(name) <= 200]
+        return bool(asked)
+
+    wait(found)
+    return asked[0]
 
 
 def answered(client: Client, path: str) -> dict[str, Any]:
