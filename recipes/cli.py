@@ -21,6 +21,7 @@ Nothing heavy is imported before the command is known, and the environment is se
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import difflib
@@ -135,16 +136,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _keep_memory()
-    before, failed = signal.signal(signal.SIGTERM, _terminated), True
+    atexit.register(leave_group)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         with _stdout_to_stderr() if as_json else contextlib.nullcontext():
             result = _run(words, flags)
-        failed = False
     except (Exception, KeyboardInterrupt) as error:
         return _report(error, as_json=as_json, debug="--debug" in flags)
     finally:
         signal.signal(signal.SIGTERM, before)
-        _leave_group(failed)
     if int(os.environ.get("RANK", "0")):  # under torchrun the first process speaks for all
         return 0
     if as_json:
@@ -160,12 +160,10 @@ def _keep_memory() -> None:
             mallopt(option, value)
 
 
-def _leave_group(failed: bool) -> None:
-    """Ends the connections between torchrun's processes: threads of gloo that are at work when Python is gone abort the process, which torchrun takes for a failure.
-
-    After a failure NCCL would wait for the others."""
+def leave_group() -> None:
+    """Ends the connections between torchrun's processes, at the end of each: threads of gloo that are at work when Python is gone abort it, which torchrun takes for a failure."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized() and (not failed or distributed.get_backend() == "gloo"):
+    if distributed is not None and distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
         distributed.destroy_process_group()
 
 

