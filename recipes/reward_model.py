@@ -247,7 +247,7 @@ def features_of(model: RewardModel, part: Rankings) -> Tensor:
 @torch.no_grad()
 def inputs_of(model: RewardModel, part: Rankings) -> Tensor:
     """The parts of the match and the signals of every clip, [C,width]."""
-    rows = torch.arange(len(part.video)).split(4 * TOGETHER)
+    rows = torch.arange(len(part.video)).split(12 * TOGETHER)
     return torch.cat([model.inputs(part.pixels(r), [part.prompts[i] for i in r.tolist()]) for r in rows])
 
 

@@ -41,8 +41,8 @@ INTACT = len(PARTS)
 """Where "intact" is."""
 MATCH_BEND = 2.0
 """Deviations at which agreement with the prompt hardly counts any more: what is plainly there is there."""
-TOGETHER = 24
-"""Clips that are looked at in one pass."""
+TOGETHER = 8
+"""Clips that are looked at in one pass: few, so that the two cores of a laptop share those of a small batch too."""
 TIER = "matcher"
 EncodeText = Callable[[Sequence[str]], Conditioning]
 
