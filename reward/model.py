@@ -113,9 +113,10 @@ class RewardModel(nn.Module):
     def inputs(self, video: Tensor, prompts: Sequence[str]) -> Tensor:
         """The parts of the match, the log-probability of being intact and the signals, in the order of `INPUTS`, [B,26]: means over the clip and its mirror image."""
         cond = self._encode([*prompts, *map(swap_sides, prompts)])  # 2B
-        rows = torch.arange(len(video))
-        found = in_threads(lambda part: self._inputs(video[part], cond[torch.cat([part, len(video) + part])]), rows.split(TOGETHER), video.device)
-        return torch.cat(found)
+        if torch.is_grad_enabled():  # batches side by side would add up their gradients in any order
+            return self._inputs(video, cond)
+        rows = torch.arange(len(video)).split(TOGETHER)
+        return torch.cat(in_threads(lambda part: self._inputs(video[part], cond[torch.cat([part, len(video) + part])]), rows, video.device))
 
     def _inputs(self, video: Tensor, cond: Conditioning) -> Tensor:
         """Those of b clips; cond: of their prompts, then of the mirrored ones, 2b."""
