@@ -20,10 +20,13 @@ from align.config import Count
 from align.run import lock_folder
 from base_model.checkpoint import atomic_write
 from base_model.errors import UserError
+from recipes.bench import _stacks
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, paired_ratio, spread, write
 
 ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).parents[1] / "configs" / "tiny" / "toy.yaml"
+MOST = 16
+"""Functions in the table of a profile."""
 Side = Literal["now", "before"]
 Told = dict[str, Any]  # of one demo: stage_seconds, wall_seconds, cpu_seconds, peak_memory_bytes, judge, flash_rate, commit
 
@@ -33,6 +36,8 @@ class Config(Bench):
     """An older checkout, as `git worktree add FOLDER COMMIT` makes one; none means this one alone."""
     rounds: Count = 2
     """Demos of each checkout, in turns. `quick` makes one, of the toy configuration."""
+    profile: bool = False
+    """One more demo of this checkout, looked at while it runs: which functions its time goes to, and how many threads they keep busy."""
     out: Path = Path("runs/bench-demo")
     """Folder of the demos; finished ones are not made again. `quick` keeps nothing."""
 
@@ -46,11 +51,11 @@ def checkouts(cfg: Config) -> dict[Side, Path]:
     return {"now": ROOT, "before": cfg.before.resolve()}
 
 
-def run_demo(checkout: Path, out: Path, configuration: Sequence[str]) -> Told:
-    """One demo from nothing to its report, and what it took. Raises UserError where it fails."""
+def run_demo(checkout: Path, out: Path, configuration: Sequence[str], command: Sequence[str] = ("recipes.cli",)) -> Told:
+    """One demo from nothing to its report, by `python -m command demo`, and what it took. Raises UserError where it fails."""
     shutil.rmtree(out, ignore_errors=True)  # a demo that was killed would go on, and its time be that of a half
     log = out.with_suffix(".log")
-    words = [sys.executable, "-m", "recipes.cli", "demo", *configuration, "--out", str(out.resolve())]
+    words = [sys.executable, "-m", *command, "demo", *configuration, "--out", str(out.resolve())]
     with open(log, "w") as said:
         process = subprocess.Popen(words, cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)}, stdout=said, stderr=said)
         try:
@@ -82,6 +87,15 @@ def run_all(cfg: Config, folder: Path) -> dict[Side, list[Told]]:
             if found[side][-1]["commit"] != found[side][0]["commit"]:
                 raise UserError(f"{kept} was made by commit {found[side][-1]['commit']}, others by {found[side][0]['commit']}. Give another --out")
     return found
+
+
+def profiled(cfg: Config, folder: Path) -> list[Row]:
+    """The largest costs of a demo of this checkout, on its main thread."""
+    stacks = (folder / "stacks.json").resolve()
+    if not stacks.exists():
+        print("demo now, looked at", file=sys.stderr, flush=True)
+        run_demo(ROOT, folder / "profile", [str(TOY)] if cfg.quick else [], (_stacks.__name__, str(stacks)))
+    return _stacks.largest(json.loads(stacks.read_text()), MOST)
 
 
 # Rows
@@ -125,11 +139,13 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     if cfg.quick:
         with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
             found = run_all(cfg.model_copy(update={"rounds": 1}), Path(folder))
+            costs = profiled(cfg, Path(folder)) if cfg.profile else []
     else:
         cfg.out.mkdir(parents=True, exist_ok=True)
         lock_folder(cfg.out)
         found = run_all(cfg, cfg.out)
-    parts = {"seconds": time_rows(found), "quality": quality_rows(found)}
+        costs = profiled(cfg, cfg.out) if cfg.profile else []
+    parts = {"seconds": time_rows(found), "quality": quality_rows(found), **({"costs": costs} if costs else {})}
     if cfg.write:
         commits = " and ".join(f"{runs[0]['commit'][:7]} ({side})" for side, runs in found.items())
         told = f"Commits {commits}; {cfg.rounds} demos of each in turns. ratio: before / now of runs right after each other, above 1 faster now, smallest and largest beside."

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from base_model.errors import UserError
-from recipes.bench import demo
+from recipes.bench import _stacks, demo
+from recipes.statistics import bootstrap_crossed
 
 
 def run(seconds: float, commit: str = "abc", right: float = 0.5) -> dict[str, Any]:
@@ -65,3 +69,28 @@ def test_a_demo_that_fails_says_where_to_look_and_is_not_kept(older: Path, tmp_p
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"ended with status 3, .*now-0\.log"):
         demo.run_demo(older, tmp_path / "out" / "now-0", [])
+
+
+def test_time_goes_to_the_innermost_function_of_the_project_and_says_how_many_threads_are_busy() -> None:
+    from base_model.threads import in_threads
+
+    def spin(seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            torch.rand(200, 200) @ torch.rand(200, 200)
+
+    with _stacks.watched() as spent:
+        curve = draws_that_take(0.6)
+        in_threads(spin, [0.3], torch.device("cpu"))
+    assert len(curve) > 0 and set(spent) <= {"", "recipes/statistics.py:bootstrap_crossed"}
+    wall, cpu = spent["recipes/statistics.py:bootstrap_crossed"]
+    assert wall == pytest.approx(0.6, abs=0.3) and cpu > 0.3 * wall
+    rows = _stacks.largest({"a": [6.0, 12.0], "b": [3.0, 3.0], "": [0.5, 0.5], "c": [0.5, 0.0]}, 2)
+    assert [(row["where"], row["share"], row["threads"]) for row in rows] == [("a", 0.6, 2.0), ("b", 0.3, 1.0), ("all others", 0.1, 0.5)]
+
+
+def draws_that_take(seconds: float) -> list[float]:
+    found, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        found.append(bootstrap_crossed(np.random.default_rng(0).random((3, 40))).mean)
+    return found
