@@ -8,6 +8,7 @@ os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZ
 
 import random
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def fair() -> Iterator[None]:
 
     SVT-AV1's encoder does so where it runs as root."""
     yield
-    if (policy := os.sched_getscheduler(0)) != os.SCHED_OTHER:
+    if sys.platform == "linux" and (policy := os.sched_getscheduler(0)) != os.SCHED_OTHER:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         pytest.fail(f"the test left this process with scheduling policy {policy}, not the usual one")
 
