@@ -312,6 +312,27 @@ def test_trls_recipes_go_on_with_another_number_of_processes(recipe: str, before
     assert told_by_trl(recipe, tmp_path) == pytest.approx(by_trl[recipe], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_captions_climb_a_reward_in_several_processes_and_go_on_in_others(before: int, after: int, folder: Path, server: Server, tmp_path: Path) -> None:
+    """Each process draws its own captions, so the numbers are others than in one process."""
+    size = "{width: 48, depth: 2, heads: 2, vocabulary: 420}"
+    learn = ["--pool", "200", "--most-tokens", "48", "--tiny", size, "--sft.steps", "60", "--sft.batch", "8", "--sft.evaluate-every", "60", "--sft.lr", "4e-3"]
+    finished(server.run(["expand", "--out", str(tmp_path), "--micro-batch", "2", *learn]))
+    climb = ["--grpo.steps", "6", "--grpo.prompts", "2", "--grpo.group-size", "4", "--grpo.save-every", "2", "--sampler", "{steps: 1, frames: 5, height: 16, width: 16}"]
+    words = ["expand", "--out", str(tmp_path), "--micro-batch", "2", *learn, *climb, "--reward", str(folder / "sharp")]  # the shipped base model: to a fresh one words are nothing
+    steps = 4  # micro-batches of a step in one process
+    killed = server.run(words, processes=before, kill=("trl", 3 * steps // before + 1), victim=before - 1)
+    assert -9 in killed.statuses, killed.said
+    assert [path.name for path in (tmp_path / "grpo" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    finished(server.run(words, processes=after))
+    rows = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "reward" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(row[name]) for row in rows for name in ("reward", "kl", "grad_norm", "missing_reward_share"))
+    assert any(row["reward_std"] > 0 for row in rows) and rows[-1]["kl"] > rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
 # What goes through stages
 
 
