@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
 .PHONY: help setup demo test test-slow mutate lint packages clean
@@ -27,7 +28,8 @@ demo: $(READY)
 	$(OFFLINE) $(BIN)/rushes demo
 
 test: lint packages
-	$(OFFLINE) $(BIN)/python -m pytest -p no:cacheprovider -m "not slow"
+	$(OFFLINE) $(BIN)/python -m pytest -p no:cacheprovider -m "timed and not slow"
+	$(OFFLINE) $(BIN)/python -m pytest -p no:cacheprovider -m "not timed and not slow" $(SIDE_BY_SIDE)
 
 test-slow: $(READY) packages
 	$(OFFLINE) $(BIN)/python -m pytest -p no:cacheprovider -m slow

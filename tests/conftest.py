@@ -9,20 +9,42 @@ os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZ
 import random
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 
-LOCAL = ("127.0.0.1", "::1", "localhost")
+from base_model.threads import side_by_side
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+T = TypeVar("T")
+LOCAL = ("127.0.0.1", "::1", "localhost")
+THREADS = max(1, min(2, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+LONGEST = ("test_docs.py", "test_ranks.py", "test_sft_families.py")
+"""Files that take minutes. They go first: a file stays in one process, and the others would wait for it at the end."""
+
+torch.set_num_threads(THREADS)
+
+
+def pytest_configure() -> None:
+    """Connections that leave this machine fail the test."""
+    for name in ("connect", "connect_ex"):
+        setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+
+
+def guarded(connect: Callable[[socket.socket, Any], T]) -> Callable[[socket.socket, Any], T]:
+    def local(self: socket.socket, address: Any) -> T:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOCAL:
+            raise RuntimeError(f"a test tried to reach {address}: tests are offline")
+        return connect(self, address)
+
+    return local
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -32,12 +54,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def repeatable() -> Iterator[None]:
-    """The same global random state for every test, whatever ran before it."""
+    """The same global state for every test, whatever ran before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def side_by_side_again() -> None:
+    """An open family, once loaded, forbids it for good."""
+    side_by_side(True)
 
 
 @pytest.fixture(autouse=True)
@@ -49,19 +78,6 @@ def fair() -> Iterator[None]:
     if sys.platform == "linux" and (policy := os.sched_getscheduler(0)) != os.SCHED_OTHER:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         pytest.fail(f"the test left this process with scheduling policy {policy}, not the usual one")
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections that leave this machine fail the test."""
-    connect = socket.socket.connect
-
-    def guarded(self: socket.socket, address: Any) -> None:
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOCAL:
-            raise RuntimeError(f"a test tried to reach {address}: tests are offline")
-        connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
 @pytest.fixture(scope="session")

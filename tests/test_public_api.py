@@ -120,6 +120,7 @@ def test_everything_public_has_a_docstring() -> None:
     assert not bare
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("package", [*PACKAGES, "recipes"])
 def test_a_package_is_imported_in_a_moment_and_brings_nothing_heavy(package: str) -> None:
     heavy = "sorted({'torch', 'numpy', 'transformers', 'av'} & set(sys.modules))"

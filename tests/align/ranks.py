@@ -5,14 +5,11 @@ As a module it forks for every line of JSON it is sent, so that the imports are 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import sys
-import time
+import traceback
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +31,7 @@ from base_model.quantize import to_nf4
 from base_model.recompute import recompute_blocks
 from base_model.types import Conditioning
 from tests.base_model.families import tiny_wan
+from tests.forked import answer, write_to
 
 METRICS = {"loss": "Mean squared error.", "grad_norm": "Norm of the gradient.", "held_out": "The same of clips that are not trained on, on the averaged weights."}
 SIZES = [(3, 4, 6), (1, 6, 4), (2, 6, 6), (2, 8, 2), (1, 4, 4), (3, 2, 4), (2, 4, 4), (1, 8, 8)]
@@ -164,44 +162,16 @@ def serve() -> None:
     import torch.utils.tensorboard  # noqa: F401
     from diffusers import WanTransformer3DModel  # noqa: F401
 
-    for line in sys.stdin:
-        asked = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        pids = {_begin(asked, rank, port): rank for rank in range(asked["processes"])}
-        statuses, until = [0] * len(pids), float("inf")
-        while pids:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid:
-                statuses[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
-                until = min(until, time.monotonic() + (0 if os.WIFSIGNALED(status) else 5)) if status else until  # torchrun ends the others too; they may say why before
-            for other in pids if time.monotonic() >= until else ():
-                with suppress(ProcessLookupError):
-                    os.kill(other, signal.SIGKILL)
-            time.sleep(0.002)
-        print(json.dumps(statuses), flush=True)
+    answer(_run)
 
 
-def _begin(asked: dict[str, Any], rank: int, port: int) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
+def _run(asked: dict[str, Any], rank: int) -> int:
+    write_to(f"{asked['log']}-{rank}")
     try:
-        log = os.open(f"{asked['log']}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        if asked["processes"] > 1:  # what torchrun sets
-            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": asked["processes"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in told.items()})
-        status = main(asked["words"])
+        return main(asked["words"])
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-    finally:
-        os._exit(status)
+        return 1
 
 
 if __name__ == "__main__":

@@ -457,7 +457,8 @@ def test_a_kernel_may_have_one_std_for_all_clips() -> None:
 
 
 def test_impossible_noise_is_refused() -> None:
-    assert [Ancestral(0.0), Ancestral(1.0), CPS(0.0), CPS(1.0), FlowSDE(0.0), DanceSDE(0.0)]
+    for kernel, level in ((Ancestral, 0.0), (Ancestral, 1.0), (CPS, 0.0), (CPS, 1.0), (FlowSDE, 0.0), (DanceSDE, 0.0)):
+        kernel(level)
     for kernel, level in ((Ancestral, 1.5), (Ancestral, -0.1), (CPS, -0.1), (CPS, 1.5), (FlowSDE, -1.0), (partial(FlowSDE, 1.0), 0.0), (DanceSDE, -1.0)):
         with pytest.raises(ValueError, match="must"):
             kernel(level)

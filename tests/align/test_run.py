@@ -71,6 +71,7 @@ def wait_for_growth(file: Path, number: int) -> None:
         time.sleep(0.0005)
 
 
+@pytest.mark.timed
 def test_a_run_killed_at_random_points_and_resumed_ends_bit_identical(tmp_path: Path, server: "subprocess.Popen[str]") -> None:
     begin(server, tmp_path / "whole")
     assert ended(server) == 0

@@ -70,6 +70,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_gradient_is_added(tmp_path: 
         gradients(tmp_path, [torch.zeros(1, 2, 16), torch.full((1, 2, 16), torch.nan)], 2)
 
 
+@pytest.mark.timed
 def test_what_keeps_its_place_in_itself_goes_one_by_one(threads: int) -> None:
     """A batch that is at work sees no other at work."""
     at_work: list[int] = []

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests.forked import answer, write_to
 
 MOMENTS = ("rollout", "update", "checkpoint")
 
@@ -95,37 +96,7 @@ def _serve() -> None:
 
     TextEncoder()(["what it needs is imported here, once"])
     safety_runner()  # whose patterns are compiled once
-    for line in sys.stdin:
-        asked = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        pids = {_begin(asked, rank, port): rank for rank in range(asked["processes"])}
-        statuses = [0] * len(pids)
-        while pids:
-            pid, status = os.wait()
-            statuses[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
-            for other in pids if os.WIFSIGNALED(status) else ():  # as torchrun and schedulers do
-                with suppress(ProcessLookupError):
-                    os.kill(other, signal.SIGKILL)
-        print(json.dumps(statuses), flush=True)
-
-
-def _begin(asked: dict[str, Any], rank: int, port: int) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        log = os.open(asked["log"] if rank == 0 else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        if asked["processes"] > 1:  # what torchrun sets
-            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": asked["processes"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in told.items()})
-        status = _run(asked, rank)
-    finally:
-        os._exit(status)
+    answer(_run)
 
 
 def _run(asked: dict[str, Any], rank: int) -> int:
@@ -135,6 +106,7 @@ def _run(asked: dict[str, Any], rank: int) -> int:
     from recipes import feedback
     from recipes.cli import leave_group, main
 
+    write_to(asked["log"] if rank == 0 else os.devnull)
     seen: Counter[str] = Counter()
 
     def noted(moment: str, function: Callable[..., Any]) -> Callable[..., Any]:

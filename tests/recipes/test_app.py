@@ -70,12 +70,14 @@ def test_on_an_empty_folder_it_prints_a_link_by_which_one_person_becomes_the_lea
 
 
 def test_the_server_starts_without_what_only_training_needs(tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys, threading\nfrom recipes import cli\nthreading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
-        f"print(cli.main(['app', 'serve', '--out', {str(tmp_path / 'app')!r}, '--port', '0']), sorted({{'torch', 'pyarrow', 'av', 'scipy', 'transformers'}} & set(sys.modules)))"
-    )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert told.stdout == "143 []\n", told.stderr
+    words = ["app", "serve", "--out", str(tmp_path / "app"), "--port", "0"]
+    code = f"import sys\nfrom recipes import cli\nprint(cli.main({words!r}), sorted({{'torch', 'pyarrow', 'av', 'scipy', 'transformers'}} & set(sys.modules)))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        told, rest = process.communicate(timeout=60)
+    assert "on http://127.0.0.1:" in first and told == "143 []\n", first + rest
 
 
 @pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "sqlalchemy", "pwdlib"])

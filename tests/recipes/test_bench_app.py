@@ -13,6 +13,7 @@ from recipes.bench import _label_studio, app
 from reward.app.store import open_store
 
 
+@pytest.mark.timed
 def test_labelers_are_served_and_what_they_were_told_is_kept_is_there_once() -> None:
     row = app.measure_store("sqlite", 4, 0.1, 1.0)
     assert row["acknowledged"] >= 8 and (row["lost"], row["duplicated"], row["errors"]) == (0, 0, 0)

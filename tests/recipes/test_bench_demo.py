@@ -71,6 +71,7 @@ def test_a_demo_that_fails_says_where_to_look_and_is_not_kept(older: Path, tmp_p
         demo.run_demo(older, tmp_path / "out" / "now-0", [])
 
 
+@pytest.mark.timed
 def test_time_goes_to_the_innermost_function_of_the_project_and_says_how_many_threads_are_busy() -> None:
     from base_model.threads import in_threads
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from recipes import check, cli, ddpo, feedback
 from recipes.cli import main
 from reward.mixture import Mixture, Term
 from reward.types import Scores
+from tests.forked import ranks_environment
 from tests.recipes.small import save_small_network, save_small_reward_model
 
 RECIPES = ("ddpo", "grpo", "nft", "ppo", "dpo", "reward-gradient")
@@ -223,12 +223,9 @@ print(statuses)
 def test_two_processes_must_hold_the_same_and_do_not_where_one_draws_other_numbers(configs: dict[str, Path], weights: list[str], tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     words = [sys.executable, str(script), "check", str(configs["ddpo"]), *weights, *SAMPLER]
-    both = [subprocess.Popen(words, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in ("0", "1")]
+    both = [subprocess.Popen(words, env={**shared, **told}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for told in ranks_environment(2)]
     (out, err), (other_out, _) = (process.communicate(timeout=240) for process in both)
     *lines, statuses = out.splitlines()
     assert statuses == "[0, 1]" and other_out == "[0, 1]\n", f"one process tells\n{err}"

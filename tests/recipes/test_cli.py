@@ -42,6 +42,7 @@ def raising(error: BaseException) -> Any:
     return run
 
 
+@pytest.mark.timed
 def test_help_answers_in_half_a_second_without_torch() -> None:
     code = "import sys, recipes.cli; status = recipes.cli.main(['--help']); assert not {'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules); sys.exit(status)"
     seconds = []

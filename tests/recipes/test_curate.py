@@ -238,6 +238,7 @@ def test_thresholds_change_without_a_look_at_any_clip(mixed: Path, tmp_path: Pat
     assert len(kept(tmp_path)) == 3 and {path.name: path.read_bytes() for path in (tmp_path / "scores").iterdir()} == before
 
 
+@pytest.mark.timed
 def test_a_clip_that_kills_or_hangs_its_worker_is_a_row_with_an_error_and_the_others_go_on(tmp_path: Path) -> None:
     names(tmp_path / "in", *(f"{seed}-4-48" for seed in range(6)), "7-4-48-killed", "8-4-48-hangs", "9-4-48-large", "10-4-48-wrong", "11-4-48-damaged")
     result = run(tmp_path / "in", tmp_path / "out", clip_seconds=3, clip_memory=1 << 30, keep=Keep.model_validate(EASY))

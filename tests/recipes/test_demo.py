@@ -71,7 +71,7 @@ def test_a_demo_killed_among_its_labels_ends_with_the_same_label_files(finished:
     while process.poll() is None and time.monotonic() < deadline and not list((out / "rankings").rglob("*.parquet")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
+    assert process.wait(timeout=60) == -signal.SIGKILL and not (out / "rankings" / "stage.json").exists()
     assert subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ, check=False).returncode == 0
     labels = sorted(path.relative_to(finished) for path in (finished / "rankings").rglob("*.parquet"))
     assert labels

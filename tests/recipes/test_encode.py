@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -32,6 +31,7 @@ from recipes.encode import Encoded, encode_folder, read_ahead
 from recipes.fit import Fit, pack_loss
 from recipes.latents import DTYPES, Cache, CachedClips, Findings, Lineage, caption_cond, encode_caption, lineage_of, load_plan, text_key
 from tests.base_model.families import tiny_cogvideox, tiny_hunyuan_video, tiny_ltx, tiny_mochi, tiny_wan
+from tests.forked import ranks_environment
 from tests.recipes.small import small_model
 
 CPU = torch.device("cpu")
@@ -511,11 +511,8 @@ main({words!r})
     lineage = lineage_of(None, small_model())
     kept = set(Cache(out, lineage, "float32").latents._held)
     assert 0 < len(kept) < 24
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}  # what torchrun sets
-    ranks = [{**environment, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    running = [subprocess.Popen([sys.executable, "-m", "recipes.cli", *words, "--json"], env=rank, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in ranks]
+    command = [sys.executable, "-m", "recipes.cli", *words, "--json"]
+    running = [subprocess.Popen(command, env={**environment, **told}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for told in ranks_environment(2)]
     said = [process.communicate() for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     assert json.loads(said[0][0])["examples"] == 24 and said[1][0] == ""

@@ -130,6 +130,7 @@ def test_help_names_the_words_a_command_takes(capsys: pytest.CaptureFixture[str]
     assert "rushes export-rankings FORMAT FOLDER FILE [--key.path value ...]" in capsys.readouterr().out
 
 
+@pytest.mark.timed
 def test_ten_times_the_rows_take_about_ten_times_as_long(tmp_path: Path) -> None:
     """No work is quadratic; the 26,500 rows of VideoGen-RewardBench take about two seconds of one core."""
 

@@ -76,6 +76,7 @@ def job(tmp_path: Path, srun: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([str(LAUNCH / "slurm.sbatch"), "sft", "--out", str(tmp_path)], env=environment)
 
 
+@pytest.mark.timed
 def test_a_job_whose_time_is_up_saves_and_goes_back_into_the_queue(tmp_path: Path) -> None:
     script = job(tmp_path, f"trap 'sleep 0.2; touch {tmp_path}/saved; exit 1' TERM; echo $$ > {tmp_path}/step; for k in $(seq 200); do sleep 0.05; done")
     until = time.monotonic() + 10

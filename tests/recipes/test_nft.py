@@ -52,7 +52,7 @@ def test_only_dgpo_noises_the_clips_of_a_prompt_alike(method: str, tmp_path: Pat
     watching.seen = []
     rows = run_small(nft, tmp_path, {**SMALL, "iterations": 1, "updates": 1, "method": method, "micro_batch": 20}, model=watching)
     (checked, _), *learned = watching.seen
-    assert len(checked) == 16 // 8 if method == "dgpo" else 3, "before the first update every eighth of the first micro-batch is asked"
+    assert len(checked) == (16 // 8 if method == "dgpo" else 3), "before the first update every eighth of the first micro-batch is asked"
     assert sorted(len(t) for t, _ in learned) == ([8, 16] if method == "dgpo" else [4, 20]), "whole groups go through the network together"
     for t, _ in learned:
         assert (t.reshape(-1, 4).std(1) == 0).all() == (method == "dgpo")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +58,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"file_name": f"{k}.mp4", "text": "a bright clip that is seen" if k % 2 else "dark"})
     (folder / "captioned" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 def words_of(keys: dict[str, Any]) -> list[str]:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,12 +53,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_small_reward_model(folder / "reward", seed=1)
     save_small_reward_model(folder / "guard", seed=2)
     return folder
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 def command(recipe: str, out: Path, weights: Path) -> list[str]:

@@ -66,6 +66,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, 
     return cfg, main(cfg), time.process_time() - begun
 
 
+@pytest.mark.timed
 def test_planted_flashing_is_found_on_clips_of_unseen_prompts_within_seconds(shapes: tuple[Config, dict[str, Any], float]) -> None:
     cfg, result, seconds = shapes
     assert seconds < 20, "of one thread's time"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from base_model.prompts.text import TextEncoder
 from recipes.feedback import standardised
 from reward.model import load_reward_model
+from tests.forked import ranks_environment
 from tests.recipes.served import served
 from tests.recipes.small import save_small_reward_model
 
@@ -52,16 +52,11 @@ def test_two_processes_hold_a_scorer_each_or_ask_one_server_and_know_the_scores_
     video = torch.rand(4, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
     with torch.no_grad():
         wanted = standardised(load_reward_model(model, TextEncoder()))(video, [f"a clip {k}" for k in range(4)]).reward
-    with served("serve-reward", "--model", str(model), "--port", "0", "--fps", "8") as (_, url), socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with served("serve-reward", "--model", str(model), "--port", "0", "--fps", "8") as (_, url):
         given = json.dumps({"out": str(tmp_path / "run"), "model": str(model), "url": url})
-        shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-        started = []
-        for rank in range(2):
-            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(subprocess.Popen([sys.executable, "-c", ASK, given], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+        words = [sys.executable, "-c", ASK, given]
+        started = [subprocess.Popen(words, env={**shared, **told}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for told in ranks_environment(2)]
         said = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     told = [json.loads(out.split("FOUND ")[1]) for out, _ in said]

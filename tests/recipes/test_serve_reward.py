@@ -66,6 +66,7 @@ def test_a_process_serves_the_models_own_scores_until_it_is_killed_and_its_clien
         assert re.fullmatch(rf"the reward server {url} failed on 2 of 2 \(limit 5\.0%\), most often: no connection: \w+: .*\. Mend it, then go on with --resume", str(caught.value))
 
 
+@pytest.mark.timed
 def test_told_to_stop_it_answers_what_it_has_begun_takes_nothing_new_and_ends_in_one_line(model: Path) -> None:
     body = tensors_body((clips() * 255).round().to(torch.uint8), ["a", "b"], 8.0)
     head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: {TENSORS}\r\nContent-Length: {len(body)}\r\n\r\n"

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_clips(folder / "before", sides=2)
     rows_of(folder / "clips", folder / "rows.parquet")
     return folder
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 def command(out: Path, folder: Path, way: str, family: str = "wan") -> list[str]:

@@ -193,6 +193,7 @@ def test_exchanging_the_clips_of_pairs_changes_nothing() -> None:
         assert measure(*decided(*sides[0])) == pytest.approx(measure(*decided(*sides[1])), abs=1e-12)
 
 
+@pytest.mark.timed
 def test_26500_pairs_in_four_dimensions_are_evaluated_in_half_a_second() -> None:
     """Without and with ties by both thresholds, calibration, likelihood, Brier score and calibration error; intervals over 420 components of prompts."""
     data = [(*simulated(26_500, seed), *simulated(6_000, 50 + seed)) for seed in range(4)]

@@ -113,6 +113,7 @@ def test_a_policy_adds_words_and_harmless_phrases_of_its_own() -> None:
         WordFilter(POLICY, ["xx"])
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "prompt",
     ["a" + "\u0301" * 100_000, "क" + "\u094d" * 100_000, "and so on " * 100_000, "*" * 100_000, "ポ" * 100_000, "\ud800" * 100_000],

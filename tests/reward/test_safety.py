@@ -96,6 +96,7 @@ def both(runner: SafetyRunner, n: int = 2) -> list[Decision]:
     return runner.check_prompts(["a red circle"] * n) + runner.check_videos(CLIP.expand(n, -1, -1, -1, -1), ["a red circle"] * n, 12.0)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("first", [True, False])
 def test_a_fault_is_an_error_and_never_an_allow(name: str, first: bool) -> None:
@@ -106,6 +107,7 @@ def test_a_fault_is_an_error_and_never_an_allow(name: str, first: bool) -> None:
     assert all(math.isnan(cost(each, "P17")) for each in decisions)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("first", [True, False])
 def test_a_block_stays_a_block_whatever_else_fails(name: str, first: bool) -> None:
@@ -195,6 +197,7 @@ def test_a_filter_cannot_change_what_the_next_one_sees() -> None:
     assert SafetyRunner([Vandal(lambda n: None), FlashFilter(POLICY)], POLICY).check_videos(video, ["x"], 12.0)[0].verdict == Verdict.BLOCK
 
 
+@pytest.mark.timed
 def test_a_late_answer_is_never_taken_for_another_clips() -> None:
     slow = Fake(sleeps)
     runner = SafetyRunner([slow], POLICY, timeout=0.4)

@@ -108,6 +108,7 @@ def test_the_filters_that_come_with_the_package_rule_alike_in_threads_and_in_pro
         there.close()
 
 
+@pytest.mark.timed
 def test_a_process_that_died_is_begun_anew_and_not_more_often_than_the_limit_in_a_row(runner: SafetyRunner) -> None:
     def ask(prompt: str) -> Decision:
         return runner.check_videos(CLIPS[:1], [prompt], 12.0)[0]
@@ -184,6 +185,7 @@ def test_threads_that_ask_at_once_get_their_own_answers(runner: SafetyRunner) ->
     assert len(found) == 4 and all(text.endswith(f"prompt {number}") for number, text in found.items())
 
 
+@pytest.mark.timed
 def test_an_answer_nobody_waited_for_is_not_taken_for_the_next_one(runner: SafetyRunner) -> None:
     def interrupted(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -215,6 +217,7 @@ PARENT = """
 """
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("how", ["busy", "done"])
 def test_no_filter_outlives_the_process_that_asked_it(tmp_path: Path, how: str) -> None:
     script = tmp_path / "parent.py"

@@ -189,6 +189,7 @@ def test_real_prompts_do_not_chain(real_data: Path, file: str, together: int) ->
     assert len(both) < 2 * len(sizes) and max(both.values()) <= 2 * together
 
 
+@pytest.mark.timed
 def test_thousands_of_prompts_are_split_in_a_moment() -> None:
     rng = random.Random(5)
     first = [" ".join(sentence(rng, rng.randint(15, 60))) for _ in range(1500)]

@@ -181,6 +181,7 @@ def test_clips_and_prompts_must_be_as_many() -> None:
         judge(torch.zeros(2, 1, 3, 16, 16), [one()])
 
 
+@pytest.mark.timed
 def test_judging_a_clip_takes_a_few_milliseconds(prompts: list[ShapesPrompt], clips: Tensor) -> None:
     def once(i: int) -> float:
         start = time.process_time()

@@ -216,6 +216,7 @@ def test_curated_pairs_are_sharp_and_steady() -> None:
         assert "light" not in text
 
 
+@pytest.mark.timed
 def test_drawing_a_demo_clip_takes_at_most_four_milliseconds() -> None:
     rng = np.random.default_rng(0)
     prompt = make_prompts(1, seed=0, split="train")[0]

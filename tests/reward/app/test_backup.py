@@ -21,6 +21,7 @@ from reward.app.backup import MANIFEST, backup, pg_dump
 from reward.app.schema import event, person_private
 from reward.app.store import Store, open_store
 from tests.reward.app.conftest import add_clips, add_member, add_project
+from tests.reward.app.test_upkeep import until
 
 
 def say(store: Store, count: int) -> None:
@@ -46,12 +47,10 @@ def test_a_backup_made_while_people_write_is_one_state_of_the_store_and_can_be_g
     thread = threading.Thread(target=write)
     thread.start()
     try:
-        while written[0] < 20:
-            pass
+        until(lambda: written[0] >= 20)
         made = [backup(store, tmp_path / f"copy-{number}") for number in range(3)]
         before = written[0]
-        while written[0] < before + 5:
-            pass
+        until(lambda: written[0] >= before + 5)
     finally:
         ended.set()
         thread.join()

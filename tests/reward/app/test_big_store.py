@@ -40,6 +40,7 @@ def slowest(store: Store, seeded: Seeded, *, rounds: int = 3) -> dict[str, float
     return found
 
 
+@pytest.mark.timed
 def test_every_page_answers_at_once_in_a_store_of_some_size(store: Store) -> None:
     seeded = seed_store(store, clips=2_000, answers=2_000, reviews=100, events=5_000)
     add_member(store, "ada", "lead", "labeler", "reviewer", "senior")
@@ -65,6 +66,7 @@ def _as_served() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_every_page_takes_less_than_300_ms_with_100_000_clips_and_1_000_000_events(kind: str, new_store: object, _as_served: None) -> None:

@@ -27,6 +27,7 @@ from tests.reward.app.test_importing import ALLOWED, BLOCKED, CHILD, RULING, a_r
 from tests.reward.app.test_labeling import NO_CHECKS, _ids, an_answer, as_labeler, row_of, taken, with_tasks
 from tests.reward.app.test_quality import ranking
 from tests.reward.app.test_reviewing import NEVER, actor, decision, later, queue, read, settled, state, waiting
+from tests.reward.app.test_upkeep import until
 
 
 def servable(store: Store, clips: list[str]) -> set[str]:
@@ -629,8 +630,8 @@ def test_a_run_is_signed_off_on_what_is_known_and_not_on_an_older_report(store: 
     read(store, rae, project_id, waiting(store, project_id)[0], decision())
     monkeypatch.setattr("reward.app.reports.REST", 1e9)  # as on a server with much to do
     page = f"/api/projects/{project_id}/lead/signoffs"
-    while not (shown := client.get(page, params={"run": "test"}).json())["seen"]:
-        pass
+    until(lambda: client.get(page, params={"run": "test"}).json()["seen"])
+    shown = client.get(page, params={"run": "test"}).json()
     assert shown["evidence"]["audit"]["read"] == 0
     settled(store, project_id)
     told = client.post(page, json={"run": "test", "approved": True, "statement": "nothing was found", "seen": shown["seen"]})

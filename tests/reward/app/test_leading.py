@@ -180,6 +180,7 @@ def test_an_empty_project_has_no_pace_and_needs_no_time(store: Store) -> None:
 # Reports
 
 
+@pytest.mark.timed
 def test_a_report_is_made_once_for_what_happened_and_an_old_one_is_shown_meanwhile(store: Store) -> None:
     made, go = [], threading.Event()
 

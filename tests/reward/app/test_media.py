@@ -33,6 +33,7 @@ def client(store: Store) -> TestClient:
     return TestClient(app)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("asked", "status", "content"),
     [

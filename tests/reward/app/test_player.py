@@ -19,6 +19,8 @@ from tests.reward.app.browser import opened
 from tests.reward.app.conftest import add_clips, add_project, serving
 from tests.reward.app.test_labeling import NO_CHECKS, as_labeler
 
+pytestmark = pytest.mark.timed
+
 FPS, SECONDS = 12.0, 4
 FRAME = 1 / FPS
 STATE = """() => [...document.querySelectorAll('.take video')].map((video) => ({

@@ -267,6 +267,7 @@ class Served:
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         while not self._server.started:
+            assert self._thread.is_alive(), "the server did not start"
             time.sleep(0.01)
         self.url = f"http://127.0.0.1:{self.port}"
 

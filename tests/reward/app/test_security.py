@@ -126,6 +126,7 @@ def test_logins_are_limited_by_account_and_by_address_and_refusals_are_logged(st
         assert len(db.execute(select(event.c.seq).where(event.c.kind == "login refused")).all()) == 10
 
 
+@pytest.mark.timed
 def test_an_unknown_login_takes_as_long_as_a_wrong_password(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     from pwdlib import PasswordHash
     from pwdlib.hashers.argon2 import Argon2Hasher
@@ -164,6 +165,7 @@ DEEP = "[" * 200_000
 FORM = "".join(f'--x\r\nContent-Disposition: form-data; name="f{number}"\r\n\r\n1\r\n' for number in range(10_000)) + "--x--\r\n"
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("kind", "body"),
     [("multipart/form-data; boundary=x", FORM), ("application/x-www-form-urlencoded", "a=1&" * 200_000), ("application/json", DEEP), ("application/json", '{"a":' * 100_000)],

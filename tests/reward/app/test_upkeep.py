@@ -107,6 +107,7 @@ def test_a_failure_is_logged_and_the_next_try_succeeds(store: Store, monkeypatch
     assert "the disk is full" in caplog.text
 
 
+@pytest.mark.timed
 def test_it_ends_with_the_server_and_retires_once_an_hour(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     add_project(store)
     retired: list[str] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import torch
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from sqlalchemy import select
@@ -30,6 +31,8 @@ from tests.reward.app.test_labeler_room import wait_for_task
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+pytestmark = pytest.mark.timed
 
 TASKS, TAKES, FPS = 5, 4, 12.0
 ANNS, BOBS = "1234", "1243"

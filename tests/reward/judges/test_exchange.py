@@ -92,6 +92,7 @@ def test_nobody_listening_is_one_line() -> None:
         ask(f"http://127.0.0.1:{port}")
 
 
+@pytest.mark.timed
 def test_at_most_so_many_are_asked_at_once_and_answers_keep_their_order() -> None:
     endpoint = Endpoint("http://127.0.0.1:1", at_once=3)
     lock, now, most = threading.Lock(), 0, 0
@@ -112,6 +113,7 @@ def test_at_most_so_many_are_asked_at_once_and_answers_keep_their_order() -> Non
     assert most == 3 and str(answers.pop(4)) == "four" and answers == [0, 10, 20, 30, 50, 60, 70, 80, 90]
 
 
+@pytest.mark.timed
 def test_what_is_no_failed_is_raised_and_what_has_not_begun_is_left() -> None:
     begun: list[int] = []
 

@@ -86,6 +86,7 @@ def test_clips_larger_than_a_request_are_failures_that_say_so() -> None:
     assert "HTTP 413: 2 clips of 9 frames" in long and "HTTP 413: 1 clips of 8 frames of 40x40" in large
 
 
+@pytest.mark.timed
 def test_a_request_that_is_sent_again_is_not_computed_again() -> None:
     gate = threading.Event()
     known = Known(gate)

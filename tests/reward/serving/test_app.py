@@ -160,6 +160,7 @@ def chunked(parts: int, size: int) -> bytes:
     return b"".join(b"%x\r\n%s\r\n" % (size, b"x" * size) for _ in range(parts)) + b"0\r\n\r\n"
 
 
+@pytest.mark.timed
 def test_an_answer_does_not_wait_for_an_acknowledgement(known: Known) -> None:
     with in_thread(server_of(known, wait_seconds=0.0)) as url, httpx2.Client(trust_env=False) as client:
         seconds = []
@@ -171,6 +172,7 @@ def test_an_answer_does_not_wait_for_an_acknowledgement(known: Known) -> None:
     assert min(seconds[1:]) < 0.03, "40 ms are what Nagle's algorithm and a delayed acknowledgement take together"
 
 
+@pytest.mark.timed
 def test_a_body_is_counted_whatever_its_length_says(known: Known) -> None:
     body = tensors_body(levels(51), ["a"], FPS)
     head = f"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: {TENSORS}\r\n"
@@ -195,6 +197,7 @@ def test_a_body_is_counted_whatever_its_length_says(known: Known) -> None:
 # Many at once
 
 
+@pytest.mark.timed
 def test_requests_at_the_same_time_are_scored_together_as_if_each_came_alone() -> None:
     video, gate = noise(24), threading.Event()
     prompts = [f"prompt {'x' * i}" for i in range(24)]
@@ -208,6 +211,7 @@ def test_requests_at_the_same_time_are_scored_together_as_if_each_came_alone() -
     assert sum(shape[0] for shape in known.batches) == 24 and len(known.batches) <= 4 and max(known.batches)[0] == 8
 
 
+@pytest.mark.timed
 def test_sizes_are_not_mixed_and_every_request_gets_its_own() -> None:
     small, large, gate = noise(6), noise(6, height=12, frames=2, seed=1), threading.Event()
     requests = [clips(each[i : i + 2], ["a", "bb"]) for i in (0, 2, 4) for each in (small, large)]
@@ -221,6 +225,7 @@ def test_sizes_are_not_mixed_and_every_request_gets_its_own() -> None:
     assert len(known.batches) <= 4 and {shape[1:] for shape in known.batches} == {(2, 3, 12, 10), (3, 3, 8, 10)}
 
 
+@pytest.mark.timed
 def test_more_requests_than_it_answers_at_once_wait_and_are_told_to_come_back_where_that_takes_too_long() -> None:
     gate = threading.Event()
     with Ask(server_of(Known(gate), requests=2, wait_seconds=0.0, turn_seconds=0.1)) as ask:
@@ -232,6 +237,7 @@ def test_more_requests_than_it_answers_at_once_wait_and_are_told_to_come_back_wh
         assert {reply.status_code for reply in ask(*[GREY] * 40)} == {200}
 
 
+@pytest.mark.timed
 def test_a_scorer_that_hangs_is_a_failure_and_health_says_so() -> None:
     gate = threading.Event()
     with Ask(server_of(Known(gate), score_seconds=0.1, wait_seconds=0.0)) as ask:

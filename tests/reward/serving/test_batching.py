@@ -16,6 +16,7 @@ from tests.reward.serving.small import Known, levels, noise
 MANY = 10**6
 
 
+@pytest.mark.timed
 def test_clips_that_wait_together_are_scored_together_size_by_size_in_order() -> None:
     gate = threading.Event()
     scorer = Known(gate)
@@ -35,6 +36,7 @@ def test_clips_that_wait_together_are_scored_together_size_by_size_in_order() ->
     assert [outcome.mean[1] for outcome in found if isinstance(outcome, Scored)] == [5, 1, 2, 3, 4, 5, 5, 6, 5]
 
 
+@pytest.mark.timed
 def test_a_clip_waits_for_those_on_their_way_but_not_for_ever_and_never_alone_or_for_more_than_a_batch() -> None:
     scorer = Known()
     batcher = Batcher(scorer, batch=2, pixels=MANY, wait=0.5)
@@ -87,6 +89,7 @@ def test_scores_of_the_wrong_shape_are_no_scores() -> None:
     assert isinstance(score_batch(Wrong(), list(noise(2)), ["a", "b"])[1], Unscored)
 
 
+@pytest.mark.timed
 def test_what_nobody_waits_for_is_not_scored() -> None:
     gate = threading.Event()
     scorer = Known(gate)
@@ -116,6 +119,7 @@ def test_errands_go_first_in_the_thread_of_the_model_and_their_errors_come_back(
             late()
 
 
+@pytest.mark.timed
 def test_closing_does_not_wait_for_ever_for_a_scorer_that_hangs() -> None:
     gate = threading.Event()
     batcher = Batcher(Known(gate), batch=8, pixels=MANY, wait=0.0)
