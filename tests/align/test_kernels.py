@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
+from inspect import isfunction
 from itertools import product
 
 import pytest
@@ -40,7 +41,7 @@ CASES: list[tuple[Kernel, Rule]] = [
     (CPS(0.8), cps_rule(0.8)),
     (ODE(), ancestral_rule(0.0)),
 ]
-every_kernel = pytest.mark.parametrize(("kernel", "rule"), CASES, ids=lambda case: str(case) if not callable(case) or hasattr(case, "__dict__") else "")
+every_kernel = pytest.mark.parametrize(("kernel", "rule"), CASES, ids=lambda case: "" if isfunction(case) else str(case))
 every_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
 
 

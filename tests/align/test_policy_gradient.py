@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import pathlib
+from inspect import isfunction
 
 import pytest
 import torch
@@ -260,7 +261,7 @@ def estimates(world: GaussianWorld, kernel: Kernel, times: list[float], noisy: l
     return torch.tensor(found)
 
 
-@pytest.mark.parametrize(("kernel", "rule"), KERNELS, ids=lambda case: str(case) if not callable(case) or hasattr(case, "__dict__") else "")
+@pytest.mark.parametrize(("kernel", "rule"), KERNELS, ids=lambda case: "" if isfunction(case) else str(case))
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
 def test_the_policy_gradient_of_a_whole_trajectory_and_the_pathwise_term_are_the_exact_gradient(path: Path, kernel: Kernel, rule: Rule) -> None:
     """The sampler is affine and the reward quadratic, so the gradient of the expected reward is a closed form, step by step."""
