@@ -158,11 +158,13 @@ def _facts(source: Provenance) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table; columns in which nothing is known are left out. A few rows of many columns are turned on their side."""
+    """Rows as a Markdown table; columns in which nothing is known are left out. A row need not have all of them; their order is that of the longest rows. A few rows of many columns are
+    turned on their side."""
     if not rows:
         return "Nothing was measured."
-    names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    lines = [[name.replace("_", " ") for name in names], *([_cell(row[name]) for name in names] for row in rows)]
+    every = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    names = [name for name in every if any(row.get(name) is not None for row in rows)]
+    lines = [[name.replace("_", " ") for name in names], *([_cell(row.get(name)) for name in names] for row in rows)]
     if len(names) > WIDEST and len(rows) <= 3:
         lines = [list(column) for column in zip(*lines, strict=True)]
     lines.insert(1, ["---"] * len(lines[0]))

@@ -339,6 +339,10 @@ def test_spreads_and_paired_ratios_are_medians_with_their_range() -> None:
 
 def test_tables_leave_out_what_nobody_knows_and_turn_wide_ones_over() -> None:
     assert _results.table([{"a_b": 1, "c": None, "d": True}, {"a_b": 0.123456, "c": None, "d": None}]) == "| a b | d |\n| --- | --- |\n| 1 | yes |\n| 0.1235 |  |"
+    start, other = {"arm": "start", "judge": 0.3}, {"arm": "x", "violates": 0.95, "judge": 0.97}
+    for rows in ([start, other], [other, start]):
+        assert _results.table(rows).splitlines()[0] == "| arm | violates | judge |", "a column that some rows lack is told all the same"
+        assert set(_results.table(rows).splitlines()[2:]) == {"| start |  | 0.3 |", "| x | 0.95 | 0.97 |"}
     wide = {"name": "x|y"} | {f"k{n}": 1234.5 + n for n in range(_results.WIDEST)}
     assert _results.table([wide]).splitlines()[:3] == ["| name | x\\|y |", "| --- | --- |", "| k0 | 1,234 |"]
     assert _results.table([]) == "Nothing was measured."
