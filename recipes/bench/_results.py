@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import platform
 import re
 import shlex
@@ -82,7 +84,9 @@ def flat(parts: dict[str, list[Row]]) -> list[Row]:
 
 
 def check_can_end(cfg: Bench, *, out: Path | None = None, sheet: Path | None = None) -> None:
-    """Raises UserError where what is found could not be written into `results`, the folder `out` or the picture `sheet`: before the work, not after it."""
+    """Raises UserError where what is found could not be written into `results`, the folder `out` or the picture `sheet`: before the work, not after it. A measurement begins here: what
+    an earlier one read is forgotten."""
+    _read.clear()
     if cfg.write:
         _check_date(cfg.date or _today())
         check_can_write(cfg.results, "--results")
@@ -113,9 +117,46 @@ class Provenance(NamedTuple):
     hardware: Mapping[str, Any]
 
 
+class Maker(NamedTuple):
+    """The code that measured, and on how many threads; "unknown" where nobody noted it."""
+
+    commit: str
+    threads: str
+
+
+_read: list[Maker] = []
+"""Who made what this measurement read instead of making it."""
+_commit = functools.cache(commit)  # files may change while a process works with what it loaded
+
+
+def maker() -> Maker:
+    """This process."""
+    import torch
+
+    return Maker(_commit(), str(torch.get_num_threads()))
+
+
+def note_read(by: Maker) -> None:
+    """What is written next holds numbers that were made earlier."""
+    _read.append(by)
+
+
 def here(name: str, cfg: Bench) -> Provenance:
-    """This process, on this machine, now."""
-    return Provenance(cfg.date or _today(), [command(name, cfg)], commit(), versions(), hardware())
+    """This process, on this machine, now; and the commits and threads of what it read of earlier ones."""
+    makers = [*_read, maker()]
+    commits, threads = (", ".join(dict.fromkeys(each)) for each in zip(*makers, strict=True))
+    return Provenance(cfg.date or _today(), [command(name, cfg)], commits, versions(), {**hardware(), "threads": threads})
+
+
+def real_clips(given: Path | None) -> Path | None:
+    """The folder of real clips: the one that is given, else `clips` in the folder that RUSHES_REAL_DATA names, else none."""
+    data = os.environ.get("RUSHES_REAL_DATA")
+    return given or (Path(data) / "clips" if data else None)
+
+
+def told_of_real(given: Path | None) -> str:
+    """Which real clips a measurement had: where they lie stands in no command."""
+    return f"Real clips: {'those that were given' if given else 'those of RUSHES_REAL_DATA' if real_clips(None) else 'none'}."
 
 
 def write(cfg: Bench, name: str, source: Provenance, title: str, sections: Mapping[str, Sequence[Row]], *, remarks: Sequence[str] = ()) -> Path:
