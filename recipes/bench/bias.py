@@ -42,6 +42,7 @@ from recipes.pairs import save_pairs
 from recipes.shapes.bank import VALUES, draw, open_prompts, shown, skewed_pairs, with_value
 from recipes.shapes.prompts import make_prompts
 from recipes.statistics import clopper_pearson
+from recipes.weights import file_hash
 from reward.model import save_reward_model
 
 Array = NDArray[np.float64]
@@ -260,7 +261,8 @@ def through(cfg: Config, out: Path, *, quick: bool) -> dict[str, Any]:
     shared = {"version": VERSION, "seed": cfg.seed, "start": network_lineage(start.model), **{key: dump(cfg)[key] for key in ("planted", "pairs", "fit")}}
     learned = kept(out / "base" / "learned.json", shared, lambda: learn_skew(cfg, start, out / "base"))
     base = out / "base" / "run" / "network.safetensors"
-    settings = {**shared, "base": network_lineage(base), **{key: dump(cfg)[key] for key in ("policy", "training", "sampler")}}
+    rewards = {"reward": file_hash(start.reward / "reward_card.json"), "guard": file_hash(start.guard / "reward_card.json")}
+    settings = {**shared, "base": network_lineage(base), **rewards, **{key: dump(cfg)[key] for key in ("policy", "training", "sampler")}}
     climbed = kept(out / "rl" / "climbed.json", settings, lambda: climb(cfg, start, base, out / "rl" / "run"))
     report = audited(cfg, start, base, out / "rl" / "run" / "network.safetensors", out / "audit")
     return {"learned": learned, "rl": climbed, "audit": report}

@@ -98,15 +98,19 @@ def judge_captioner(cfg: Config, model: Path, split: str) -> dict[str, list[floa
 
 
 def tagged_clips(cfg: Config, out: Path, seed: int) -> Path:
-    """A folder of clips whose captions are tags."""
+    """A folder of clips whose captions are tags, made once for its settings."""
     folder = out / f"tags-{seed}"
-    if not (folder / TABLE).exists():
+
+    def make() -> dict[str, Any]:
         drawn = shapes.Drawn(cfg.pairs, seed=DRAWN + seed, split="train")
         folder.mkdir(parents=True, exist_ok=True)
         for row in range(len(drawn)):
             write_lossless(folder / f"{row:05d}.mkv", drawn.video(row), FPS)
         lines = [json.dumps({"file_name": f"{row:05d}.mkv", "text": SHAPE_WORDS[thing.shape][0], "says": list(vars(thing).values())}) for row, thing in enumerate(drawn.things)]
         write_atomic(folder / TABLE, ("\n".join(lines) + "\n").encode())
+        return {"clips": len(drawn)}
+
+    kept(out / f"tags-{seed}.json", {"version": VERSION, "seed": seed, "pairs": cfg.pairs}, make)
     return folder
 
 

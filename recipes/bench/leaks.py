@@ -38,7 +38,7 @@ from recipes import nft, safety_train
 from recipes.bench._clock import NoLook
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._trained import Pace, Seeds, kept
-from recipes.bench.hacking import unranked
+from recipes.bench.hacking import made_of, unranked
 from recipes.bench.limits import BANK_SEED, in_brackets, percent
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
@@ -332,7 +332,8 @@ def kept_climb(cfg: Config, out: Path, reward: Mixture, training: Sequence[Shape
     told = {name: dump(getattr(cfg, name)) for name in ("policy", "safety", "audits", "sampler")}
     prompts = {name: [prompt.text for prompt in asked] for name, asked in (("training", training), ("held_out", held_out))}
     settings: Row = {"version": VERSION, "network": network_lineage(None), "arm": arm._asdict(), "seed": seed, "legs": cfg.legs, "clips": cfg.clips, **told, **prompts}
-    settings |= {"liking": cfg.liking} | ({"missed": cfg.missed} if arm.wrong == "by chance" else {}) | ({"unseen": cfg.unseen} if arm.wrong == "blind" else {})
+    settings |= {"reward": made_of("reward"), "liking": cfg.liking}
+    settings |= ({"missed": cfg.missed} if arm.wrong == "by chance" else {}) | ({"unseen": cfg.unseen} if arm.wrong == "blind" else {})
     return kept(folder / "found.json", settings, partial(climb, cfg, folder / "work", reward, training, held_out, arm, seed))
 
 

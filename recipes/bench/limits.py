@@ -34,7 +34,7 @@ from recipes import nft
 from recipes.bench._clock import NoLook
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from recipes.bench._trained import Pace, Seeds, kept
-from recipes.bench.hacking import unranked
+from recipes.bench.hacking import made_of, unranked
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
 from recipes.feedback import FLASHING, Assessment, Assessor, Gather, SafetyLimit, standardised
@@ -274,7 +274,7 @@ def kept_climb(cfg: Config, out: Path, reward: Mixture, task: Task, arm: Arm, se
     """The same, gone through once for its settings."""
     folder = out / f"{task.name}-{arm.replace('/', '-')}-{seed}"
     prompts = {name: [prompt.text for prompt in asked] for name, asked in (("training", task.training), ("held_out", task.held_out))}
-    told = {"policy": dump(task.policy), "safety": dump(task.safety), "sampler": dump(cfg.sampler)}
+    told = {"policy": dump(task.policy), "safety": dump(task.safety), "sampler": dump(cfg.sampler), "reward": made_of("reward")}
     settings: Row = {"version": VERSION, "network": network_lineage(cfg.model), "arm": arm, "seed": seed, "clips": task.clips, "swing": task.swing, **prompts, **told}
     return kept(folder / "found.json", settings, partial(climb, cfg, folder / "run", reward, task, arm, seed))
 

@@ -6,7 +6,6 @@ means of three tenths of the run: from 10 %, after everything has been used once
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -21,7 +20,6 @@ import psutil
 from align.config import Count
 from align.progress import Progress
 from align.run import CHECKPOINTS_KEPT, lock_folder, read_metrics
-from base_model.checkpoint import atomic_write
 from base_model.errors import UserError
 from recipes.bench._fault_plans import line, make_small
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
@@ -182,11 +180,13 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
 
 
 def measured(cfg: Config, folder: Path) -> list[Row]:
-    """The rows of a run in `folder`; of one that is finished there, those that were found."""
-    file = folder / f"rows-{cfg.iterations}.json"
-    if not file.exists():
+    """The rows of a run in `folder`; of one that is finished there, those that were found. Raises UserError where that one had other settings."""
+    from recipes.bench._trained import kept
+
+    def make() -> dict[str, Any]:
         if not (folder / "network.safetensors").exists():
             make_small(folder)
-        rows = rows_of(cfg, run_watched(cfg, folder), folder / "run")
-        atomic_write(file, (json.dumps(plain(rows), indent=1) + "\n").encode())
-    return list(json.loads(file.read_text()))
+        return {"rows": plain(rows_of(cfg, run_watched(cfg, folder), folder / "run"))}
+
+    settings = {"iterations": cfg.iterations, "evaluate_every": cfg.evaluate_every, "save_every": cfg.save_every, "policy": POLICY, "sampler": SAMPLER}
+    return list(kept(folder / f"rows-{cfg.iterations}.json", settings, make)["rows"])
