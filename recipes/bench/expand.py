@@ -59,7 +59,7 @@ class Config(Bench):
     pairs: Path | None = None
     """Pairs of real prompts, as `rushes expand --pairs` takes them; none leaves that part out."""
     model: Path | None = None
-    """Network that makes the clips; with `reward`. None: that of the demo's SFT. `quick` takes the shipped base."""
+    """Network that makes the clips; with `reward`. None: that of the demo's SFT."""
     reward: Path | None = None
     """Folder of the reward model that GRPO climbs. None: the demo's, made here."""
     begin: Begin = Begin()
