@@ -84,11 +84,13 @@ def flat(parts: dict[str, list[Row]]) -> list[Row]:
 
 
 def check_can_end(cfg: Bench, *, out: Path | None = None, sheet: Path | None = None) -> None:
-    """Raises UserError where what is found could not be written into `results`, the folder `out` or the picture `sheet`: before the work, not after it. A measurement begins here: what
-    an earlier one read is forgotten."""
+    """Raises UserError where what is found could not be written into `results`, the folder `out` or the picture `sheet`: before the work, not after it.
+
+    A measurement begins here: what an earlier one read is forgotten."""
     _read.clear()
     if cfg.write:
         _check_date(cfg.date or _today())
+        _check_place(cfg)
         check_can_write(cfg.results, "--results")
     if out is not None:
         check_can_write(out)
@@ -105,6 +107,11 @@ def _today() -> str:
 def _check_date(date: str) -> None:
     if not re.fullmatch(r"\d{4}-\d{2}", date):
         raise UserError(f"date: expected a year and a month as in 2026-11, got {date!r}. Give --date YYYY-MM")
+
+
+def _check_place(cfg: Bench) -> None:
+    if cfg.quick and cfg.results.resolve() == RESULTS.resolve():
+        raise UserError("the quick form would take the place of a table that was measured, results. Leave out --quick, or give --results FOLDER")
 
 
 class Provenance(NamedTuple):
@@ -162,9 +169,10 @@ def told_of_real(given: Path | None) -> str:
 def write(cfg: Bench, name: str, source: Provenance, title: str, sections: Mapping[str, Sequence[Row]], *, remarks: Sequence[str] = ()) -> Path:
     """Writes the Markdown of one measurement and names it on standard error; returns it. An older file of that name is replaced.
 
-    sections: heading -> rows of one table. Raises UserError where the folder cannot be written or the date is not a year and a month.
+    sections: heading -> rows of one table. Raises UserError where the folder cannot be written, the date is not a year and a month, or a quick form would replace a published table.
     """
     _check_date(source.date)
+    _check_place(cfg)
     parts = [f"# {title}", *remarks]
     for heading, rows in sections.items():
         parts += [f"## {heading}", table(rows)]
@@ -199,8 +207,9 @@ def _facts(source: Provenance) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table; columns in which nothing is known are left out. A row need not have all of them; their order is that of the longest rows. A few rows of many columns are
-    turned on their side."""
+    """Rows as a Markdown table; columns in which nothing is known are left out, and a row need not have all of them. Their order is that of the longest row.
+
+    A few rows of many columns are turned on their side."""
     if not rows:
         return "Nothing was measured."
     every = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)

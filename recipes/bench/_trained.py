@@ -76,8 +76,9 @@ class Trained(NamedTuple):
 
 
 def kept(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` found, written to `file` once it is known, and read from there ever after. Commit and threads are noted beside it. Raises UserError where the file holds what other
-    settings gave; another commit may read it, and the table says so."""
+    """What `make` found, written to `file` once it is known, and read from there ever after. Commit and threads are noted beside it: another commit may read it, and tables say so.
+
+    Raises UserError where the file holds what other settings gave."""
     told = json.loads(json.dumps(settings))
     if not file.exists():
         by, found = maker(), make()

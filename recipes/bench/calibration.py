@@ -410,16 +410,17 @@ def shrunk(cfg: Config) -> Config:
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: clips are made once."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
+    small = shrunk(cfg) if cfg.quick else cfg
     if cfg.quick:
         with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = measure(shrunk(cfg), Path(folder))
+            parts = measure(small, Path(folder))
     else:
         parts = measure(cfg, cfg.out)
     if cfg.write:
         failed = [f"{row['asked']} ({row['clips']} clips, {row['dimension']}: {row['found']})" for row in parts["claims"] if not row["holds"]]
         remarks = [
             f"Does not hold: {'; '.join(failed)}." if failed else "All that was asked for holds.",
-            f"{len(cfg.seeds)} seeds. `low` and `high` are 95 % bootstraps over seeds and prompts, both resampled. People are simulated.",
+            f"{len(small.seeds)} seeds. `low` and `high` are 95 % bootstraps over seeds and prompts, both resampled. People are simulated.",
         ]
         write(cfg, "calibration", here("calibration", cfg), "Calibration and honest intervals", {part.capitalize(): rows for part, rows in parts.items()}, remarks=remarks)
     return {"rows": flat(parts)}

@@ -155,6 +155,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         for run in found["now"]:
             note_read(Maker(run["commit"], str(run.get("threads") or "unknown")))
         commits = " and ".join(f"{runs[0]['commit'][:7]} ({side})" for side, runs in found.items())
-        told = f"Commits {commits}; {small.rounds} demo{'s' * (small.rounds > 1)} of each in turns. ratio: before / now of runs right after each other, above 1 faster now, smallest and largest beside."
+        number = f"{small.rounds} demo{'s' * (small.rounds > 1)}"
+        told = f"Commits {commits}; {number} of each in turns. ratio: before / now of runs right after each other, above 1 faster now, smallest and largest beside."
         write(cfg, "demo", here("demo", cfg), "The demo, now and before", parts, remarks=[told, "[How to read](../README.md#how-to-read-demo)."])
     return {"rows": flat(parts)}

@@ -23,7 +23,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import load_tiny
 from recipes import ddpo, grpo
 from recipes.bench._clock import PHASES, Laps, NoLook, TimedAssessor, TimedModel, TimedRun
-from recipes.bench._results import Bench, Row, here, spread, write
+from recipes.bench._results import Bench, Row, check_can_end, here, spread, write
 from recipes.ddpo import Policy as DDPOPolicy
 from recipes.feedback import standardised
 from recipes.generate import Sampler, safety_runner
@@ -148,6 +148,7 @@ def shrunk(cfg: Config) -> Config:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: a benchmark is measured anew."""
+    check_can_end(cfg)
     if not cfg.recipes or cfg.rounds < 1 or cfg.updates < 1:
         raise UserError("nothing to measure: recipes, rounds and updates are at least one each. Give --recipes ddpo")
     rows = measure(shrunk(cfg) if cfg.quick else cfg)

@@ -308,14 +308,15 @@ def accuracies_of(k: int, numbers: Array, tables: dict[Method, Array]) -> list[R
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
+    small = shrunk(cfg) if cfg.quick else cfg
     if cfg.quick:
         with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = measure(shrunk(cfg), Path(folder))
+            parts = measure(small, Path(folder))
     else:
         parts = measure(cfg, cfg.out)
     if cfg.write:
         remarks = [
-            f"{len(cfg.seeds)} seeds. `ratio`: rankings a method needs over those that random tasks need for the same accuracy on held-out prompts, the random floor of "
+            f"{len(small.seeds)} seeds. `ratio`: rankings a method needs over those that random tasks need for the same accuracy on held-out prompts, the random floor of "
             f"{cfg.floor:.0%} counted; `low` and `high` are 95 % bootstraps over seeds. `gain of random`: the accuracy asked for, as a share of what random tasks gain "
             f"from the first rankings to the last. The goal, {GOAL:.0%}, is met where the whole interval is not above it; a ratio that is left out was not reached.",
         ]

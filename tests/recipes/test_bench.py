@@ -61,6 +61,11 @@ def test_the_sampler_bench_measures_ours_and_its_peers_in_flat_rows(network: Pat
     assert ours["tokens_per_clip"] == 2 * 2 * 2
 
 
+def test_guidance_that_nobody_would_sample_with_is_refused(network: Path) -> None:
+    with pytest.raises(UserError, match=r"is not measured, sampler\.guidance\. Leave it at 1"):
+        quick_sampler(network, "--sampler.guidance", "3")
+
+
 def test_one_clip_at_a_time_makes_the_clips_that_the_batch_and_the_generator_make() -> None:
     model, toy = small_model(), Sampler(steps=4, frames=5, height=16, width=16)
     cond, noise = model.encode_text(["a red circle grows", "a blue bar"]), seeded_noise(model, toy.clip, [0, 1])
@@ -346,6 +351,16 @@ def test_tables_leave_out_what_nobody_knows_and_turn_wide_ones_over() -> None:
     wide = {"name": "x|y"} | {f"k{n}": 1234.5 + n for n in range(_results.WIDEST)}
     assert _results.table([wide]).splitlines()[:3] == ["| name | x\\|y |", "| --- | --- |", "| k0 | 1,234 |"]
     assert _results.table([]) == "Nothing was measured."
+
+
+def test_a_toy_does_not_take_the_place_of_a_published_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_results, "write_atomic", lambda *_: pytest.fail("it was written"))
+    source = Provenance("2026-11", ["rushes bench sampler"], "abc", {}, {"cores": 2})
+    for results in (_results.RESULTS, _results.RESULTS / ".." / "results"):
+        cfg = sampler.Config(quick=True, write=True, results=results)
+        for work in (lambda cfg=cfg: _results.check_can_end(cfg), lambda cfg=cfg: _results.write(cfg, "sampler", source, "Title", {})):
+            with pytest.raises(UserError, match=r"would take the place of a table that was measured, results\. Leave out --quick"):
+                work()
 
 
 def test_a_result_file_is_named_by_date_and_hardware(tmp_path: Path) -> None:
