@@ -169,7 +169,7 @@ def told_of_real(given: Path | None) -> str:
 def write(cfg: Bench, name: str, source: Provenance, title: str, sections: Mapping[str, Sequence[Row]], *, remarks: Sequence[str] = ()) -> Path:
     """Writes the Markdown of one measurement and names it on standard error; returns it. An older file of that name is replaced.
 
-    sections: heading -> rows of one table. Raises UserError where the folder cannot be written, the date is not a year and a month, or a quick form would replace a published table.
+    sections: heading -> rows of one table. Raises UserError where the folder cannot be written, the date is no year and month, or a quick form would replace a published table.
     """
     _check_date(source.date)
     _check_place(cfg)
