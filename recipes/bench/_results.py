@@ -10,8 +10,10 @@ import re
 import shlex
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -54,6 +56,16 @@ def spread(values: Sequence[float]) -> Spread:
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
     """`above` / `below` of each repeat: both were measured right after each other, so that a busy machine slows both."""
     return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+@contextmanager
+def place(cfg: Bench, out: Path) -> Iterator[Path]:
+    """Where a benchmark works: `out`, and what is finished there is not repeated. The quick form keeps nothing."""
+    if not cfg.quick:
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
+        yield Path(folder)
 
 
 T = TypeVar("T")

@@ -10,7 +10,6 @@ the audit looks before and after.
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS
 from base_model.video.files import write_atomic
 from recipes import disparity, nft, sft
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
 from recipes.bench._start import Begin, Start, the_start
 from recipes.bench._trained import kept
 from recipes.bench.hacking import unranked
@@ -378,11 +377,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, bars, power = run_all(small, Path(folder), quick=True)
-    else:
-        parts, bars, power = run_all(cfg, cfg.out, quick=False)
+    with place(cfg, cfg.out) as out:
+        parts, bars, power = run_all(small, out, quick=cfg.quick)
     if cfg.write:
         from recipes.bench.limits import in_brackets
 

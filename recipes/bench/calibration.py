@@ -12,7 +12,6 @@ The truth is the panel's mean utility, before noise and habits. Utilities have a
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from base_model.prompts.text import TextEncoder
 from recipes import reward_model
 from recipes.bench._people import panel_worth, perceived
 from recipes.bench._pool import Source, asked, kept_pool
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
 from recipes.bench._trained import Seeds
 from recipes.match import SHIPPED
 from recipes.quality import SHIPPED as QUALITY
@@ -411,11 +410,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: clips are made once."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = measure(small, Path(folder))
-    else:
-        parts = measure(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts = measure(small, out)
     if cfg.write:
         failed = [f"{row['asked']} ({row['clips']} clips, {row['dimension']}: {row['found']})" for row in parts["claims"] if not row["holds"]]
         remarks = [

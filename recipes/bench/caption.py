@@ -10,7 +10,6 @@ Letters: S seeds, N clips or prompts.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from base_model.prompts.vision import load_vlm
 from base_model.tiny import WEIGHTS, load_tiny
 from base_model.video.files import write_atomic, write_lossless
 from recipes import caption, caption_train, sft
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
 from recipes.bench._trained import LOOKS, Pace, Seeds, asked, check_same, kept, look_settings, looks
 from recipes.clip_folder import TABLE
 from recipes.generate import Sampler
@@ -230,11 +229,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = measure(small, Path(folder))
-    else:
-        parts = measure(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts = measure(small, out)
     if cfg.write:
         remarks = [*verdicts(parts), f"{len(small.seeds)} seed{'s' * (len(small.seeds) > 1)}. What each number is: [how to read](../README.md#how-to-read-captions)."]
         write(cfg, "caption", here("caption", cfg), "Captions instead of tags", {part.capitalize(): rows for part, rows in parts.items()}, remarks=remarks)

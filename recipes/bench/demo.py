@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from align.run import lock_folder
 from base_model.checkpoint import atomic_write
 from base_model.errors import UserError
 from recipes.bench import _stacks
-from recipes.bench._results import Bench, Maker, Row, check_can_end, flat, here, note_read, paired_ratio, spread, write
+from recipes.bench._results import Bench, Maker, Row, check_can_end, flat, here, note_read, paired_ratio, place, spread, write
 
 ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).parents[1] / "configs" / "tiny" / "toy.yaml"
@@ -141,15 +140,11 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     checkouts(cfg)
     small = cfg.model_copy(update={"rounds": 1}) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            found = run_all(small, Path(folder))
-            costs = profiled(small, Path(folder)) if cfg.profile else []
-    else:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        lock_folder(cfg.out)
-        found = run_all(cfg, cfg.out)
-        costs = profiled(cfg, cfg.out) if cfg.profile else []
+    with place(cfg, cfg.out) as out:
+        out.mkdir(parents=True, exist_ok=True)
+        lock_folder(out)
+        found = run_all(small, out)
+        costs = profiled(small, out) if cfg.profile else []
     parts = {"seconds": time_rows(found), "quality": quality_rows(found), **({"costs": costs} if costs else {})}
     if cfg.write:
         for run in found["now"]:

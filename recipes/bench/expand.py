@@ -9,7 +9,6 @@ Letters: S seeds, N held-out short prompts, G clips a prompt.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from align.config import Count, dump
 from base_model.errors import UserError
 from base_model.prompts.expand import Expanded, load_expander
 from recipes import expand
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
 from recipes.bench._start import Begin, the_start
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.bench.latent_reward import in_brackets
@@ -315,11 +314,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = run_all(small, Path(folder))
-    else:
-        parts = run_all(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts = run_all(small, out)
     if cfg.write:
         remarks = [*verdicts(parts), f"{len(small.seeds)} seeds. What each number is: [how to read](../README.md#how-to-read-expand)."]
         write(cfg, "expand", here("expand", cfg), "Prompts made long", {part.capitalize(): in_brackets(rows) for part, rows in parts.items()}, remarks=remarks)

@@ -32,7 +32,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import load_tiny
 from base_model.video.files import write_atomic
 from recipes import feedback, guards, nft, reward_gradient
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, timed, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, timed, write
 from recipes.bench._trained import PROMPT_SEED, Seeds, asked, kept
 from recipes.bench.strip import Shown, draw, judged
 from recipes.evaluate import clip_seeds
@@ -354,11 +354,8 @@ def measured(cfg: Config, out: Path, quick: bool) -> tuple[dict[str, list[Row]],
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, drawn = measured(shrunk(cfg), Path(folder), True)
-    else:
-        parts, drawn = measured(cfg, cfg.out, False)
+    with place(cfg, cfg.out) as out:
+        parts, drawn = measured(shrunk(cfg) if cfg.quick else cfg, out, cfg.quick)
     if cfg.write:
         sections = {heading[0].upper() + heading[1:]: rows for heading, rows in parts.items()}
         remarks = ["![The first held-out prompt before, without guards and with guards](hacking.png)"]

@@ -30,7 +30,7 @@ from base_model.checkpoint import read_json
 from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import latent_reward, nft
 from recipes.bench._clock import PHASES, Laps, NoLook, TimedAssessor, TimedModel, TimedRun
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, paired_ratio, spread, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, paired_ratio, place, spread, write
 from recipes.bench._start import Begin, evaluation_prompts, the_start
 from recipes.bench._trained import Pace, Seeds, check_same, kept
 from recipes.bench.selection import needed
@@ -404,11 +404,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = run_all(small, Path(folder))
-    else:
-        parts = run_all(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts = run_all(small, out)
     if cfg.write:
         remarks = [
             *verdicts(parts),

@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,7 +35,7 @@ from base_model.video.files import write_atomic
 from base_model.video.store import ClipStore
 from recipes import nft, safety_train
 from recipes.bench._clock import NoLook
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.bench.hacking import made_of, unranked
 from recipes.bench.limits import BANK_SEED, in_brackets, percent
@@ -473,11 +472,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         raise UserError(f"no arm {unknown[0]!r}, arms. There are: {'; '.join(arm.name for arm in ARMS)}")
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, drawn = run_all(small, Path(folder))
-    else:
-        parts, drawn = run_all(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts, drawn = run_all(small, out)
     if cfg.write:
         failed = [f"{row['asked']} ({row['found']})" for row in parts["claims"] if not row["holds"]]
         remarks = [

@@ -10,7 +10,6 @@ Letters: S seeds, N prompts, G clips a prompt, B = N G clips.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,7 +31,7 @@ from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.video.files import write_atomic
 from recipes import nft
 from recipes.bench._clock import NoLook
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.bench.hacking import made_of, unranked
 from recipes.charts import Series, line_chart, page
@@ -457,11 +456,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, drawn = run_all(small, Path(folder))
-    else:
-        parts, drawn = run_all(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts, drawn = run_all(small, out)
     if cfg.write:
         failed = [f"{row['asked']} ({row['found']})" for row in parts["claims"] if not row["holds"]]
         remarks = [

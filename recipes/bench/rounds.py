@@ -9,7 +9,6 @@ Letters: S seeds, N held-out prompts, G clips a prompt, R tasks, F rollouts.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from align.config import Count, Share, dump
 from base_model.errors import UserError
 from base_model.tiny import WEIGHTS
 from recipes import demo, nft, rounds, sft
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
 from recipes.bench._start import evaluation_prompts
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.bench.latent_reward import in_brackets
@@ -263,11 +262,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = run_all(small, Path(folder))
-    else:
-        parts = run_all(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts = run_all(small, out)
     if cfg.write:
         remarks = [*verdicts(parts["difference"]), f"{len(small.seeds)} seeds. What each number is: [how to read](../README.md#how-to-read-rounds)."]
         sections = {part.capitalize(): in_brackets(rows) for part, rows in parts.items()}

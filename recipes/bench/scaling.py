@@ -9,7 +9,6 @@ FLOPs of a training are three times those of its forward passes (matrix products
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from base_model.tiny import LatentVideoModel, load_tiny, packed_text
 from base_model.types import ClipShape
 from base_model.video.files import write_atomic
 from recipes.bench._power_law import PowerLaw, fit_power_law
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
 from recipes.bench._trained import HELD_OUT_SEED, PROMPT_SEED, Pace, Seeds, Trained, asked, first_model, kept, look_settings, looks, train_kept, training
 from recipes.bench.networks import Size, forward_flops
 from recipes.charts import Series, line_chart, page
@@ -381,11 +380,8 @@ def sections(parts: dict[str, list[Row]]) -> dict[str, list[Row]]:
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, remarks, drawn = measure(shrunk(cfg), Path(folder))
-    else:
-        parts, remarks, drawn = measure(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts, remarks, drawn = measure(shrunk(cfg) if cfg.quick else cfg, out)
     if cfg.write:
         write(cfg, "scaling", here("scaling", cfg), "Quality against compute", sections(parts), remarks=["![Loss and judge](scaling.svg)", *remarks])
         write_atomic(cfg.results / "scaling.svg", drawn.encode())

@@ -8,7 +8,6 @@ against is what the panel prefers on average, without noise and habits, on promp
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +24,7 @@ from align.config import Count, Positive, Share
 from base_model.errors import UserError
 from recipes.bench._people import panel_worth, perceived
 from recipes.bench._pool import kept_pool, pool_settings
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.shapes.eye import Perception
 from recipes.shapes.labelers import REWARD_PANEL, rank
@@ -277,8 +276,8 @@ def measure(cfg: Config, out: Path) -> dict[str, list[Row]]:
     ratios: list[Row] = []
     accuracies: list[Row] = []
     told: list[Row] = []
-    for place, k in enumerate(cfg.sizes):
-        total = cfg.rankings[min(place, len(cfg.rankings) - 1)]
+    for at, k in enumerate(cfg.sizes):
+        total = cfg.rankings[min(at, len(cfg.rankings) - 1)]
         curves: dict[Method, list[dict[str, Any]]] = {}
         for method in cfg.methods:
             for seed in cfg.seeds:
@@ -309,11 +308,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = measure(small, Path(folder))
-    else:
-        parts = measure(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts = measure(small, out)
     if cfg.write:
         remarks = [
             f"{len(small.seeds)} seeds. `ratio`: rankings a method needs over those that random tasks need for the same accuracy on held-out prompts, the random floor of "
