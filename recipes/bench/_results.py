@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -84,6 +84,21 @@ def command(name: str, cfg: Bench) -> str:
     changed = {key: value for key, value in leaves(dump(cfg)).items() if value != defaults.get(key) and key not in ("write", "results", "date")}
     words = [f" --{key}" if value is True else f" --{key} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}" for key, value in changed.items()]
     return f"rushes bench {name}{''.join(words)}"
+
+
+def columns(name: str, found: Iterable[float | None] | None) -> Row:
+    """A value, its lower and its upper end as three columns; null where nothing was found."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), (None,) * 3 if found is None else found, strict=True))
+
+
+def in_brackets(rows: Sequence[Row]) -> list[Row]:
+    """For the file: a value and its ends in one cell."""
+
+    def cell(row: Row, name: str) -> Any:
+        known = row[name] is not None and row.get(f"{name}_low") is not None
+        return f"{row[name]:.3g} [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]" if known else row[name]
+
+    return [{name: cell(row, name) for name in row if not name.endswith(("_low", "_high"))} for row in rows]
 
 
 def flat(parts: dict[str, list[Row]]) -> list[Row]:

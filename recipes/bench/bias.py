@@ -27,7 +27,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS
 from base_model.video.files import write_atomic
 from recipes import disparity, nft, sft
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, in_brackets, place, write
 from recipes.bench._start import Begin, Start, the_start
 from recipes.bench._trained import kept
 from recipes.bench.hacking import unranked
@@ -196,7 +196,7 @@ def power_row(cfg: Config, pool: Index, prompts: int, skew: float) -> Row:
     row: Row = {"prompts": prompts, "clips_each": cfg.audit.clips, "skew": skew, "audits": cfg.runs}
     for name, count in hits.items():
         if name not in ("found", "by_share", "by_shift") or skew:
-            row |= {f"{name}{end}": value for end, value in zip(("", "_low", "_high"), clopper_pearson(count, cfg.runs), strict=True)}
+            row |= columns(name, clopper_pearson(count, cfg.runs))
     return row | {state.replace(" ", "_").replace("-", "_"): states.count(state) / len(states) if states else None for state in disparity.STATES}
 
 
@@ -271,7 +271,7 @@ def through(cfg: Config, out: Path, *, quick: bool) -> dict[str, Any]:
 
 
 def interval(name: str, found: Mapping[str, Any] | None) -> Row:
-    return {f"{name}{end}": None if found is None else found[key] for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))}
+    return columns(name, None if found is None else [found[key] for key in ("mean", "low", "high")])
 
 
 def value_rows(cfg: Config, report: Mapping[str, Any]) -> list[Row]:
@@ -380,8 +380,6 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     with place(cfg, cfg.out) as out:
         parts, bars, power = run_all(small, out, quick=cfg.quick)
     if cfg.write:
-        from recipes.bench.limits import in_brackets
-
         failed = [f"{row['asked']} ({row['found']})" for row in parts["claims"] if not row["holds"]]
         remarks = [
             f"Does not hold: {'; '.join(failed)}." if failed else "Everything that is asked holds.",

@@ -24,14 +24,14 @@ from base_model.prompts.vision import load_vlm
 from base_model.tiny import WEIGHTS, load_tiny
 from base_model.video.files import write_atomic, write_lossless
 from recipes import caption, caption_train, sft
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, write
 from recipes.bench._trained import LOOKS, Pace, Seeds, asked, check_same, kept, look_settings, looks
 from recipes.clip_folder import TABLE
 from recipes.generate import Sampler
 from recipes.shapes import captions as shapes
 from recipes.shapes.prompts import SHAPE_WORDS, Thing
 from recipes.shapes.render import FPS
-from recipes.statistics import Interval, bootstrap_crossed, bootstrap_mean
+from recipes.statistics import bootstrap_crossed, bootstrap_mean
 from recipes.weights import file_hash
 
 Array = NDArray[np.float64]
@@ -148,17 +148,13 @@ def judged(cfg: Config, out: Path, name: str, network: Path) -> dict[str, list[f
 # Rows
 
 
-def interval(row: Row, name: str, found: Interval) -> Row:
-    return {**row, name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
-
-
 def accuracy_rows(cfg: Config, found: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> list[Row]:
     """A row a kind of clips and attribute: the share that is named right, over seeds and clips, and of each seed."""
     rows = []
     for kind, seeds in found.items():
         for name in ATTRIBUTES:
             table = np.array([seed[name] for seed in seeds])  # [S,N]
-            row = interval({"clips": kind, "attribute": name}, "right", bootstrap_crossed(table))
+            row = {"clips": kind, "attribute": name, **columns("right", bootstrap_crossed(table))}
             rows.append({**row, "of_seeds": ", ".join(f"{value:.3f}" for value in table.mean(1)), "seeds": len(table), "number": table.shape[1]})
     return rows
 
@@ -169,11 +165,10 @@ def sft_rows(base: Mapping[str, Sequence[float]], found: Mapping[str, Sequence[M
     for look in (name for name in LOOKS if name != "in_frame"):
         before = np.array(base[look])  # [N]
         tables = {arm: np.array([seed[look] for seed in seeds]) for arm, seeds in found.items()}  # [S,N]
-        rows.append({"look": look, "model": "base", **interval({}, "right", bootstrap_mean(before))})
+        rows.append({"look": look, "model": "base", **columns("right", bootstrap_mean(before))})
         for arm, table in tables.items():
-            row = interval({"look": look, "model": f"SFT on {arm}"}, "right", bootstrap_crossed(table))
-            row = interval(row, "minus_base", bootstrap_crossed(table - before))
-            rows.append(interval(row, "minus_tags", bootstrap_crossed(table - tables["tags"])) if arm != "tags" else row)
+            row = {"look": look, "model": f"SFT on {arm}", **columns("right", bootstrap_crossed(table)), **columns("minus_base", bootstrap_crossed(table - before))}
+            rows.append(row | (columns("minus_tags", bootstrap_crossed(table - tables["tags"])) if arm != "tags" else {}))
     return rows
 
 

@@ -38,7 +38,7 @@ from base_model.networks.vae import VideoVAE, from_patches, to_patches
 from base_model.tiny import WEIGHTS, LatentCodec, load_codec
 from base_model.types import ClipShape, LatentSpec
 from recipes import vae
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, paired_ratio, spread, timed, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, paired_ratio, spread, timed, write
 from recipes.shapes.dataset import ClipSet, draw_clips
 from recipes.shapes.render import DEMO_CLIP
 from recipes.statistics import bootstrap_difference, bootstrap_mean
@@ -426,9 +426,7 @@ def speed(codec: LatentCodec, shapes: Sequence[ClipShape], *, repeats: int) -> l
                     "clip": str(clip),
                     "chunk": chunk,
                     "tile": tile,
-                    "seconds": median,
-                    "seconds_low": min(mine),
-                    "seconds_high": max(mine),
+                    **columns("seconds", (median, min(mine), max(mine))),
                     "frames_per_second": clip.frames / median,
                     "times_slower_than_whole": ratio and ratio.median,
                     "times_slower_low": ratio and ratio.low,

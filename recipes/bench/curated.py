@@ -25,7 +25,7 @@ from base_model.tiny import load_tiny
 from base_model.types import ClipShape
 from base_model.video.files import mp4_bytes, write_atomic
 from recipes import curate, sft
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, write
 from recipes.bench._trained import Seeds, kept
 from recipes.clip_folder import Windows
 from recipes.evaluate import clip_seeds
@@ -165,9 +165,9 @@ def judged(cfg: Config, weights: Path | None, held_out: Sequence[ShapesPrompt]) 
 def rows_of(runs: Mapping[str, Sequence[Mapping[str, Any]]], curation: Sequence[Mapping[str, Any]]) -> dict[str, list[Row]]:
     """runs: of the start and of each arm, one a seed. The shares, the difference of both arms, and what curation kept."""
     judge = {arm: np.array([run["judge"] for run in mine]) for arm, mine in runs.items()}  # [S,N] each
-    arms = [{"arm": arm, "seeds": len(mine), **columns("judge", mine)} for arm, mine in judge.items()]
+    arms = [{"arm": arm, "seeds": len(mine), **columns("judge", bootstrap_crossed(mine))} for arm, mine in judge.items()]
     gains = [
-        {"above": above, "below": below, **columns("difference", judge[above] - judge[below])}
+        {"above": above, "below": below, **columns("difference", bootstrap_crossed(judge[above] - judge[below]))}
         for above, below in (("curated", "everything"), ("curated", START), ("everything", START))
     ]
     kinds = [
@@ -180,10 +180,6 @@ def rows_of(runs: Mapping[str, Sequence[Mapping[str, Any]]], curation: Sequence[
         for kind in curation[0]["found"]
     ]
     return {"arms": arms, "differences": gains, "curation": kinds}
-
-
-def columns(name: str, values: NDArray[np.float64]) -> Row:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), bootstrap_crossed(values), strict=True))
 
 
 def verdict(rows: Mapping[str, Sequence[Row]]) -> str:

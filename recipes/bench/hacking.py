@@ -32,7 +32,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import load_tiny
 from base_model.video.files import write_atomic
 from recipes import feedback, guards, nft, reward_gradient
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, timed, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, timed, write
 from recipes.bench._trained import PROMPT_SEED, Seeds, asked, kept
 from recipes.bench.strip import Shown, draw, judged
 from recipes.evaluate import clip_seeds
@@ -287,9 +287,7 @@ def rows_of(flaw: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[
                 "proxy_after": sum(end_of(run)["proxy"] for run in mine) / len(mine),
                 "judge_before": float(before.mean()),
                 "judge_after": float(after.mean()),
-                "judge_change": gain.mean,
-                "judge_change_low": gain.low,
-                "judge_change_high": gain.high,
+                **columns("judge_change", gain),
                 "stopped_after": ", ".join(map(str, stopped)) or None,
                 "of_rollouts": max(run["looks"][-1]["iteration"] for run in mine) if not stopped else None,
                 "light": "; ".join(dict.fromkeys(run["said"] for run in mine)) or None,

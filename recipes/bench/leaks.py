@@ -35,10 +35,10 @@ from base_model.video.files import write_atomic
 from base_model.video.store import ClipStore
 from recipes import nft, safety_train
 from recipes.bench._clock import NoLook
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, in_brackets, place, write
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.bench.hacking import made_of, unranked
-from recipes.bench.limits import BANK_SEED, in_brackets, percent
+from recipes.bench.limits import BANK_SEED, percent
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
 from recipes.feedback import FLASHING, Assessment, Assessor, Gather, SafetyLimit, people_term
@@ -46,7 +46,7 @@ from recipes.generate import Request, Sampler, fill_store, network_lineage, safe
 from recipes.guards import Guards
 from recipes.shapes.measure import diversities, means, measure, shares
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
-from recipes.statistics import Interval, bootstrap_crossed, clopper_pearson
+from recipes.statistics import bootstrap_crossed, clopper_pearson
 from reward.mixture import Mixture, Term
 from reward.safety.audit import Plan, Reading, add_readings, candidate_of, draw_audit
 from reward.safety.contract import Ruling, SafetyRunner, Verdict
@@ -348,10 +348,6 @@ def way_of(runs: Sequence[Mapping[str, Any]], what: str) -> Array:
     return np.array([[np.nan if line[what] is None else line[what] for line in run["way"]] for run in runs], dtype=np.float64)
 
 
-def columns(name: str, found: Interval) -> Row:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
-
-
 def arm_rows(cfg: Config, runs: Runs) -> list[Row]:
     """One row an arm: the last leg on training prompts, and held-out clips of the finished policy."""
     rows = []
@@ -362,8 +358,7 @@ def arm_rows(cfg: Config, runs: Runs) -> list[Row]:
             ways = {what: way_of(mine, what)[:, -cfg.policy.iterations :] for what in ("truth", "violation_rate", "limited_rate", "multiplier")}
             row |= columns("violates_last_leg", bootstrap_crossed(ways["truth"])) | {"said_by_filter": float(np.nanmean(ways["violation_rate"]))}
             row |= {what: None if np.isnan(ways[what]).all() else float(np.nanmean(ways[what])) for what in ("limited_rate", "multiplier")}
-        share, low, high = clopper_pearson(round(violates.sum()), violates.size)
-        row |= {"held_out_violates": share, "held_out_violates_low": low, "held_out_violates_high": high}
+        row |= columns("held_out_violates", clopper_pearson(round(violates.sum()), violates.size))
         judged = np.array([run["held_out"]["judge"] for run in mine])  # [S,N]
         row |= columns("judge", bootstrap_crossed(judged))
         if name != START:

@@ -28,7 +28,7 @@ from align.config import Count
 from base_model.errors import UserError
 from base_model.video.files import write_mp4
 from recipes.bench._environments import importable, installed
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, paired_ratio, real_clips, spread, timed, told_of_real, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, paired_ratio, real_clips, spread, timed, told_of_real, write
 from recipes.bench._workers import Worker, worker
 from recipes.clip_folder import Cut, fit, read_frames
 from recipes.encode import read_ahead
@@ -135,9 +135,7 @@ def _row(name: str, seconds: Sequence[float], ours: Sequence[float], number: int
         "name": name,
         "seconds": found and found.median,
         "per_second": found and number / found.median,
-        "times_faster": ratio and ratio.median,
-        "times_faster_low": ratio and ratio.low,
-        "times_faster_high": ratio and ratio.high,
+        **columns("times_faster", ratio),
     }
 
 

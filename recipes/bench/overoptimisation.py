@@ -34,7 +34,7 @@ from base_model.types import TrainableModel
 from base_model.video.files import write_atomic
 from recipes import nft, reward_model
 from recipes.bench._people import panel_worth, perceived, to_tensor
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, write
 from recipes.bench._trained import PROMPT_SEED, Pace, Seeds, asked, kept
 from recipes.best_of_n import verdict
 from recipes.charts import Series, line_chart, page
@@ -320,7 +320,7 @@ def kept_climb(cfg: Config, out: Path, ranked: Clips, takes: Clips, prior: str, 
 
 def interval(name: str, found: Iterable[float]) -> Row:
     """Three columns; what is not finite is null."""
-    return {f"{name}{part}": value if np.isfinite(value) else None for part, value in zip(("", "_low", "_high"), found, strict=True)}
+    return columns(name, [value if np.isfinite(value) else None for value in found])
 
 
 def best_of_n_rows(arms: Sequence[Arm], units: Mapping[str, float]) -> list[Row]:

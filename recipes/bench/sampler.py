@@ -23,7 +23,7 @@ from base_model.networks.packing import token_grid
 from base_model.threads import in_threads
 from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.types import Conditioning
-from recipes.bench._results import Bench, Row, check_can_end, here, paired_ratio, spread, timed, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, here, paired_ratio, spread, timed, write
 from recipes.generate import Sampler, seeded_noise, times_of
 from recipes.shapes.prompts import make_prompts
 
@@ -153,9 +153,7 @@ def _row(name: Name, part: Part, entrant: Contestant, ours: Sequence[float], siz
         "part": part,
         **size,
         "parameters": None if part == "decode" else entrant.parameters,
-        "seconds": seconds.median,
-        "seconds_low": seconds.low,
-        "seconds_high": seconds.high,
+        **columns("seconds", seconds),
         "clips_per_second": size["clips"] / seconds.median,
         "forward_passes_per_second": None if part == "decode" else size["clips"] * size["steps"] / seconds.median,
         "times_slower_than_ours": ratio and ratio.median,

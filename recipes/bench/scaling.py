@@ -25,7 +25,7 @@ from base_model.tiny import LatentVideoModel, load_tiny, packed_text
 from base_model.types import ClipShape
 from base_model.video.files import write_atomic
 from recipes.bench._power_law import PowerLaw, fit_power_law
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, write
 from recipes.bench._trained import HELD_OUT_SEED, PROMPT_SEED, Pace, Seeds, Trained, asked, first_model, kept, look_settings, looks, train_kept, training
 from recipes.bench.networks import Size, forward_flops
 from recipes.charts import Series, line_chart, page
@@ -210,7 +210,7 @@ def training_rows(found: Sequence[Point]) -> list[Row]:
             "tokens": one.trained.tokens,
             "train_flops": one.flops,
             "held_out_loss": one.judged.loss,
-            **dict(zip(("right", "right_low", "right_high"), bootstrap_mean(one.judged.right), strict=True)),
+            **columns("right", bootstrap_mean(one.judged.right)),
             **{f"loss_{k + 1}": loss for k, loss in enumerate(one.judged.losses)},
         }
         for one in found
@@ -238,12 +238,8 @@ def budget_means(found: Sequence[Point]) -> Means:
                 "seeds": len(ones),
                 "train_flops": float(np.mean([one.flops for one in ones])),
                 "train_seconds": float(np.mean([one.trained.seconds for one in ones])),
-                "held_out_loss": float(np.mean(losses)),
-                "held_out_loss_low": min(losses),
-                "held_out_loss_high": max(losses),
-                "right": right.mean,
-                "right_low": right.low,
-                "right_high": right.high,
+                **columns("held_out_loss", (float(np.mean(losses)), min(losses), max(losses))),
+                **columns("right", right),
             }
         )
     table = [[one.judged.loss for one in ones] for ones in by_budget.values()]  # [K][S]
@@ -258,7 +254,7 @@ def resolution_rows(found: Sequence[Sampled]) -> list[Row]:
             "tokens_per_clip": one.tokens,
             "flops_per_clip": one.flops,
             "held_out_loss": one.judged.loss,
-            **dict(zip(("right", "right_low", "right_high"), bootstrap_mean(one.judged.right), strict=True)),
+            **columns("right", bootstrap_mean(one.judged.right)),
             "right_of_drawn_clips": one.drawn,
         }
         for one in found

@@ -24,7 +24,7 @@ from align.config import Count, Positive, Share
 from base_model.errors import UserError
 from recipes.bench._people import panel_worth, perceived
 from recipes.bench._pool import kept_pool, pool_settings
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, write
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.shapes.eye import Perception
 from recipes.shapes.labelers import REWARD_PANEL, rank
@@ -244,9 +244,7 @@ def compare(numbers: Array, method: Array, random: Array, *, draws: int = DRAWS)
             "accuracy": target,
             "rankings": mine,
             "rankings_random": theirs,
-            "ratio": mine / theirs,
-            "ratio_low": float(low[n]),
-            "ratio_high": float(high[n]),
+            **columns("ratio", (mine / theirs, float(low[n]), float(high[n]))),
             "goal_met": bool(high[n] <= GOAL),
         }
         for n, (share, target, (mine, theirs)) in enumerate(zip(TARGETS, targets_of(random.mean(0)), found, strict=True))

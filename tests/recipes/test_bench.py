@@ -340,6 +340,8 @@ def test_a_command_line_is_made_of_what_differs_from_the_defaults() -> None:
 def test_spreads_and_paired_ratios_are_medians_with_their_range() -> None:
     assert _results.spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
     assert _results.paired_ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == (3.0, 2.0, 4.0)
+    assert _results.columns("seconds", _results.spread([3.0, 1.0, 2.0])) == {"seconds": 2.0, "seconds_low": 1.0, "seconds_high": 3.0}
+    assert _results.columns("ratio", None) == dict.fromkeys(("ratio", "ratio_low", "ratio_high"))
 
 
 def test_tables_leave_out_what_nobody_knows_and_turn_wide_ones_over() -> None:
