@@ -61,7 +61,7 @@ def test_the_sampler_bench_measures_ours_and_its_peers_in_flat_rows(network: Pat
     assert ours["tokens_per_clip"] == 2 * 2 * 2
 
 
-def test_guidance_that_nobody_would_sample_with_is_refused(network: Path) -> None:
+def test_guidance_is_not_measured_and_refused(network: Path) -> None:
     with pytest.raises(UserError, match=r"is not measured, sampler\.guidance\. Leave it at 1"):
         quick_sampler(network, "--sampler.guidance", "3")
 
