@@ -355,6 +355,14 @@ def test_tables_leave_out_what_nobody_knows_and_turn_wide_ones_over() -> None:
     assert _results.table([]) == "Nothing was measured."
 
 
+def test_a_table_says_which_real_clips_there_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUSHES_REAL_DATA", raising=False)
+    assert _results.real_clips(None) is None and _results.told_of_real(None) == "Real clips: none."
+    monkeypatch.setenv("RUSHES_REAL_DATA", str(tmp_path))
+    assert _results.real_clips(None) == tmp_path / "clips" and _results.told_of_real(None) == "Real clips: those of RUSHES_REAL_DATA."
+    assert _results.real_clips(Path("mine")) == Path("mine") and _results.told_of_real(Path("mine")) == "Real clips: those that were given."
+
+
 def test_a_toy_does_not_take_the_place_of_a_published_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_results, "write_atomic", lambda *_: pytest.fail("it was written"))
     source = Provenance("2026-11", ["rushes bench sampler"], "abc", {}, {"cores": 2})
