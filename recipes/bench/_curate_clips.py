@@ -7,7 +7,6 @@ and two of them are not the same picture. Clean ones among them look like defect
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align.progress import Progress
+from base_model.errors import UserError
 from base_model.types import ClipShape
 from base_model.video.files import frame_rate, read_video, write_atomic
+from recipes.bench._trained import kept
 from recipes.shapes.prompts import sample_prompt
 from recipes.shapes.render import render, sample_scene
+from recipes.weights import file_hash
 
 Frames = NDArray[np.uint8]  # [T,H,W,3]
 
@@ -32,6 +34,8 @@ ALIKE_SHARE = 0.05  # of the clips, each kind that looks like a defect
 REAL_SHARE = 0.4
 STANDS = 0.4  # of a clip that is called frozen, whatever it shows then
 SIZES = ((96, 128), (128, 96), (112, 160), (128, 128), (144, 256))
+LONGEST = 48
+"""Frames of the longest window into a real clip."""
 RATES = (8.0, 12.0, 15.0, 24.0, 30.0)
 FONTS = (0, 2, 3, 4)  # of OpenCV
 
@@ -62,12 +66,18 @@ class Source(NamedTuple):
 
 
 def make_clips(folder: Path, number: int, *, seed: int, real: Path | None) -> list[Clip]:
-    """Writes `number` clips into `folder` and what is true of them beside it, or reads that where it is there already. The same clips for the same numbers."""
-    truth = folder.with_name(f"{folder.name}.json")
-    if truth.exists():
-        return [Clip(row["name"], row["kind"], tuple(row["truths"]), row["origin"], tuple(row["cuts"])) for row in json.loads(truth.read_text(encoding="utf-8"))]
+    """Writes `number` clips into `folder` and what is true of them beside it, or reads that where it is there already. The same clips for the same numbers and textures.
+
+    Raises UserError where the folder holds others."""
+    textures = {file.name: file_hash(file) for file in _real_files(real)}
+    settings = {"clips": number, "seed": seed, "real": textures}
+    found = kept(folder.with_name(f"{folder.name}.json"), settings, lambda: {"clips": [clip._asdict() for clip in _draw_clips(folder, number, seed, real)]})
+    return [Clip(row["name"], row["kind"], tuple(row["truths"]), row["origin"], tuple(row["cuts"])) for row in found["clips"]]
+
+
+def _draw_clips(folder: Path, number: int, seed: int, real: Path | None) -> list[Clip]:
     folder.mkdir(parents=True, exist_ok=True)
-    source = Source(_real_clips(real) if real else ())
+    source = Source(_real_clips(real))
     kinds = _kinds(np.random.default_rng([seed, 0]), number)
     clips: list[Clip] = []
     plain: list[tuple[str, Made]] = []  # that copies are made of: the last few
@@ -87,7 +97,6 @@ def make_clips(folder: Path, number: int, *, seed: int, real: Path | None) -> li
                 plain = [*plain, (name, made)][-32:]
             write_atomic(folder / name, content)
             progress.advance(kind)
-    write_atomic(truth, json.dumps([clip._asdict() for clip in clips], indent=1).encode())
     return clips
 
 
@@ -113,7 +122,7 @@ def _made(kind: str, source: Source, rng: np.random.Generator) -> Made:
         "frozen": lambda: _frozen(_scene(source, rng, size), rng, fps),
         "black": lambda: _black(_scene(source, rng, size), rng, fps),
         "letterboxed": lambda: Made(_letterboxed(_scene(source, rng, size), rng), fps, truths=("letterboxed",)),
-        "flashing": lambda: _flashing(_scene(source, rng, size, most=48), rng, max(fps, 12.0)),
+        "flashing": lambda: _flashing(_scene(source, rng, size, most=LONGEST), rng, max(fps, 12.0)),
     }
     if kind in makers:
         return makers[kind]()
@@ -123,11 +132,21 @@ def _made(kind: str, source: Source, rng: np.random.Generator) -> Made:
 # Scenes
 
 
-def _real_clips(folder: Path) -> tuple[Frames, ...]:
+def _real_files(folder: Path | None) -> list[Path]:
+    return sorted(folder.glob("*.mp4")) if folder else []
+
+
+def _real_clips(folder: Path | None) -> tuple[Frames, ...]:
+    """Raises UserError for a clip of which no window can be shown."""
     import cv2
 
-    files = sorted(folder.glob("*.mp4"))
-    return tuple(read_video(file, shrink=lambda frame: np.asarray(cv2.resize(frame, (360, 240), interpolation=cv2.INTER_AREA), np.uint8)).frames for file in files)
+    found = []
+    for file in _real_files(folder):
+        frames = read_video(file, shrink=lambda frame: np.asarray(cv2.resize(frame, (360, 240), interpolation=cv2.INTER_AREA), np.uint8)).frames
+        if len(frames) < LONGEST:
+            raise UserError(f"{file} has {len(frames)} frames, textures take up to {LONGEST}. Give --real a folder of longer clips")
+        found.append(frames)
+    return tuple(found)
 
 
 def _scene(source: Source, rng: np.random.Generator, size: tuple[int, int], *, most: int = 36, frames: int | None = None) -> Frames:

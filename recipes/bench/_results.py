@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import platform
 import re
 import shlex
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -54,6 +58,16 @@ def paired_ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
+@contextmanager
+def place(cfg: Bench, out: Path) -> Iterator[Path]:
+    """Where a benchmark works: `out`, and what is finished there is not repeated. The quick form keeps nothing."""
+    if not cfg.quick:
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
+        yield Path(folder)
+
+
 T = TypeVar("T")
 
 
@@ -72,6 +86,21 @@ def command(name: str, cfg: Bench) -> str:
     return f"rushes bench {name}{''.join(words)}"
 
 
+def columns(name: str, found: Iterable[float | None] | None) -> Row:
+    """A value, its lower and its upper end as three columns; null where nothing was found."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), (None,) * 3 if found is None else found, strict=True))
+
+
+def in_brackets(rows: Sequence[Row]) -> list[Row]:
+    """For the file: a value and its ends in one cell."""
+
+    def cell(row: Row, name: str) -> Any:
+        known = row[name] is not None and row.get(f"{name}_low") is not None
+        return f"{row[name]:.3g} [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]" if known else row[name]
+
+    return [{name: cell(row, name) for name in row if not name.endswith(("_low", "_high"))} for row in rows]
+
+
 def flat(parts: dict[str, list[Row]]) -> list[Row]:
     """All rows with all columns; what does not apply is null."""
     columns = list(dict.fromkeys(key for rows in parts.values() for row in rows for key in row))
@@ -82,9 +111,13 @@ def flat(parts: dict[str, list[Row]]) -> list[Row]:
 
 
 def check_can_end(cfg: Bench, *, out: Path | None = None, sheet: Path | None = None) -> None:
-    """Raises UserError where what is found could not be written into `results`, the folder `out` or the picture `sheet`: before the work, not after it."""
+    """Raises UserError where what is found could not be written into `results`, the folder `out` or the picture `sheet`: before the work, not after it.
+
+    A measurement begins here: what an earlier one read is forgotten."""
+    _read.clear()
     if cfg.write:
         _check_date(cfg.date or _today())
+        _check_place(cfg)
         check_can_write(cfg.results, "--results")
     if out is not None:
         check_can_write(out)
@@ -103,6 +136,11 @@ def _check_date(date: str) -> None:
         raise UserError(f"date: expected a year and a month as in 2026-11, got {date!r}. Give --date YYYY-MM")
 
 
+def _check_place(cfg: Bench) -> None:
+    if cfg.quick and cfg.results.resolve() == RESULTS.resolve():
+        raise UserError("the quick form would take the place of a table that was measured, results. Leave out --quick, or give --results FOLDER")
+
+
 class Provenance(NamedTuple):
     """Where numbers come from."""
 
@@ -113,17 +151,55 @@ class Provenance(NamedTuple):
     hardware: Mapping[str, Any]
 
 
+class Maker(NamedTuple):
+    """The code that measured, and on how many threads; "unknown" where nobody noted it."""
+
+    commit: str
+    threads: str
+
+
+_read: list[Maker] = []
+"""Who made what this measurement read instead of making it."""
+_commit = functools.cache(commit)  # files may change while a process works with what it loaded
+
+
+def maker() -> Maker:
+    """This process."""
+    import torch
+
+    return Maker(_commit(), str(torch.get_num_threads()))
+
+
+def note_read(by: Maker) -> None:
+    """What is written next holds numbers that were made earlier."""
+    _read.append(by)
+
+
 def here(name: str, cfg: Bench) -> Provenance:
-    """This process, on this machine, now."""
-    return Provenance(cfg.date or _today(), [command(name, cfg)], commit(), versions(), hardware())
+    """This process, on this machine, now; and the commits and threads of what it read of earlier ones."""
+    makers = [*_read, maker()]
+    commits, threads = (", ".join(dict.fromkeys(each)) for each in zip(*makers, strict=True))
+    return Provenance(cfg.date or _today(), [command(name, cfg)], commits, versions(), {**hardware(), "threads": threads})
+
+
+def real_clips(given: Path | None) -> Path | None:
+    """The folder of real clips: the one that is given, else `clips` in the folder that RUSHES_REAL_DATA names, else none."""
+    data = os.environ.get("RUSHES_REAL_DATA")
+    return given or (Path(data) / "clips" if data else None)
+
+
+def told_of_real(given: Path | None) -> str:
+    """Which real clips a measurement had: where they lie stands in no command."""
+    return f"Real clips: {'those that were given' if given else 'those of RUSHES_REAL_DATA' if real_clips(None) else 'none'}."
 
 
 def write(cfg: Bench, name: str, source: Provenance, title: str, sections: Mapping[str, Sequence[Row]], *, remarks: Sequence[str] = ()) -> Path:
     """Writes the Markdown of one measurement and names it on standard error; returns it. An older file of that name is replaced.
 
-    sections: heading -> rows of one table. Raises UserError where the folder cannot be written or the date is not a year and a month.
+    sections: heading -> rows of one table. Raises UserError where the folder cannot be written, the date is no year and month, or a quick form would replace a published table.
     """
     _check_date(source.date)
+    _check_place(cfg)
     parts = [f"# {title}", *remarks]
     for heading, rows in sections.items():
         parts += [f"## {heading}", table(rows)]
@@ -158,11 +234,14 @@ def _facts(source: Provenance) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table; columns in which nothing is known are left out. A few rows of many columns are turned on their side."""
+    """Rows as a Markdown table; columns in which nothing is known are left out, and a row need not have all of them. Their order is that of the longest row.
+
+    A few rows of many columns are turned on their side."""
     if not rows:
         return "Nothing was measured."
-    names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    lines = [[name.replace("_", " ") for name in names], *([_cell(row[name]) for name in names] for row in rows)]
+    every = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    names = [name for name in every if any(row.get(name) is not None for row in rows)]
+    lines = [[name.replace("_", " ") for name in names], *([_cell(row.get(name)) for name in names] for row in rows)]
     if len(names) > WIDEST and len(rows) <= 3:
         lines = [list(column) for column in zip(*lines, strict=True)]
     lines.insert(1, ["---"] * len(lines[0]))

@@ -21,6 +21,7 @@ from base_model.checkpoint import atomic_write, read_json
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, LatentVideoModel, build_network, load_codec, load_tiny, save_network
+from recipes.bench._results import Maker, maker, note_read
 from recipes.bench.networks import Size, architecture
 from recipes.evaluate import clip_seeds
 from recipes.fit import Fit
@@ -75,17 +76,21 @@ class Trained(NamedTuple):
 
 
 def kept(file: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` found, written to `file` once it is known, and read from there ever after. Raises UserError where the file holds what other settings gave."""
+    """What `make` found, written to `file` once it is known, and read from there ever after. Commit and threads are noted beside it: another commit may read it, and tables say so.
+
+    Raises UserError where the file holds what other settings gave."""
     told = json.loads(json.dumps(settings))
     if not file.exists():
-        found = make()
+        by, found = maker(), make()
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, (json.dumps({"settings": told, "found": found}, indent=1) + "\n").encode())
+        atomic_write(file, (json.dumps({"settings": told, "made": by._asdict(), "found": found}, indent=1) + "\n").encode())
     content = read_json(file, "what was measured")
     before = content.get("settings")
     if before != told or not isinstance(content.get("found"), dict):
         differ = sorted(key for key in told if not isinstance(before, dict) or before.get(key) != told[key]) or ["found"]
         raise UserError(f"{file} was made with another {', '.join(differ)}. Give the same values, another --out, or delete that file")
+    made = content.get("made") or {}
+    note_read(Maker(str(made.get("commit", "unknown")), str(made.get("threads", "unknown"))))
     return dict(content["found"])
 
 

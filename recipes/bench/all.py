@@ -1,7 +1,7 @@
 """What is fast here, and beside what: the benchmarks of speed, each in a process of its own, one after another, and one table of their ratios (`rushes bench all`).
 
 Every ratio is the benchmark's own, a median of paired repeats with the smallest and the largest one, turned so that above 1 ours is faster or needs less. What fails has a row with
-the reason, and the others go on. What each said lies in `out`: `--resume` asks only what is missing there, of this commit and these settings.
+the reason, and the others go on. What each said lies in `out`: `--resume` asks only what is missing there, of this commit, these settings and as many threads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from align.progress import Progress
 from base_model.errors import UserError
 from base_model.video.files import disk_errors, write_atomic
 from recipes.bench import _profile
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, maker, write
 from recipes.charts import Whisker, alone, ratio_chart
 
 Name = Literal["sampler", "sft", "ddpo-trl", "phases", "packing", "packing-wan", "score", "loader", "app"]
@@ -200,7 +200,7 @@ def measure(cfg: Config, *, resume: bool) -> dict[str, list[Row]]:
             runs = {"beside": ["-m", "recipes.cli", "bench", part.bench, "--json", *words], "costs": ["-m", _profile.__name__, part.bench, *words]}
             for kind in found:
                 file = cfg.out / (f"{name}.json" if kind == "beside" else f"{name}-{kind}.json")
-                settings = {"words": runs[kind], "commit": commit()}
+                settings = {"words": runs[kind], "commit": commit(), "threads": maker().threads}
                 try:
                     rows = kept(file, settings, partial(asked, runs[kind], file.with_suffix(".log")), resume=resume)
                     told = list(part.compared(rows)) if kind == "beside" else [{**row, "error": None} for row in rows]

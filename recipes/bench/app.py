@@ -2,7 +2,7 @@
 
 A server process of its own (`rushes app serve`) and simulated labelers that do what a browser does: ask for the next task, load its page's data, fetch every clip by range,
 think, answer. Thinking times are exponential; without thinking the same shows how much the server does at most. Both stores commit to disk before they acknowledge. In the full
-form Label Studio's API is measured beside it, one client after the other, import, next task and answer of both in turn.
+form Label Studio's API is measured beside it, one client after the other, next task and answer of both in turn.
 
 "next task" is from the request for a lease to the task's data, both requests; "submit" until the answer is acknowledged.
 """
@@ -40,7 +40,7 @@ from align.config import Count, NonNegative, Positive
 from base_model.errors import UserError
 from recipes.bench import _label_studio as peer
 from recipes.bench._postgres import postgres
-from recipes.bench._results import Bench, Row, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
 from reward.app import people, schema
 from reward.app.media import path_of
 from reward.app.security import begin_session
@@ -313,21 +313,21 @@ def _quantiles(name: str, seconds: Sequence[float]) -> Row:
 
 
 def beside(cfg: Config) -> list[Row]:
-    """Import, next task and answer of one client, ours and the peer's in turn. A peer's kept connection waits 40 ms for an acknowledgement at every answer: one connection a
+    """Next task and answer of one client, ours and the peer's in turn. A peer's kept connection waits 40 ms for an acknowledgement at every answer: one connection a
     request, beside it."""
     python = peer.environment(cfg.out / "label-studio", cfg.python)
     with tempfile.TemporaryDirectory(prefix="rushes-bench-") as place, contextlib.ExitStack() as stack:
         ours = Path(place) / "ours"
         ours.mkdir()
         store = open_store(ours)
-        imported = import_ours(store, 1_000)
         project_id, (cookie,) = seed_store(store, 1, 2 * cfg.peer_tasks + 10)
         csrf = csrf_of(store, cookie)
         store.close()
         url, _ = stack.enter_context(served(ours, None))
         theirs = stack.enter_context(peer.served(python, Path(place) / "theirs", _free_port()))
         theirs_project = peer.make_project(theirs)
-        rows = [_ratio("import of 1,000 tasks", [imported], [peer.import_tasks(theirs, theirs_project, 1_000)])]
+        peer.import_tasks(theirs, theirs_project, 1_000)
+        rows: list[Row] = []
         for kept in (True, False):
             mine = httpx2.Client(base_url=url, headers={"cookie": f"rushes={cookie}", "x-csrf": csrf, **({} if kept else {"connection": "close"})}, timeout=60)
             their = httpx2.Client(base_url=theirs.base_url, headers={**theirs.headers, **({} if kept else {"connection": "close"})}, timeout=60)
@@ -338,20 +338,6 @@ def beside(cfg: Config) -> list[Row]:
             mine.close()
             their.close()
         return rows
-
-
-def import_ours(store: Store, tasks: int) -> float:
-    """Seconds to put so many tasks of two clips into a store: rows of clips, and the tasks dealt of them. Files are not touched, as the peer touches none."""
-    from reward.app import labeling, security
-
-    project_id, now = new_id("j"), store.now()
-    began = time.perf_counter()
-    with store.writing() as db:
-        db.execute(insert(schema.project), {"id": project_id, "name": "import", "state": "open", "settings": {"labeling": {"takes": 2}}, "created_at": now})
-        db.execute(insert(schema.prompt), [_prompt(project_id, i) for i in range(tasks)])
-        db.execute(insert(schema.clip), [_clip(project_id, f"f{number:063x}", f"p{number // 2}", now) for number in range(2 * tasks)])
-        labeling.make_tasks(store, db, project_id, security.Actor("system", "system", "", {}, {}, "", ""))
-    return time.perf_counter() - began
 
 
 def _answer_ours(client: httpx2.Client, project_id: str, number: int) -> Iterator[tuple[float, float]]:
@@ -388,6 +374,7 @@ def _free_port() -> int:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """`resume` changes nothing: nothing is kept."""
+    check_can_end(cfg)
     if shutil.which("runuser") is None and "postgresql" in cfg.stores and os.getuid() == 0:
         raise UserError("PostgreSQL does not run as root, and there is no runuser. Give --stores '[sqlite]'")
     stores = cfg.stores[:1] if cfg.quick else cfg.stores

@@ -10,7 +10,6 @@ the audit looks before and after.
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS
 from base_model.video.files import write_atomic
 from recipes import disparity, nft, sft
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, in_brackets, place, write
 from recipes.bench._start import Begin, Start, the_start
 from recipes.bench._trained import kept
 from recipes.bench.hacking import unranked
@@ -42,6 +41,7 @@ from recipes.pairs import save_pairs
 from recipes.shapes.bank import VALUES, draw, open_prompts, shown, skewed_pairs, with_value
 from recipes.shapes.prompts import make_prompts
 from recipes.statistics import clopper_pearson
+from recipes.weights import file_hash
 from reward.model import save_reward_model
 
 Array = NDArray[np.float64]
@@ -196,7 +196,7 @@ def power_row(cfg: Config, pool: Index, prompts: int, skew: float) -> Row:
     row: Row = {"prompts": prompts, "clips_each": cfg.audit.clips, "skew": skew, "audits": cfg.runs}
     for name, count in hits.items():
         if name not in ("found", "by_share", "by_shift") or skew:
-            row |= {f"{name}{end}": value for end, value in zip(("", "_low", "_high"), clopper_pearson(count, cfg.runs), strict=True)}
+            row |= columns(name, clopper_pearson(count, cfg.runs))
     return row | {state.replace(" ", "_").replace("-", "_"): states.count(state) / len(states) if states else None for state in disparity.STATES}
 
 
@@ -260,7 +260,8 @@ def through(cfg: Config, out: Path, *, quick: bool) -> dict[str, Any]:
     shared = {"version": VERSION, "seed": cfg.seed, "start": network_lineage(start.model), **{key: dump(cfg)[key] for key in ("planted", "pairs", "fit")}}
     learned = kept(out / "base" / "learned.json", shared, lambda: learn_skew(cfg, start, out / "base"))
     base = out / "base" / "run" / "network.safetensors"
-    settings = {**shared, "base": network_lineage(base), **{key: dump(cfg)[key] for key in ("policy", "training", "sampler")}}
+    rewards = {"reward": file_hash(start.reward / "reward_card.json"), "guard": file_hash(start.guard / "reward_card.json")}
+    settings = {**shared, "base": network_lineage(base), **rewards, **{key: dump(cfg)[key] for key in ("policy", "training", "sampler")}}
     climbed = kept(out / "rl" / "climbed.json", settings, lambda: climb(cfg, start, base, out / "rl" / "run"))
     report = audited(cfg, start, base, out / "rl" / "run" / "network.safetensors", out / "audit")
     return {"learned": learned, "rl": climbed, "audit": report}
@@ -270,7 +271,7 @@ def through(cfg: Config, out: Path, *, quick: bool) -> dict[str, Any]:
 
 
 def interval(name: str, found: Mapping[str, Any] | None) -> Row:
-    return {f"{name}{end}": None if found is None else found[key] for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))}
+    return columns(name, None if found is None else [found[key] for key in ("mean", "low", "high")])
 
 
 def value_rows(cfg: Config, report: Mapping[str, Any]) -> list[Row]:
@@ -376,14 +377,9 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, bars, power = run_all(small, Path(folder), quick=True)
-    else:
-        parts, bars, power = run_all(cfg, cfg.out, quick=False)
+    with place(cfg, cfg.out) as out:
+        parts, bars, power = run_all(small, out, quick=cfg.quick)
     if cfg.write:
-        from recipes.bench.limits import in_brackets
-
         failed = [f"{row['asked']} ({row['found']})" for row in parts["claims"] if not row["holds"]]
         remarks = [
             f"Does not hold: {'; '.join(failed)}." if failed else "Everything that is asked holds.",

@@ -12,7 +12,6 @@ The truth is the panel's mean utility, before noise and habits. Utilities have a
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from base_model.prompts.text import TextEncoder
 from recipes import reward_model
 from recipes.bench._people import panel_worth, perceived
 from recipes.bench._pool import Source, asked, kept_pool
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
 from recipes.bench._trained import Seeds
 from recipes.match import SHIPPED
 from recipes.quality import SHIPPED as QUALITY
@@ -410,16 +409,14 @@ def shrunk(cfg: Config) -> Config:
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: clips are made once."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = measure(shrunk(cfg), Path(folder))
-    else:
-        parts = measure(cfg, cfg.out)
+    small = shrunk(cfg) if cfg.quick else cfg
+    with place(cfg, cfg.out) as out:
+        parts = measure(small, out)
     if cfg.write:
         failed = [f"{row['asked']} ({row['clips']} clips, {row['dimension']}: {row['found']})" for row in parts["claims"] if not row["holds"]]
         remarks = [
             f"Does not hold: {'; '.join(failed)}." if failed else "All that was asked for holds.",
-            f"{len(cfg.seeds)} seeds. `low` and `high` are 95 % bootstraps over seeds and prompts, both resampled. People are simulated.",
+            f"{len(small.seeds)} seeds. `low` and `high` are 95 % bootstraps over seeds and prompts, both resampled. People are simulated.",
         ]
         write(cfg, "calibration", here("calibration", cfg), "Calibration and honest intervals", {part.capitalize(): rows for part, rows in parts.items()}, remarks=remarks)
     return {"rows": flat(parts)}

@@ -10,7 +10,6 @@ Letters: S seeds, N clips or prompts.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,14 @@ from base_model.prompts.vision import load_vlm
 from base_model.tiny import WEIGHTS, load_tiny
 from base_model.video.files import write_atomic, write_lossless
 from recipes import caption, caption_train, sft
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, write
 from recipes.bench._trained import LOOKS, Pace, Seeds, asked, check_same, kept, look_settings, looks
 from recipes.clip_folder import TABLE
 from recipes.generate import Sampler
 from recipes.shapes import captions as shapes
 from recipes.shapes.prompts import SHAPE_WORDS, Thing
 from recipes.shapes.render import FPS
-from recipes.statistics import Interval, bootstrap_crossed, bootstrap_mean
+from recipes.statistics import bootstrap_crossed, bootstrap_mean
 from recipes.weights import file_hash
 
 Array = NDArray[np.float64]
@@ -98,15 +97,19 @@ def judge_captioner(cfg: Config, model: Path, split: str) -> dict[str, list[floa
 
 
 def tagged_clips(cfg: Config, out: Path, seed: int) -> Path:
-    """A folder of clips whose captions are tags."""
+    """A folder of clips whose captions are tags, made once for its settings."""
     folder = out / f"tags-{seed}"
-    if not (folder / TABLE).exists():
+
+    def make() -> dict[str, Any]:
         drawn = shapes.Drawn(cfg.pairs, seed=DRAWN + seed, split="train")
         folder.mkdir(parents=True, exist_ok=True)
         for row in range(len(drawn)):
             write_lossless(folder / f"{row:05d}.mkv", drawn.video(row), FPS)
         lines = [json.dumps({"file_name": f"{row:05d}.mkv", "text": SHAPE_WORDS[thing.shape][0], "says": list(vars(thing).values())}) for row, thing in enumerate(drawn.things)]
         write_atomic(folder / TABLE, ("\n".join(lines) + "\n").encode())
+        return {"clips": len(drawn)}
+
+    kept(out / f"tags-{seed}.json", {"version": VERSION, "seed": seed, "pairs": cfg.pairs}, make)
     return folder
 
 
@@ -145,17 +148,13 @@ def judged(cfg: Config, out: Path, name: str, network: Path) -> dict[str, list[f
 # Rows
 
 
-def interval(row: Row, name: str, found: Interval) -> Row:
-    return {**row, name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
-
-
 def accuracy_rows(cfg: Config, found: Mapping[str, Sequence[Mapping[str, Sequence[float]]]]) -> list[Row]:
     """A row a kind of clips and attribute: the share that is named right, over seeds and clips, and of each seed."""
     rows = []
     for kind, seeds in found.items():
         for name in ATTRIBUTES:
             table = np.array([seed[name] for seed in seeds])  # [S,N]
-            row = interval({"clips": kind, "attribute": name}, "right", bootstrap_crossed(table))
+            row = {"clips": kind, "attribute": name, **columns("right", bootstrap_crossed(table))}
             rows.append({**row, "of_seeds": ", ".join(f"{value:.3f}" for value in table.mean(1)), "seeds": len(table), "number": table.shape[1]})
     return rows
 
@@ -166,11 +165,10 @@ def sft_rows(base: Mapping[str, Sequence[float]], found: Mapping[str, Sequence[M
     for look in (name for name in LOOKS if name != "in_frame"):
         before = np.array(base[look])  # [N]
         tables = {arm: np.array([seed[look] for seed in seeds]) for arm, seeds in found.items()}  # [S,N]
-        rows.append({"look": look, "model": "base", **interval({}, "right", bootstrap_mean(before))})
+        rows.append({"look": look, "model": "base", **columns("right", bootstrap_mean(before))})
         for arm, table in tables.items():
-            row = interval({"look": look, "model": f"SFT on {arm}"}, "right", bootstrap_crossed(table))
-            row = interval(row, "minus_base", bootstrap_crossed(table - before))
-            rows.append(interval(row, "minus_tags", bootstrap_crossed(table - tables["tags"])) if arm != "tags" else row)
+            row = {"look": look, "model": f"SFT on {arm}", **columns("right", bootstrap_crossed(table)), **columns("minus_base", bootstrap_crossed(table - before))}
+            rows.append(row | (columns("minus_tags", bootstrap_crossed(table - tables["tags"])) if arm != "tags" else {}))
     return rows
 
 
@@ -226,11 +224,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = measure(small, Path(folder))
-    else:
-        parts = measure(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts = measure(small, out)
     if cfg.write:
         remarks = [*verdicts(parts), f"{len(small.seeds)} seed{'s' * (len(small.seeds) > 1)}. What each number is: [how to read](../README.md#how-to-read-captions)."]
         write(cfg, "caption", here("caption", cfg), "Captions instead of tags", {part.capitalize(): rows for part, rows in parts.items()}, remarks=remarks)

@@ -38,7 +38,7 @@ from base_model.networks.vae import VideoVAE, from_patches, to_patches
 from base_model.tiny import WEIGHTS, LatentCodec, load_codec
 from base_model.types import ClipShape, LatentSpec
 from recipes import vae
-from recipes.bench._results import Bench, Row, flat, here, paired_ratio, spread, timed, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, paired_ratio, spread, timed, write
 from recipes.shapes.dataset import ClipSet, draw_clips
 from recipes.shapes.render import DEMO_CLIP
 from recipes.statistics import bootstrap_difference, bootstrap_mean
@@ -426,9 +426,7 @@ def speed(codec: LatentCodec, shapes: Sequence[ClipShape], *, repeats: int) -> l
                     "clip": str(clip),
                     "chunk": chunk,
                     "tile": tile,
-                    "seconds": median,
-                    "seconds_low": min(mine),
-                    "seconds_high": max(mine),
+                    **columns("seconds", (median, min(mine), max(mine))),
                     "frames_per_second": clip.frames / median,
                     "times_slower_than_whole": ratio and ratio.median,
                     "times_slower_low": ratio and ratio.low,
@@ -471,6 +469,7 @@ def measure(cfg: Config, shipped: LatentCodec) -> dict[str, list[Row]]:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: a benchmark is measured anew."""
+    check_can_end(cfg)
     shipped, told = load_codec(cfg.codec or WEIGHTS / "vae.safetensors"), shrunk(cfg) if cfg.quick else cfg
     check(told, shipped)
     parts = measure(told, shipped)

@@ -8,16 +8,13 @@ their users call them, on clips with cuts, copies with their originals, and clea
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from align.config import Count
 from base_model.errors import UserError
@@ -26,7 +23,8 @@ from base_model.video.files import timed_frames
 from base_model.video.hashes import near_duplicates
 from recipes import curate
 from recipes.bench._curate_clips import CLEAN, DEFECTS, DUPLICATES, UNREADABLE, Clip, make_clips
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, timed, write
+from recipes.bench._environments import importable, installed
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, real_clips, timed, told_of_real, write
 from recipes.bench._workers import Worker, worker
 
 Peer = Literal["pyscenedetect", "videohash"]
@@ -51,8 +49,8 @@ INDEX_SIZES = (10_000, 100_000)
 
 
 class Config(Bench):
-    clips: Count = 2000
-    """Clips to make and to measure. `quick` takes at most 100."""
+    clips: Annotated[int, Field(ge=18)] = 2000
+    """Clips to make and to measure; at least one of each kind, and of what is copied. `quick` takes at most 100."""
     seed: int = 1
     """Of the clips. Thresholds were chosen on 0."""
     real: Path | None = None
@@ -89,6 +87,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     if cfg.write:
         remarks = [
             "Planted defects among small clips. `recall`: of the clips it was planted in; `precision`: of the clips that are said to have it, those that do.",
+            told_of_real(cfg.real),
             "Clean clips: those that are not kept. Peers: `ratio` is ours over the peer's, above 1 ours is better or faster.",
         ]
         write(cfg, "curate", here("curate", cfg), "Curation: planted defects", parts, remarks=remarks)
@@ -99,7 +98,7 @@ def curate_parts(cfg: Config) -> dict[str, list[Row]]:
     """The rows of each part."""
     cfg = cfg.model_copy(update={"clips": min(cfg.clips, 100), "peer_clips": min(cfg.peer_clips, 20)}) if cfg.quick else cfg
     folder = cfg.out / f"clips-{cfg.seed}-{cfg.clips}"
-    clips = make_clips(folder, cfg.clips, seed=cfg.seed, real=_real(cfg))
+    clips = make_clips(folder, cfg.clips, seed=cfg.seed, real=real_clips(cfg.real))
     decided, speed = decisions(cfg, folder, clips)
     parts = {
         "defects": [{**row, "clips_per_second": speed} for row in defect_rows(clips, decided)],
@@ -107,11 +106,6 @@ def curate_parts(cfg: Config) -> dict[str, list[Row]]:
         "peers": peer_rows(cfg, folder, clips),
     }
     return parts if cfg.quick else {**parts, "index": [index_row(size) for size in INDEX_SIZES]}
-
-
-def _real(cfg: Config) -> Path | None:
-    data = os.environ.get("RUSHES_REAL_DATA")
-    return cfg.real or (Path(data) / "clips" if data else None)
 
 
 # What the command says
@@ -325,37 +319,8 @@ def _peer(cfg: Config, name: Peer) -> Iterator[Worker]:
 def environment(cfg: Config, name: Peer) -> Path:
     """A Python that can import the peer. Raises UserError where there is none."""
     if cfg.python is not None:
-        return _importable(cfg.python.absolute(), name)
-    folder = cfg.out / "environment"
-    python = (folder / "bin" / "python").absolute()
-    try:
-        return _importable(python, name)
-    except UserError:
-        if cfg.quick:
-            raise UserError(f"not measured: {name} is not installed, and quick makes no environment") from None
-    try:
-        if not python.exists():
-            print(f"making an environment for the peers in {folder}", file=sys.stderr)
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, capture_output=True, text=True)
-        words = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--retries", "1"]
-        subprocess.run([str(python), *words, *PINS[name]], check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{name} cannot be installed: {_last_line(getattr(error, 'stderr', '') or str(error))}") from error
-    return _importable(python, name)
-
-
-def _importable(python: Path, name: Peer) -> Path:
-    try:
-        subprocess.run([str(python), "-c", f"import {MODULES[name]}"], check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{name} cannot be imported: {_last_line(getattr(error, 'stderr', '') or str(error))}") from error
-    return python
-
-
-def _last_line(said_by: str) -> str:
-    """The error that a process ended with."""
-    lines = [line.strip() for line in said_by.splitlines() if line.strip()] or ["it said nothing"]
-    return next((line for line in reversed(lines) if "Error: " in line), lines[-1])[:200]
+        return importable(cfg.python, name, MODULES[name])
+    return installed(cfg.out / "environment", name, MODULES[name], PINS[name], quick=cfg.quick)
 
 
 # The index of hashes

@@ -10,7 +10,6 @@ Letters: S seeds, N prompts, G clips a prompt.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from base_model.tiny import load_tiny
 from base_model.types import ClipShape
 from base_model.video.files import mp4_bytes, write_atomic
 from recipes import curate, sft
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, write
 from recipes.bench._trained import Seeds, kept
 from recipes.clip_folder import Windows
 from recipes.evaluate import clip_seeds
@@ -166,9 +165,9 @@ def judged(cfg: Config, weights: Path | None, held_out: Sequence[ShapesPrompt]) 
 def rows_of(runs: Mapping[str, Sequence[Mapping[str, Any]]], curation: Sequence[Mapping[str, Any]]) -> dict[str, list[Row]]:
     """runs: of the start and of each arm, one a seed. The shares, the difference of both arms, and what curation kept."""
     judge = {arm: np.array([run["judge"] for run in mine]) for arm, mine in runs.items()}  # [S,N] each
-    arms = [{"arm": arm, "seeds": len(mine), **columns("judge", mine)} for arm, mine in judge.items()]
+    arms = [{"arm": arm, "seeds": len(mine), **columns("judge", bootstrap_crossed(mine))} for arm, mine in judge.items()]
     gains = [
-        {"above": above, "below": below, **columns("difference", judge[above] - judge[below])}
+        {"above": above, "below": below, **columns("difference", bootstrap_crossed(judge[above] - judge[below]))}
         for above, below in (("curated", "everything"), ("curated", START), ("everything", START))
     ]
     kinds = [
@@ -181,10 +180,6 @@ def rows_of(runs: Mapping[str, Sequence[Mapping[str, Any]]], curation: Sequence[
         for kind in curation[0]["found"]
     ]
     return {"arms": arms, "differences": gains, "curation": kinds}
-
-
-def columns(name: str, values: NDArray[np.float64]) -> Row:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), bootstrap_crossed(values), strict=True))
 
 
 def verdict(rows: Mapping[str, Sequence[Row]]) -> str:
@@ -226,11 +221,8 @@ HEADINGS = {"arms": "What is right on held-out prompts", "differences": "Paired 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            rows = run_all(shrunk(cfg), Path(folder))
-    else:
-        rows = run_all(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        rows = run_all(shrunk(cfg) if cfg.quick else cfg, out)
     if cfg.write:
         write(cfg, "curated", here("curated", cfg), "SFT on curated clips and on everything", {HEADINGS[part]: each for part, each in rows.items()}, remarks=[verdict(rows)])
     return {"rows": flat(rows)}

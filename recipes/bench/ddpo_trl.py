@@ -25,7 +25,7 @@ from base_model.checkpoint import check_can_write
 from base_model.errors import UserError
 from recipes.bench import _ddpo_worker, _trl_worker
 from recipes.bench._ddpo_worker import Spec
-from recipes.bench._results import Bench, Row, check_can_end, here, paired_ratio, spread, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, here, in_brackets, paired_ratio, spread, write
 from recipes.bench._stable_diffusion import save_tiny
 from recipes.bench._workers import Worker, worker
 from recipes.shapes.prompts import make_prompts
@@ -179,14 +179,12 @@ def _row(spec: Spec, arm: Arm, said: Told, theirs: Told) -> Row:
         "rolled_rows": first["rolled_rows"],
         "trained_rows": first["trained_rows"],
         "trained_calls": first["trained_calls"],
-        "seconds": seconds.median,
-        "seconds_low": seconds.low,
-        "seconds_high": seconds.high,
+        **columns("seconds", seconds),
         **{f"{part}_seconds": spread([epoch[part] for epoch in said.epochs]).median for part in ("rollout", "update", "cpu")},
     }
     for part, name in (("seconds", "times_faster"), ("rollout", "rollout_times_faster"), ("update", "update_times_faster"), ("cpu", "times_less_cpu")):
         ratio = None if said is theirs else paired_ratio([epoch[part] for epoch in theirs.epochs], [epoch[part] for epoch in said.epochs])
-        row |= {name: ratio and ratio.median, f"{name}_low": ratio and ratio.low, f"{name}_high": ratio and ratio.high}
+        row |= columns(name, ratio)
     peak, known = said.epochs[-1]["peak_bytes"], theirs.epochs[-1]["peak_bytes"]
     row |= {
         "memory_before_bytes": said.before["peak_bytes"],
@@ -223,15 +221,9 @@ def _range(rows: Sequence[Row], name: str) -> str:
     return ", ".join(f"{row['train']} with guidance {row['guidance']:g}: {row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]" for row in rows)
 
 
-def in_brackets(rows: Sequence[Row]) -> list[Row]:
+def in_file(rows: Sequence[Row]) -> list[Row]:
     """For the file: a value and its interval in one cell, bytes in MiB."""
-
-    def cell(row: Row, name: str) -> Any:
-        if name.endswith("_bytes"):
-            return row[name] and round(row[name] / 2**20)
-        return f"{row[name]:.3g} [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]" if row[name] is not None and f"{name}_low" in row else row[name]
-
-    return [{name.replace("_bytes", "_MiB"): cell(row, name) for name in row if not name.endswith(("_low", "_high"))} for row in rows]
+    return in_brackets([{name.replace("_bytes", "_MiB"): value and round(value / 2**20) if name.endswith("_bytes") else value for name, value in row.items()} for row in rows])
 
 
 # The command
@@ -271,5 +263,5 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
             own = spec.model_copy(update={"train": train, "guidance": guidance})
             rows += rows_of(own, measure(small, python, Path(folder), own, progress))
     if cfg.write:
-        write(cfg, "ddpo-trl", here("ddpo-trl", cfg), "DDPO beside trl", {"An epoch": in_brackets(rows)}, remarks=verdicts(rows))
+        write(cfg, "ddpo-trl", here("ddpo-trl", cfg), "DDPO beside trl", {"An epoch": in_file(rows)}, remarks=verdicts(rows))
     return {"rows": rows}

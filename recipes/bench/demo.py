@@ -10,25 +10,24 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from align.config import Count
+from align.config import Count, commit
 from align.run import lock_folder
 from base_model.checkpoint import atomic_write
 from base_model.errors import UserError
 from recipes.bench import _stacks
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, paired_ratio, spread, write
+from recipes.bench._results import Bench, Maker, Row, check_can_end, flat, here, note_read, paired_ratio, place, spread, write
 
 ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).parents[1] / "configs" / "tiny" / "toy.yaml"
 MOST = 16
 """Functions in the table of a profile."""
 Side = Literal["now", "before"]
-Told = dict[str, Any]  # of one demo: stage_seconds, wall_seconds, cpu_seconds, peak_memory_bytes, judge, flash_rate, commit
+Told = dict[str, Any]  # of one demo: stage_seconds, wall_seconds, cpu_seconds, peak_memory_bytes, judge, flash_rate, commit, threads
 
 
 class Config(Bench):
@@ -68,7 +67,7 @@ def run_demo(checkout: Path, out: Path, configuration: Sequence[str], command: S
         raise UserError(f"the demo of {checkout} ended with status {process.returncode}, {log}. The end of that file says why")
     told = json.loads((out / "report" / "report.json").read_text())
     names = ("stage_seconds", "wall_seconds", "peak_memory_bytes", "judge", "flash_rate", "commit")
-    return {name: told[name] for name in names} | {"cpu_seconds": used.ru_utime + used.ru_stime}
+    return {name: told[name] for name in names} | {"cpu_seconds": used.ru_utime + used.ru_stime, "threads": told.get("hardware", {}).get("threads")}
 
 
 def run_all(cfg: Config, folder: Path) -> dict[Side, list[Told]]:
@@ -90,12 +89,16 @@ def run_all(cfg: Config, folder: Path) -> dict[Side, list[Told]]:
 
 
 def profiled(cfg: Config, folder: Path) -> list[Row]:
-    """The largest costs of a demo of this checkout, on its main thread."""
-    stacks = (folder / "stacks.json").resolve()
-    if not stacks.exists():
+    """The largest costs of a demo of this checkout, on its main thread. Raises UserError where the folder holds those of another commit."""
+    from recipes.bench._trained import kept
+
+    def make() -> dict[str, Any]:
         print("demo now, looked at", file=sys.stderr, flush=True)
+        stacks = (folder / "stacks.json").resolve()
         run_demo(ROOT, folder / "profile", [str(TOY)] if cfg.quick else [], (_stacks.__name__, str(stacks)))
-    return _stacks.largest(json.loads(stacks.read_text()), MOST)
+        return dict(json.loads(stacks.read_text()))
+
+    return _stacks.largest(kept(folder / "costs.json", {"commit": commit()}, make), MOST)
 
 
 # Rows
@@ -136,18 +139,18 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """`resume` changes nothing: finished demos are not made again."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     checkouts(cfg)
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            found = run_all(cfg.model_copy(update={"rounds": 1}), Path(folder))
-            costs = profiled(cfg, Path(folder)) if cfg.profile else []
-    else:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        lock_folder(cfg.out)
-        found = run_all(cfg, cfg.out)
-        costs = profiled(cfg, cfg.out) if cfg.profile else []
+    small = cfg.model_copy(update={"rounds": 1}) if cfg.quick else cfg
+    with place(cfg, cfg.out) as out:
+        out.mkdir(parents=True, exist_ok=True)
+        lock_folder(out)
+        found = run_all(small, out)
+        costs = profiled(small, out) if cfg.profile else []
     parts = {"seconds": time_rows(found), "quality": quality_rows(found), **({"costs": costs} if costs else {})}
     if cfg.write:
+        for run in found["now"]:
+            note_read(Maker(run["commit"], str(run.get("threads") or "unknown")))
         commits = " and ".join(f"{runs[0]['commit'][:7]} ({side})" for side, runs in found.items())
-        told = f"Commits {commits}; {cfg.rounds} demos of each in turns. ratio: before / now of runs right after each other, above 1 faster now, smallest and largest beside."
+        number = f"{small.rounds} demo{'s' * (small.rounds > 1)}"
+        told = f"Commits {commits}; {number} of each in turns. ratio: before / now of runs right after each other, above 1 faster now, smallest and largest beside."
         write(cfg, "demo", here("demo", cfg), "The demo, now and before", parts, remarks=[told, "[How to read](../README.md#how-to-read-demo)."])
     return {"rows": flat(parts)}

@@ -9,7 +9,6 @@ Letters: S seeds, N held-out short prompts, G clips a prompt.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,17 +23,16 @@ from align.config import Count, dump
 from base_model.errors import UserError
 from base_model.prompts.expand import Expanded, load_expander
 from recipes import expand
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, in_brackets, place, write
 from recipes.bench._start import Begin, the_start
 from recipes.bench._trained import Pace, Seeds, kept
-from recipes.bench.latent_reward import in_brackets
 from recipes.evaluate import clip_seeds
 from recipes.generate import UNSAFE, Sampler, best_device, expand_prompts, safety_runner, sample
 from recipes.models import encode_prompts, load_model, model_lineage
 from recipes.shapes.judge import Judgement, judge
 from recipes.shapes.prompts import ShapesPrompt
 from recipes.shapes.short import Short, make_shorts, said
-from recipes.statistics import Interval, bootstrap_crossed
+from recipes.statistics import bootstrap_crossed
 from recipes.weights import file_hash
 
 Array = NDArray[np.float64]
@@ -59,7 +57,7 @@ class Config(Bench):
     pairs: Path | None = None
     """Pairs of real prompts, as `rushes expand --pairs` takes them; none leaves that part out."""
     model: Path | None = None
-    """Network that makes the clips; with `reward`. None: that of the demo's SFT. `quick` takes the shipped base."""
+    """Network that makes the clips; with `reward`. None: that of the demo's SFT."""
     reward: Path | None = None
     """Folder of the reward model that GRPO climbs. None: the demo's, made here."""
     begin: Begin = Begin()
@@ -197,7 +195,7 @@ def language_row(data: str, found: Sequence[Mapping[str, Any]]) -> Row:
 
 
 def _spread(name: str, values: Sequence[float]) -> Row:
-    return {name: fmean(values), f"{name}_low": min(values), f"{name}_high": max(values)}
+    return columns(name, (fmean(values), min(values), max(values)))
 
 
 def rows_of(kind: Sequence[bool], shorts: Sequence[Short]) -> list[int]:
@@ -220,7 +218,7 @@ def clip_rows(arms: Mapping[str, Sequence[Seen]], shorts: Sequence[Short]) -> li
                 "prompts": kind,
                 "captions": arm,
                 "seeds": len(seeds),
-                **_columns("right", bootstrap_crossed(by_prompt(seeds, "right", rows))),
+                **columns("right", bootstrap_crossed(by_prompt(seeds, "right", rows))),
                 "meaning_kept": float(by_prompt(seeds, "keeps", rows).mean()),
                 "words": float(by_prompt(seeds, "words", rows).mean()),
                 "most_words": max(max(one.words[n]) for one in seeds for n in rows),
@@ -240,12 +238,8 @@ def difference_rows(arms: Mapping[str, Sequence[Seen]], shorts: Sequence[Short])
             gap = by_prompt(arms[after], "right", rows) - by_prompt(arms[before], "right", rows)  # [S,N], a single look at what is typed being that of all seeds
             known = bootstrap_crossed(gap)
             better = True if known.low > 0 else False if known.high < 0 else None
-            found.append({"prompts": kind, "captions": f"{after} - {before}", **_columns("right", known), "is_better": better})
+            found.append({"prompts": kind, "captions": f"{after} - {before}", **columns("right", known), "is_better": better})
     return found
-
-
-def _columns(name: str, interval: Interval) -> Row:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
 
 
 def training_rows(found: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Row]:
@@ -315,11 +309,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = run_all(small, Path(folder))
-    else:
-        parts = run_all(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts = run_all(small, out)
     if cfg.write:
         remarks = [*verdicts(parts), f"{len(small.seeds)} seeds. What each number is: [how to read](../README.md#how-to-read-expand)."]
         write(cfg, "expand", here("expand", cfg), "Prompts made long", {part.capitalize(): in_brackets(rows) for part, rows in parts.items()}, remarks=remarks)

@@ -136,14 +136,12 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     if not hasattr(os, "fork") or sys.platform != "linux":
         raise UserError("processes are forked, and signals and disks are Linux's, faults. Run it on Linux")
     seeds = [cfg.only] if cfg.only is not None else QUICK if cfg.quick else range(cfg.plans)
-    if keeps:
+    if keeps or cfg.only is not None:
         from align.run import lock_folder
 
         cfg.out.mkdir(parents=True, exist_ok=True)
         lock_folder(cfg.out)
-        found = carry_out(seeds, cfg.out / "stage", cfg.out)
-    elif cfg.only is not None:
-        found = carry_out(seeds, cfg.out / "stage", None)
+        found = carry_out(seeds, cfg.out / "stage", cfg.out if keeps else None)
     else:
         with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
             found = carry_out(seeds, Path(folder), None)

@@ -141,6 +141,7 @@ class Notebook:
         """Adds the row of what `work` finds; `told` is known before. An error that is neither lack of memory nor of a kernel is noted, too, and kept in `bugs`."""
         begun, found = time.monotonic(), {}
         note: str | None = None
+        peak: float | None = None
         if begun - self.began > self.seconds:
             note = f"left out: {self.seconds:g} seconds were over"
         else:
@@ -149,7 +150,7 @@ class Notebook:
                 found = work()
             except Exception as error:
                 note = self._noted(error)
-        peak = torch.cuda.max_memory_allocated() / GIB if self.sizes.device.type == "cuda" else None
+            peak = torch.cuda.max_memory_allocated() / GIB if self.sizes.device.type == "cuda" else None
         row = {"what": name, **told, **found, "peak_gib": peak, "wall_seconds": time.monotonic() - begun, "note": note}
         self.parts.setdefault(part, []).append(row)
         print(json.dumps({"part": part, **row}), file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -31,7 +32,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import load_tiny
 from base_model.video.files import write_atomic
 from recipes import feedback, guards, nft, reward_gradient
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, timed, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, timed, write
 from recipes.bench._trained import PROMPT_SEED, Seeds, asked, kept
 from recipes.bench.strip import Shown, draw, judged
 from recipes.evaluate import clip_seeds
@@ -44,7 +45,8 @@ from recipes.reward_model import Config as RewardConfig
 from recipes.reward_model import fit_standard, normalise
 from recipes.shapes.measure import measure
 from recipes.shapes.prompts import ShapesPrompt
-from recipes.statistics import bootstrap_difference, bootstrap_mean
+from recipes.statistics import bootstrap_crossed
+from recipes.weights import file_hash
 from reward.features import LUMA
 from reward.matcher import load_matcher
 from reward.mixture import Mixture, Term
@@ -147,6 +149,11 @@ def unranked(start: str, encode: EncodeText, video: Tensor, prompts: Sequence[st
     return model.requires_grad_(False)
 
 
+def made_of(start: str) -> dict[str, str]:
+    """sha256 of the shipped networks of `unranked`: what was rewarded by it is kept under these."""
+    return {"matcher": file_hash(SHIPPED[start]), "quality": file_hash(QUALITY[start])}
+
+
 # Runs
 
 
@@ -199,7 +206,7 @@ def look_of(out: Path, prompts: Sequence[ShapesPrompt], iteration: int, line: Ma
 def kept_climb(cfg: Config, out: Path, start: Start, flaw: Flaw, seed: int, watched: bool) -> dict[str, Any]:
     """The same, gone through once for its settings."""
     shared = {"version": VERSION, "base": network_lineage(None), **{key: dump(cfg)[key] for key in ("weight", "prompts", "policy", "sampler")}}
-    settings = {**shared, "flaw": flaw, "seed": seed, "guards": dump(cfg)["guards"] if watched else None}
+    settings = {**shared, "reward": made_of("reward"), "guard": made_of("guard"), "flaw": flaw, "seed": seed, "guards": dump(cfg)["guards"] if watched else None}
     folder = folder_of(out, flaw, seed, watched)
     return kept(folder / "looks.json", settings, partial(climb, cfg, folder / "run", start, flaw, seed, watched))
 
@@ -266,11 +273,11 @@ def end_of(run: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rows_of(flaw: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
-    """One row a run of the table: over all seeds, the proxy and the judge at the start and at the end, paired over prompts."""
+    """One row a run of the table: the proxy and the judge at the start and at the end, over seeds and prompts, which are paired."""
     rows = []
     for arm, mine in runs.items():
-        before, after = ([right for run in mine for right in pick(run)["right"]] for pick in (lambda run: run["looks"][0], end_of))
-        gain = bootstrap_difference(after, before)
+        before, after = (np.array([pick(run)["right"] for run in mine]) for pick in (lambda run: run["looks"][0], end_of))  # [S,P]
+        gain = bootstrap_crossed(after - before)
         stopped = [run["stopped"] for run in mine if run["stopped"] is not None]
         rows.append(
             {
@@ -278,11 +285,9 @@ def rows_of(flaw: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[
                 "run": arm,
                 "proxy_before": sum(run["looks"][0]["proxy"] for run in mine) / len(mine),
                 "proxy_after": sum(end_of(run)["proxy"] for run in mine) / len(mine),
-                "judge_before": bootstrap_mean(before).mean,
-                "judge_after": bootstrap_mean(after).mean,
-                "judge_change": gain.mean,
-                "judge_change_low": gain.low,
-                "judge_change_high": gain.high,
+                "judge_before": float(before.mean()),
+                "judge_after": float(after.mean()),
+                **columns("judge_change", gain),
                 "stopped_after": ", ".join(map(str, stopped)) or None,
                 "of_rollouts": max(run["looks"][-1]["iteration"] for run in mine) if not stopped else None,
                 "light": "; ".join(dict.fromkeys(run["said"] for run in mine)) or None,
@@ -335,7 +340,8 @@ def measured(cfg: Config, out: Path, quick: bool) -> tuple[dict[str, list[Row]],
         runs = {arm: [kept_climb(cfg, out, start, flaw, seed, arm == WITH) for seed in cfg.seeds] for arm in (WITHOUT, WITH)}
         table += rows_of(flaw, runs)
         curves += curve_rows(flaw, runs)
-    settings = {"version": VERSION, "base": network_lineage(None), **{key: dump(cfg)[key] for key in ("prompts", "guards", "sampler", "unchanged_looks")}}
+    shared = {key: dump(cfg)[key] for key in ("prompts", "guards", "sampler", "unchanged_looks")}
+    settings = {"version": VERSION, "base": network_lineage(None), "guard": made_of("guard"), **shared}
     lights = kept(out / "unchanged.json", settings, lambda: {"lights": [int(light) for light in lights_of_unchanged(cfg, start)]})["lights"]
     chance = [{"looks": len(lights), "green": lights.count(0), "amber": lights.count(1), "red": lights.count(2)}]
     with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
@@ -346,11 +352,8 @@ def measured(cfg: Config, out: Path, quick: bool) -> tuple[dict[str, list[Row]],
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, drawn = measured(shrunk(cfg), Path(folder), True)
-    else:
-        parts, drawn = measured(cfg, cfg.out, False)
+    with place(cfg, cfg.out) as out:
+        parts, drawn = measured(shrunk(cfg) if cfg.quick else cfg, out, cfg.quick)
     if cfg.write:
         sections = {heading[0].upper() + heading[1:]: rows for heading, rows in parts.items()}
         remarks = ["![The first held-out prompt before, without guards and with guards](hacking.png)"]

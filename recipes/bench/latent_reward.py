@@ -30,7 +30,7 @@ from base_model.checkpoint import read_json
 from base_model.tiny import LatentVideoModel, load_tiny
 from recipes import latent_reward, nft
 from recipes.bench._clock import PHASES, Laps, NoLook, TimedAssessor, TimedModel, TimedRun
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, paired_ratio, spread, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, in_brackets, paired_ratio, place, spread, write
 from recipes.bench._start import Begin, evaluation_prompts, the_start
 from recipes.bench._trained import Pace, Seeds, check_same, kept
 from recipes.bench.selection import needed
@@ -238,13 +238,9 @@ def second_rows(cfg: Config, made: Made, laps: Mapping[Arm, list[list[dict[str, 
         rows.append(
             {
                 "arm": arm.name,
-                "seconds_per_clip": whole.median,
-                "seconds_per_clip_low": whole.low,
-                "seconds_per_clip_high": whole.high,
+                **columns("seconds_per_clip", whole),
                 **{f"{phase}_seconds": statistics.median(rounds(arm, phase)) for phase in PHASES},
-                "seconds_over_pixel": ratio.median,
-                "seconds_over_pixel_low": ratio.low,
-                "seconds_over_pixel_high": ratio.high,
+                **columns("seconds_over_pixel", ratio),
                 "cpu_seconds_over_pixel": cpu.median,
                 "clips_that_pay_for_distilling": made.card["seconds"] / saved if arm.reward == "latent" and saved > 0 else None,
             }
@@ -258,7 +254,7 @@ def agreement_rows(made: Made) -> list[Row]:
     for told in made.card["measured"]:
         row: Row = {"t": told["t"]}
         for name in ("spearman", "spearman_within", "kendall", "kendall_within"):
-            row |= {name: told[name]["mean"], f"{name}_low": told[name]["low"], f"{name}_high": told[name]["high"]}
+            row |= columns(name, [told[name][end] for end in ("mean", "low", "high")])
         rows.append({**row, "spread": told["spread"], "miss_in_spreads": told["miss_in_spreads"]})
     return rows
 
@@ -322,7 +318,7 @@ def _end_row(cfg: Config, name: str, seeds: Sequence[Mapping[str, Any]], judge: 
     parts: dict[str, Interval | None] = {"judge": judge, "gain": gain, "latent_minus_pixel": difference, "flashing": flashes}
     row: Row = {"policy": name, "seeds": len(seeds)}
     for part, interval in parts.items():
-        row |= {f"{part}{end}": None if interval is None else value for end, value in zip(("", "_low", "_high"), interval or (None,) * 3, strict=True)}
+        row |= columns(part, interval)
     means = {f"{part}_reward" if part != "guard" else part: float(np.mean([np.mean(one[part]) for one in seeds])) for part in ("pixel", "latent", "guard")}
     return {**row, **means, "spearman_within": float(np.mean(within))}
 
@@ -371,16 +367,6 @@ def run_all(cfg: Config, out: Path) -> dict[str, list[Row]]:
     }
 
 
-def in_brackets(rows: Sequence[Row]) -> list[Row]:
-    """For the file: a value and its interval in one cell."""
-
-    def cell(row: Row, name: str) -> Any:
-        known = row[name] is not None and row.get(f"{name}_low") is not None
-        return f"{row[name]:.3g} [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]" if known else row[name]
-
-    return [{name: cell(row, name) for name in row if not name.endswith(("_low", "_high"))} for row in rows]
-
-
 def verdicts(parts: Mapping[str, Sequence[Row]]) -> list[str]:
     """What was asked, and whether it holds."""
     low = min(parts["agreement"], key=lambda row: row["t"])
@@ -404,11 +390,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = run_all(small, Path(folder))
-    else:
-        parts = run_all(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts = run_all(small, out)
     if cfg.write:
         remarks = [
             *verdicts(parts),

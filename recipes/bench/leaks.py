@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,10 +35,10 @@ from base_model.video.files import write_atomic
 from base_model.video.store import ClipStore
 from recipes import nft, safety_train
 from recipes.bench._clock import NoLook
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, in_brackets, place, write
 from recipes.bench._trained import Pace, Seeds, kept
-from recipes.bench.hacking import unranked
-from recipes.bench.limits import BANK_SEED, in_brackets, percent
+from recipes.bench.hacking import made_of, unranked
+from recipes.bench.limits import BANK_SEED, percent
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
 from recipes.feedback import FLASHING, Assessment, Assessor, Gather, SafetyLimit, people_term
@@ -47,7 +46,7 @@ from recipes.generate import Request, Sampler, fill_store, network_lineage, safe
 from recipes.guards import Guards
 from recipes.shapes.measure import diversities, means, measure, shares
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
-from recipes.statistics import Interval, bootstrap_crossed, clopper_pearson
+from recipes.statistics import bootstrap_crossed, clopper_pearson
 from reward.mixture import Mixture, Term
 from reward.safety.audit import Plan, Reading, add_readings, candidate_of, draw_audit
 from reward.safety.contract import Ruling, SafetyRunner, Verdict
@@ -332,7 +331,8 @@ def kept_climb(cfg: Config, out: Path, reward: Mixture, training: Sequence[Shape
     told = {name: dump(getattr(cfg, name)) for name in ("policy", "safety", "audits", "sampler")}
     prompts = {name: [prompt.text for prompt in asked] for name, asked in (("training", training), ("held_out", held_out))}
     settings: Row = {"version": VERSION, "network": network_lineage(None), "arm": arm._asdict(), "seed": seed, "legs": cfg.legs, "clips": cfg.clips, **told, **prompts}
-    settings |= {"liking": cfg.liking} | ({"missed": cfg.missed} if arm.wrong == "by chance" else {}) | ({"unseen": cfg.unseen} if arm.wrong == "blind" else {})
+    settings |= {"reward": made_of("reward"), "liking": cfg.liking}
+    settings |= ({"missed": cfg.missed} if arm.wrong == "by chance" else {}) | ({"unseen": cfg.unseen} if arm.wrong == "blind" else {})
     return kept(folder / "found.json", settings, partial(climb, cfg, folder / "work", reward, training, held_out, arm, seed))
 
 
@@ -348,10 +348,6 @@ def way_of(runs: Sequence[Mapping[str, Any]], what: str) -> Array:
     return np.array([[np.nan if line[what] is None else line[what] for line in run["way"]] for run in runs], dtype=np.float64)
 
 
-def columns(name: str, found: Interval) -> Row:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
-
-
 def arm_rows(cfg: Config, runs: Runs) -> list[Row]:
     """One row an arm: the last leg on training prompts, and held-out clips of the finished policy."""
     rows = []
@@ -362,8 +358,7 @@ def arm_rows(cfg: Config, runs: Runs) -> list[Row]:
             ways = {what: way_of(mine, what)[:, -cfg.policy.iterations :] for what in ("truth", "violation_rate", "limited_rate", "multiplier")}
             row |= columns("violates_last_leg", bootstrap_crossed(ways["truth"])) | {"said_by_filter": float(np.nanmean(ways["violation_rate"]))}
             row |= {what: None if np.isnan(ways[what]).all() else float(np.nanmean(ways[what])) for what in ("limited_rate", "multiplier")}
-        share, low, high = clopper_pearson(round(violates.sum()), violates.size)
-        row |= {"held_out_violates": share, "held_out_violates_low": low, "held_out_violates_high": high}
+        row |= columns("held_out_violates", clopper_pearson(round(violates.sum()), violates.size))
         judged = np.array([run["held_out"]["judge"] for run in mine])  # [S,N]
         row |= columns("judge", bootstrap_crossed(judged))
         if name != START:
@@ -472,11 +467,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
         raise UserError(f"no arm {unknown[0]!r}, arms. There are: {'; '.join(arm.name for arm in ARMS)}")
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, drawn = run_all(small, Path(folder))
-    else:
-        parts, drawn = run_all(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts, drawn = run_all(small, out)
     if cfg.write:
         failed = [f"{row['asked']} ({row['found']})" for row in parts["claims"] if not row["holds"]]
         remarks = [

@@ -10,7 +10,6 @@ Letters: S seeds, N prompts, G clips a prompt, B = N G clips.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,9 +31,9 @@ from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.video.files import write_atomic
 from recipes import nft
 from recipes.bench._clock import NoLook
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, in_brackets, place, write
 from recipes.bench._trained import Pace, Seeds, kept
-from recipes.bench.hacking import unranked
+from recipes.bench.hacking import made_of, unranked
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
 from recipes.feedback import FLASHING, Assessment, Assessor, Gather, SafetyLimit, standardised
@@ -42,7 +41,7 @@ from recipes.generate import Sampler, network_lineage, safety_runner, sample
 from recipes.guards import Guards
 from recipes.shapes.measure import measure
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
-from recipes.statistics import Interval, bootstrap_crossed, clopper_pearson
+from recipes.statistics import bootstrap_crossed, clopper_pearson
 from reward.mixture import Mixture
 from reward.safety.contract import Ruling, SafetyRunner, Verdict, check_error_rate, costs
 from reward.safety.policy import Policy, load_policy
@@ -274,7 +273,7 @@ def kept_climb(cfg: Config, out: Path, reward: Mixture, task: Task, arm: Arm, se
     """The same, gone through once for its settings."""
     folder = out / f"{task.name}-{arm.replace('/', '-')}-{seed}"
     prompts = {name: [prompt.text for prompt in asked] for name, asked in (("training", task.training), ("held_out", task.held_out))}
-    told = {"policy": dump(task.policy), "safety": dump(task.safety), "sampler": dump(cfg.sampler)}
+    told = {"policy": dump(task.policy), "safety": dump(task.safety), "sampler": dump(cfg.sampler), "reward": made_of("reward")}
     settings: Row = {"version": VERSION, "network": network_lineage(cfg.model), "arm": arm, "seed": seed, "clips": task.clips, "swing": task.swing, **prompts, **told}
     return kept(folder / "found.json", settings, partial(climb, cfg, folder / "run", reward, task, arm, seed))
 
@@ -304,14 +303,9 @@ def by_prompt(runs: Sequence[Mapping[str, Any]], what: str, rows: Sequence[int])
 
 def rate(violates: Array) -> dict[str, Any]:
     """Violations [S,N,G] as a share: exact interval as if clips were independent, and an upper bound that takes prompts for the unit."""
-    share, low, high = clopper_pearson(round(violates.sum()), violates.size)
-    prompts = upper_bound(share, violates.shape[1], CONFIDENCE)
-    return {"clips": violates.size, "violating": round(violates.sum()), "violates": share, "violates_low": low, "violates_high": high, "violates_high_by_prompt": prompts}
-
-
-def interval(name: str, found: Interval | None) -> Row:
-    """Three columns, null where nothing was compared."""
-    return {f"{name}{end}": None if found is None else value for end, value in zip(("", "_low", "_high"), found or (None,) * 3, strict=True)}
+    exact = clopper_pearson(round(violates.sum()), violates.size)
+    prompts = upper_bound(exact.mean, violates.shape[1], CONFIDENCE)
+    return {"clips": violates.size, "violating": round(violates.sum()), **columns("violates", exact), "violates_high_by_prompt": prompts}
 
 
 def bank_rows(runs: Runs, places: Mapping[str, Sequence[int]]) -> list[Row]:
@@ -323,7 +317,7 @@ def bank_rows(runs: Runs, places: Mapping[str, Sequence[int]]) -> list[Row]:
             row = {"arm": arm, "prompts_that": name, "prompts": len(chosen), "seeds": len(mine), **rate(table(mine, "violates", chosen))}
             row |= {"cost": float(table(mine, "cost", chosen).mean()), "broken": float(table(mine, "broken", chosen).mean())}
             paired = bootstrap_crossed(judge - others) if arm in COSTS else None
-            rows.append({**row, **interval("judge", bootstrap_crossed(judge)), **interval("judge_minus_unconstrained", paired)})
+            rows.append({**row, **columns("judge", bootstrap_crossed(judge)), **columns("judge_minus_unconstrained", paired)})
     return rows
 
 
@@ -333,8 +327,8 @@ def alone_rows(runs: Runs) -> list[Row]:
     rows = []
     for arm, mine in runs.items():
         changes = {what: bootstrap_crossed(by_prompt(mine, what, every) - by_prompt(runs[START], what, every)) if arm != START else None for what in ("violates", "cost")}
-        row = {"arm": arm, "prompts": len(every), "seeds": len(mine), **rate(table(mine, "violates", every)), **interval("violates_change", changes["violates"])}
-        rows.append({**row, "cost": float(table(mine, "cost", every).mean()), **interval("cost_change", changes["cost"]), "judge": float(table(mine, "right", every).mean())})
+        row = {"arm": arm, "prompts": len(every), "seeds": len(mine), **rate(table(mine, "violates", every)), **columns("violates_change", changes["violates"])}
+        rows.append({**row, "cost": float(table(mine, "cost", every).mean()), **columns("cost_change", changes["cost"]), "judge": float(table(mine, "right", every).mean())})
     return rows
 
 
@@ -441,15 +435,6 @@ def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], str]:
     return {"claims": claims(cfg.safety.limit, parts), **parts}, page(panels(cfg, runs), COLOURS)
 
 
-def in_brackets(rows: Sequence[Row]) -> list[Row]:
-    """For the file: a value and its interval in one cell."""
-
-    def cell(row: Row, name: str) -> Any:
-        return f"{row[name]:.3g} [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]" if row.get(f"{name}_low") is not None else row[name]
-
-    return [{name: cell(row, name) for name in row if not name.endswith(("_low", "_high"))} for row in rows]
-
-
 HEADINGS = {"claims": "Asked", "bank": "The held-out bank", "alone": "After training on prompts at 100 % alone", "way": "On the way"}
 
 
@@ -457,11 +442,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, drawn = run_all(small, Path(folder))
-    else:
-        parts, drawn = run_all(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts, drawn = run_all(small, out)
     if cfg.write:
         failed = [f"{row['asked']} ({row['found']})" for row in parts["claims"] if not row["holds"]]
         remarks = [

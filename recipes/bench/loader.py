@@ -9,35 +9,35 @@ All are measured in turn, repeat after repeat; ratios are medians over the repea
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import site
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from align.config import Count
 from base_model.errors import UserError
 from base_model.video.files import write_mp4
-from recipes.bench._results import Bench, Row, flat, here, paired_ratio, spread, timed, write
+from recipes.bench._environments import importable, installed
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, paired_ratio, real_clips, spread, timed, told_of_real, write
+from recipes.bench._workers import Worker, worker
 from recipes.clip_folder import Cut, fit, read_frames
 from recipes.encode import read_ahead
 from recipes.shapes.dataset import draw_clips
 from recipes.shards import Shards, entry_key
 
 Peer = Literal["imageio", "torchcodec"]
-Ask = Callable[["Clip"], dict[str, Any]]
 PINS: dict[Peer, tuple[str, ...]] = {"imageio": ("imageio==2.38.1", "imageio-ffmpeg==0.8.1"), "torchcodec": ("torchcodec==0.13.0",)}
+MODULES: dict[Peer, str] = {"imageio": "imageio_ffmpeg, imageio.v3", "torchcodec": "torchcodec.decoders"}
 LATENTS = (16, 21, 60, 104)
 """Of a clip of 81x480x832 in Wan."""
 
@@ -52,7 +52,7 @@ class Config(Bench):
     python: Path | None = None
     """Python of an environment that has the peers and torch; none means one in `out`, made where it is missing. `quick` makes none."""
     out: Path = Path("runs/bench-loader")
-    """Folder of the peers' environment."""
+    """Folder of the peers' environment, and of what their processes complain of."""
     entries: Count = 48
     """Latents to keep and read. `quick` takes at most 8."""
     repeats: Count = 7
@@ -68,9 +68,11 @@ class Clip(NamedTuple):
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
+    """`resume` changes nothing: a benchmark is measured anew."""
+    check_can_end(cfg)
     rows = loader_rows(cfg)
     if cfg.write:
-        remarks = ["Decoding whole clips into small frames, and reading kept latents. `times_faster`: above 1, ours needs less time."]
+        remarks = ["Decoding whole clips into small frames, and reading kept latents. `times_faster`: above 1, ours needs less time.", told_of_real(cfg.clips)]
         write(cfg, "loader", here("loader", cfg), "Reading clips and latents", {part: [row for row in rows if row["part"] == part] for part in ("decode", "read")}, remarks=remarks)
     return {"rows": rows}
 
@@ -94,7 +96,7 @@ def decode_rows(cfg: Config, folder: Path) -> list[Row]:
     clips = clips_of(cfg, folder)
     cores = len(os.sched_getaffinity(0))
     with ExitStack() as stack:
-        peers: dict[str, Ask | str] = {name: peer_of(cfg, name, stack) for name in cfg.peers}
+        peers: dict[str, Worker | str] = {name: peer_of(cfg, name, stack) for name in cfg.peers}
         ours = {"ours": lambda: [small(clip) for clip in clips], f"ours, {cores} threads": lambda: list(read_ahead(lambda clip: iter([small(clip)]), clips, workers=cores))}
         seconds: dict[str, list[float]] = {name: [] for name in (*ours, *peers)}
         means: dict[str, float] = {}
@@ -106,7 +108,7 @@ def decode_rows(cfg: Config, folder: Path) -> list[Row]:
             for name, peer in peers.items():
                 if isinstance(peer, str):
                     continue
-                answers = [peer(clip) for clip in clips]
+                answers = [peer.ask("decode", reader=name, path=str(clip.path), fitted=clip.fitted, size=clip.size) for clip in clips]
                 seconds[name].append(sum(answer["seconds"] for answer in answers))
                 means[name] = statistics.fmean(answer["mean"] for answer in answers)
     about = {"clips": len(clips), "frames": sum(len(video) for video in videos)}
@@ -133,16 +135,13 @@ def _row(name: str, seconds: Sequence[float], ours: Sequence[float], number: int
         "name": name,
         "seconds": found and found.median,
         "per_second": found and number / found.median,
-        "times_faster": ratio and ratio.median,
-        "times_faster_low": ratio and ratio.low,
-        "times_faster_high": ratio and ratio.high,
+        **columns("times_faster", ratio),
     }
 
 
 def clips_of(cfg: Config, folder: Path) -> list[Clip]:
     """What is decoded. Raises UserError where a folder holds no mp4."""
-    real = os.environ.get("RUSHES_REAL_DATA")
-    where = cfg.clips or (Path(real) / "clips" if real else None)
+    where = real_clips(cfg.clips)
     if where is None:
         for k, video in enumerate(draw_clips("curated", 4, seed=0).videos):
             write_mp4(folder / f"{k}.mp4", video.float().div(255).repeat_interleave(12, -1).repeat_interleave(12, -2), 12.0)
@@ -167,70 +166,29 @@ def _clip(path: Path, cut: Cut) -> Clip:
 # Peers
 
 
-def peer_of(cfg: Config, name: Peer, stack: ExitStack) -> Ask | str:
-    """What asks a peer's process to decode a clip; or why there is none."""
+class Start(BaseModel):
+    """What a peer's process is told."""
+
+    threads: int = 1
+
+
+def peer_of(cfg: Config, name: Peer, stack: ExitStack) -> Worker | str:
+    """A process of the peer that decodes clips; or why there is none."""
     try:
         python = environment(cfg, name)
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        started = stack.enter_context(worker(name, [str(python), str(Path(__file__).parent / "_loader_worker.py")], Start(), cfg.out / f"{name}.log"))
+        started.answer()  # it stands
     except UserError as error:
         return str(error)
-    words = [str(python), str(Path(__file__).parent / "_loader_worker.py"), "{}"]
-    process = stack.enter_context(
-        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    )
-    stack.callback(lambda: process.stdin and process.stdin.close())
-    assert process.stdin is not None and process.stdout is not None
-    told, heard = process.stdin, process.stdout
-    if not heard.readline():
-        return _last_line(process.stderr.read() if process.stderr else "")
-
-    def ask(clip: Clip) -> dict[str, Any]:
-        print(json.dumps({"do": "decode", "reader": name, "path": str(clip.path), "fitted": clip.fitted, "size": clip.size}), file=told, flush=True)
-        line = heard.readline()
-        if not line:
-            raise UserError(f"{name} ended: {_last_line(process.stderr.read() if process.stderr else '')}. Leave it out of --peers")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    return ask
+    return started
 
 
 def environment(cfg: Config, name: Peer) -> Path:
     """A Python that can import the peer. Raises UserError where there is none."""
     if cfg.python is not None:
-        return _importable(cfg.python.absolute(), name)
-    folder = cfg.out / "environment"
-    python = folder / "bin" / "python"
-    try:
-        return _importable(python.absolute(), name)
-    except UserError:
-        if cfg.quick:
-            raise UserError(f"not measured: {name} is not installed, and quick makes no environment") from None
-    try:
-        if not python.exists():
-            print(f"making an environment for the peers in {folder}", file=sys.stderr)
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, capture_output=True, text=True)
-            (next(folder.glob("lib/python*/site-packages")) / "torch.pth").write_text("\n".join(site.getsitepackages()))
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--retries", "1", *PINS[name]], check=True, capture_output=True, text=True
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{name} cannot be installed: {_last_line(getattr(error, 'stderr', '') or str(error))}") from error
-    return _importable(python.absolute(), name)
-
-
-def _importable(python: Path, name: Peer) -> Path:
-    module = "imageio_ffmpeg, imageio.v3" if name == "imageio" else "torchcodec.decoders"
-    try:
-        subprocess.run([str(python), "-c", f"import {module}"], check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{name} cannot be imported: {_last_line(getattr(error, 'stderr', '') or str(error))}") from error
-    return python
-
-
-def _last_line(said: str) -> str:
-    """The error that a process ended with."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
-    return next((line for line in reversed(lines) if "Error: " in line), lines[-1])[:200]
+        return importable(cfg.python, name, MODULES[name])
+    return installed(cfg.out / "environment", name, MODULES[name], PINS[name], quick=cfg.quick, beside=site.getsitepackages())
 
 
 # Reading what is kept

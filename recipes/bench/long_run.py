@@ -6,11 +6,9 @@ means of three tenths of the run: from 10 %, after everything has been used once
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +19,9 @@ import psutil
 from align.config import Count
 from align.progress import Progress
 from align.run import CHECKPOINTS_KEPT, lock_folder, read_metrics
-from base_model.checkpoint import atomic_write
 from base_model.errors import UserError
 from recipes.bench._fault_plans import line, make_small
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
 from recipes.cli import plain
 
 POLICY = {"prompts": 2, "group_size": 2, "updates": 1, "micro_batch": 4, "lr": 1e-4, "lora_rank": 2}
@@ -166,14 +163,11 @@ def _slope(looks: Sequence[dict[str, float]], name: str, unit: float) -> dict[st
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """`resume` changes nothing: a run that was killed goes on."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
-    if cfg.quick:
-        small = cfg.model_copy(update={"iterations": min(40, cfg.iterations), "evaluate_every": 10, "save_every": 2})
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            rows = measured(small, Path(folder))
-    else:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        lock_folder(cfg.out)
-        rows = measured(cfg, cfg.out)
+    small = cfg.model_copy(update={"iterations": min(40, cfg.iterations), "evaluate_every": 10, "save_every": 2}) if cfg.quick else cfg
+    with place(cfg, cfg.out) as out:
+        out.mkdir(parents=True, exist_ok=True)
+        lock_folder(out)
+        rows = measured(small, out)
     if cfg.write:
         broken = [row["what"] for row in rows if row["holds"] is False]
         verdict = f"Does not hold: {', '.join(broken)}." if broken else "Everything stays as it began."
@@ -182,11 +176,13 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
 
 
 def measured(cfg: Config, folder: Path) -> list[Row]:
-    """The rows of a run in `folder`; of one that is finished there, those that were found."""
-    file = folder / f"rows-{cfg.iterations}.json"
-    if not file.exists():
+    """The rows of a run in `folder`; of one that is finished there, those that were found. Raises UserError where that one had other settings."""
+    from recipes.bench._trained import kept
+
+    def make() -> dict[str, Any]:
         if not (folder / "network.safetensors").exists():
             make_small(folder)
-        rows = rows_of(cfg, run_watched(cfg, folder), folder / "run")
-        atomic_write(file, (json.dumps(plain(rows), indent=1) + "\n").encode())
-    return list(json.loads(file.read_text()))
+        return {"rows": plain(rows_of(cfg, run_watched(cfg, folder), folder / "run"))}
+
+    settings = {"iterations": cfg.iterations, "evaluate_every": cfg.evaluate_every, "save_every": cfg.save_every, "policy": POLICY, "sampler": SAMPLER}
+    return list(kept(folder / f"rows-{cfg.iterations}.json", settings, make)["rows"])

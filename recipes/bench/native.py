@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from base_model.errors import UserError
 from base_model.tiny import LatentCodec, LatentVideoModel, load_codec, load_tiny
 from base_model.types import ClipShape
 from base_model.video.files import write_atomic
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, flat, here, place, write
 from recipes.bench._trained import (
     CODEC,
     HELD_OUT_SEED,
@@ -313,11 +312,8 @@ def shrunk(cfg: Config) -> Config:
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out, sheet=cfg.sheet)
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = measure(shrunk(cfg), Path(folder))
-    else:
-        parts = measure(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts = measure(shrunk(cfg) if cfg.quick else cfg, out)
     if cfg.write:
         remarks = [
             f"Means over {len(parts['training']) // len(ARMS)} seeds; `low` and `high` are 95 % bootstraps over seeds and prompts (of the loss: held-out clips), both resampled. "

@@ -27,7 +27,7 @@ from base_model.networks.packing import Segments
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import CONFIGS, WEIGHTS, LatentCodec, LatentVideoModel, NetworkName, build_network, load_codec, packed_text
 from base_model.types import ClipShape
-from recipes.bench._results import Bench, Row, here, paired_ratio, spread, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, here, paired_ratio, spread, write
 from recipes.fit import Fit, held_out_losses
 from recipes.pairs import Pairs, encode_pairs
 from recipes.sft import METRICS, train
@@ -142,9 +142,7 @@ def _row(name: NetworkName, config: NetworkConfig, mine: Sequence[Trained], dit:
         "seconds_low": seconds.low,
         "seconds_high": seconds.high,
         "times_slower_than_dit": paired_ratio([one.seconds for one in mine], [one.seconds for one in dit]).median if mine is not dit else None,
-        "held_out_loss": sum(losses) / len(losses),
-        "held_out_loss_low": min(losses),
-        "held_out_loss_high": max(losses),
+        **columns("held_out_loss", (sum(losses) / len(losses), min(losses), max(losses))),
         "loss_minus_dit": sum(a.held_out_loss - b.held_out_loss for a, b in zip(mine, dit, strict=True)) / len(losses) if mine is not dit else None,
     }
 
@@ -157,6 +155,7 @@ def shrunk(cfg: Config) -> Config:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: a benchmark is measured anew."""
+    check_can_end(cfg)
     if cfg.fit.iterations < 2:
         raise UserError("fit.iterations must be at least 2: the first step warms up and is not counted. Give --fit.iterations 400")
     rows = measure(shrunk(cfg) if cfg.quick else cfg)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +34,7 @@ from base_model.types import TrainableModel
 from base_model.video.files import write_atomic
 from recipes import nft, reward_model
 from recipes.bench._people import panel_worth, perceived, to_tensor
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, write
 from recipes.bench._trained import PROMPT_SEED, Pace, Seeds, asked, kept
 from recipes.best_of_n import verdict
 from recipes.charts import Series, line_chart, page
@@ -321,7 +320,7 @@ def kept_climb(cfg: Config, out: Path, ranked: Clips, takes: Clips, prior: str, 
 
 def interval(name: str, found: Iterable[float]) -> Row:
     """Three columns; what is not finite is null."""
-    return {f"{name}{part}": value if np.isfinite(value) else None for part, value in zip(("", "_low", "_high"), found, strict=True)}
+    return columns(name, [value if np.isfinite(value) else None for value in found])
 
 
 def best_of_n_rows(arms: Sequence[Arm], units: Mapping[str, float]) -> list[Row]:
@@ -460,11 +459,8 @@ def measure(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], list[str], st
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, remarks, drawn = measure(shrunk(cfg), Path(folder))
-    else:
-        parts, remarks, drawn = measure(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts, remarks, drawn = measure(shrunk(cfg) if cfg.quick else cfg, out)
     if cfg.write:
         sections = {heading[0].upper() + heading[1:]: compact(rows) for heading, rows in parts.items()}
         remarks = ["![Gold against sqrt(KL)](overoptimisation.svg)", *remarks]

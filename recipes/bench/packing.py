@@ -30,7 +30,7 @@ from base_model.networks.layers import SelfAttention
 from base_model.networks.packing import Segments, balanced_packs, first_fit_decreasing, forward_flops, grid_positions
 from base_model.types import ClipShape
 from recipes.bench._packing_wan import Grid, measure_wan
-from recipes.bench._results import Bench, Row, here, paired_ratio, spread, timed, write
+from recipes.bench._results import Bench, Row, check_can_end, here, paired_ratio, spread, timed, write
 
 WAN_FLOPS = partial(forward_flops, width=1536, depth=30, mlp_width=8960, token_width=64, text_tokens=512, text_width=4096)
 CAPACITIES = (32_768, 131_072)
@@ -354,6 +354,7 @@ def _row(entrant: Scheme, found: Row, reference: Sequence[float]) -> Row:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: a benchmark is measured anew."""
+    check_can_end(cfg)
     less = {"timed_clips": min(cfg.timed_clips, 24), "repeats": min(cfg.repeats, 2)} if cfg.quick else {}
     measured = cfg.model_copy(update=less)
     rows = wan_rows(measured) if cfg.wan else measure(measured)

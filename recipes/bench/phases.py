@@ -23,7 +23,7 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import load_tiny
 from recipes import ddpo, grpo
 from recipes.bench._clock import PHASES, Laps, NoLook, TimedAssessor, TimedModel, TimedRun
-from recipes.bench._results import Bench, Row, here, spread, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, here, spread, write
 from recipes.ddpo import Policy as DDPOPolicy
 from recipes.feedback import standardised
 from recipes.generate import Sampler, safety_runner
@@ -126,9 +126,7 @@ def _row(cfg: Config, recipe: Recipe, rounds: Sequence[Measured]) -> Row:
         "clips": clips,
         "steps": cfg.sampler.steps,
         "updates": len(updates),
-        "seconds": seconds.median,
-        "seconds_low": seconds.low,
-        "seconds_high": seconds.high,
+        **columns("seconds", seconds),
         **{f"{phase}_seconds": value for phase, value in parts.items()},
         "seconds_per_clip": seconds.median / clips,
         "rollout_forwards_per_clip": passes["rolled"],
@@ -148,6 +146,7 @@ def shrunk(cfg: Config) -> Config:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: a benchmark is measured anew."""
+    check_can_end(cfg)
     if not cfg.recipes or cfg.rounds < 1 or cfg.updates < 1:
         raise UserError("nothing to measure: recipes, rounds and updates are at least one each. Give --recipes ddpo")
     rows = measure(shrunk(cfg) if cfg.quick else cfg)

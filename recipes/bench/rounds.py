@@ -9,7 +9,6 @@ Letters: S seeds, N held-out prompts, G clips a prompt, R tasks, F rollouts.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,10 +24,9 @@ from align.config import Count, Share, dump
 from base_model.errors import UserError
 from base_model.tiny import WEIGHTS
 from recipes import demo, nft, rounds, sft
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, in_brackets, place, write
 from recipes.bench._start import evaluation_prompts
 from recipes.bench._trained import Pace, Seeds, kept
-from recipes.bench.latent_reward import in_brackets
 from recipes.evaluate import clip_seeds, generator
 from recipes.generate import Sampler, network_lineage
 from recipes.shapes.measure import flash_counts, measure, shares
@@ -184,11 +182,7 @@ def end_rows(cfg: Config, start: Mapping[str, Any], found: Found) -> list[Row]:
 
 def _end_row(name: str, seeds: Sequence[Mapping[str, Any]], right: Interval, gain: Interval | None) -> Row:
     flashes = clopper_pearson(sum(one["flashing"] for one in seeds), sum(one["clips"] for one in seeds))
-    return {"policy": name, "seeds": len(seeds), **_columns("judge", right), **_columns("gain", gain), **_columns("flashing", flashes), "answers": None, "forwards": None}
-
-
-def _columns(name: str, interval: Interval | None) -> Row:
-    return {f"{name}{end}": value for end, value in zip(("", "_low", "_high"), interval or (None,) * 3, strict=True)}
+    return {"policy": name, "seeds": len(seeds), **columns("judge", right), **columns("gain", gain), **columns("flashing", flashes), "answers": None, "forwards": None}
 
 
 def forwards(cfg: Config, rows: Sequence[Mapping[str, Any]]) -> int:
@@ -203,7 +197,7 @@ def difference_rows(cfg: Config, found: Found) -> list[Row]:
     for constrained in cfg.limits:
         gap = table([one.judged for one in found[Arm(2, constrained)]]) - table([one.judged for one in found[Arm(1, constrained)]])  # [S,N]
         known = bootstrap_crossed(gap)
-        rows.append({"limit": constrained, **_columns("two_minus_one", known), "two_rounds_are_better": True if known.low > 0 else False if known.high < 0 else None})
+        rows.append({"limit": constrained, **columns("two_minus_one", known), "two_rounds_are_better": True if known.low > 0 else False if known.high < 0 else None})
     return rows
 
 
@@ -263,11 +257,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
     small = shrunk(cfg) if cfg.quick else cfg
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = run_all(small, Path(folder))
-    else:
-        parts = run_all(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts = run_all(small, out)
     if cfg.write:
         remarks = [*verdicts(parts["difference"]), f"{len(small.seeds)} seeds. What each number is: [how to read](../README.md#how-to-read-rounds)."]
         sections = {part.capitalize(): in_brackets(rows) for part, rows in parts.items()}

@@ -18,11 +18,12 @@ from align.config import Count
 from align.kernels import ODE
 from align.progress import Progress
 from align.trajectory import rollout
+from base_model.errors import UserError
 from base_model.networks.packing import token_grid
 from base_model.threads import in_threads
 from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.types import Conditioning
-from recipes.bench._results import Bench, Row, here, paired_ratio, spread, timed, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, here, paired_ratio, spread, timed, write
 from recipes.generate import Sampler, seeded_noise, times_of
 from recipes.shapes.prompts import make_prompts
 
@@ -152,9 +153,7 @@ def _row(name: Name, part: Part, entrant: Contestant, ours: Sequence[float], siz
         "part": part,
         **size,
         "parameters": None if part == "decode" else entrant.parameters,
-        "seconds": seconds.median,
-        "seconds_low": seconds.low,
-        "seconds_high": seconds.high,
+        **columns("seconds", seconds),
         "clips_per_second": size["clips"] / seconds.median,
         "forward_passes_per_second": None if part == "decode" else size["clips"] * size["steps"] / seconds.median,
         "times_slower_than_ours": ratio and ratio.median,
@@ -165,6 +164,9 @@ def _row(name: Name, part: Part, entrant: Contestant, ours: Sequence[float], siz
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: a benchmark is measured anew."""
+    check_can_end(cfg)
+    if cfg.sampler.guidance != 1:
+        raise UserError("guidance doubles the passes of every side alike and is not measured, sampler.guidance. Leave it at 1")
     clips, repeats = (min(cfg.clips, 16), min(cfg.repeats, 3)) if cfg.quick else (cfg.clips, cfg.repeats)
     rows = measure(load_tiny(cfg.model), cfg.sampler, cfg.peers, clips=clips, repeats=repeats)
     if cfg.write:

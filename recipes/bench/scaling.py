@@ -9,7 +9,6 @@ FLOPs of a training are three times those of its forward passes (matrix products
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from base_model.tiny import LatentVideoModel, load_tiny, packed_text
 from base_model.types import ClipShape
 from base_model.video.files import write_atomic
 from recipes.bench._power_law import PowerLaw, fit_power_law
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, write
 from recipes.bench._trained import HELD_OUT_SEED, PROMPT_SEED, Pace, Seeds, Trained, asked, first_model, kept, look_settings, looks, train_kept, training
 from recipes.bench.networks import Size, forward_flops
 from recipes.charts import Series, line_chart, page
@@ -211,7 +210,7 @@ def training_rows(found: Sequence[Point]) -> list[Row]:
             "tokens": one.trained.tokens,
             "train_flops": one.flops,
             "held_out_loss": one.judged.loss,
-            **dict(zip(("right", "right_low", "right_high"), bootstrap_mean(one.judged.right), strict=True)),
+            **columns("right", bootstrap_mean(one.judged.right)),
             **{f"loss_{k + 1}": loss for k, loss in enumerate(one.judged.losses)},
         }
         for one in found
@@ -239,12 +238,8 @@ def budget_means(found: Sequence[Point]) -> Means:
                 "seeds": len(ones),
                 "train_flops": float(np.mean([one.flops for one in ones])),
                 "train_seconds": float(np.mean([one.trained.seconds for one in ones])),
-                "held_out_loss": float(np.mean(losses)),
-                "held_out_loss_low": min(losses),
-                "held_out_loss_high": max(losses),
-                "right": right.mean,
-                "right_low": right.low,
-                "right_high": right.high,
+                **columns("held_out_loss", (float(np.mean(losses)), min(losses), max(losses))),
+                **columns("right", right),
             }
         )
     table = [[one.judged.loss for one in ones] for ones in by_budget.values()]  # [K][S]
@@ -259,7 +254,7 @@ def resolution_rows(found: Sequence[Sampled]) -> list[Row]:
             "tokens_per_clip": one.tokens,
             "flops_per_clip": one.flops,
             "held_out_loss": one.judged.loss,
-            **dict(zip(("right", "right_low", "right_high"), bootstrap_mean(one.judged.right), strict=True)),
+            **columns("right", bootstrap_mean(one.judged.right)),
             "right_of_drawn_clips": one.drawn,
         }
         for one in found
@@ -381,11 +376,8 @@ def sections(parts: dict[str, list[Row]]) -> dict[str, list[Row]]:
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, remarks, drawn = measure(shrunk(cfg), Path(folder))
-    else:
-        parts, remarks, drawn = measure(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts, remarks, drawn = measure(shrunk(cfg) if cfg.quick else cfg, out)
     if cfg.write:
         write(cfg, "scaling", here("scaling", cfg), "Quality against compute", sections(parts), remarks=["![Loss and judge](scaling.svg)", *remarks])
         write_atomic(cfg.results / "scaling.svg", drawn.encode())

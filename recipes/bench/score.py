@@ -22,7 +22,7 @@ from align.progress import Progress
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
 from base_model.types import ClipShape
-from recipes.bench._results import Bench, Row, here, paired_ratio, spread, timed, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, here, paired_ratio, spread, timed, write
 from recipes.match import SHIPPED
 from recipes.quality import SHIPPED as QUALITY
 from recipes.shapes.dataset import draw_clips
@@ -189,9 +189,7 @@ def _row(way: Way, ours: Way, task: Task) -> Row:
         "clips": len(task.prompts),
         "clip": "x".join(str(side) for side in (task.video.shape[1], *task.video.shape[3:])),
         "prompts": len(set(task.prompts)),
-        "seconds": seconds.median,
-        "seconds_low": seconds.low,
-        "seconds_high": seconds.high,
+        **columns("seconds", seconds),
         "clips_per_second": len(task.prompts) / seconds.median,
         "times_slower_than_ours": ratio and ratio.median,
         "times_slower_low": ratio and ratio.low,
@@ -202,6 +200,7 @@ def _row(way: Way, ours: Way, task: Task) -> Row:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: a benchmark is measured anew."""
+    check_can_end(cfg)
     small = cfg.model_copy(update={"clips": min(cfg.clips, 16), "repeats": min(cfg.repeats, 3)}) if cfg.quick else cfg
     task = draw_task(small)
     with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:

@@ -8,7 +8,6 @@ against is what the panel prefers on average, without noise and habits, on promp
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +24,7 @@ from align.config import Count, Positive, Share
 from base_model.errors import UserError
 from recipes.bench._people import panel_worth, perceived
 from recipes.bench._pool import kept_pool, pool_settings
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, write
 from recipes.bench._trained import Pace, Seeds, kept
 from recipes.shapes.eye import Perception
 from recipes.shapes.labelers import REWARD_PANEL, rank
@@ -245,9 +244,7 @@ def compare(numbers: Array, method: Array, random: Array, *, draws: int = DRAWS)
             "accuracy": target,
             "rankings": mine,
             "rankings_random": theirs,
-            "ratio": mine / theirs,
-            "ratio_low": float(low[n]),
-            "ratio_high": float(high[n]),
+            **columns("ratio", (mine / theirs, float(low[n]), float(high[n]))),
             "goal_met": bool(high[n] <= GOAL),
         }
         for n, (share, target, (mine, theirs)) in enumerate(zip(TARGETS, targets_of(random.mean(0)), found, strict=True))
@@ -277,8 +274,8 @@ def measure(cfg: Config, out: Path) -> dict[str, list[Row]]:
     ratios: list[Row] = []
     accuracies: list[Row] = []
     told: list[Row] = []
-    for place, k in enumerate(cfg.sizes):
-        total = cfg.rankings[min(place, len(cfg.rankings) - 1)]
+    for at, k in enumerate(cfg.sizes):
+        total = cfg.rankings[min(at, len(cfg.rankings) - 1)]
         curves: dict[Method, list[dict[str, Any]]] = {}
         for method in cfg.methods:
             for seed in cfg.seeds:
@@ -308,14 +305,12 @@ def accuracies_of(k: int, numbers: Array, tables: dict[Method, Array]) -> list[R
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts = measure(shrunk(cfg), Path(folder))
-    else:
-        parts = measure(cfg, cfg.out)
+    small = shrunk(cfg) if cfg.quick else cfg
+    with place(cfg, cfg.out) as out:
+        parts = measure(small, out)
     if cfg.write:
         remarks = [
-            f"{len(cfg.seeds)} seeds. `ratio`: rankings a method needs over those that random tasks need for the same accuracy on held-out prompts, the random floor of "
+            f"{len(small.seeds)} seeds. `ratio`: rankings a method needs over those that random tasks need for the same accuracy on held-out prompts, the random floor of "
             f"{cfg.floor:.0%} counted; `low` and `high` are 95 % bootstraps over seeds. `gain of random`: the accuracy asked for, as a share of what random tasks gain "
             f"from the first rankings to the last. The goal, {GOAL:.0%}, is met where the whole interval is not above it; a ratio that is left out was not reached.",
         ]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ from base_model.tiny import LatentVideoModel, load_tiny, save_network
 from base_model.types import TrainableModel
 from base_model.video.files import write_atomic
 from recipes import ddpo, feedback, grpo, nft
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, flat, here, place, write
 from recipes.bench._start import Begin, Start, evaluation_prompts, the_start
 from recipes.bench._trained import Pace, Seeds, check_same, kept
 from recipes.bench.selection import needed
@@ -426,9 +425,7 @@ def algorithm_rows(cfg: Config, found: Mapping[Name, Finished]) -> list[Row]:
         end, gain = gains(one)
         per_clip = float(np.mean([run.forwards / run.clips for run in one.runs]))
         row: Row = {"algorithm": name, "what": ALGORITHMS[name].source, "forwards_per_clip": per_clip, "forwards": forwards_of(one)}
-        row |= {f"end{suffix}": value for suffix, value in zip(("", "_low", "_high"), end, strict=True)}
-        row |= {f"gain{suffix}": value for suffix, value in zip(("", "_low", "_high"), gain, strict=True)}
-        rows.append(row | {"reached": forwards_to(one, target(found)) if "flow-grpo" in found else None})
+        rows.append(row | columns("end", end) | columns("gain", gain) | {"reached": forwards_to(one, target(found)) if "flow-grpo" in found else None})
     return rows
 
 
@@ -517,11 +514,8 @@ def run_all(cfg: Config, out: Path) -> tuple[dict[str, list[Row]], dict[Name, Fi
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: what is finished in `out` is never repeated."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
-    if cfg.quick:
-        with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
-            parts, found = run_all(shrunk(cfg), Path(folder))
-    else:
-        parts, found = run_all(cfg, cfg.out)
+    with place(cfg, cfg.out) as out:
+        parts, found = run_all(shrunk(cfg) if cfg.quick else cfg, out)
     if cfg.write:
         failed = [f"{row['algorithm']}, {row['asked']} ({row['found']})" for row in parts["claims"] if not row["holds"]]
         remarks = [

@@ -6,7 +6,6 @@ drawn from it. What differs between repeats is chance alone. In a run even that 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from base_model.errors import UserError
 from base_model.times import logit_normal, quantile_times
 from base_model.tiny import load_tiny
 from base_model.types import ClipShape
-from recipes.bench._results import Bench, Row, check_can_end, here, write
+from recipes.bench._results import Bench, Row, check_can_end, here, real_clips, told_of_real, write
 from recipes.examples import Velocities
 from recipes.pairs import Pairs, encode_pairs, read_clip_folder
 from recipes.shapes.dataset import ClipSet, draw_clips
@@ -67,8 +66,7 @@ def clip_sets(cfg: Config) -> dict[str, ClipSet]:
     """What is looked at, by name. Raises UserError for a size that is none, and for a folder without enough clips."""
     number = max(cfg.clips)
     sets = {name: draw_clips("curated", number, seed=cfg.seed + 1_000_003, shape=None if name == MIXED else size_of(name)) for name in cfg.sizes}
-    told = os.environ.get("RUSHES_REAL_DATA")
-    folder = cfg.real or (Path(told) / "clips" if told else None)
+    folder = real_clips(cfg.real)
     if folder is not None:
         windows = read_clip_folder(folder, frames=13, fps=12)
         if len(windows) < number:
@@ -163,5 +161,6 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     measured = cfg.model_copy(update=less)
     rows = measure(measured)
     if cfg.write:
-        write(cfg, "validation", here("validation", cfg), "Held-out loss at fixed quantiles and at random times", {"Spread over looks": rows}, remarks=verdicts(rows))
+        remarks = [*verdicts(rows), told_of_real(cfg.real)]
+        write(cfg, "validation", here("validation", cfg), "Held-out loss at fixed quantiles and at random times", {"Spread over looks": rows}, remarks=remarks)
     return {"rows": rows}

@@ -30,7 +30,7 @@ from base_model.errors import UserError
 from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.types import ClipShape
 from base_model.video.files import from_uint8, to_uint8, write_atomic, write_lossless
-from recipes.bench._results import Bench, Row, check_can_end, here, write
+from recipes.bench._results import Bench, Row, check_can_end, columns, here, write
 from recipes.bench._sheet import Line, draw
 from recipes.generate import Sampler, best_device, visual_sampling
 from recipes.shapes.judge import judge
@@ -247,9 +247,7 @@ def row(kind: str, plan: Plan, made: Sequence[Made]) -> Row:
         "psnr_of_given": fmean(psnr(each.own, each.window, each.prepared.canvas.given) for each in made) if given else None,
         "psnr_codec": fmean(psnr(each.through_codec, each.window, each.prepared.canvas.given) for each in made) if given else None,
         "psnr_of_rest": fmean(psnr(each.own, each.window, ~each.prepared.canvas.given) for each in made) if given else None,
-        "judge": share.mean,
-        "judge_low": share.low,
-        "judge_high": share.high,
+        **columns("judge", share),
         "judge_of_source": fmean(ceiling),
         "jumps": len(jumps) if plan.joints else None,
         "jump": median(jumps) if jumps else None,

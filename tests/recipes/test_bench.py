@@ -61,6 +61,11 @@ def test_the_sampler_bench_measures_ours_and_its_peers_in_flat_rows(network: Pat
     assert ours["tokens_per_clip"] == 2 * 2 * 2
 
 
+def test_guidance_is_not_measured_and_refused(network: Path) -> None:
+    with pytest.raises(UserError, match=r"is not measured, sampler\.guidance\. Leave it at 1"):
+        quick_sampler(network, "--sampler.guidance", "3")
+
+
 def test_one_clip_at_a_time_makes_the_clips_that_the_batch_and_the_generator_make() -> None:
     model, toy = small_model(), Sampler(steps=4, frames=5, height=16, width=16)
     cond, noise = model.encode_text(["a red circle grows", "a blue bar"]), seeded_noise(model, toy.clip, [0, 1])
@@ -335,13 +340,37 @@ def test_a_command_line_is_made_of_what_differs_from_the_defaults() -> None:
 def test_spreads_and_paired_ratios_are_medians_with_their_range() -> None:
     assert _results.spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
     assert _results.paired_ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == (3.0, 2.0, 4.0)
+    assert _results.columns("seconds", _results.spread([3.0, 1.0, 2.0])) == {"seconds": 2.0, "seconds_low": 1.0, "seconds_high": 3.0}
+    assert _results.columns("ratio", None) == dict.fromkeys(("ratio", "ratio_low", "ratio_high"))
 
 
 def test_tables_leave_out_what_nobody_knows_and_turn_wide_ones_over() -> None:
     assert _results.table([{"a_b": 1, "c": None, "d": True}, {"a_b": 0.123456, "c": None, "d": None}]) == "| a b | d |\n| --- | --- |\n| 1 | yes |\n| 0.1235 |  |"
+    start, other = {"arm": "start", "judge": 0.3}, {"arm": "x", "violates": 0.95, "judge": 0.97}
+    for rows in ([start, other], [other, start]):
+        assert _results.table(rows).splitlines()[0] == "| arm | violates | judge |", "a column that some rows lack is told all the same"
+        assert set(_results.table(rows).splitlines()[2:]) == {"| start |  | 0.3 |", "| x | 0.95 | 0.97 |"}
     wide = {"name": "x|y"} | {f"k{n}": 1234.5 + n for n in range(_results.WIDEST)}
     assert _results.table([wide]).splitlines()[:3] == ["| name | x\\|y |", "| --- | --- |", "| k0 | 1,234 |"]
     assert _results.table([]) == "Nothing was measured."
+
+
+def test_a_table_says_which_real_clips_there_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUSHES_REAL_DATA", raising=False)
+    assert _results.real_clips(None) is None and _results.told_of_real(None) == "Real clips: none."
+    monkeypatch.setenv("RUSHES_REAL_DATA", str(tmp_path))
+    assert _results.real_clips(None) == tmp_path / "clips" and _results.told_of_real(None) == "Real clips: those of RUSHES_REAL_DATA."
+    assert _results.real_clips(Path("mine")) == Path("mine") and _results.told_of_real(Path("mine")) == "Real clips: those that were given."
+
+
+def test_a_toy_does_not_take_the_place_of_a_published_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_results, "write_atomic", lambda *_: pytest.fail("it was written"))
+    source = Provenance("2026-11", ["rushes bench sampler"], "abc", {}, {"cores": 2})
+    for results in (_results.RESULTS, _results.RESULTS / ".." / "results"):
+        cfg = sampler.Config(quick=True, write=True, results=results)
+        for work in (lambda cfg=cfg: _results.check_can_end(cfg), lambda cfg=cfg: _results.write(cfg, "sampler", source, "Title", {})):
+            with pytest.raises(UserError, match=r"would take the place of a table that was measured, results\. Leave out --quick"):
+                work()
 
 
 def test_a_result_file_is_named_by_date_and_hardware(tmp_path: Path) -> None:

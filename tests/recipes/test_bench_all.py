@@ -12,6 +12,7 @@ import torch
 from align.config import load
 from base_model.errors import UserError
 from recipes.bench import _profile, all, app, loader, packing, sampler, score
+from recipes.bench._results import Maker
 from recipes.charts import Whisker, ratio_chart
 from recipes.cli import benchmarks
 from tests.recipes.small import save_small_network
@@ -78,6 +79,11 @@ def test_with_resume_only_what_is_missing_is_asked(tmp_path: Path, monkeypatch: 
         bench.asked.clear()
         all.main(load(all.Config, None, [*words, *change]), resume=bool(change))
         assert [asked[3] for asked in bench.asked] == ["sampler", "score"]
+    bench.asked.clear()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(all, "maker", lambda: Maker("c0ffee", "64"))
+        all.main(load(all.Config, None, words), resume=True)
+    assert [asked[3] for asked in bench.asked] == ["sampler", "score"], "what other threads measured is not of these"
     monkeypatch.setattr(all, "commit", lambda: "c0ffee+changes")
     all.main(load(all.Config, None, words))
     bench.asked.clear()

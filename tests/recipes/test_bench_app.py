@@ -10,7 +10,6 @@ import pytest
 from align.config import load
 from base_model.errors import UserError
 from recipes.bench import _label_studio, app
-from reward.app.store import open_store
 
 
 @pytest.mark.timed
@@ -20,14 +19,6 @@ def test_labelers_are_served_and_what_they_were_told_is_kept_is_there_once() -> 
     assert 0 < row["next_task_p50_ms"] <= row["next_task_p95_ms"] <= row["next_task_max_ms"]
     assert row["events"] > 2 * row["acknowledged"] and row["clips_mb_a_second"] > 0
     json.dumps(row, allow_nan=False)
-
-
-def test_importing_makes_a_task_of_every_two_clips(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    assert app.import_ours(store, 20) > 0
-    with store.reading() as db:
-        assert len(db.execute(app.schema.task.select()).all()) == 20
-    store.close()
 
 
 def test_a_ratio_below_one_is_faster_than_the_peer() -> None:

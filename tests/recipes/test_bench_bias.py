@@ -71,6 +71,9 @@ def test_all_of_it_runs_once_and_is_told_with_charts(tmp_path: Path, monkeypatch
     for work in ("draw_pool", "learn_skew", "climb"):
         monkeypatch.setattr(bench, work, lambda *_: pytest.fail("it was done already"))
     assert json.dumps(bench.main(cfg)["rows"]) == json.dumps(rows)
+    other = save_small_reward_model(tmp_path / "other", seed=7)
+    with pytest.raises(UserError, match=r"climbed\.json was made with another reward\."):
+        bench.main(cfg.model_copy(update={"reward": other}))
     with pytest.raises(UserError, match="was made with another planted"):
         bench.main(load(Config, None, [*small(tmp_path), "--planted", "{red: 0.25, green: 0.15, blue: 0.15, yellow: 0.15, magenta: 0.15, cyan: 0.15}"]))
 

@@ -49,6 +49,7 @@ def test_the_quick_form_gives_flat_rows_and_the_models_doubt_holds_more_than_tha
     assert len([row for row in rows if row["part"] == "claims"]) == len(DIMS) + len(DIMS) + 1
     (file,) = tmp_path.iterdir()
     assert "# Calibration and honest intervals" in file.read_text() and "rushes bench calibration --quick" in file.read_text()
+    assert "\n2 seeds. `low`" in file.read_text(), "as many as it took"
 
 
 # The world

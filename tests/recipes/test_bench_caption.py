@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from base_model.errors import UserError
 from recipes import cli
 from recipes.bench import caption
 from recipes.bench._trained import LOOKS
@@ -38,6 +39,16 @@ def test_the_quick_form_gives_flat_rows_of_both_arms(capsys: pytest.CaptureFixtu
     assert set(words) <= {"circle", "triangle", "bar", "pillar"} and all(read_caption(text).color and text.endswith(".") for text in said)
     (file,) = tmp_path.iterdir()
     assert "# Captions instead of tags" in file.read_text() and "rushes bench caption --quick" in file.read_text()
+
+
+def test_tagged_clips_are_made_once_and_only_for_as_many(tmp_path: Path) -> None:
+    few = caption.Config(pairs=3)
+    folder = caption.tagged_clips(few, tmp_path, 0)
+    made = sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir())
+    assert len(find_clips(folder)[0]) == 3 and caption.tagged_clips(few, tmp_path, 0) == folder
+    assert sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir()) == made
+    with pytest.raises(UserError, match=r"tags-0\.json was made with another pairs\."):
+        caption.tagged_clips(caption.Config(pairs=9), tmp_path, 0)
 
 
 def test_differences_are_paired_over_prompts_and_the_verdict_follows_their_interval() -> None:

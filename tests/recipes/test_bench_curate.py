@@ -12,8 +12,8 @@ import pytest
 from align.config import load
 from base_model.errors import UserError
 from base_model.video.files import read_video
-from recipes.bench import _curate_worker, curate
-from recipes.bench._curate_clips import CLEAN, DEFECTS, DUPLICATES, UNREADABLE, Clip, make_clips
+from recipes.bench import _curate_clips, _curate_worker, curate
+from recipes.bench._curate_clips import CLEAN, DEFECTS, DUPLICATES, LONGEST, UNREADABLE, Clip, encode, make_clips
 from recipes.bench.curate import Decided, clean_rows, defect_rows, f1, index_row, nearest, repeats, score, some
 from tests.recipes.test_bench import assert_flat
 
@@ -66,6 +66,30 @@ def test_real_textures_are_blended_so_that_no_two_clips_repeat_each_other(real_d
     clips = make_clips(tmp_path / "clips", 40, seed=4, real=real_data / "clips")
     scored = [score(tmp_path / "clips" / clip.name) for clip in clips]
     assert all(clip.origin == repeats(clips, scored).get(clip.name) for clip in clips if clip.origin is None)
+
+
+def test_clips_of_other_textures_are_not_taken_for_these(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    short, long = (np.zeros((frames, 32, 48, 3), np.uint8) for frames in (LONGEST - 1, LONGEST))
+    (real / "a.mp4").write_bytes(encode(long, 12.0, crf=20))
+    make_clips(tmp_path / "clips", 18, seed=3, real=real)
+    for other in (None, tmp_path / "nothing"):
+        with pytest.raises(UserError, match=r"clips\.json was made with another real\."):
+            make_clips(tmp_path / "clips", 18, seed=3, real=other)
+    (real / "a.mp4").write_bytes(encode(short, 12.0, crf=20))
+    with pytest.raises(UserError, match=r"a\.mp4 has 47 frames, textures take up to 48\. Give --real a folder of longer clips"):
+        make_clips(tmp_path / "others", 18, seed=3, real=real)
+
+
+def test_as_few_clips_as_are_accepted_hold_every_kind(tmp_path: Path) -> None:
+    assert {clip.kind for clip in make_clips(tmp_path / "clips", 18, seed=0, real=None)} == {*CLEAN, *DEFECTS}
+    for number in range(18, 400):
+        kinds = _curate_clips._kinds(np.random.default_rng(0), number)
+        copies = [kind in DUPLICATES for kind in kinds]
+        assert len(kinds) == number and kinds[: sum(copies)] == ["plain"] * sum(copies), "every copy has a clip of its own to copy"
+    with pytest.raises(UserError, match="clips"):
+        load(curate.Config, None, ["--clips", "17"])
 
 
 def test_the_curate_bench_gives_flat_rows_and_says_what_it_could_not_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

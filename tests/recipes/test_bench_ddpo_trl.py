@@ -201,7 +201,7 @@ def test_rows_pair_the_rounds_of_trl_and_ours() -> None:
     assert [ours[f"times_faster{end}"] for end in ("", "_low", "_high")] == [1.0, 1.0, 1.2]
     assert [batched[f"{part}times_faster{end}"] for part in ("", "rollout_", "update_") for end in ("", "_low", "_high")] == pytest.approx([2.0, 1.6, 2.0] * 3)
     assert ours["times_less_memory"] == 1 and batched["times_less_memory"] == 0.5 and ours["memory_before_bytes"] == 2**28
-    cells = ddpo_trl.in_brackets([batched])[0]
+    cells = ddpo_trl.in_file([batched])[0]
     assert cells["times_faster"] == "2 [1.6, 2]" and cells["peak_memory_MiB"] == 1024 and cells["log_prob_difference"] == 1e-7
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from align.config import commit
 from base_model.errors import UserError
 from recipes.bench import _stacks, demo
 from recipes.statistics import bootstrap_crossed
@@ -44,6 +45,18 @@ def test_ratios_are_of_runs_right_after_each_other_and_their_median_is_told(olde
     assert seconds["sft"] == pytest.approx((10, 13, 1.3, 1.2, 1.4)) and seconds["all stages, CPU"] == pytest.approx((70, 91, 1.3, 1.2, 1.4))
     (file,) = (tmp_path / "results").iterdir()
     assert "3 demos of each in turns" in file.read_text() and "| sft | 10 | 13 | 1.3 | 1.2 | 1.4 |" in file.read_text()
+    assert f"| commit | {run(10)['commit']}, {commit()} |" in file.read_text(), "who made the demos, and who wrote the table"
+
+
+def test_a_profile_of_another_commit_is_not_told_as_one_of_this(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked_at(checkout: Path, out: Path, configuration: list[str], command: tuple[str, str]) -> None:
+        Path(command[1]).write_text(json.dumps({"align/run.py:fit": [3.0, 6.0]}))
+
+    monkeypatch.setattr(demo, "run_demo", looked_at)
+    assert demo.profiled(demo.Config(), tmp_path) == [{"where": "align/run.py:fit", "seconds": 3.0, "share": 1.0, "threads": 2.0}]
+    monkeypatch.setattr(demo, "commit", lambda: "c0ffee")
+    with pytest.raises(UserError, match=r"costs\.json was made with another commit\. Give the same values, another --out"):
+        demo.profiled(demo.Config(), tmp_path)
 
 
 def test_how_well_it_ends_stands_beside_what_it_took(older: Path, tmp_path: Path) -> None:

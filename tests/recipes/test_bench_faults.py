@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from base_model.checkpoint import save_weights
+from base_model.errors import UserError
 from recipes.bench import faults
 from recipes.bench._fault_plans import KINDS, WATCHED, Broken, Lost, Whole, kind_of, moment_of, refused, result, same, spoil, words
 from recipes.bench._fault_processes import MOMENTS, Ended
@@ -119,3 +121,11 @@ def test_the_first_plan_of_every_kind_holds(tmp_path: Path) -> None:
     assert isinstance(rows, list)
     assert [(row["kind"], row["held"]) for row in rows if row["part"] == "kinds"] == [(kind, 1) for kind in KINDS]
     assert len(list((tmp_path / "plans").glob("*.json"))) == len(KINDS)
+
+
+def test_a_plan_alone_does_not_work_where_all_of_them_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "carry_out", lambda *_: pytest.fail("two in one stage"))
+    with open(tmp_path / ".lock", "w") as held:  # as another process holds it
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is at work in"):
+            faults.main(faults.Config(only=3, out=tmp_path))

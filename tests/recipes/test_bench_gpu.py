@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -115,6 +116,16 @@ def test_a_row_that_fails_is_noted_and_loses_no_other(capsys: pytest.CaptureFixt
     assert notes[0] == "out of memory" and notes[1].startswith("not supported here: No available") and notes[2] == "failed: ValueError: a bug" and notes[3] is None
     assert notes[4].startswith("left out") and [type(bug) for bug in notebook.bugs] == [ValueError]
     assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith('{"part": "sft"')]) == 5
+
+
+def test_a_row_that_was_left_out_has_no_memory_of_the_row_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    monkeypatch.setattr(gpu, "forget", lambda device: None)
+    notebook = gpu.Notebook(dataclasses.replace(gpu.toy(), device=torch.device("cuda")), 60)
+    notebook.row("sft", "a step", lambda: {"seconds": 1.0})
+    notebook.seconds = -1
+    notebook.row("sft", "a step", lambda: {"seconds": 1.0})
+    assert [row["peak_gib"] for row in notebook.parts["sft"]] == [3.0, None]
 
 
 def test_what_a_machine_lacks_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from recipes import feedback
 from recipes.bench import hacking as bench
 from recipes.generate import safety_runner
 from recipes.guards import read_history
+from recipes.match import SHIPPED as MATCHERS
+from recipes.quality import SHIPPED as QUALITIES
 from reward import planted
 from reward.mixture import Mixture, Term
 from reward.types import Scores
@@ -165,6 +168,14 @@ def made_up(before: list[float], after: list[float], stopped: int | None, said: 
     return {"looks": looks, "stopped": stopped, "said": said, "history": [{"iteration": 0, "said": "green"}, {"iteration": 8, "said": said}]}
 
 
+def test_a_run_is_kept_for_the_shipped_networks_that_rewarded_and_guarded_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "kept", lambda file, settings, make: settings)
+    settings = bench.kept_climb(bench.Config(), tmp_path, bench.Start([], None, None, {}), "blur", 0, False)  # type: ignore[arg-type]
+    for start in ("reward", "guard"):
+        files = {"matcher": MATCHERS[start], "quality": QUALITIES[start]}
+        assert settings[start] == {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+
+
 def test_rows_pool_seeds_and_pair_prompts() -> None:
     free = [made_up([1.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], None, ""), made_up([1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], None, "")]
     caught = [made_up([1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0], 5, "red: grid +0.3"), made_up([1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 1.0, 1.0], 7, "red: grid +0.3")]
@@ -172,6 +183,8 @@ def test_rows_pool_seeds_and_pair_prompts() -> None:
     assert (without["judge_before"], without["judge_after"], without["judge_change"]) == (0.625, 0.25, -0.375)
     assert without["judge_change_low"] < -0.375 < without["judge_change_high"] <= 0 and without["of_rollouts"] == 8 and without["light"] is None
     assert with_guards["judge_change"] == 0.125 and with_guards["stopped_after"] == "5, 7" and with_guards["light"] == "red: grid +0.3" and with_guards["of_rollouts"] is None
+    (ten,) = bench.rows_of("dots", {bench.WITHOUT: free * 5})
+    assert ten["judge_change_low"] < -0.7 and ten["judge_change_high"] == 0, "four prompts are four, however many seeds look at them: as forty, they would end at -0.53 and -0.23"
     rows = bench.curve_rows("dots", {bench.WITH: caught})
     assert [(row["seed"], row["rollouts"], row["judge"], row["light"]) for row in rows][:2] == [(0, 0, 0.75, "green"), (0, 8, 0.75, "red: grid +0.3")]
 

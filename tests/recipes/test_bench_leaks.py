@@ -15,6 +15,8 @@ from torch import Tensor
 
 from recipes import cli
 from recipes.bench import leaks as bench
+from recipes.match import SHIPPED as MATCHERS
+from recipes.quality import SHIPPED as QUALITIES
 from recipes.shapes.prompts import make_prompts
 from recipes.shapes.render import DEMO_CLIP, render, sample_scene
 from reward.safety.contract import Verdict
@@ -82,6 +84,13 @@ def test_an_arm_is_told_by_its_last_leg_and_claims_by_the_ends_of_its_interval()
     broken = bench.claims(0.05, list(rows.values()))
     assert [row["holds"] for row in broken] == [False, True, False, True, True]
     assert [row["rollouts"] for row in bench.way_rows(cfg, runs) if row["arm"] == "true filter"] == [f"{k} to {k}" for k in range(1, 7)]
+
+
+def test_a_run_is_kept_for_the_shipped_networks_that_rewarded_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "kept", lambda file, settings, make: settings)
+    settings = bench.kept_climb(bench.Config(), tmp_path, None, [], [], bench.ARMS[0], 0)  # type: ignore[arg-type]
+    files = {"matcher": MATCHERS["reward"], "quality": QUALITIES["reward"]}
+    assert settings["reward"] == {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
 
 
 def test_the_quick_form_audits_teaches_and_tells_flat_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,6 +218,9 @@ def test_all_of_it_runs_and_what_is_finished_is_not_repeated(cfg: bench.Config, 
     assert bench.main(cfg)["rows"] == rows
     with pytest.raises(UserError, match="another safety"):
         bench.main(cfg.model_copy(update={"safety": SafetyLimit(limit=0.5)}))
+    monkeypatch.setattr(bench, "made_of", lambda start: {"matcher": "newer"})
+    with pytest.raises(UserError, match="another reward"):
+        bench.main(cfg)
 
 
 def test_quick_shrinks_and_leaves_smaller_requests_alone() -> None:

@@ -45,17 +45,18 @@ def test_a_peer_makes_of_the_same_frames_what_ours_does(clips: Path, monkeypatch
 
 
 def test_a_peer_in_a_process_of_its_own_is_asked_clip_by_clip(clips: Path, tmp_path: Path) -> None:
-    """With the packages of this environment and an imageio that reads numbers instead of pixels."""
+    """With the packages of this environment and an imageio that reads numbers instead of pixels, and complains more than a pipe holds."""
     (tmp_path / "imageio").mkdir()
     (tmp_path / "imageio" / "__init__.py").touch()
     (tmp_path / "imageio_ffmpeg.py").touch()
-    (tmp_path / "imageio" / "v3.py").write_text("import numpy\ndef imread(path, plugin):\n    return numpy.full((5, 50, 70, 3), 7, numpy.uint8)\n")
+    (tmp_path / "imageio" / "v3.py").write_text("import numpy\ndef imread(path, plugin):\n    print('x' * 100_000)\n    return numpy.full((5, 50, 70, 3), 7, numpy.uint8)\n")
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    cfg = load(loader.Config, None, ["--clips", str(clips), "--peers", "[imageio]", "--python", str(python), "--repeats", "1"])
+    cfg = load(loader.Config, None, ["--clips", str(clips), "--peers", "[imageio]", "--python", str(python), "--repeats", "1", "--out", str(tmp_path / "out")])
     *_, peer = loader.decode_rows(cfg, tmp_path)
     assert peer["name"] == "imageio" and peer["mean_level"] == 7 and peer["note"] is None and peer["times_faster"] > 0
+    assert "x" * 100_000 in (tmp_path / "out" / "imageio.log").read_text()
     json.dumps(peer)
 
 

@@ -69,5 +69,8 @@ def test_a_short_run_stays_as_it_began_and_is_not_repeated(tmp_path: Path, monke
     assert all(rows[what]["holds"] for what in ("memory, MiB", "file handles", "threads", "checkpoint folders at once, most", "lines of metrics, each iteration once"))
     monkeypatch.setattr(long_run, "run_watched", None)
     assert {row["what"]: row for row in long_run.main(cfg)["rows"]} == rows
+    for name in ("save_every", "evaluate_every"):
+        with pytest.raises(UserError, match=f"rows-24.json was made with another {name}\\."):
+            long_run.main(cfg.model_copy(update={name: 1}))
     (file,) = (tmp_path / "results").glob("2026-11_*_long-run.md")
     assert "--iterations 24" in file.read_text()

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from align.config import load
+from align.config import commit, load
 from base_model.errors import UserError
 from base_model.tiny import LatentVideoModel, save_codec
 from base_model.types import ClipShape
 from recipes import cli
-from recipes.bench import _trained, native
+from recipes.bench import _results, _trained, native
 from recipes.fit import Fit, held_out_errors, held_out_losses
 from recipes.pairs import Pairs
 from recipes.shapes.judge import in_frame
@@ -138,6 +138,23 @@ def test_what_is_kept_is_made_once_and_only_for_its_settings(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"was made with another a\. Give the same values, another --out"):
         _trained.kept(file, {"a": (1, 3)}, make)
     assert made == [1]
+
+
+def test_a_table_names_the_commits_and_threads_that_made_what_was_kept(tmp_path: Path) -> None:
+    cfg, file = config("--results", str(tmp_path)), tmp_path / "found.json"
+    _results.check_can_end(cfg)
+    _trained.kept(file, {"a": 1}, lambda: {"value": 1})
+    own = _results.here("native", cfg)
+    assert (own.commit, own.hardware["threads"]) == _results.maker() and own.commit == commit()
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"made": {"commit": "c0ffee", "threads": "7"}}))
+    del content["made"]  # as it was kept before anybody noted it
+    (tmp_path / "older.json").write_text(json.dumps(content))
+    assert _trained.kept(file, {"a": 1}, dict) == _trained.kept(tmp_path / "older.json", {"a": 1}, dict) == {"value": 1}
+    told = _results.here("native", cfg)
+    assert told.commit == f"{own.commit}, c0ffee, unknown" and told.hardware["threads"] == f"{torch.get_num_threads()}, 7, unknown"
+    _results.check_can_end(cfg)
+    assert _results.here("native", cfg) == own, "another measurement read nothing of it"
 
 
 def test_the_bench_trains_each_arm_once_and_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ def test_the_quick_form_gives_flat_rows_of_every_method(capsys: pytest.CaptureFi
     (file,) = tmp_path.iterdir()
     text = file.read_text()
     assert "# Which clips to rank next" in text and "the random floor of 25% counted" in text and "rushes bench selection --quick" in text
+    assert "\n2 seeds. `ratio`" in text, "as many as it took"
 
 
 # The pool

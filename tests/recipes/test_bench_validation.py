@@ -71,7 +71,8 @@ def test_the_bench_gives_one_flat_row_a_set_and_number(tmp_path: Path, monkeypat
     assert_flat(rows)
     assert [(row["held_out"], row["clips"], row["repeats"]) for row in rows] == [("1x16x16", 1, 3), ("1x16x16", 2, 3)]
     assert all(row["std_fixed"] > 0 < row["std_random"] and row["ratio_low"] <= row["ratio_high"] for row in rows)
-    assert "Variance at least 5 times smaller, 2 of 1x16x16: " in (tmp_path / "2026-11_2-core-cpu_validation.md").read_text()
+    text = (tmp_path / "2026-11_2-core-cpu_validation.md").read_text()
+    assert "Variance at least 5 times smaller, 2 of 1x16x16: " in text and "Real clips: none." in text
 
 
 def test_sizes_and_folders_that_are_none_are_one_line(tmp_path: Path) -> None:
