@@ -46,6 +46,7 @@ from recipes.reward_model import (
     start_log_tie,
 )
 from reward.comparisons import Comparisons
+from recipes.weights import made_by
 from reward.types import Scores
 from reward.vlm.files import save_vlm_reward
 from reward.vlm.frames import FrameSampler, frame_indices
@@ -275,7 +276,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     result = run.on_main(lambda: measure(answers, train, test, scores, {}))
     facts = {
         "measured": result,
-        "command": f"rushes vlm-reward --base {cfg.base} --seed {cfg.seed}",
+        **made_by("vlm-reward", cfg),
         "seed": cfg.seed,
         "seconds": round(run.seconds, 1),
         "clips": sizes_of(train),
