@@ -40,7 +40,7 @@ from recipes.feedback import standardised
 from recipes.generate import Sampler, best_device, network_lineage, safety_runner, sample
 from recipes.rankings import TASKS, Task, answers_to, ask, read_tasks
 from recipes.reward_model import usable_events
-from recipes.scorers import load_scorer
+from recipes.scorers import card_hash, check_watches_another, load_scorer
 from recipes.shapes.judge import judge
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.statistics import bootstrap_mean
@@ -252,7 +252,22 @@ def _shown(video: Tensor, lead: float) -> Shown:
 def settings(cfg: Config, sides: Iterable[Side]) -> dict[str, Any]:
     """What the clips that people see depend on."""
     kept = {name: dump(cfg)[name] for name in ("seed", "prompts", "clips_per_prompt", "two_objects", "strobe", "captions")}
+    if cfg.by == "guard" and cfg.guard is not None:
+        for run in (cfg.run_a, cfg.run_b):
+            check_climbed_another(cfg.guard, run)
     return kept | {f"run_{name}": [network_lineage(side.network), dump(side.sampler)] for name, side in zip("ab", sides, strict=True)}
+
+
+def check_climbed_another(guard: Path, run: Path) -> None:
+    """Raises UserError where a run, as far as its folder tells, was optimised by the guard: by the card it noted, or the reward model where it says one lies."""
+    file = run / "run.json"
+    told = read_json(file, "the description of a run") if file.is_file() else {}
+    config = told.get("config") or {}
+    climbed = None if config.get("comparisons") else config.get("reward")  # of stored rankings a run learns itself, and its reward only scores the looks
+    if climbed and told.get("reward") == card_hash(guard):
+        raise UserError(f"the guard is what {run} was optimised by, {guard}: it would like that run. Give --guard another one")
+    if climbed and "reward" not in told and (Path(climbed) / "reward_card.json").is_file():
+        check_watches_another(guard, Path(climbed))
 
 
 def check(cfg: Config) -> None:

@@ -40,8 +40,8 @@ from recipes.filters import Filters
 from recipes.generate import Sampler, check_sampler, safety_runner, sample_with_latents, times_of
 from recipes.guards import Guards
 from recipes.guards import GuardWatch as GuardWatch
-from recipes.models import built_in, encode_prompts, load_model, reward_text, save_policy
-from recipes.scorers import card_of, load_scorer, tier_of
+from recipes.models import built_in, encode_prompts, load_model, model_lineage, reward_text, save_policy
+from recipes.scorers import card_hash, card_of, check_watches_another, load_scorer, tier_of
 from recipes.shapes.prompts import make_prompts
 from recipes.weights import file_hash
 from reward import latent
@@ -627,6 +627,14 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     guard = standardised(load_scorer(cfg.guard, fps=cfg.sampler.fps, encode=encode)) if cfg.guard else None
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, encode_prompts(model, texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
+def note_given(cfg: Setting, run: Run, reward: Path | None) -> None:
+    """What the paths of the configuration hold, wherever that lies: a run goes on with the same. Raises UserError where it was begun with another."""
+    run.note("model", run.on_main(lambda: model_lineage(cfg.model)))
+    run.note("reward", card_hash(reward))
+    run.note("guard", card_hash(cfg.guard))
+    run.note("hazard", guards.hazard_version(cfg.guards))
+
+
     scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps, encode) if reward else None
     assess = Assessor(scorer, safety_runner(cfg.filters), cfg.sampler.fps, looks=cfg.constrained)
     run.note("safety", assess.runner.lineage())
@@ -636,6 +644,9 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     watch = train(cfg, run, model, assess, held_out)
 
     looked = last_look(run, held_out, model, assess, watch)
+    if cfg.guard and reward:
+        check_watches_another(cfg.guard, reward)
+    note_given(cfg, run, reward)
     data = hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
     def saved() -> tuple[Path, str]:

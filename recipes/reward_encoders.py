@@ -151,6 +151,7 @@ def learn(cfg: Config, answers: Answers, store: ClipStore, *, resume: bool) -> d
     cache = FeatureCache(settings.cache)
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=reward_model.METRICS)
     run.note("safety", reward_model.filters_behind(usable, store))
+    run.note("answers", reward_model.events_hash(usable))
     clips = encode_clips(usable, data, store, encoders, cache, run.device)
     parts = {name: part_of(clips, events, dims, k) for name, events in answers.splits.items()}
     train, val, test = parts["train"], parts["val"] if answers.splits["val"] else parts["train"], parts["test"]

@@ -571,6 +571,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
 
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     run.note("safety", filters_behind(answers.usable, store))
+    run.note("answers", events_hash(answers.usable))
+    run.note("matcher", file_hash(cfg.matcher or SHIPPED[cfg.start]))
     model, features = start_model(cfg, dims, k, train, encode)
     fit_head(cfg, model, joined(train, features))
     fine_tune(cfg, run, model, train, val)

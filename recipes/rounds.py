@@ -51,12 +51,11 @@ from recipes.evaluate_reward import look
 from recipes.feedback import Assessor, Setting, StoppedByGuard, held_out_texts, standardised
 from recipes.generate import Request, Sampler, best_device, fill_store, network_lineage, safety_runner, sample, seeded_noise, times_of
 from recipes.rankings import TASKS, Task, answers_to, ask, rank_by_panel, read_tasks, served
-from recipes.scorers import load_scorer
+from recipes.scorers import card_hash, load_scorer
 from recipes.shapes import labelers
 from recipes.shapes.eye import Eye
 from recipes.shapes.prompts import ShapesPrompt
 from recipes.stages import Stages, in_first
-from recipes.weights import file_hash
 from reward.agreement import Interval, pairs_of, scorer_accuracy
 from reward.comparisons import Comparisons, Prompt, RankingEvent, load_comparisons
 
@@ -311,7 +310,7 @@ def stages_of(cfg: Config) -> Stages:
     free = {"out", "rounds", "answered", *path_keys(Config)}
     own = {key: value for key, value in leaves(dump(cfg)).items() if key not in free and key.partition(".")[0] != "rl"}
     rl = {f"{cfg.recipe}.{key}": value for key, value in leaves(dump(setting)).items() if key not in {*OWN, *path_keys(type(setting))}}
-    given = {"network": network_lineage(start_of(cfg, 1)), "guard_card": file_hash(cfg.guard / "reward_card.json") if cfg.guard else None}
+    given = {"network": network_lineage(start_of(cfg, 1)), "guard_card": card_hash(cfg.guard)}
     return Stages(cfg.out, "rounds", own | rl | given)
 
 

@@ -34,6 +34,7 @@ from recipes.reward_model import (
     Table,
     calibrate,
     event_nll,
+    events_hash,
     facts_of,
     filters_behind,
     held_out_nll,
@@ -45,8 +46,8 @@ from recipes.reward_model import (
     sizes_of,
     start_log_tie,
 )
-from reward.comparisons import Comparisons
 from recipes.weights import made_by
+from reward.comparisons import Comparisons
 from reward.types import Scores
 from reward.vlm.files import save_vlm_reward
 from reward.vlm.frames import FrameSampler, frame_indices
@@ -247,6 +248,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     check_rates(data, [*train, *val, *test], sampler)
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     run.note("safety", filters_behind(answers.usable, ClipStore(cfg.clips)))
+    run.note("answers", events_hash(answers.usable))
     model = VlmReward(
         load_base(cfg.base, revision=cfg.revision, dtype=cfg.dtype),
         dimensions,

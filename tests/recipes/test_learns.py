@@ -182,11 +182,11 @@ def test_a_run_its_guard_ended_saves_and_reports_the_best_safe_policy(tmp_path: 
         return Scripted() if pessimism == 0 else BRIGHT
 
     monkeypatch.setattr(feedback, "standardised", scripted)
-    guard = save_small_reward_model(tmp_path / "guard")
+    reward, guard = (save_small_reward_model(tmp_path / name, seed=seed) for seed, name in enumerate(("reward", "guard")))
     base = save_small_network(tmp_path / "base.safetensors")
     policy = ddpo.Policy(iterations=6, prompts=2, group_size=4, micro_batch=8, lr=1e-2, evaluate_every=1, save_every=10)
     safety = SafetyLimit(limit=1.0)
-    cfg = ddpo.Config(out=tmp_path / "run", model=base, reward=guard, guard=guard, prompt_pool=4, held_out_prompts=2, sampler=SAMPLER, policy=policy, safety=safety)
+    cfg = ddpo.Config(out=tmp_path / "run", model=base, reward=reward, guard=guard, prompt_pool=4, held_out_prompts=2, sampler=SAMPLER, policy=policy, safety=safety)
     with pytest.raises(feedback.StoppedByGuard, match=r"light was red: guard -0\.8 sd; the best checkpoint that kept the limit is saved") as stop:
         ddpo.main(cfg)
     assert stop.value.result["held_out_guard"] == 1.0 and stop.value.result["stopped_by_guard"] is True
