@@ -35,7 +35,7 @@ from align.config import Config as BaseConfig
 from align.config import Count, Several, Share, dump, leaves, load, path_keys
 from align.kernels import Ancestral
 from align.processes import is_main, join
-from align.run import derived_seed
+from align.run import derived_seed, lock_folder
 from align.trajectory import path_kl, rollout
 from base_model.checkpoint import disk_errors
 from base_model.errors import RushesError, UserError
@@ -220,7 +220,8 @@ def answer_by_panel(cfg: Config, number: int, tasks: Sequence[Task]) -> None:
 def learn_reward(cfg: Config, number: int, out: Path) -> dict[str, Any]:
     """The reward model, anew, from all rankings so far; and how often it, and the one before it, order the newest clips as people did, on prompts that it did not learn from."""
     learning = reward_model.Config(out=out, comparisons=rankings_of(cfg), clips=store_of(cfg).folder, seed=cfg.seed)
-    result = reward_model.main(learning, resume=(out / "run.json").exists())
+    empty(out)
+    result = reward_model.main(learning)
     data = load_comparisons(rankings_of(cfg))
     newest = answers_to(data, read_tasks(folder(cfg, number, "takes"))).values()
     events = [event for events in newest for event in events if data.split[event.prompt_id] == "test" and not event.skipped_reason]
@@ -232,6 +233,17 @@ def learn_reward(cfg: Config, number: int, out: Path) -> dict[str, Any]:
         "accuracy_newest": _plain(accuracy._asdict()),
         "accuracy_newest_before": None if before is None else _plain(before._asdict()),
     }
+
+
+def empty(out: Path) -> None:
+    """Removes what a killed try left of a stage that saves nothing on the way: by now people may have answered more. Raises UserError where another process is at work there."""
+    lock_folder(out)
+    with disk_errors(out):
+        for path in out.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
 
 
 def accuracy_of(reward: Path, data: Comparisons, events: Sequence[RankingEvent], store: ClipStore) -> Interval:
