@@ -52,7 +52,7 @@ def sides(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Clips of A and B instead of networks; fill it before the command runs."""
     clips: dict[str, Tensor] = {}
     monkeypatch.setattr(compare, "sides_of", lambda cfg: (Side(None, Sampler()), Side(None, Sampler(guidance=2.0))))
-    monkeypatch.setattr(compare, "clips_of", lambda cfg, side, texts: clips["a" if side.sampler.guidance == 1 else "b"])
+    monkeypatch.setattr(compare, "clips_of", lambda network, texts, seeds, sampler: clips["a" if sampler.guidance == 1 else "b"])
     return clips
 
 
