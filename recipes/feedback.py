@@ -25,6 +25,7 @@ from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Share
 from align.constraints import Multiplier, all_violating, constrained_advantage, gate
 from align.kernels import ODE, Gaussian, Kernel
+from align.objectives import Loss
 from align.run import Run, derived_seed
 from align.trajectory import Trajectory, replay, rollout
 from base_model.checkpoint import save_weights
@@ -538,14 +539,24 @@ def mean_of(values: Sequence[Tensor]) -> float:
     return float(torch.cat([value.flatten() for value in values]).mean()) if values else float("nan")
 
 
+def known_stats(loss: Loss, valid: Tensor) -> dict[str, Tensor]:
+    """What a micro-batch says of its clips: nothing where none is valid [b], for a mean over no clips is no 0."""
+    return loss.stats if bool(valid.any()) else {}
+
+
+def mean_stat(losses: Sequence[Mapping[str, Tensor]], name: str) -> float:
+    """`mean_of` a statistic of the micro-batches that told it."""
+    return mean_of([stats[name] for stats in losses if name in stats])
+
+
 def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_elements: int, grad_norm: float) -> dict[str, float]:
     """The metrics of one update."""
     return {
         "kl_per_element": kl,
         "kl_total": kl * latent_elements,
         "grad_norm": grad_norm,
-        "ratio": mean_of([s["policy/ratio"] for s in losses]),
-        "clip_share": mean_of([s["policy/clip_share"] for s in losses]),
+        "ratio": mean_stat(losses, "policy/ratio"),
+        "clip_share": mean_stat(losses, "policy/clip_share"),
     }
 
 
