@@ -14,7 +14,7 @@ import torch
 from align.run import Run
 from base_model.errors import UserError
 from base_model.video.store import ClipStore, NewClip
-from recipes import dpo, latent_reward, reward_model, vlm_reward
+from recipes import dpo, latent_reward, reward_model, sft, vlm_reward
 from recipes.cli import main as rushes
 from recipes.shapes.prompts import make_prompts
 from reward.comparisons import Clip, Prompt, RankingEvent, load_comparisons, write_comparisons
@@ -151,6 +151,13 @@ def begun(cfg: Any, seed: int, **noted: Any) -> None:
         run.note(name, value)
     for _ in run.iterations(1, save_every=1, label="begun"):
         pass
+
+
+def test_fine_tuning_does_not_go_on_with_another_model(given: Path, tmp_path: Path) -> None:
+    cfg = sft.Config(out=tmp_path / "out", model=given / "one" / "network.safetensors", clips=4)
+    begun(cfg, cfg.seed, model="another")
+    with pytest.raises(UserError, match="begun with another `model`"):
+        sft.main(cfg, resume=True)
 
 
 def test_a_vision_language_reward_does_not_go_on_with_grown_rankings(ranked: Path) -> None:
