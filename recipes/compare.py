@@ -31,16 +31,16 @@ from align.config import Config as BaseConfig
 from align.config import Count, Seed, Share, Whole, dump
 from base_model.checkpoint import atomic_write, check_can_write, read_json
 from base_model.errors import UserError
-from base_model.tiny import WEIGHTS, load_tiny
+from base_model.tiny import WEIGHTS
 from base_model.video.files import digest_of, to_uint8
 from base_model.video.store import ClipStore, NewClip
 from recipes.bench.strip import Shown, draw
-from recipes.evaluate import EVALUATION_SEED, clip_seeds, kind_of, network_file, shown_prompts
+from recipes.evaluate import EVALUATION_SEED, clip_seeds, clips_of, kind_of, network_file, shown_prompts
 from recipes.feedback import standardised
-from recipes.generate import Sampler, best_device, network_lineage, safety_runner, sample
+from recipes.generate import Sampler, network_lineage, safety_runner
 from recipes.rankings import TASKS, Task, answers_to, ask, read_tasks
 from recipes.reward_model import usable_events
-from recipes.scorers import load_scorer
+from recipes.scorers import card_hash, check_watches_another, load_scorer
 from recipes.shapes.judge import judge
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.statistics import bootstrap_mean
@@ -130,15 +130,6 @@ def prompts_of(cfg: Config) -> list[ShapesPrompt]:
     if cfg.captions:
         return [ShapesPrompt(text, text, (), False, "eval") for text in cfg.captions]
     return make_prompts(cfg.prompts, seed=cfg.seed + EVALUATION_SEED, split="eval", two_objects=cfg.two_objects, strobe=cfg.strobe)
-
-
-@torch.no_grad()
-def clips_of(cfg: Config, side: Side, texts: Sequence[str]) -> Tensor:
-    """[P,T,3,H,W] of P texts, from the noise that both sides have."""
-    model = load_tiny(side.network).to(best_device())
-    known = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    cond = model.encode_text(list(known))[[known[text] for text in texts]]
-    return torch.cat(list(sample(model, cond, clip_seeds(cfg.seed + EVALUATION_SEED, len(texts)), side.sampler)))
 
 
 # Who decides
@@ -261,7 +252,22 @@ def check(cfg: Config) -> None:
         raise UserError("by is judge, who knows the built-in world alone, and captions are given. Use --by guard or --by people")
     if cfg.by == "guard" and cfg.guard is None:
         raise UserError("by is guard, and no reward model is given. Add --guard FOLDER")
+    if cfg.by == "guard" and cfg.guard is not None:
+        for run in (cfg.run_a, cfg.run_b):
+            check_climbed_another(cfg.guard, run)
     check_can_write(cfg.out)
+
+
+def check_climbed_another(guard: Path, run: Path) -> None:
+    """Raises UserError where a run, as far as its folder tells, was optimised by the guard: by the card it noted, or the reward model where it says one lies."""
+    file = run / "run.json"
+    told = read_json(file, "the description of a run") if file.is_file() else {}
+    config = told.get("config") or {}
+    climbed = None if config.get("comparisons") else config.get("reward")  # of stored rankings a run learns itself, and its reward only scores the looks
+    if climbed and told.get("reward") == card_hash(guard):
+        raise UserError(f"the guard is what {run} was optimised by, {guard}: it would like that run. Give --guard another one")
+    if climbed and "reward" not in told and (Path(climbed) / "reward_card.json").is_file():
+        check_watches_another(guard, Path(climbed))
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
@@ -273,7 +279,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     key = read_json(key_file, "the key to what people were asked") if cfg.by == "people" and key_file.exists() else None
     if key is not None and key.get("settings") != told:
         raise UserError(f"people were asked about other clips in {cfg.out}. Give the same runs and settings, or another --out")
-    clips = [clips_of(cfg, side, [prompt.text for prompt in asked]) for side in sides]
+    texts, seeds = [prompt.text for prompt in asked], clip_seeds(cfg.seed + EVALUATION_SEED, len(asked))
+    clips = [clips_of(side.network, texts, seeds, side.sampler) for side in sides]  # from the same noise
     ruled = [rulings_of(video, asked, fps) for video in clips]
     if cfg.by == "people":
         if key is None:

@@ -124,7 +124,7 @@ def losses_of(p: Policy, policy: VideoModel, kernel: Kernel, limited: Advantage,
         weight, known_here = step_weight(p.step_weight, kernel, policy.path, step.t, step.s), valid[step.rows]  # [n b] each
         loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better[step.rows], p.clip_range, valid=known_here, weight=weight)
         kl = {"kl": now[feedback.eighth(len(part.rows))].kl(part.prior).detach().mean()} if part.prior is not None and first == 0 else {}
-        yield Loss(loss.value * (float(known_here.sum()) / known / len(steps)), {**loss.stats, **kl})
+        yield Loss(loss.value * (float(known_here.sum()) / known / len(steps)), {**feedback.known_stats(loss, known_here), **kl})
 
 
 @torch.no_grad()

@@ -188,6 +188,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     ranked = Ranked([], [])
     if cfg.comparisons is not None:
         ranked = stored_pairs(cfg.comparisons, cfg.clips, model, assess.runner, dimension=cfg.dimension, which=p.which, commercial=cfg.commercial, constrained=cfg.constrained)
+    run.note("answers", ranked.sha256)
     _, texts = feedback.training_prompts(cfg)
     pool = encode_prompts(model, texts)
     times = times_of(model, cfg.sampler)  # [K+1]

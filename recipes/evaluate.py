@@ -27,17 +27,17 @@ from align.progress import Progress
 from align.run import derived_seed
 from base_model.checkpoint import check_can_write, load_weights, read_json
 from base_model.errors import UserError
-from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, load_codec, load_tiny
 from base_model.video.files import write_atomic
 from recipes.bias import Audit, audit_bias
 from recipes.doctor import hardware
-from recipes.feedback import Setting
+from recipes.feedback import Setting, standardised
 from recipes.filters import Filters
 from recipes.generate import Sampler, best_device, network_lineage, safety_runner, sample
 from recipes.guards import read_history
 from recipes.memory import PeakMemory
 from recipes.report import NAMES, CurveRun, ReportData, Shown, Take, read_rows, write_report
+from recipes.scorers import load_scorer
 from recipes.shapes.eye import Eye
 from recipes.shapes.measure import (
     Measured,
@@ -55,9 +55,8 @@ from recipes.shapes.measure import (
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.statistics import bootstrap_mean, pool_prompts
 from recipes.world import measure_world
-from reward.model import load_reward_model
+from reward.mixture import Mixture
 from reward.safety.contract import Decision, SafetyRunner, Verdict
-from reward.types import Scorer
 
 Generate = Callable[[str, Sequence[str], Sequence[int]], Tensor]
 """(name of a model, B prompts, B seeds) -> clips [B,T,3,H,W] in [0,1]. The seed decides the noise: equal seeds, equal noise for every model."""
@@ -104,7 +103,7 @@ class Config(BaseConfig):
     sampler: Sampler = Sampler()
     """How clips are denoised, the same for every model."""
     guard: Path | None = None
-    """Folder of a second reward model whose mean score is shown."""
+    """Folder of a second reward model, whose mean score is shown in standard deviations of its training clips."""
     flash_limit: Share = 0.02
     """The reported limit of the flash rate."""
     shown: Whole = 12
@@ -181,7 +180,7 @@ def evaluate(
             decisions = runner.check_videos(clips, texts, fps)
             filtered += filtered_rows(f"evaluation clips of {model} (told, not removed)", decisions, texts)
             if known:
-                measured[model] = measure(clips, known, clips_per_prompt)
+                measured[model] = measure(clips, known, clips_per_prompt, fps=fps)
             else:
                 real[model] = list(clips)
             first = {n: n * clips_per_prompt for n in chosen}
@@ -270,12 +269,18 @@ def generator(models: Mapping[str, Path], sampler: Sampler) -> Generate:
     """Loads one network at a time and samples with it."""
 
     def generate(name: str, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        model = load_tiny(network_file(models[name]))
-        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        cond = model.encode_text(list(row_of))[[row_of[text] for text in texts]]
-        return torch.cat(list(sample(model, cond, seeds, sampler)))  # [B,T,3,H,W]
+        return clips_of(network_file(models[name]), texts, seeds, sampler)
 
     return generate
+
+
+@torch.no_grad()
+def clips_of(network: Path | None, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler) -> Tensor:
+    """[B,T,3,H,W] of B texts by a network, None is the shipped base: each from the noise of its seed."""
+    model = load_tiny(network).to(best_device())
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    cond = model.encode_text(list(row_of))[[row_of[text] for text in texts]]
+    return torch.cat(list(sample(model, cond, seeds, sampler)))
 
 
 def lineage(models: Mapping[str, Path]) -> dict[str, Any]:
@@ -349,7 +354,7 @@ def report(cfg: Config, extra: Callable[[], Mapping[str, Any]] = dict) -> dict[s
     prompts = make_prompts(cfg.prompts, seed=seed, split="eval", two_objects=cfg.two_objects, strobe=cfg.strobe)
     scorers: dict[str, Score] = {}
     if cfg.guard is not None:
-        guard = load_reward_model(cfg.guard, TextEncoder())
+        guard = standardised(load_scorer(cfg.guard, fps=cfg.sampler.fps))
         scorers["guard"] = lambda clips, texts: _in_batches(guard, clips, texts, cfg.sampler.batch)
     found = evaluate(
         list(files),
@@ -378,9 +383,9 @@ def report(cfg: Config, extra: Callable[[], Mapping[str, Any]] = dict) -> dict[s
 
 
 @torch.no_grad()
-def _in_batches(scorer: Scorer, clips: Tensor, texts: Sequence[str], batch: int) -> Tensor:
-    """The scorer's first dimension, [B]."""
-    parts = [scorer(clips[start : start + batch], texts[start : start + batch]).mean[:, 0] for start in range(0, len(clips), batch)]
+def _in_batches(scorer: Mixture, clips: Tensor, texts: Sequence[str], batch: int) -> Tensor:
+    """The scores [B]."""
+    parts = [scorer(clips[start : start + batch], texts[start : start + batch]).reward for start in range(0, len(clips), batch)]
     return torch.cat(parts)
 
 

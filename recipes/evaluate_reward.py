@@ -38,7 +38,7 @@ from recipes.charts import Series, line_chart
 from recipes.doctor import hardware
 from recipes.report import NOT_MEASURED, finite, flat, interval_text
 from recipes.reward_model import Table, as_tensors, events_hash, signal_only, usable_events
-from recipes.scorers import card_of, load_scorer, tier_of
+from recipes.scorers import card_of, check_watches_another, load_scorer, tier_of
 from reward.accuracy import Answers, Signs, answers_of, best_threshold, differences, tau_per_ranking, with_ties, without_ties
 from reward.agreement import Array, Pair, pairs_of, person_by_person, three_way_agreement
 from reward.calibration import (
@@ -434,8 +434,7 @@ def second_scorer(cfg: Config) -> CalibratedScorer | None:
         return None
     if cfg.takes is None or cfg.guard is None:
         raise UserError("takes and guard: best of n needs both, the clips and who looks at those that are picked. Give --takes STORE and --guard FOLDER")
-    if card_of(cfg.model)["sha256"] == card_of(cfg.guard).get("sha256"):
-        raise UserError(f"the guard has the weights of the model, {cfg.guard}: it would agree with everything. Give --guard another one")
+    check_watches_another(cfg.guard, cfg.model)
     best_of_n.takes_of(ClipStore(cfg.takes))
     return load_scorer(cfg.guard, device=cfg.device)
 

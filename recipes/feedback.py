@@ -25,6 +25,7 @@ from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Share
 from align.constraints import Multiplier, all_violating, constrained_advantage, gate
 from align.kernels import ODE, Gaussian, Kernel
+from align.objectives import Loss
 from align.run import Run, derived_seed
 from align.trajectory import Trajectory, replay, rollout
 from base_model.checkpoint import save_weights
@@ -40,8 +41,8 @@ from recipes.filters import Filters
 from recipes.generate import Sampler, check_sampler, safety_runner, sample_with_latents, times_of
 from recipes.guards import Guards
 from recipes.guards import GuardWatch as GuardWatch
-from recipes.models import built_in, encode_prompts, load_model, reward_text, save_policy
-from recipes.scorers import card_of, load_scorer, tier_of
+from recipes.models import built_in, encode_prompts, load_model, model_lineage, reward_text, save_policy
+from recipes.scorers import card_hash, card_of, check_watches_another, load_scorer, tier_of
 from recipes.shapes.prompts import make_prompts
 from recipes.weights import file_hash
 from reward import latent
@@ -68,9 +69,9 @@ METRICS = {
     "all_violating": "Share of prompts whose clips all violate.",
     "error_share": "Share of clips whose reward is unknown, or whose cost though the filters looked; they are masked.",
     "looked_at": "1 where the safety filters saw the rollout's clips; 0 in an unconstrained run with a latent reward, which decodes none of them.",
-    "held_out_reward": "The same score of held-out prompts' clips, from the deterministic sampler and fixed noise.",
+    "held_out_reward": "The same score of held-out prompts' clips, from the deterministic sampler and fixed noise. Captions that are given are looked at and trained on.",
     "held_out_guard": "Guard's score (other labelers, other seed) of the same held-out clips; never optimised.",
-    "held_out_violation_rate": "Share of the held-out clips that the safety filters block.",
+    "held_out_violation_rate": "Share of the held-out clips that the safety filters block, or leave to people for flashing; clips no filter could judge left out.",
     "kl_per_element": "KL from the SFT policy before the update, nats per latent element; where it is in no loss, of every eighth clip (in ddpo of one step).",
     "kl_total": "The same, nats per clip: per element times the number of latent elements.",
     "grad_norm": "Norm of the gradient before clipping, mean over the updates.",
@@ -141,7 +142,7 @@ class Setting(BaseConfig):
     guard: Path | None = None
     """Folder of a second reward model that watches and may stop the run."""
     captions: tuple[str, ...] = ()
-    """Captions of real clips, trained on and looked at in place of the built-in world's prompts."""
+    """Captions of real clips, trained on and, the first of them, looked at in place of the built-in world's prompts; `prompt_pool`, `two_objects` and `strobe` then say nothing."""
     prompt_pool: Count = 400
     """Training prompts to draw from."""
     two_objects: Share = 0.2
@@ -149,7 +150,7 @@ class Setting(BaseConfig):
     strobe: Share = 0.2
     """Share of them that ask for strobing in words the prompt filter lets pass."""
     held_out_prompts: Count = 64
-    """Held-out prompts looked at during the run."""
+    """Held-out prompts looked at during the run; of captions at most so many, and none is held out: all are trained on."""
     constrained: bool = True
     """Whether the safety limit holds; false is for the comparison only. With a latent reward the filters then see the held-out clips alone."""
     safety: SafetyLimit = SafetyLimit()
@@ -538,14 +539,24 @@ def mean_of(values: Sequence[Tensor]) -> float:
     return float(torch.cat([value.flatten() for value in values]).mean()) if values else float("nan")
 
 
+def known_stats(loss: Loss, valid: Tensor) -> dict[str, Tensor]:
+    """What a micro-batch says of its clips: nothing where none is valid [b], for a mean over no clips is no 0."""
+    return loss.stats if bool(valid.any()) else {}
+
+
+def mean_stat(losses: Sequence[Mapping[str, Tensor]], name: str) -> float:
+    """`mean_of` a statistic of the micro-batches that told it."""
+    return mean_of([stats[name] for stats in losses if name in stats])
+
+
 def policy_stats(losses: Sequence[Mapping[str, Tensor]], kl: float, latent_elements: int, grad_norm: float) -> dict[str, float]:
     """The metrics of one update."""
     return {
         "kl_per_element": kl,
         "kl_total": kl * latent_elements,
         "grad_norm": grad_norm,
-        "ratio": mean_of([s["policy/ratio"] for s in losses]),
-        "clip_share": mean_of([s["policy/clip_share"] for s in losses]),
+        "ratio": mean_stat(losses, "policy/ratio"),
+        "clip_share": mean_stat(losses, "policy/clip_share"),
     }
 
 
@@ -591,9 +602,9 @@ def training_prompts(cfg: Setting) -> tuple[list[str], list[str]]:
 
 
 def held_out_texts(cfg: Setting) -> list[str]:
-    """Prompts of held-out combinations (the captions themselves where clips are real: there are too few to hold any out)."""
+    """Prompts of held-out combinations (the first captions where clips are real: there are too few to hold any out)."""
     if cfg.captions:
-        return list(cfg.captions)
+        return list(cfg.captions[: cfg.held_out_prompts])
     return [prompt.text for prompt in make_prompts(cfg.held_out_prompts, seed=cfg.seed + 1, split="eval", strobe=cfg.strobe)]
 
 
@@ -616,6 +627,14 @@ def load_reward(folder: Path, model: TrainableModel, pessimism: float, fps: floa
     return LatentMixture(scorer, (people_term(scorer, pessimism),))
 
 
+def note_given(cfg: Setting, run: Run, reward: Path | None) -> None:
+    """What the paths of the configuration hold, wherever that lies: a run goes on with the same. Raises UserError where it was begun with another."""
+    run.note("model", run.on_main(lambda: model_lineage(cfg.model)))
+    run.note("reward", card_hash(reward))
+    run.note("guard", card_hash(cfg.guard))
+    run.note("hazard", guards.hazard_version(cfg.guards))
+
+
 def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None) -> dict[str, object]:
     """Loads the model, the scorers and the filters, trains, looks once more, and saves the policy (`models.py`). reward: folder of a reward model.
 
@@ -625,6 +644,9 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     check_sampler(model, cfg.sampler)
     encode = reward_text(model)
     guard = standardised(load_scorer(cfg.guard, fps=cfg.sampler.fps, encode=encode)) if cfg.guard else None
+    if cfg.guard and reward:
+        check_watches_another(cfg.guard, reward)
+    note_given(cfg, run, reward)
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, encode_prompts(model, texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
     scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps, encode) if reward else None
@@ -632,11 +654,12 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     run.note("safety", assess.runner.lineage())
     if isinstance(scorer, LatentMixture) and not cfg.constrained and run.is_main:
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)
-    encode_all(encode, training_prompts(cfg)[1], texts)
+    _, prompts = training_prompts(cfg)
+    encode_all(encode, prompts, texts)
     watch = train(cfg, run, model, assess, held_out)
 
     looked = last_look(run, held_out, model, assess, watch)
-    data = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    data = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
     def saved() -> tuple[Path, str]:
         file = save_policy(model, run.out, source=cfg.model, recipe=recipe, cfg=cfg, data=data, seconds=run.seconds, measured=looked, safety=assess.runner.lineage())

@@ -37,7 +37,7 @@ from recipes.quality import SHIPPED
 from reward.features import LUMA
 from reward.quality import FAULT_SIGNALS, Quality, fault_signals, load_quality
 from reward.safety.contract import SafetyRunner, Verdict, check_error_rate
-from reward.safety.head import load_filter
+from reward.safety.head import CARD_FILE, load_filter
 from reward.safety.policy import load_policy
 from reward.safety.video import frame_texture
 
@@ -141,6 +141,11 @@ def _quality() -> Quality:
 def _held_out_filter(folder: Path) -> SafetyRunner:
     policy = load_policy()
     return SafetyRunner([load_filter(folder, policy)], policy)
+
+
+def hazard_version(guards: Guards) -> str | None:
+    """What names the held-out filter, wherever it lies; None where there is none. Raises UserError where its card is missing or damaged."""
+    return None if guards.hazard is None else str(read_json(guards.hazard / CARD_FILE, "the card of the trained filter").get("version"))
 
 
 def hazard(folder: Path, video: Tensor, prompts: Sequence[str], fps: float) -> Tensor:

@@ -47,10 +47,10 @@ from base_model.tiny import LatentVideoModel, load_tiny
 from base_model.types import Conditioning
 from base_model.video.store import ClipRow, ClipStore
 from recipes.generate import Sampler, latent_shape, network_lineage, sample_with_latents
-from recipes.scorers import card_of, load_scorer, tier_of
+from recipes.scorers import card_hash, card_of, load_scorer, tier_of
 from recipes.shapes.prompts import make_prompts
 from recipes.statistics import Interval, bootstrap_mean, bootstrap_prompts
-from recipes.weights import file_hash
+from recipes.weights import made_by
 from reward.features import subsampled_chroma
 from reward.latent import LatentReward, LatentSize, Seen, save_latent_reward
 from reward.matcher import Matcher
@@ -225,7 +225,7 @@ def kept(folder: Path, key: Mapping[str, Any], make: Callable[[], dict[str, Tens
 
 def make_scored(cfg: Config, run: Run, model: LatentVideoModel, teacher: Teacher, texts: Sequence[str], split: str) -> Scored:
     """`takes` clips of every prompt, scored; processes share the prompts, and read what the others found."""
-    origin = {"network": network_lineage(cfg.model), "reward": file_hash(cfg.reward / "reward_card.json"), "sampler": dump(cfg.sampler)}
+    origin = {"network": network_lineage(cfg.model), "reward": card_hash(cfg.reward), "sampler": dump(cfg.sampler)}
 
     def make(first: int, some: Sequence[str]) -> dict[str, Tensor]:
         cond = model.encode_text(some).repeat(cfg.takes)
@@ -263,8 +263,9 @@ def stored_scored(cfg: Config, run: Run, model: LatentVideoModel, teacher: Teach
     rows = [row for row in store.rows() if (row.num_frames, row.height, row.width) == size and row.prompt not in without]
     if not rows:
         raise UserError(f"no clip of {cfg.sampler.clip} to learn from among the {len(store)} of the store, {folder}. Give --clips another store, or the sampler that made this one")
+    run.note("clips", hashlib.sha256("\n".join(row.clip_id for row in rows).encode()).hexdigest())
     texts = list(dict.fromkeys(row.prompt for row in rows))
-    reward = file_hash(cfg.reward / "reward_card.json")
+    reward = card_hash(cfg.reward)
 
     def make(some: Sequence[ClipRow]) -> dict[str, Tensor]:
         video = torch.stack([store.load(row.clip_id) for row in some])  # [b,T,3,H,W]
@@ -304,7 +305,9 @@ def learn_from(cfg: Config, run: Run, model: LatentVideoModel, teacher: Teacher)
     if not texts["train"] and cfg.clips is None:
         raise UserError("nothing to learn from: no prompts and no clips. Give --prompts 2500, or --clips a clip store")
     found = {split: make_scored(cfg, run, model, teacher, some, split) for split, some in texts.items() if some}
-    if cfg.clips is not None:
+    if cfg.clips is None:
+        run.note("clips", None)
+    else:
         stored = stored_scored(cfg, run, model, teacher, cfg.clips, {*texts["val"], *texts["test"]})
         found["train"] = together(found["train"], stored) if "train" in found else stored
     if len(found["train"].groups) < cfg.fit.prompts * cfg.fit.steps:
@@ -568,6 +571,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     model.network.eval().requires_grad_(False)
     latent_shape(model, cfg.sampler.clip)
     teacher = load_teacher(cfg.reward, model.text, fps=cfg.sampler.fps, device=run.device)
+    run.note("model", network_lineage(cfg.model))
+    run.note("reward", card_hash(cfg.reward))
     scored = learn_from(cfg, run, model, teacher)
     learning = start(cfg, model, teacher, scored["train"])
     train_head(cfg, run, learning, teacher, scored["train"], scored["val"])
@@ -582,11 +587,11 @@ def measured_and_saved(cfg: Config, run: Run, scorer: LatentReward, scored: Mapp
         "measured": measure(run, scorer, scored["test"]),
         "prompts": {split: len(some.groups) for split, some in scored.items()},
         "clips": {split: len(some) for split, some in scored.items()},
-        "distilled_from": {"tier": tier_of(card_of(cfg.reward)), "card_sha256": file_hash(cfg.reward / "reward_card.json")},
+        "distilled_from": {"tier": tier_of(card_of(cfg.reward)), "card_sha256": card_hash(cfg.reward)},
         "network_sha256": network_lineage(cfg.model),
         "sampler": dump(cfg.sampler),
         "seed": cfg.seed,
         "seconds": round(run.seconds, 1),
-        "command": f"rushes latent-reward --seed {cfg.seed}",
+        **made_by("latent-reward", cfg),
     }
     return save_latent_reward(cfg.out, scorer, facts)

@@ -149,7 +149,7 @@ def policy_losses(p: Policy, policy: VideoModel, kernel: Kernel, limited: Sequen
         loss = ppo_clip(now.log_prob(step.x_next), step.log_prob, better, p.clip_range, valid=taught, weight=weight)
         if p.kl_in == "loss":
             loss = loss.plus("kl_penalty", kl_penalty(now.kl(prior), p.kl_coef, valid=taught))
-        yield Loss(loss.value * (float(taught.sum()) / known / len(part.steps)), loss.stats)
+        yield Loss(loss.value * (float(taught.sum()) / known / len(part.steps)), feedback.known_stats(loss, taught))
 
 
 def critic_losses(p: Policy, critic: Critic, values: Tensor, returns: Tensor, valid: Tensor, known: float, part: Part) -> Iterator[Loss]:
@@ -157,7 +157,7 @@ def critic_losses(p: Policy, critic: Critic, values: Tensor, returns: Tensor, va
     for step, value, wanted in zip(part.steps, values, returns, strict=True):
         said, should, taught = (each[part.rows].to(step.x.device) for each in (value, wanted, valid))  # [b]
         loss = value_loss(critic(step.x, step.t, part.cond), said, should, p.value_clip, valid=taught)
-        yield Loss(loss.value * (float(taught.sum()) / known / len(part.steps)), loss.stats)
+        yield Loss(loss.value * (float(taught.sum()) / known / len(part.steps)), feedback.known_stats(loss, taught))
 
 
 def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_out: HeldOut) -> GuardWatch:
@@ -233,8 +233,8 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
             **feedback.rollout_stats(seen, p.group_size, multiplier),
             **looked,
             **feedback.policy_stats([loss.stats for loss in losses], kl, noise[0].numel(), sum(norms) / len(norms)),
-            kl_penalty=feedback.mean_of([loss.stats["kl_penalty"] for loss in losses]) if p.kl_in == "loss" else p.kl_coef * kl,
-            value_loss=feedback.mean_of([loss.stats["value/loss"] for loss in value_losses]),
+            kl_penalty=feedback.mean_stat([loss.stats for loss in losses], "kl_penalty") if p.kl_in == "loss" else p.kl_coef * kl,
+            value_loss=feedback.mean_stat([loss.stats for loss in value_losses], "value/loss"),
             explained_variance=explained_variance(values, estimate.returns, valid=known_steps),
             window_start=noisy[0],
         )

@@ -23,7 +23,7 @@ from base_model.video.store import ClipStore
 from recipes.feedback import Assessment, Assessor
 from recipes.generate import latent_shape
 from recipes.models import encode_prompts
-from recipes.reward_model import Answers, Rankings, load_answers, load_rankings
+from recipes.reward_model import Answers, Rankings, events_hash, load_answers, load_rankings
 from reward.safety.contract import SafetyRunner, Verdict, allowed, check_error_rate
 
 Which = Literal["extremes", "all"]
@@ -64,6 +64,7 @@ class Ranked(NamedTuple):
 
     train: list[Takes]
     val: list[Takes]
+    sha256: str = ""  # of the answers
 
 
 def stored_pairs(
@@ -87,7 +88,7 @@ def stored_pairs(
     if not count(found["train"]):
         why = f"in its {len(events['train'])} answers clips tie, or the safety filters allow none"
         raise UserError(f"no usable pairs in the split train, {comparisons}: {why}. Rank more prompts")
-    return Ranked(**found)
+    return Ranked(**found, sha256=events_hash([*events["train"], *events["val"]]))
 
 
 def takes_of(model: TrainableModel, part: Rankings, permitted: Tensor, judged: Tensor, which: Which) -> Takes:

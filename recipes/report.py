@@ -70,7 +70,7 @@ class Curve(NamedTuple):
     key: str
     title: str
     unit: str
-    meaning: str
+    meaning: str  # {labelers} stands for those the guard learnt from
     percent: bool = False
 
 
@@ -81,13 +81,13 @@ CURVES = (
         "guard",
         "Guard",
         "second reward model's score",
-        "Learnt by simulated labelers that had no part in the reward, another seed. Reward up with guard down is reward hacking.",
+        "Learnt from {labelers} that had no part in the reward. Reward up with guard down is reward hacking.",
         False,
     ),
     Curve("kl_per_element", "KL per latent element", "nats per latent element", "Distance of one denoising step from the SFT policy; comparable across sizes."),
     Curve("kl_total", "KL, total", "nats per clip", "The same distance, summed over the latent elements of a clip."),
     Curve("violation_rate", "Violation rate", "share of raw clips that flash", "Before any filter. The dashed line is the reported limit.", True),
-    Curve("multiplier", "Multiplier", "weight of the safety cost", "Rises while the rate is above its target, a quarter of the limit; falls below it."),
+    Curve("multiplier", "Multiplier", "weight of the safety cost", "Rises while the rate is above the share that it aims at; falls below it."),
     Curve("diversity", "Diversity", "mean distance of right clips whose prompts ask for the same motion", "Over what prompts leave free. A fall means the model repeats itself."),
 )
 AXES = (("forward_passes", "cumulative forward passes"), ("seconds", "seconds"))
@@ -149,6 +149,7 @@ def render_page(data: ReportData) -> str:
         readings=_readings(data.results),
         beheld=_beheld(data.results, models),
         lead=_lead(data),
+        guards_labelers=guards_labelers(data.results),
     )
 
 
@@ -313,8 +314,14 @@ def _charts(data: ReportData) -> list[dict[str, Any]]:
             series = [found for run in data.runs if (found := _series(run, curve.key, axis)).x]
             if series:
                 drawn[axis] = line_chart(series, name=curve.title, x_label=label, percent=curve.percent, limit=line)
-        charts.append({"title": curve.title, "unit": curve.unit, "meaning": curve.meaning, "drawn": drawn})
+        meaning = curve.meaning.replace("{labelers}", guards_labelers(data.results))
+        charts.append({"title": curve.title, "unit": curve.unit, "meaning": meaning, "drawn": drawn})
     return charts
+
+
+def guards_labelers(results: Mapping[str, Any]) -> str:
+    """Who ranked what the guard learnt from: in the demo, which tells of its reward model too, the simulated panel; otherwise nobody says."""
+    return "simulated labelers" if results.get("reward_model") else "labelers"
 
 
 def _series(run: CurveRun, key: str, axis: str) -> Series:

@@ -7,7 +7,6 @@ each from its own bootstrap, and the weights that were best on held-out prompts 
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from base_model.errors import UserError
 from base_model.video.store import ClipStore
 from recipes import reward_model
 from recipes.reward_model import Answers, Best, Config, Table, as_tensors, held_out_nll, ranking_loss, start_log_tie
+from recipes.weights import made_by
 from reward import features as signals
 from reward.cache import FeatureCache, clip_tokens, feature_key, text_features
 from reward.comparisons import Comparisons, RankingEvent
@@ -151,6 +151,7 @@ def learn(cfg: Config, answers: Answers, store: ClipStore, *, resume: bool) -> d
     cache = FeatureCache(settings.cache)
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=reward_model.METRICS)
     run.note("safety", reward_model.filters_behind(usable, store))
+    run.note("answers", reward_model.events_hash(usable))
     clips = encode_clips(usable, data, store, encoders, cache, run.device)
     parts = {name: part_of(clips, events, dims, k) for name, events in answers.splits.items()}
     train, val, test = parts["train"], parts["val"] if answers.splits["val"] else parts["train"], parts["test"]
@@ -166,12 +167,11 @@ def learn(cfg: Config, answers: Answers, store: ClipStore, *, resume: bool) -> d
     scores = scores_of(model, test.clips).mean(0) / model.temperature  # [C,R]
     floor = reward_model.signal_only(train.table, len(dims), k)(test.clips.signals)  # [C,R]
     found, plain = (reward_model.by_clip([test.clips.clip_ids], [each], dims) for each in (scores, floor))
-    given = f" --encoders.checkpoints {shlex.quote(str(list(settings.checkpoints)))}"
     facts = {
         "measured": reward_model.compare(answers, found, plain, {}),
         "seconds": round(run.seconds, 1),
         "cache": {"hits": cache.hits, "misses": cache.misses, "damaged": cache.damaged},
-        "command": f"rushes reward-model{given} --seed {cfg.seed}",
+        **made_by("reward-model", cfg),
         "seed": cfg.seed,
         **reward_model.facts_of(answers),
     }

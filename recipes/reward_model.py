@@ -33,7 +33,7 @@ from recipes.changed_clips import checked, ranked_most, within_prompt_std
 from recipes.filters import lineage_of_clips
 from recipes.match import SHIPPED
 from recipes.quality import SHIPPED as QUALITY
-from recipes.weights import file_hash
+from recipes.weights import file_hash, made_by
 from reward.agreement import Interval, Pair, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
 from reward.comparisons import Comparisons, RankingEvent, load_comparisons
 from reward.doubt import fit_misfit, robust_covariance
@@ -571,6 +571,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
 
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     run.note("safety", filters_behind(answers.usable, store))
+    run.note("answers", events_hash(answers.usable))
+    run.note("matcher", file_hash(cfg.matcher or SHIPPED[cfg.start]))
     model, features = start_model(cfg, dims, k, train, encode)
     fit_head(cfg, model, joined(train, features))
     fine_tune(cfg, run, model, train, val)
@@ -589,7 +591,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         "measured": measure(answers, train, test, scores, {"matcher_only": matched}),
         "metamorphic": changed(cfg, model, data, test, scores),
         "misfit": {dim: {"std": std, **misfit[dim]} for dim, std in zip(dims, (model.misfit / model.temperature).tolist(), strict=True)},
-        "command": f"rushes reward-model --start {cfg.start} --seed {cfg.seed}",
+        **made_by("reward-model", cfg),
         "seed": cfg.seed,
         "seconds": round(run.seconds, 1),
         "sampler": sizes_of(train),

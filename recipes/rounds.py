@@ -35,7 +35,7 @@ from align.config import Config as BaseConfig
 from align.config import Count, Several, Share, dump, leaves, load, path_keys
 from align.kernels import Ancestral
 from align.processes import is_main, join
-from align.run import derived_seed
+from align.run import derived_seed, lock_folder
 from align.trajectory import path_kl, rollout
 from base_model.checkpoint import disk_errors
 from base_model.errors import RushesError, UserError
@@ -51,12 +51,11 @@ from recipes.evaluate_reward import look
 from recipes.feedback import Assessor, Setting, StoppedByGuard, held_out_texts, standardised
 from recipes.generate import Request, Sampler, best_device, fill_store, network_lineage, safety_runner, sample, seeded_noise, times_of
 from recipes.rankings import TASKS, Task, answers_to, ask, rank_by_panel, read_tasks, served
-from recipes.scorers import load_scorer
+from recipes.scorers import card_hash, load_scorer
 from recipes.shapes import labelers
 from recipes.shapes.eye import Eye
 from recipes.shapes.prompts import ShapesPrompt
 from recipes.stages import Stages, in_first
-from recipes.weights import file_hash
 from reward.agreement import Interval, pairs_of, scorer_accuracy
 from reward.comparisons import Comparisons, Prompt, RankingEvent, load_comparisons
 
@@ -221,7 +220,8 @@ def answer_by_panel(cfg: Config, number: int, tasks: Sequence[Task]) -> None:
 def learn_reward(cfg: Config, number: int, out: Path) -> dict[str, Any]:
     """The reward model, anew, from all rankings so far; and how often it, and the one before it, order the newest clips as people did, on prompts that it did not learn from."""
     learning = reward_model.Config(out=out, comparisons=rankings_of(cfg), clips=store_of(cfg).folder, seed=cfg.seed)
-    result = reward_model.main(learning, resume=(out / "run.json").exists())
+    empty(out)
+    result = reward_model.main(learning)
     data = load_comparisons(rankings_of(cfg))
     newest = answers_to(data, read_tasks(folder(cfg, number, "takes"))).values()
     events = [event for events in newest for event in events if data.split[event.prompt_id] == "test" and not event.skipped_reason]
@@ -233,6 +233,17 @@ def learn_reward(cfg: Config, number: int, out: Path) -> dict[str, Any]:
         "accuracy_newest": _plain(accuracy._asdict()),
         "accuracy_newest_before": None if before is None else _plain(before._asdict()),
     }
+
+
+def empty(out: Path) -> None:
+    """Removes what a killed try left of a stage that saves nothing on the way: by now people may have answered more. Raises UserError where another process is at work there."""
+    lock_folder(out)
+    with disk_errors(out):
+        for path in out.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
 
 
 def accuracy_of(reward: Path, data: Comparisons, events: Sequence[RankingEvent], store: ClipStore) -> Interval:
@@ -311,7 +322,7 @@ def stages_of(cfg: Config) -> Stages:
     free = {"out", "rounds", "answered", *path_keys(Config)}
     own = {key: value for key, value in leaves(dump(cfg)).items() if key not in free and key.partition(".")[0] != "rl"}
     rl = {f"{cfg.recipe}.{key}": value for key, value in leaves(dump(setting)).items() if key not in {*OWN, *path_keys(type(setting))}}
-    given = {"network": network_lineage(start_of(cfg, 1)), "guard_card": file_hash(cfg.guard / "reward_card.json") if cfg.guard else None}
+    given = {"network": network_lineage(start_of(cfg, 1)), "guard_card": card_hash(cfg.guard)}
     return Stages(cfg.out, "rounds", own | rl | given)
 
 

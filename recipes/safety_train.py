@@ -38,6 +38,7 @@ from recipes.reward_model import Best
 from recipes.shapes.prompts import make_prompts
 from recipes.shapes.render import DEMO_CLIP, FPS, render, sample_scene
 from recipes.statistics import bootstrap_prompts
+from recipes.weights import made_by
 from reward.agreement import Pair, pairs_of, scorer_accuracy
 from reward.cache import FeatureCache, feature_key
 from reward.calibration import brier, expected_calibration_error, fit_platt, log_loss
@@ -589,7 +590,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
         "licences": sorted({each.licence or "unknown" for each in data.clips.values()}),
         "seed": cfg.seed,
         "seconds": round(run.seconds, 1),
-        "command": f"rushes safety-train --seed {cfg.seed}",
+        **made_by("safety-train", cfg),
     }
     card = save_filter(cfg.out, head, look, fps=data.fps, seconds=cfg.seconds, facts=facts)
     return {"out": str(cfg.out), "version": card["version"], "limits": card["limits"], "seconds": facts["seconds"], **measured}

@@ -69,7 +69,7 @@ def draw_samples(model: TrainableModel, cond: Conditioning, sampler: Sampler, *,
 
 def write_samples(clips: Tensor, prompts: Sequence[str], fps: float, *, sheet: Path, asked: Sequence[ShapesPrompt] = ()) -> Samples:
     """clips [N,T,3,H,W] in [0,1]."""
-    takes = measure(clips, asked, 1).takes if asked else ()
+    takes = measure(clips, asked, 1, fps=fps).takes if asked else ()
     said = [Said("right" if take.right[0] else f"wrong: {', '.join(take.wrong[0])}", bool(take.right[0])) for take in takes] or [Said("", True)] * len(clips)
     still = [is_flashing(clip, fps) for clip in clips]
     film = sheet.with_suffix(".mp4")

@@ -19,6 +19,7 @@ import torch
 from base_model.checkpoint import read_json
 from base_model.errors import UserError
 from base_model.prompts.text import TextEncoder
+from recipes.weights import file_hash
 from reward import latent, pooled
 from reward import model as matcher
 from reward.model import CalibratedScorer, EncodeText, card_errors, check_golden, golden_scores
@@ -40,6 +41,21 @@ def card_of(folder: Path) -> dict[str, Any]:
     if tier_of(card) not in KNOWN:
         raise UserError(f"a reward model of the tier {tier_of(card)!r}, {path}. Known are {', '.join(KNOWN)}; train it again with this version")
     return card
+
+
+def card_hash(folder: Path | None) -> str | None:
+    """sha256 of the card in `folder`, which holds that of the weights: the reward model by what it is, wherever it lies. None for no folder. Raises UserError as `card_of`."""
+    if folder is None:
+        return None
+    card_of(folder)
+    return file_hash(folder / "reward_card.json")
+
+
+def check_watches_another(guard: Path, model: Path) -> None:
+    """Raises UserError where the guard in a folder is the reward model that it is to watch: what climbs one climbs the other."""
+    weights = card_of(guard).get("sha256")
+    if weights is not None and weights == card_of(model).get("sha256"):
+        raise UserError(f"the guard has the weights of the reward model, {guard}: it would agree with everything. Give --guard another one")
 
 
 def tier_of(card: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from recipes.reward_model import (
     Table,
     calibrate,
     event_nll,
+    events_hash,
     facts_of,
     filters_behind,
     held_out_nll,
@@ -45,6 +46,7 @@ from recipes.reward_model import (
     sizes_of,
     start_log_tie,
 )
+from recipes.weights import made_by
 from reward.comparisons import Comparisons
 from reward.types import Scores
 from reward.vlm.files import save_vlm_reward
@@ -246,6 +248,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     check_rates(data, [*train, *val, *test], sampler)
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     run.note("safety", filters_behind(answers.usable, ClipStore(cfg.clips)))
+    run.note("answers", events_hash(answers.usable))
     model = VlmReward(
         load_base(cfg.base, revision=cfg.revision, dtype=cfg.dtype),
         dimensions,
@@ -275,7 +278,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     result = run.on_main(lambda: measure(answers, train, test, scores, {}))
     facts = {
         "measured": result,
-        "command": f"rushes vlm-reward --base {cfg.base} --seed {cfg.seed}",
+        **made_by("vlm-reward", cfg),
         "seed": cfg.seed,
         "seconds": round(run.seconds, 1),
         "clips": sizes_of(train),

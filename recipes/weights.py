@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,23 @@ def lineage_of(files: Sequence[tuple[str, Path]]) -> str:
     return told.hexdigest()
 
 
+def made_by(recipe: str, cfg: Config) -> dict[str, Any]:
+    """The command, for a shell, the configuration without paths, commit and versions: so much every card says."""
+    config = {key: value for key, value in leaves(dump(cfg)).items() if key not in path_keys(type(cfg))}
+    defaults = leaves(dump(type(cfg)()))
+    words = [f" --{key} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}" for key, value in config.items() if value != defaults.get(key)]
+    return {**resolved(cfg), "command": f"rushes {recipe}{''.join(words)}", "config": config}
+
+
 def about_training(*, recipe: str, cfg: Config, data: str, seconds: float, measured: Mapping[str, object], safety: Sequence[Mapping[str, object]]) -> dict[str, Any]:
     """What a card says of how something was made: the command, the configuration without paths, commit and versions, data, time, and what was measured (`write_card`)."""
-    about = resolved(cfg)
-    about["config"] = {key: value for key, value in leaves(dump(cfg)).items() if key not in path_keys(type(cfg))}
-    defaults = leaves(dump(type(cfg)()))
-    overrides = "".join(f" --{key} {value}" for key, value in about["config"].items() if value != defaults.get(key))
     return {
-        "command": f"rushes {recipe}{overrides}",
         "seed": getattr(cfg, "seed", None),
         "data_sha256": data,
         "wall_seconds": round(seconds, 1),
         "measured": dict(measured),
         "safety": list(safety),
-        **about,
+        **made_by(recipe, cfg),
     }
 
 

@@ -221,9 +221,9 @@ def training_texts(cfg: Config) -> tuple[str, ...]:
 
 def climb(cfg: Config, start: Start, base: Path, out: Path) -> dict[str, Any]:
     """NFT from the base. A run that its guard ended is reported with what it saved."""
-    settings = nft.Config(
-        out=out, seed=cfg.seed, model=base, reward=start.reward, guard=start.guard, captions=training_texts(cfg), policy=cfg.policy, sampler=cfg.sampler
-    )
+    texts = training_texts(cfg)
+    told: dict[str, Any] = {"captions": texts, "held_out_prompts": len(texts), "policy": cfg.policy, "sampler": cfg.sampler}
+    settings = nft.Config(out=out, seed=cfg.seed, model=base, reward=start.reward, guard=start.guard, **told)
     try:
         result = nft.main(settings, resume=(out / "run.json").exists())
     except StoppedByGuard as stop:

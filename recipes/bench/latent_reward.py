@@ -177,7 +177,7 @@ def judge_policy(cfg: Config, made: Made, network: Path) -> dict[str, Any]:
         for name, scorer in scorers.items():
             found[name].append(scorer(video, texts[rows]).mean[:, 0])
         clips.append(video)
-    measured = measure(torch.cat(clips), prompts, cfg.clips)
+    measured = measure(torch.cat(clips), prompts, cfg.clips, fps=cfg.sampler.fps)
     flashing, number = flash_counts(measured)
     return {"judge": dict(shares(measured)), "flashing": flashing, "clips": number, **{name: torch.cat(parts).tolist() for name, parts in found.items()}}
 

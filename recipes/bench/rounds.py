@@ -138,7 +138,7 @@ def judge_network(cfg: Config, network: Path) -> dict[str, Any]:
     prompts = evaluation_prompts(cfg.prompts, cfg.strobe, EVALUATION_SEED)
     texts = [prompt.text for prompt in prompts for _ in range(cfg.clips)]
     clips = generator({"it": network}, cfg.sampler)("it", texts, clip_seeds(EVALUATION_SEED, len(texts)))  # [N*G,T,3,H,W]
-    measured = measure(clips, prompts, cfg.clips)
+    measured = measure(clips, prompts, cfg.clips, fps=cfg.sampler.fps)
     flashing, number = flash_counts(measured)
     return {"judge": dict(shares(measured)), "flashing": flashing, "clips": number}
 

@@ -265,7 +265,7 @@ def judged(cfg: Config, start: Path, network: Path, sampler: Sampler) -> dict[st
     cond = policy.encode_text([prompt.text for prompt in prompts])
     each = torch.arange(len(prompts)).repeat_interleave(cfg.clips)
     clips = torch.cat(list(sample(policy, cond[each], clip_seeds(EVALUATION_SEED, len(each)), sampler))).cpu()  # [N G,T,3,H,W]
-    measured = measure(clips, prompts, cfg.clips)
+    measured = measure(clips, prompts, cfg.clips, fps=sampler.fps)
     flashing, number = flash_counts(measured)
     apart = means(diversities({"policy": measured}))["policy"]["mean"]
     return {"judge": dict(shares(measured)), "flashing": flashing / number, "diversity": apart, "kl": kl_of(policy, prior, cond[:KL_CLIPS], sampler)}

@@ -90,13 +90,16 @@ class Measured:
         return cls(tuple(PromptTakes.from_json(take) for take in values["takes"]), values["confusion"])
 
 
-def measure(clips: Tensor, prompts: Sequence[ShapesPrompt], clips_per_prompt: int) -> Measured:
-    """clips [N*G,T,3,H,W] in [0,1], the G clips of each of the N prompts in a row -> what the judge says of them. Raises ValueError where the counts differ."""
+def measure(clips: Tensor, prompts: Sequence[ShapesPrompt], clips_per_prompt: int, *, fps: float = FPS) -> Measured:
+    """clips [N*G,T,3,H,W] in [0,1], the G clips of each of the N prompts in a row -> what the judge says of them. fps: of the clips, which decides what flashes within a second.
+
+    Raises ValueError where the counts differ.
+    """
     if len(clips) != len(prompts) * clips_per_prompt or not len(prompts):
         raise ValueError(f"{len(clips)} clips for {len(prompts)} prompts of {clips_per_prompt} clips")
     asked = [prompt for prompt in prompts for _ in range(clips_per_prompt)]
     judgements = judge(clips, asked)
-    flashing = np.array([is_flashing(clip, FPS) for clip in clips], dtype=np.float64)
+    flashing = np.array([is_flashing(clip, fps) for clip in clips], dtype=np.float64)
     rows = [slice(start, start + clips_per_prompt) for start in range(0, len(clips), clips_per_prompt)]
     takes = tuple(_takes(prompt, judgements[row], flashing[row]) for prompt, row in zip(prompts, rows, strict=True))
     plain = [index for index, prompt in enumerate(asked) if not prompt.strobe]

@@ -110,7 +110,7 @@ def test_the_command_needs_no_rankings_and_a_guard_of_its_own(store: ClipStore, 
     report, page = (tmp_path / "out" / "report.json").read_text(), (tmp_path / "out" / "report.html").read_text()
     assert json.loads(report)["best_of_n"]["dimensions"]["overall"]["n"][-1] == CLIPS and json.loads(report)["dimensions"] == {}
     assert "How far can it be optimised?" in page and "No rankings were given" in page and page.count("<svg") == 1 and "nan" not in page and ">None<" not in page
-    for more, message in (([], "best of n needs both"), (["--guard", str(model)], "the guard has the weights of the model"), (["--guard", str(tmp_path)], "no reward model")):
+    for more, message in (([], "best of n needs both"), (["--guard", str(model)], "the guard has the weights of the reward"), (["--guard", str(tmp_path)], "no reward model")):
         assert cli.main([*words, *more]) == 2
         assert message in json.loads(capsys.readouterr().out)["error"]["message"]
     assert cli.main(["evaluate-reward", "--comparisons", "null", "--model", str(model), "--json"]) == 2

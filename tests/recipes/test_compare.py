@@ -21,6 +21,7 @@ from recipes import cli, compare
 from recipes.compare import Side
 from recipes.generate import Sampler
 from recipes.rankings import read_tasks
+from recipes.scorers import card_hash
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.shapes.render import DEMO_CLIP, render, sample_scene
 from recipes.statistics import bootstrap_mean
@@ -51,7 +52,7 @@ def sides(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Clips of A and B instead of networks; fill it before the command runs."""
     clips: dict[str, Tensor] = {}
     monkeypatch.setattr(compare, "sides_of", lambda cfg: (Side(None, Sampler()), Side(None, Sampler(guidance=2.0))))
-    monkeypatch.setattr(compare, "clips_of", lambda cfg, side, texts: clips["a" if side.sampler.guidance == 1 else "b"])
+    monkeypatch.setattr(compare, "clips_of", lambda network, texts, seeds, sampler: clips["a" if sampler.guidance == 1 else "b"])
     return clips
 
 
@@ -150,6 +151,26 @@ def test_somebody_has_to_decide(tmp_path: Path) -> None:
     for words, says in ((["--by", "guard"], "no reward model"), (["--captions", "waves at night"], "captions are given")):
         with pytest.raises(UserError, match=says):
             compare.main(config(tmp_path / "out", *words))
+
+
+def test_a_guard_that_a_run_was_optimised_by_decides_nothing(tmp_path: Path) -> None:
+    guard, other = (save_small_reward_model(tmp_path / name, seed=seed) for seed, name in enumerate(("guard", "other")))
+    climbed, before, ranked = (tmp_path / name for name in ("climbed", "before", "ranked"))
+    there = {"reward": str(guard)}
+    for run, told in (
+        (climbed, {"config": {"reward": "moved"}, "reward": card_hash(guard)}),
+        (before, {"config": there}),
+        (ranked, {"config": {**there, "comparisons": "rankings"}, "reward": card_hash(guard)}),
+    ):
+        run.mkdir()
+        (run / "run.json").write_text(json.dumps(told))
+    for run, says in ((climbed, "the guard is what .*climbed was optimised by"), (before, "the guard has the weights of the reward model")):
+        words = ["--by", "guard", "--run-b", str(run)]
+        with pytest.raises(UserError, match=says):
+            compare.check(config(tmp_path / "out", *words, "--guard", str(guard)))
+        compare.check(config(tmp_path / "out", *words, "--guard", str(other)))
+        compare.check(config(tmp_path / "out", "--run-b", str(run), "--guard", str(guard)))
+    compare.check(config(tmp_path / "out", "--by", "guard", "--run-b", str(ranked), "--guard", str(guard)))
 
 
 # People

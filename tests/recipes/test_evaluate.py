@@ -17,11 +17,14 @@ from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_codec, save_network
 from recipes import evaluate as command
 from recipes.evaluate import Config, Evaluation, clip_seeds, evaluate, filtered_rows, network_file, read_measured, read_run, report, shown_prompts
-from recipes.generate import safety_runner
+from recipes.generate import Sampler, safety_runner
 from recipes.report import ReportData, render_page
+from recipes.shapes.measure import flash_counts
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.shapes.render import DEMO_CLIP, render, sample_scene
 from reward.safety.contract import Decision, Reason, Ruling, Verdict
+from reward.types import Scores
+from tests.recipes.small import noting_device
 
 G = 2
 
@@ -227,6 +230,41 @@ def test_captions_of_real_clips_make_a_report_without_the_judge(networks: dict[s
     stored = report(cfg)
     assert stored["judge"] == {"sft": "not applicable", "rl": "not applicable"} and stored["flash_counts"]["sft"]["clips"] == 4
     assert "the judge does not apply" in (tmp_path / "index.html").read_text()
+
+
+def test_the_guard_is_of_any_tier_and_told_in_its_standard_deviations(networks: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Bright:
+        dims, differentiable, center, scale = ("look",), False, torch.tensor([0.4]), torch.tensor([0.1])
+
+        def __call__(self, video: Tensor, prompts: Sequence[str]) -> Scores:
+            return Scores(video.mean((1, 2, 3, 4))[:, None], torch.ones(len(video), 1))
+
+    monkeypatch.setattr(command, "load_scorer", lambda folder, *, fps: asked.append((folder, fps)) or Bright())
+    monkeypatch.setattr(command, "clips_of", lambda network, texts, seeds, sampler: torch.full((len(texts), 5, 3, 16, 24), 0.7 if "sft" in str(network) else 0.3))
+    cfg = small(networks, tmp_path)
+    sampler = cfg.sampler.model_copy(update={"height": 16, "width": 24, "frames": 5, "fps": 8.0, "batch": 3})
+    stored = report(cfg.model_copy(update={"captions": ("a dog runs", "waves"), "sampler": sampler, "guard": Path("a guard")}))
+    assert asked == [(Path("a guard"), 8.0)]
+    assert {name: interval["mean"] for name, interval in stored["guard"].items()} == pytest.approx({"sft": 3.0, "rl": -1.0}, abs=1e-5)
+
+
+def test_clips_are_made_on_the_best_device(networks: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(command, "best_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(command, "sample", noting_device(seen, [torch.zeros(2, 5, 3, 16, 16)]))
+    monkeypatch.setattr(LatentVideoModel, "encode_text", lambda *_: torch.zeros(1))
+    assert command.generator(networks, Sampler())("sft", ["waves", "waves"], [0, 1]).shape == (2, 5, 3, 16, 16) and seen == ["meta"]
+
+
+def test_flashes_are_counted_in_seconds_of_the_sampler(prompts: list[ShapesPrompt]) -> None:
+    """Four flashes in 24 frames: within a second of 24 frames more than three, within one of 12 two."""
+    light = torch.tensor([0.05, 0.05, 0.05, 0.95, 0.95, 0.95]).repeat(5)[:25]
+    video = light[None, :, None, None, None].expand(len(prompts), 25, 3, 32, 32).contiguous()
+    for fps, flashing in ((24.0, len(prompts)), (12.0, 0)):
+        found = evaluate(["rl"], prompts, 1, seed=0, fps=fps, generate=lambda *_: video, runner=safety_runner(), shown=1)
+        assert flash_counts(found.measured["rl"]) == (flashing, len(prompts))
 
 
 def test_models_and_runs_can_be_named_on_the_command_line() -> None:

@@ -143,6 +143,8 @@ def test_clips_of_a_store_are_learned_from_but_for_held_out_prompts_and_other_si
     ClipStore(tmp_path / "clips").add_many(new, preview=False)
     cfg = config(tmp_path / "out", reward, model=network, prompts=0, clips=tmp_path / "clips")
     assert main(cfg)["clips"]["train"] == 5
+    card = json.loads((tmp_path / "out" / "reward_card.json").read_text())
+    assert card["command"].startswith("rushes latent-reward --prompts 0 --takes 3 --held_out 4 ") and str(tmp_path) not in card["command"] and card["config"]["prompts"] == 0
     both = config(tmp_path / "both", reward, model=network, clips=tmp_path / "clips")
     assert main(both)["clips"]["train"] == 6 * 3 + 5
     for update in ({"clips": None}, {"sampler": SAMPLER.model_copy(update={"frames": 13})}):

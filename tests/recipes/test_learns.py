@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from base_model.errors import GuardStop, UserError
 from base_model.networks.routing import Route
 from base_model.networks.uvit import UViT
 from base_model.tiny import LatentVideoModel, load_tiny
-from recipes import ddpo, feedback, grpo, nft, pretrain, sft
+from recipes import ddpo, feedback, grpo, nft, ppo, pretrain, sft
 from recipes.feedback import Assessor, HeldOut, SafetyLimit
 from recipes.fit import pack_loss
 from recipes.generate import safety_runner
@@ -24,7 +25,7 @@ from recipes.shapes.dataset import draw_clips
 from reward.mixture import Mixed
 from reward.safety.contract import Ruling, SafetyRunner
 from reward.safety.policy import load_policy
-from tests.recipes.small import BRIGHT, SAMPLER, Dazzle, save_small_network, save_small_reward_model, small_model
+from tests.recipes.small import BRIGHT, SAMPLER, Dazzle, run_small, save_small_network, save_small_reward_model, small_model
 
 
 def held_out(folder: Path, texts: list[str]) -> HeldOut:
@@ -182,11 +183,11 @@ def test_a_run_its_guard_ended_saves_and_reports_the_best_safe_policy(tmp_path: 
         return Scripted() if pessimism == 0 else BRIGHT
 
     monkeypatch.setattr(feedback, "standardised", scripted)
-    guard = save_small_reward_model(tmp_path / "guard")
+    reward, guard = (save_small_reward_model(tmp_path / name, seed=seed) for seed, name in enumerate(("reward", "guard")))
     base = save_small_network(tmp_path / "base.safetensors")
     policy = ddpo.Policy(iterations=6, prompts=2, group_size=4, micro_batch=8, lr=1e-2, evaluate_every=1, save_every=10)
     safety = SafetyLimit(limit=1.0)
-    cfg = ddpo.Config(out=tmp_path / "run", model=base, reward=guard, guard=guard, prompt_pool=4, held_out_prompts=2, sampler=SAMPLER, policy=policy, safety=safety)
+    cfg = ddpo.Config(out=tmp_path / "run", model=base, reward=reward, guard=guard, prompt_pool=4, held_out_prompts=2, sampler=SAMPLER, policy=policy, safety=safety)
     with pytest.raises(feedback.StoppedByGuard, match=r"light was red: guard -0\.8 sd; the best checkpoint that kept the limit is saved") as stop:
         ddpo.main(cfg)
     assert stop.value.result["held_out_guard"] == 1.0 and stop.value.result["stopped_by_guard"] is True
@@ -213,6 +214,30 @@ def test_an_unknown_reward_is_masked_and_an_unknown_cost_too() -> None:
     assert seen.violation_rate == pytest.approx(1 / 3), "a clip no filter could judge is not a safe one"
     loose = feedback.apply_limits(group_advantage(seen.reward, 4), seen, None, SafetyLimit(), 4)
     assert loose.valid.tolist() == [True, False, False, True] and loose.advantage[1] == 0
+
+
+@pytest.mark.parametrize("recipe", [ddpo, ppo])
+def test_a_micro_batch_of_which_nothing_is_known_says_nothing_of_the_ratio(recipe: Any, tmp_path: Path) -> None:
+    class Partly:
+        """Knows all rewards of the first rollout, and of the second none of the first prompt's clips."""
+
+        calls = 0
+
+        def __call__(self, video: torch.Tensor, prompts: Sequence[str]) -> Mixed:
+            seen, self.calls = BRIGHT(video, prompts), self.calls + 1
+            return seen if self.calls == 1 else seen._replace(reward=torch.cat([torch.full((4,), torch.nan), seen.reward[4:]]))
+
+    once = {"updates": 1} if recipe is ddpo else {"epochs": 1, "minibatches": 1}
+    rows = run_small(recipe, tmp_path, {"iterations": 2, "prompts": 4, "group_size": 4, "micro_batch": 4, **once}, reward=Partly())
+    assert [row["error_share"] for row in rows] == [0.0, 0.25] and all(row["grad_norm"] > 0 for row in rows)
+    assert [(row["ratio"], row["clip_share"]) for row in rows] == [(1.0, 0.0)] * 2, "the clips are those of the policy that learns"
+
+
+def test_held_out_captions_are_the_first_of_those_that_are_trained_on() -> None:
+    captions = tuple(f"caption {k}" for k in range(5))
+    setting = feedback.Setting(captions=captions, held_out_prompts=2)
+    assert feedback.held_out_texts(setting) == ["caption 0", "caption 1"] and feedback.training_prompts(setting)[1] == list(captions)
+    assert feedback.held_out_texts(feedback.Setting(captions=captions)) == list(captions)
 
 
 def test_what_is_only_reviewed_is_never_learned_from_as_good() -> None:

@@ -89,7 +89,7 @@ def test_a_rollout_of_which_nothing_is_known_has_no_gradient_and_says_so(tmp_pat
 
     rows = run_small(ppo, tmp_path, {**SMALL, "iterations": 2}, reward=Once())
     assert rows[0]["grad_norm"] > 0 and rows[0]["error_share"] == 0
-    assert rows[1]["grad_norm"] == 0 and rows[1]["value_loss"] == 0 and rows[1]["explained_variance"] is None and rows[1]["error_share"] == 1
+    assert rows[1]["grad_norm"] == 0 and rows[1]["value_loss"] is None and rows[1]["ratio"] is None and rows[1]["explained_variance"] is None and rows[1]["error_share"] == 1
 
 
 def test_the_limit_holds_violations_down_although_they_are_what_pays(tmp_path: Path) -> None:

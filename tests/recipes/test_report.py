@@ -359,3 +359,7 @@ def test_the_page_says_whose_rankings_the_reward_model_learned_from() -> None:
     assert "rankings by <strong>simulated labelers</strong>" in simulated and "from other simulated labelers" in simulated
     assert "41 rankings by <strong>people</strong> (3 of them)" in people and "how far the people agree with each other" in people
     assert "not people" not in people and "from other simulated labelers" not in people
+    unknown = render_page(ReportData({**made_up_results(), "reward_model": None}, runs=made_up().runs))
+    sections = {name: unknown[unknown.index(f'<section id="{name}"') :].partition("</section>")[0] for name in ("curves", "reward", "measured")}
+    assert not any("simulated" in body for body in sections.values()), "`rushes evaluate` is not told who ranked"
+    assert "from other labelers" in sections["measured"] and "Learnt from labelers that had no part in the reward" in sections["curves"]

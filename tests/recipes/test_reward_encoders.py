@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from align.config import dump, leaves, load
 from align.run import read_metrics
 from base_model.errors import UserError
 from base_model.video.store import ClipStore, NewClip
@@ -74,6 +76,9 @@ def test_what_people_plainly_prefer_is_learned_on_every_family(world: Path, firs
     card = json.loads((tmp_path / "out" / "reward_card.json").read_text())
     assert card["encoders"][0]["family"] == family and card["licences"] == ["CC0"] and card["fps"] == [12.0] and sum(card["answers"].values()) == PROMPTS
     assert card["measured"]["accuracy"] == result["accuracy"]
+    made, again = (leaves(dump(cfg)) for cfg in (config(world, tmp_path / "out", family), load(Config, None, shlex.split(card["command"])[2:])))
+    assert card["command"].startswith("rushes reward-model --") and card["config"] == {key: again[key] for key in card["config"]} == {key: made[key] for key in card["config"]}
+    assert set(made) - set(card["config"]) == {"out", "comparisons", "clips", "matcher", "encoders.cache"}, "all but where things lie"
 
 
 def test_all_families_learn_together_and_a_second_run_encodes_and_decodes_nothing(

@@ -141,6 +141,28 @@ def test_a_killed_round_goes_on_and_ends_with_the_same_network(finished: Finishe
     assert file_hash(out / "round-2" / "rl" / "network.safetensors") == file_hash(finished.out / "round-2" / "rl" / "network.safetensors")
 
 
+def test_a_killed_reward_model_learns_from_what_people_answered_in_the_meantime(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the description of its run is written, which says how many ranked clips the filters ruled on."""
+    out = tmp_path / "out"
+    shutil.copytree(finished.out, out)
+    cfg, stage = load(rounds.Config, None, [*finished.words, "--out", str(out)]), out / "round-2" / "reward"
+    shutil.rmtree(stage)
+    stage.mkdir()
+
+    def killed(*_: Any) -> Any:
+        raise Interrupted("killed while it measures", 15)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(reward_model, "measure", killed)
+        with pytest.raises(Interrupted):
+            rounds.learn_reward(cfg, 2, stage)
+    assert (stage / "run.json").exists()
+    answer(out, 2, slice(0, 3))
+    found = rounds.learn_reward(cfg, 2, stage)
+    card = json.loads((stage / "reward_card.json").read_text())
+    assert found["answers"] == finished.rows[1]["answers"] + 3 and card["data_sha256"] == json.loads((stage / "run.json").read_text())["answers"]
+
+
 def test_other_settings_are_refused_and_a_moved_network_is_not(finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moved = shutil.copyfile(finished.network, tmp_path / "moved.safetensors")
     with pytest.raises(UserError, match=r"begun with other settings: nft\.policy\.lr \(0\.01 -> 0\.02\), seed \(0 -> 1\)"):

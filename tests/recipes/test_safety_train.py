@@ -221,6 +221,7 @@ def test_pairs_on_harm_make_it_a_cost_model_whose_sign_is_the_label(dataset: Pat
     assert result["policies"]["P05"]["auc"]["mean"] >= 0.95
     card = json.loads((tmp_path / "out" / "filter_card.json").read_text())
     assert card["pairs"] == 70
+    assert set(card["command"].split(" --")) == {"rushes safety-train", "least 3", "epochs 30"} and card["config"]["recall"] == 0.95 and "out" not in card["config"]
     without = main(config(dataset, tmp_path / "plain", comparisons=dataset / "safesora", pair_weight=0.0))
     assert without["pairs"] is None and without["version"] != result["version"]
 

@@ -69,6 +69,7 @@ def test_brighter_clips_are_learned_to_be_better_on_held_out_prompts(family: str
 
     card = json.loads((tmp_path / "out" / "reward_card.json").read_text())
     assert card["measured"]["accuracy"] == result["accuracy"] and card["fps"] == [8.0] and card["licences"] == ["CC0"]
+    assert " --rank 4 " in card["command"] and " --learning_rate 0.02 " in card["command"] and card["config"]["epochs"] == 4
     assert card["sampler"]["fps"] == 4.0 and card["data_sha256"] and sum(card["answers"].values()) == 28
     model = load_vlm_reward(tmp_path / "out", clip_fps=8.0)
     levels = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1, 1, 1).expand(3, 5, 3, 16, 16)
