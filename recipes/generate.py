@@ -277,8 +277,8 @@ def fill_store(
     sampling: Sampling = sample,
     given: str = "",
 ) -> list[ClipRow | None]:
-    """One row a request, in order; None where the prompt, or what it was expanded from, is blocked, also where the store holds the clip. Made in batches, each committed to the store:
-    a killed run goes on, and ends with the clips of one that was not killed. Clips that were there, but that not all filters of the runner ruled on, are shown to them.
+    """One row a request, in order; None where the prompt, or what it was expanded from, is blocked, also where the store holds the clip. Made in batches, each committed to the
+    store: a killed run goes on, and ends with the clips of one that was not killed. Clips that were there, but that not all filters of the runner ruled on, are shown to them.
 
     given: what names a visual prompt, part of a clip's identity.
     """
