@@ -29,7 +29,7 @@ from align.run import lock_folder
 from base_model.checkpoint import atomic_write, check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.prompts.caption import INSTRUCTION, Caption, Captioner, Sight, Taken, clip_patches, take_frames
-from base_model.prompts.text import TextEncoder
+from base_model.prompts.text import TextEncoder, likeness
 from base_model.prompts.vision import PatchFormat, Precision, load_vlm
 from recipes.clip_folder import TABLE, every_clip, inside, read_frames, reason_of
 from recipes.weights import file_hash
@@ -226,7 +226,7 @@ def is_of(row: Mapping[str, Any], source: Path, target: Path) -> bool:
 
 
 def drop_stale(table: Table, folder: Path, names: Collection[str], workers: int) -> None:
-    """Takes away the lines, and the clips beside them, whose clip is none of the `names` in the folder any more, or another under its name. Raises UserError where that is all lines."""
+    """Takes away lines, and the clips beside them, whose clip is none of the `names` in the folder now, or another under its name. Raises UserError where that is all lines."""
 
     def stays(name: str) -> bool:
         return name in names and is_of(table.rows[name], folder / name, table.path.parent / name)
@@ -245,17 +245,6 @@ def drop_stale(table: Table, folder: Path, names: Collection[str], workers: int)
 
 
 # What is said
-
-
-def likeness(encoder: TextEncoder, first: Sequence[str], second: Sequence[str]) -> list[float]:
-    """Cosine of the sentence embeddings of each pair of texts, as all-MiniLM-L6-v2 makes them: the mean over the tokens."""
-    if not first:
-        return []
-    cond = encoder([*first, *second])
-    mask = cond.mask[..., None].float()  # [2N,L,1]
-    pooled = torch.nn.functional.normalize((cond.text * mask).sum(1) / mask.sum(1), dim=-1)  # [2N,D]
-    values: list[float] = (pooled[: len(first)] * pooled[len(first) :]).sum(1).tolist()
-    return values
 
 
 def agreements(encoder: Encoder, videos: Sequence[Tensor], texts: Sequence[str]) -> list[float]:

@@ -16,11 +16,11 @@ import torch
 from align.config import load
 from base_model.errors import UserError
 from base_model.prompts.caption import Caption, Captioner
-from base_model.prompts.text import TextEncoder
+from base_model.prompts.text import TextEncoder, likeness
 from base_model.prompts.vision import Patches
 from base_model.video.files import write_mp4
 from recipes import caption as recipe
-from recipes.caption import CARD, UNLIKE_CLIP, UNLIKE_OLD, Config, Flags, Frames, likeness, main
+from recipes.caption import CARD, UNLIKE_CLIP, UNLIKE_OLD, Config, Flags, Frames, main
 from recipes.clip_folder import Dropped, Named, find_clips
 from recipes.encode import encode_folder
 from recipes.latents import lineage_of

@@ -15,11 +15,11 @@ from torch import Tensor
 from align.config import load
 from base_model.errors import UserError
 from base_model.prompts.expand import Expanded, Expander, Style, TinySize, save_expander, tiny_expander
-from base_model.prompts.text import TextEncoder
+from base_model.prompts.text import TextEncoder, likeness
 from base_model.types import Conditioning
 from base_model.video.store import ClipRow, ClipStore
 from recipes import expand, generate
-from recipes.expand import Pair, VideoReward, clusters_of, likeness, read_pairs, split_pairs
+from recipes.expand import Pair, VideoReward, clusters_of, read_pairs, split_pairs
 from recipes.feedback import Assessor
 from recipes.generate import Request, expanded_from, fill_store, safety_runner
 from reward.mixture import Mixture, Term
