@@ -161,13 +161,13 @@ def decided(probability: Array, outcome: Array) -> tuple[Array, Array]:
 # Scores of probabilities [N,C] against what happened [N,C]; weight [N]: how often each counts, once where it is not given
 
 
-def log_loss(probability: Array, outcome: Array, weight: Array | None = None) -> float:
+def log_loss(probability: Array, outcome: Array, *, weight: Array | None = None) -> float:
     """Mean negative log-likelihood, nats an answer; nan without answers."""
     log_p = np.log(np.maximum(probability, np.finfo(np.float64).tiny))
     return float(np.average(-(outcome * log_p).sum(1), weights=weight)) if len(probability) else float("nan")
 
 
-def brier(probability: Array, outcome: Array, weight: Array | None = None) -> float:
+def brier(probability: Array, outcome: Array, *, weight: Array | None = None) -> float:
     """Mean squared distance of the distribution from what happened, summed over outcomes: from 0 to 2 (Brier 1950); nan without answers.
 
     Half an answer for each of two outcomes counts as the mean of the two distances, not as a distance from their middle.
@@ -175,7 +175,7 @@ def brier(probability: Array, outcome: Array, weight: Array | None = None) -> fl
     return float(np.average((probability**2 - 2 * probability * outcome).sum(1), weights=weight)) + 1 if len(probability) else float("nan")
 
 
-def expected_calibration_error(probability: Array, outcome: Array, weight: Array | None = None, *, bins: int = BINS) -> float:
+def expected_calibration_error(probability: Array, outcome: Array, *, weight: Array | None = None, bins: int = BINS) -> float:
     """Mean over outcomes of sum over bins of share of predictions x |predicted - observed| ("adaptive": Nixon et al. 2019, arXiv 1904.01685).
 
     Bins hold equally many predictions, as far as equal predictions allow, which stay together: a constant has one bin, and the order of rows does not matter. nan without answers.

@@ -184,8 +184,8 @@ def test_an_answer_of_weight_three_is_three_answers() -> None:
     for measure in (log_loss, brier, expected_calibration_error):
         again, plain = measure(told.repeat(weight, axis=0), happened.repeat(weight, axis=0)), measure(told, happened)
         for unit in (1.0, 0.01):
-            assert measure(told, happened, unit * weight) == pytest.approx(again, rel=1e-12) and abs(again / plain - 1) > 0.1
-        assert measure(told, happened, np.ones(400)) == plain
+            assert measure(told, happened, weight=unit * weight) == pytest.approx(again, rel=1e-12) and abs(again / plain - 1) > 0.1
+        assert measure(told, happened, weight=np.ones(400)) == plain
 
 
 def test_equal_predictions_share_a_bin_whatever_the_order_of_rows() -> None:
