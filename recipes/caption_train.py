@@ -119,8 +119,8 @@ def pairs_of(cfg: Config, frames: Frames, vlm: Vlm) -> tuple[Pairs, Pairs]:
     if (clips := len({clip.name for clip in found})) <= cfg.held_out:
         raise UserError(f"{clips} captioned clips, of which {cfg.held_out} are to be held out, {folder}. Give more clips, or a smaller held_out")
     everything = Pairs([clip.text for clip in found], lambda row: take_frames(read_frames(folder / found[row].name), frames.sight, vlm.patches))
-    learned, held_out = split([clip.name for clip in found], cfg.held_out, seed=cfg.seed)
-    return everything.some(learned), everything.some(held_out)
+    rows, left_out = split([clip.name for clip in found], cfg.held_out, seed=cfg.seed)
+    return everything.some(rows), everything.some(left_out)
 
 
 @torch.no_grad()
