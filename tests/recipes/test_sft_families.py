@@ -144,6 +144,17 @@ def test_what_is_remembered_is_told_and_may_not_become_another(folder: Path, tmp
     assert sft.main(cfg, resume=True)["sha256"] == card["sha256"]
 
 
+def test_a_run_goes_on_with_the_model_it_was_begun_with_wherever_that_lies(folder: Path, tmp_path: Path) -> None:
+    one, other = (save_small_network(tmp_path / name, seed) for seed, name in enumerate(("one.safetensors", "other.safetensors")))
+    moved = shutil.copy(one, tmp_path / "moved.safetensors")
+    fit = {"iterations": 1, "lr": 1e-3, "held_out": 2, "evaluate_every": 1, "save_every": 1}
+    cfg = sft.Config.model_validate({"out": tmp_path / "out", "model": one, "data": folder / "clips", "cache": tmp_path / "latents", "fit": fit, "samples": {"steps": 2}})
+    told = sft.main(cfg)
+    with pytest.raises(UserError, match="was begun with another `model`"):
+        sft.main(cfg.model_copy(update={"model": other}), resume=True)
+    assert sft.main(cfg.model_copy(update={"model": moved}), resume=True)["sha256"] == told["sha256"]
+
+
 def test_a_network_compiled_block_by_block_says_the_same(folder: Path) -> None:
     plain, compiled = (load_model(folder / "wan", device=CPU) for _ in range(2))
     names = list(compiled.network.state_dict())
