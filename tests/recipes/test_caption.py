@@ -192,6 +192,19 @@ def test_captions_in_the_folder_of_the_clips_never_cost_a_clip(model: Path, tmp_
     assert (clips / "a.mp4").read_bytes() == (clips / "e.mp4").read_bytes() and speech == [*"abcde", "e"]
 
 
+def test_a_clip_that_cannot_be_read_just_now_keeps_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    row = {"file_sha256": hashlib.sha256(b"one").hexdigest()}
+    assert recipe.is_of(row, tmp_path / "a", tmp_path / "b") and not recipe.is_of({"file_sha256": "other"}, tmp_path / "a", tmp_path / "b")
+    assert not recipe.is_of(row, tmp_path / "gone", tmp_path / "b")
+
+    def fails(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(recipe, "file_hash", fails)
+    assert recipe.is_of(row, tmp_path / "a", tmp_path / "b") and not recipe.is_of(row, tmp_path / "gone", tmp_path / "b")
+
+
 def test_a_clip_is_never_put_over_another_of_its_size(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"one")
     (tmp_path / "b").write_bytes(b"two")
