@@ -343,7 +343,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
     model = load_to_train(cfg, run.device)
-    run.note("model", run.on_main(lambda: model_lineage(cfg.model)))
+    run.note("model", run.on_main(partial(model_lineage, cfg.model)))
     if cfg.context_parallel:
         check_can_split(model.network, run.processes)
     source = stream_of(cfg.stream, model, cut_for(model, cfg.windows), seed=cfg.seed) if cfg.stream else None
