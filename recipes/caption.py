@@ -1,18 +1,20 @@
 """Dense captions for a folder of clips, by a vision-language model (`rushes caption`), after the re-captioning of DALL-E 3 (Betker et al. 2023) and Sora (Brooks et al. 2024).
 
 Clips are decoded in threads while the model speaks of the batch before. Each gets one line of `out`, a metadata.jsonl with the new text, the old one where there was one, and what
-speaks against the new one; clips that could not be read or described are lines, too. Lines come a batch at a time, whole, so the same command goes on wherever it ended.
+speaks against the new one; clips that could not be read or described are lines, too. Lines come a batch at a time, whole, so the same command goes on wherever it ended. It takes
+away lines, and clips beside them, whose clip has gone from the folder or is another now.
 What it leaves out: captions are made of frames alone (no sound, no words about the clip), and by one process. `caption_train.py` fine-tunes the model.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +29,15 @@ from align.run import lock_folder
 from base_model.checkpoint import atomic_write, check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.prompts.caption import INSTRUCTION, Caption, Captioner, Sight, Taken, clip_patches, take_frames
-from base_model.prompts.text import TextEncoder
+from base_model.prompts.text import TextEncoder, likeness
 from base_model.prompts.vision import PatchFormat, Precision, load_vlm
-from recipes.clip_folder import TABLE, every_clip, read_frames, reason_of
+from recipes.clip_folder import TABLE, every_clip, inside, read_frames, reason_of
+from recipes.weights import file_hash
 from reward.encoders import Encoder, load_encoder
 
 CARD = "captioner.json"
 """In the folder of a model that `rushes caption-train` wrote: what it was asked, and of which frames."""
-OWN = ("file_name", "text", "old_text", "similarity", "agreement", "old_agreement", "flags", "error")
+OWN = ("file_name", "text", "old_text", "similarity", "agreement", "old_agreement", "flags", "error", "file_sha256")
 """Columns of a line of captions; what else stands in the line of a clip is kept."""
 UNLIKE_OLD, UNLIKE_CLIP = "says something else than the old text", "does not fit the clip"
 
@@ -172,6 +175,11 @@ class Table:
                 raise
         self.rows |= {row["file_name"]: row for row in rows}
 
+    def drop(self, names: Collection[str]) -> None:
+        """Takes their lines out."""
+        self.rows = {name: row for name, row in self.rows.items() if name not in names}
+        atomic_write(self.path, b"".join(map(_line, self.rows.values())))
+
 
 def _line(row: Row) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
@@ -186,8 +194,8 @@ def flags_of(row: Mapping[str, Any], flags: Flags) -> list[str]:
 def put_beside(source: Path, target: Path) -> None:
     """The clip in the folder of captions: the same file under a second name, or a copy. Raises UserError where another file has that name."""
     if target.exists():
-        if not os.path.samefile(source, target) and source.stat().st_size != target.stat().st_size:
-            raise UserError(f"another clip has that name, {target}. Give another --out")
+        if not same_content(source, target):
+            raise UserError(f"another clip has that name, {target}. Delete it, or give another --out")
         return
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -202,18 +210,41 @@ def put_beside(source: Path, target: Path) -> None:
                 partial.unlink(missing_ok=True)
 
 
+def same_content(first: Path, second: Path) -> bool:
+    """Whether two files are one, or hold the same bytes."""
+    return os.path.samefile(first, second) or filecmp.cmp(first, second, shallow=False)
+
+
+def is_of(row: Mapping[str, Any], source: Path, target: Path) -> bool:
+    """Whether a line is of the bytes that its clip holds now; lines of an earlier version, which do not say of which they are, are held against the clip beside them."""
+    try:
+        if "file_sha256" in row:
+            return bool(file_hash(source) == row["file_sha256"])
+        return not target.is_file() or same_content(source, target)
+    except OSError:
+        return source.is_file()  # it cannot be read just now, which says nothing against the line
+
+
+def drop_stale(table: Table, folder: Path, names: Collection[str], workers: int) -> None:
+    """Takes away lines, and the clips beside them, whose clip is none of the `names` in the folder now, or another under its name. Raises UserError where that is all lines."""
+
+    def stays(name: str) -> bool:
+        return name in names and is_of(table.rows[name], folder / name, table.path.parent / name)
+
+    with ThreadPoolExecutor(workers) as pool:
+        stale = {name for name, kept in zip(table.rows, pool.map(stays, table.rows), strict=True) if not kept}
+    if stale and len(stale) == len(table.rows):
+        raise UserError(f"none of the {len(stale)} captions there is of a clip as {folder} has it now, {table.path}. Give the folder they are of, or another --out")
+    for name in stale:  # the clips first: a kill before the lines are gone leaves lines that are dropped again
+        target = inside(table.path.parent, name)
+        if target.resolve() != (folder / name).resolve():
+            with disk_errors(target):
+                target.unlink(missing_ok=True)
+    if stale:
+        table.drop(stale)
+
+
 # What is said
-
-
-def likeness(encoder: TextEncoder, first: Sequence[str], second: Sequence[str]) -> list[float]:
-    """Cosine of the sentence embeddings of each pair of texts, as all-MiniLM-L6-v2 makes them: the mean over the tokens."""
-    if not first:
-        return []
-    cond = encoder([*first, *second])
-    mask = cond.mask[..., None].float()  # [2N,L,1]
-    pooled = torch.nn.functional.normalize((cond.text * mask).sum(1) / mask.sum(1), dim=-1)  # [2N,D]
-    values: list[float] = (pooled[: len(first)] * pooled[len(first) :]).sum(1).tolist()
-    return values
 
 
 def agreements(encoder: Encoder, videos: Sequence[Tensor], texts: Sequence[str]) -> list[float]:
@@ -329,15 +360,18 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     vlm.network.to("cuda" if torch.cuda.is_available() else "cpu")
     speaker = Speaker(cfg, Captioner(vlm, instruction=instruction, max_tokens=cfg.max_tokens))
 
+    workers = cfg.workers or len(os.sched_getaffinity(0))
+    drop_stale(table, cfg.clips, {clip.name for clip in clips}, workers)
     left = [clip for clip in clips if clip.name not in table.rows]
     errors: dict[str, str] = {}
     batches = [left[begin : begin + cfg.batch] for begin in range(0, len(left), cfg.batch)]
     with Progress("caption", total=len(clips), done=len(clips) - len(left)) as progress:
-        for batch, seen in ahead(batches, cfg.clips, frames.sight, vlm.patches, cfg.workers or len(os.sched_getaffinity(0))):
+        for batch, seen in ahead(batches, cfg.clips, frames.sight, vlm.patches, workers):
             rows = speaker(batch, seen)
             for row in rows:
                 if "error" not in row:
                     put_beside(cfg.clips / row["file_name"], cfg.out.parent / row["file_name"])
+                    row["file_sha256"] = file_hash(cfg.clips / row["file_name"])
             table.add(rows)
             errors |= {row["file_name"]: row["error"] for row in rows if "error" in row}
             flagged = sum(bool(row.get("flags")) for row in table.rows.values())

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from align.config import Config as BaseConfig
 from align.config import Count, Positive, Seed, Whole, dump, leaves, path_keys, resolved
 from align.optimizers import MuonWithAdamW, build_optimizer, warmup_cosine
 from align.processes import join, on_main, started
-from align.run import lock_folder
+from align.run import derived_seed, lock_folder
 from base_model.checkpoint import atomic_write, check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.lora import add_lora, merge
@@ -59,7 +58,7 @@ class Config(BaseConfig):
     clips: Count = 40_000
     """Clips of the built-in world, where there is no `data`: drawn when they are looked at."""
     held_out: Count = 200
-    """Clips that are not learned from; their loss is told before and after."""
+    """Clips that are not learned from, with all their captions; their loss is told before and after."""
     instruction: str | None = None
     """What is asked; none means what the model was taught before, or else a request for everything that can be seen."""
     frames: Frames | None = None
@@ -102,6 +101,13 @@ class Pairs:
         return Pairs([self.texts[row] for row in rows], lambda k: self.take(rows[k]))
 
 
+def split(names: Sequence[str], held_out: int, *, seed: int) -> tuple[list[int], list[int]]:
+    """(rows to learn from, rows held out) of the captions of these clips, both ascending: of a clip all its captions or none. The hash of a clip's name decides, so one that was
+    learned from is not held out when others come."""
+    chosen = set(sorted(set(names), key=lambda name: (derived_seed(seed, f"held out/{name}", 0), name))[:held_out])
+    return [row for row, name in enumerate(names) if name not in chosen], [row for row, name in enumerate(names) if name in chosen]
+
+
 def pairs_of(cfg: Config, frames: Frames, vlm: Vlm) -> tuple[Pairs, Pairs]:
     """What is learned from, and what is held out. Raises UserError where too few clips are captioned."""
     if cfg.data is None:
@@ -110,11 +116,11 @@ def pairs_of(cfg: Config, frames: Frames, vlm: Vlm) -> tuple[Pairs, Pairs]:
         return learned, held_out
     folder = cfg.data
     found, _ = find_clips(folder)
-    if len(found) <= cfg.held_out:
-        raise UserError(f"{len(found)} captioned clips, of which {cfg.held_out} are to be held out, {folder}. Give more clips, or a smaller held_out")
+    if (clips := len({clip.name for clip in found})) <= cfg.held_out:
+        raise UserError(f"{clips} captioned clips, of which {cfg.held_out} are to be held out, {folder}. Give more clips, or a smaller held_out")
     everything = Pairs([clip.text for clip in found], lambda row: take_frames(read_frames(folder / found[row].name), frames.sight, vlm.patches))
-    order = np.random.default_rng([cfg.seed, 0]).permutation(len(found)).tolist()
-    return everything.some(order[cfg.held_out :]), everything.some(order[: cfg.held_out])
+    rows, left_out = split([clip.name for clip in found], cfg.held_out, seed=cfg.seed)
+    return everything.some(rows), everything.some(left_out)
 
 
 @torch.no_grad()

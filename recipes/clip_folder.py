@@ -17,7 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,7 +30,7 @@ from base_model.families.mochi import MochiVideoModel
 from base_model.families.wan import WanVideoModel
 from base_model.tiny import LatentVideoModel
 from base_model.types import TrainableModel
-from base_model.video.files import FRAME_PIXELS, KEPT_BYTES, Frame, each_frame
+from base_model.video.files import KEPT_BYTES, Frame, each_frame, read_image
 
 VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv"))
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
@@ -372,17 +371,3 @@ def _frames_at(frames: int, ratio: float) -> int:
     while count and math.floor((count - 1) * ratio + 1e-9) >= frames:
         count -= 1
     return count
-
-
-def read_image(path: Path) -> Frame:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
-            if image.width * image.height > FRAME_PIXELS:
-                raise UserError(f"the image has {image.width}x{image.height} pixels, more than the limit of {FRAME_PIXELS}, {path}. Make it smaller")
-            return np.array(ImageOps.exif_transpose(image.convert("RGB")))
-    except FileNotFoundError as error:
-        raise UserError(f"no such image, {path}. Check the path") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image: {error}, {path}. Copy or make it again") from error

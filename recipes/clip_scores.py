@@ -27,8 +27,8 @@ from torch import Tensor
 from base_model.checkpoint import load_weights
 from base_model.errors import UserError
 from base_model.video.curate import MEASURES, VERSION, measure
-from base_model.video.files import FORMATS, MOST_STREAMS, Frame, timed_frames
-from recipes.clip_folder import read_image, reason_of
+from base_model.video.files import FORMATS, MOST_STREAMS, Frame, read_image, timed_frames
+from recipes.clip_folder import reason_of
 from recipes.filters import NONE, Filters, load_filters
 from recipes.weights import file_hash
 from reward.encoders import Encoder, FrameEncoder, load_encoder

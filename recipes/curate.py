@@ -249,7 +249,8 @@ def _extension_fault(row: Mapping[str, Any]) -> str:
 def decide(table: Any, keep: Keep, opt_out: OptOut = NOBODY) -> Decisions:
     """Rows of the table (`pyarrow.Table`, columns as `clip_table.py` has them) -> what becomes of each. No clip is read.
 
-    Near duplicates are looked for among rows that nothing else speaks against; rows of one file, which differ in their captions, are none.
+    Near duplicates are looked for among rows that nothing else speaks against; rows of one file, which differ in their captions, are none. Clips whose bytes stand in
+    the input have no file, or a name that another clip may have too.
     """
     rows = table.to_pylist()
     opted_out = opt_out.rows([row.get("sha256") for row in rows], [row.get("hashes") or () for row in rows])
@@ -266,8 +267,8 @@ def decide(table: Any, keep: Keep, opt_out: OptOut = NOBODY) -> Decisions:
 def _repeats(rows: Sequence[Mapping[str, Any]], among: Sequence[int], apart: float) -> dict[int, tuple[int, float]]:
     """Row -> the better row that it repeats, itself none that repeats another, and how far apart they are."""
     order = sorted(among, key=lambda k: (-(rows[k]["width"] or 0) * (rows[k]["height"] or 0), -(rows[k]["seconds"] or 0.0), k))
-    first, found = dict[str, int](), dict[int, tuple[int, float]]()
-    files = {k: first.setdefault(rows[k]["file"], k) for k in order}  # the other rows of a file share its fate
+    first, found = dict[object, int](), dict[int, tuple[int, float]]()
+    files = {k: first.setdefault((rows[k]["file"], rows[k]["sha256"]) if rows[k]["file"] else k, k) for k in order}  # the other rows of a file share its fate; bytes are no file's
     contents, left = dict[str, int](), list[int]()
     for k in first.values():
         same = contents.setdefault(rows[k]["sha256"], k)

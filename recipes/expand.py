@@ -29,7 +29,6 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Several, dump, leaves, path_keys
@@ -37,7 +36,7 @@ from align.processes import join, on_main, started
 from align.run import derived_seed, lock_folder
 from base_model.errors import UserError
 from base_model.prompts.expand import INSTRUCTION, Expanded, Expander, Style, TinySize, answered, asked, ends_of, finished, load_expander, save_expander, tiny_expander
-from base_model.prompts.text import TextEncoder
+from base_model.prompts.text import TextEncoder, likeness
 from base_model.tiny import LatentVideoModel
 from base_model.types import TrainableModel
 from base_model.video.files import disk_errors, write_atomic
@@ -288,19 +287,6 @@ def floors(train: Sequence[Example], val: Sequence[Example], test: Sequence[Exam
     """What n-grams of the same tokens need: the best order by val, and single tokens."""
     best = best_order(train, val, vocabulary)
     return {"ngram_bits": floor_bits(best, test), "ngram_order": best.order, "unigram_bits": floor_bits(KneserNey(train, 1, vocabulary), test)}
-
-
-def likeness(encode: TextEncoder, shorts: Sequence[str], longs: Sequence[str]) -> list[float]:
-    """Cosine of two texts' mean token states, a pair each, by the sentence encoder (of its first 64 tokens): whether they are about the same."""
-    a, b = (_mean_states(encode, texts) for texts in (shorts, longs))  # [N,D]
-    return torch.nn.functional.cosine_similarity(a, b).tolist()
-
-
-def _mean_states(encode: TextEncoder, texts: Sequence[str]) -> Tensor:
-    cond = encode(texts)
-    assert cond.text is not None and cond.mask is not None
-    weight = cond.mask[..., None].float()
-    return (cond.text * weight).sum(1) / weight.sum(1)
 
 
 def measure(expander: Expander, pairs: Sequence[Pair], cfg: Config) -> dict[str, Any]:

@@ -277,8 +277,8 @@ def fill_store(
     sampling: Sampling = sample,
     given: str = "",
 ) -> list[ClipRow | None]:
-    """One row a request, in order; None where the prompt, or what it was expanded from, was blocked. Made in batches, each committed to the store: a killed run goes on, and ends
-    with the clips of one that was not killed. Clips that were there, but that not all filters of the runner ruled on, are shown to them.
+    """One row a request, in order; None where the prompt, or what it was expanded from, is blocked, also where the store holds the clip. Made in batches, each committed to the
+    store: a killed run goes on, and ends with the clips of one that was not killed. Clips that were there, but that not all filters of the runner ruled on, are shown to them.
 
     given: what names a visual prompt, part of a clip's identity.
     """
@@ -309,7 +309,8 @@ def fill_store(
             ]
             store.add_many(clips, preview=preview)
             progress.advance(f"{len(made)} clips", steps=len(made))
-    rows = [store.find(key) for key in keys]
+    may_see = set(served)
+    rows = [store.find(key) if i in may_see else None for i, key in enumerate(keys)]  # a clip that is there may be of a time when its prompt was allowed
     again = {row.request_key: row for row in rows if row is not None and not ruled_by(row, runner)}
     for begin in range(0, len(again), sampler.batch):
         part = list(again.values())[begin : begin + sampler.batch]

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from align.progress import Progress
 from base_model.errors import UserError
-from base_model.video.files import cover, from_uint8, read_video, resample_fps, to_uint8
+from base_model.video.files import cover, from_uint8, read_image, read_video, resample_fps, to_uint8
 from base_model.video.store import ClipRow, ClipStore, request_key
 from recipes.generate import safety_runner
 from recipes.rankings import ruling_of
-from recipes.visual import IMAGES, read_image
+from recipes.visual import IMAGES
 from reward.comparisons import Clip, Comparisons, Prompt, RankingEvent
 from reward.importers.reading import Imported, media_file
 from reward.safety.contract import Decision, SafetyRunner, to_json
@@ -128,7 +128,7 @@ def read_clip(file: Path | None, form: Form) -> tuple[Tensor, bool]:
 
     try:
         if file.suffix.lower() in IMAGES:
-            video = cover(read_image(file)[None], form.height, form.width)  # [1,3,H,W]
+            video = cover(from_uint8(read_image(file, still=True)[None]), form.height, form.width)  # [1,3,H,W]
         else:
             decoded = read_video(file, seconds=(form.frames + 1) / form.fps, shrink=fit)
             video = resample_fps(from_uint8(decoded.frames), decoded.fps, form.fps)

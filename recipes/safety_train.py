@@ -509,7 +509,7 @@ def measure(head: Head, table: Table, component: Mapping[str, str], seed: int) -
         found[code] |= {name: bootstrap_prompts(statistic, group, seed=seed, draws=300).as_json() if len(score) else None for name, statistic in statistics.items()}
         told, happened = np.stack([score, 1 - score], 1), np.stack([truth, 1 - truth], 1)
         errors = {"log_loss": log_loss, "brier": brier, "calibration_error": expected_calibration_error}
-        found[code] |= {name: round(error(told, happened), 5) if len(score) else None for name, error in errors.items()}
+        found[code] |= {name: round(error(told, happened, weight=weight), 5) if len(score) else None for name, error in errors.items()}
     return found
 
 

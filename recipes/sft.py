@@ -352,6 +352,10 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     filters = read_lineage(cfg.data)
     run.note("safety", filters)
     run.note("data_sha256", data.sha256)
+    if before:
+        kept = read_lineage(cfg.remember.data)
+        run.note("remembered", {"data_sha256": before.sha256, "safety": kept})
+        filters = [*filters, *(each for each in kept if each not in filters)]
 
     velocities, counter = Velocities(model, packs=not cfg.context_parallel), FlopCounter(model)
     if velocities.from_image:
@@ -382,13 +386,19 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     run.unshard()
     found = read_looks(cfg.out)[-1].averaged
     measured = {"held_out_loss": found.mean if found else None}
-    weights, sha256 = run.on_main(partial(export, cfg, model, run.seconds, data, filters, measured))
+    weights, sha256 = run.on_main(partial(export, cfg, model, run.seconds, learned_from(cfg, data, before), filters, measured))
     return {"weights": str(weights), "sha256": sha256, **measured, "wall_seconds": round(time.monotonic() - started, 1)}
 
 
-def export(cfg: Config, model: TrainableModel, seconds: float, data: Data, filters: Sequence[Mapping[str, Any]], measured: Mapping[str, object]) -> tuple[Path, str]:
+def learned_from(cfg: Config, data: Data, before: Data | None) -> str:
+    """What the card says of the data: its hash; of a stream that of its beginning, held-out examples among it; and the hash of what is remembered."""
+    own = f"{data.sha256} (the first {len(data.examples)} examples of a stream)" if cfg.stream else data.sha256
+    return own if before is None else f"{own}, remembered {before.sha256}"
+
+
+def export(cfg: Config, model: TrainableModel, seconds: float, data: str, filters: Sequence[Mapping[str, Any]], measured: Mapping[str, object]) -> tuple[Path, str]:
     """Writes what was trained, with its card, and returns where and its hash: the built-in network with its adapter merged; a family's adapter, or all of it as a checkpoint."""
-    with_card: dict[str, Any] = {"recipe": "sft", "cfg": cfg, "data": data.sha256, "seconds": seconds, "measured": measured, "safety": filters}
+    with_card: dict[str, Any] = {"recipe": "sft", "cfg": cfg, "data": data, "seconds": seconds, "measured": measured, "safety": filters}
     if isinstance(model, LatentVideoModel):
         if cfg.lora_rank:
             model.network = merge(model.network)

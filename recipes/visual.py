@@ -24,7 +24,7 @@ from base_model.errors import UserError
 from base_model.networks.packing import Patch
 from base_model.prompts.conditions import Canvas, blank, give_frames, known_mask
 from base_model.types import ClipShape, LatentSpec
-from base_model.video.files import cover, from_uint8, read_video, resample_fps, to_uint8
+from base_model.video.files import cover, from_uint8, read_image, read_video, resample_fps, to_uint8
 
 Kind = Literal["text", "image", "edit", "extend", "extend_back", "connect", "loop", "inpaint", "outpaint"]
 
@@ -186,33 +186,14 @@ def _read(path: Path, visual: Visual, clip: ClipShape, fps: float) -> Tensor:
         return frame
 
     if path.suffix.lower() in IMAGES:
-        return from_uint8(fit(to_uint8(read_image(path)[None])[0])[None])
+        return from_uint8(fit(read_image(path, still=True))[None])
     video = read_video(path, shrink=fit, max_frames=1 if visual.kind == "image" else None)
     return resample_fps(from_uint8(video.frames), video.fps, fps) if visual.kind != "image" else from_uint8(video.frames)
 
 
-def read_image(path: Path) -> Tensor:
-    """[3,H,W] in [0,1]. Raises UserError where there is no image that can be read."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                raise UserError(f"the image moves, {path}. Give one frame of it, or a video")
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-                grey = np.asarray(upright).astype(np.float32) / 65535
-                return torch.from_numpy(grey).clamp(0, 1).expand(3, -1, -1)
-            return from_uint8(np.array(upright.convert("RGB"))[None])[0]
-    except FileNotFoundError as error:
-        raise UserError(f"no such image, {path}. Check the path") from error
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image: {error}, {path}. Give a PNG or JPEG") from error
-
-
 def _hole(path: Path, clip: ClipShape) -> Tensor:
     """[H,W] bool, True where the mask is white. Raises UserError where it has another size, or leaves nothing to make or nothing given."""
-    white = read_image(path).mean(0) > 0.5  # [H,W]
+    white = from_uint8(read_image(path, still=True)[None])[0].mean(0) > 0.5  # [H,W]
     if white.shape != (clip.height, clip.width):
         raise UserError(f"{path} is {white.shape[0]}x{white.shape[1]}, the clip {clip.height}x{clip.width}. Draw the mask in the size of the clip")
     if white.all() or not white.any():

@@ -158,32 +158,34 @@ def decided(probability: Array, outcome: Array) -> tuple[Array, Array]:
     return two / two.sum(1, keepdims=True), outcome[outcome[:, 1] == 0][:, [0, 2]]
 
 
-# Scores of probabilities [N,C] against what happened [N,C]
+# Scores of probabilities [N,C] against what happened [N,C]; weight [N]: how often each counts, once where it is not given
 
 
-def log_loss(probability: Array, outcome: Array) -> float:
+def log_loss(probability: Array, outcome: Array, *, weight: Array | None = None) -> float:
     """Mean negative log-likelihood, nats an answer; nan without answers."""
     log_p = np.log(np.maximum(probability, np.finfo(np.float64).tiny))
-    return float(-(outcome * log_p).sum(1).mean()) if len(probability) else float("nan")
+    return float(np.average(-(outcome * log_p).sum(1), weights=weight)) if len(probability) else float("nan")
 
 
-def brier(probability: Array, outcome: Array) -> float:
+def brier(probability: Array, outcome: Array, *, weight: Array | None = None) -> float:
     """Mean squared distance of the distribution from what happened, summed over outcomes: from 0 to 2 (Brier 1950); nan without answers.
 
     Half an answer for each of two outcomes counts as the mean of the two distances, not as a distance from their middle.
     """
-    return float((probability**2 - 2 * probability * outcome).sum(1).mean()) + 1 if len(probability) else float("nan")
+    return float(np.average((probability**2 - 2 * probability * outcome).sum(1), weights=weight)) + 1 if len(probability) else float("nan")
 
 
-def expected_calibration_error(probability: Array, outcome: Array, *, bins: int = BINS) -> float:
+def expected_calibration_error(probability: Array, outcome: Array, *, weight: Array | None = None, bins: int = BINS) -> float:
     """Mean over outcomes of sum over bins of share of predictions x |predicted - observed| ("adaptive": Nixon et al. 2019, arXiv 1904.01685).
 
     Bins hold equally many predictions, as far as equal predictions allow, which stay together: a constant has one bin, and the order of rows does not matter. nan without answers.
     """
     if not len(probability):
         return float("nan")
-    gaps = [np.bincount(_bins(p.round(DIGITS), bins), weights=y - p, minlength=bins) for p, y in zip(probability.T, outcome.T, strict=True)]
-    return float(np.abs(gaps).sum() / probability.size)
+    counted = np.ones(len(probability)) if weight is None else weight
+    columns = zip(probability.T, outcome.T, strict=True)
+    gaps = [np.bincount(_bins(p.round(DIGITS), bins, counted), weights=counted * (y - p), minlength=bins) for p, y in columns]
+    return float(np.abs(gaps).sum() / (counted.sum() * probability.shape[1]))
 
 
 def calibrated_error(probability: Array, *, bins: int = BINS, draws: int = 100, seed: int = 0) -> Interval:
@@ -250,8 +252,9 @@ def _one_hot(answer: Signs) -> Array:
     return (answer[:, None] == np.array([1, 0, -1])).astype(np.float64)
 
 
-def _bins(value: Array, number: int) -> Indices:
+def _bins(value: Array, number: int, weight: Array | None = None) -> Indices:
     """Which of `number` bins of equal mass each value [N] is in; equal values are in one, that of their middle."""
-    _, index, counts = np.unique(value, return_inverse=True, return_counts=True)
-    middle = np.cumsum(counts) - counts / 2
-    return np.minimum((middle * number / max(len(value), 1)).astype(np.intp), number - 1)[index]
+    _, index = np.unique(value, return_inverse=True)
+    mass = np.bincount(index, weights=weight)
+    middle = np.cumsum(mass) - mass / 2
+    return np.minimum((middle * number / (mass.sum() or 1)).astype(np.intp), number - 1)[index]

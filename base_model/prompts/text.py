@@ -45,6 +45,17 @@ class TextEncoder:
         return Conditioning(tuple(prompts), text, mask)
 
 
+def likeness(encoder: TextEncoder, first: Sequence[str], second: Sequence[str]) -> list[float]:
+    """Cosine of the sentence embeddings of each pair of texts, as all-MiniLM-L6-v2 makes them (the mean over the tokens, the first 64 here): whether they are about the same."""
+    if not first:
+        return []
+    cond = encoder([*first, *second])
+    mask = cond.mask[..., None].float()  # [2N,L,1]
+    pooled = torch.nn.functional.normalize((cond.text * mask).sum(1) / mask.sum(1), dim=-1)  # [2N,D]
+    values: list[float] = (pooled[: len(first)] * pooled[len(first) :]).sum(1).tolist()
+    return values
+
+
 @lru_cache(maxsize=1)
 def _minilm() -> tuple[Any, Any]:
     try:

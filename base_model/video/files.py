@@ -33,6 +33,8 @@ FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,gif,ivf,mxf,mpegvideo,h264,h
 """Containers that `read_video` opens, as ffmpeg calls them: they hold what they play. Playlists and scripts, which lead to other files and hosts, are not among them,
 whatever their files are called."""
 MOST_STREAMS = 32
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+"""What `read_image` opens, as Pillow calls it."""
 FRAME_PIXELS = 1 << 26  # 8192 x 8192
 KEPT_BYTES = 2 << 30
 
@@ -150,6 +152,30 @@ def each_frame_of(content: bytes, name: str, bounds: Bounds) -> Iterator[tuple[F
     """What `decode_video` decodes, as `each_frame` gives it. A lossless clip's digest is not looked at."""
     for pixels in _each(name, content=content, kind=_kind(content, name), bounds=bounds):
         yield pixels.frame, pixels.fps
+
+
+def read_image(path: str | Path, *, still: bool = False) -> Frame:
+    """An image, uint8 [H,W,3], upright (the rotation a camera writes is applied); of 16 bits the nearest of 8. Of one that moves its first frame, or with `still` an error.
+
+    Raises UserError where the file is missing, is none of `IMAGE_FORMATS`, is damaged, or has more than `FRAME_PIXELS`.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if still and getattr(image, "n_frames", 1) > 1:
+                raise UserError(f"the image moves, {path}. Give one frame of it, or a video")
+            if image.width * image.height > FRAME_PIXELS:
+                raise UserError(f"the image has {image.width}x{image.height} pixels, more than the limit of {FRAME_PIXELS}, {path}. Make it smaller")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+                levels = np.rint(np.asarray(upright).clip(0, 65535) / 257).astype(np.uint8)  # [H,W]
+                return np.repeat(levels[..., None], 3, axis=2)
+            return np.array(upright.convert("RGB"))
+    except FileNotFoundError as error:
+        raise UserError(f"no such image, {path}. Check the path") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image: {error}, {path}. Copy or make it again, or give a PNG or JPEG") from error
 
 
 def decode_video(content: bytes, name: str, bounds: Bounds, *, codecs: Sequence[str] = CODECS) -> Video:

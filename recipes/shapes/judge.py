@@ -83,12 +83,6 @@ class Judgement:
         unseen = (math.nan,) * 4
         return self.background + tuple(x for r in self.readings for x in ((r.size, *r.start, r.speed) if r else unseen))
 
-    @property
-    def share_right(self) -> float:
-        """Share of the prompt's attributes that are right."""
-        flags = self.shape_right + self.colour_right + self.motion_right
-        return sum(flags) / len(flags)
-
 
 class FlashCount(NamedTuple):
     """Flashes (pairs of opposing transitions over enough area) in a clip, and the most of one sort within one second."""

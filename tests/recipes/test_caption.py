@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,11 @@ import torch
 from align.config import load
 from base_model.errors import UserError
 from base_model.prompts.caption import Caption, Captioner
-from base_model.prompts.text import TextEncoder
+from base_model.prompts.text import TextEncoder, likeness
 from base_model.prompts.vision import Patches
 from base_model.video.files import write_mp4
 from recipes import caption as recipe
-from recipes.caption import CARD, UNLIKE_CLIP, UNLIKE_OLD, Config, Flags, Frames, likeness, main
+from recipes.caption import CARD, UNLIKE_CLIP, UNLIKE_OLD, Config, Flags, Frames, main
 from recipes.clip_folder import Dropped, Named, find_clips
 from recipes.encode import encode_folder
 from recipes.latents import lineage_of
@@ -89,6 +91,7 @@ def test_every_clip_gets_a_line_whatever_it_is_and_sft_reads_the_folder(model: P
     assert set(errors) == {"empty.mp4", "gone.mp4", "torn.mp4"} and "empty" in errors["empty.mp4"] and "no such" in errors["gone.mp4"]
     assert all("\n" not in reason and str(tmp_path) not in reason for reason in errors.values())
     expected = {"text": "A bright clip, the one called a.", "old_text": "a clip", "licence": "CC0", "agreement": None, "old_agreement": None, "flags": []}
+    expected["file_sha256"] = hashlib.sha256((clips / "a.mp4").read_bytes()).hexdigest()
     assert found["a.mp4"] == {"file_name": "a.mp4", "similarity": found["a.mp4"]["similarity"], **expected} and found["a.mp4"]["similarity"] > 0.3
     assert found["b.mp4"]["old_text"] is None and found["c.mp4"]["old_text"] is None and found["image.png"]["text"] == "A bright clip, the one called b."
     assert result["described"] == 7 and result["errors"] == 3 and result["clips"] == 10
@@ -144,6 +147,73 @@ def test_clips_that_failed_are_tried_again_and_only_they(model: Path, tmp_path: 
     (clips / "c.mp4").write_bytes(good)
     assert main(config(clips, model, tmp_path / "out"))["errors"] == 0
     assert speech == ["a", "b", "d", "e", "c"] and sorted(row["file_name"] for row in lines(tmp_path / "out")) == [f"{name}.mp4" for name in "abcde"]
+
+
+def test_a_clip_that_is_gone_or_another_leaves_no_line_and_no_clip_behind(model: Path, tmp_path: Path, speech: list[str]) -> None:
+    """`a` is taken out (as `rushes curate --opt-out` does), `b` written over in its place, `c` replaced by another file; `d` and `e` stay."""
+    clips, out = make_clips(tmp_path / "clips"), tmp_path / "out"
+    main(config(clips, model, out))
+    speech.clear()
+    (clips / "a.mp4").unlink()
+    (clips / "b.mp4").write_bytes((clips / "e.mp4").read_bytes())
+    (tmp_path / "new").write_bytes((clips / "d.mp4").read_bytes())
+    os.replace(tmp_path / "new", clips / "c.mp4")
+    result = main(config(clips, model, out))
+    assert sorted(speech) == ["d", "e"], "what is new is described, what stayed is not"
+    found = {row["file_name"]: row["text"][-2] for row in lines(out)}
+    assert found == {"b.mp4": "e", "c.mp4": "d", "d.mp4": "d", "e.mp4": "e"} and result["described"] == result["clips"] == 4
+    assert sorted(file.name for file in out.glob("*.mp4")) == sorted(found) and all((out / name).read_bytes() == (clips / name).read_bytes() for name in found)
+    before, other = (out / "metadata.jsonl").read_bytes(), tmp_path / "other"
+    other.mkdir()
+    write_mp4(other / "b.mp4", torch.rand(9, 3, 16, 24), 8.0, upscale=False)
+    with pytest.raises(UserError, match="none of the 4 captions there is of a clip"):
+        main(config(other, model, out))
+    assert (out / "metadata.jsonl").read_bytes() == before and len(list(out.glob("*.mp4"))) == 4, "another folder by mistake costs nothing"
+
+
+def test_lines_that_do_not_say_of_which_bytes_they_are_are_held_against_the_clip_beside_them(model: Path, tmp_path: Path, speech: list[str]) -> None:
+    clips, out = make_clips(tmp_path / "clips"), tmp_path / "out"
+    main(config(clips, model, out))
+    speech.clear()
+    rows = [{key: value for key, value in row.items() if key != "file_sha256"} for row in lines(out)]
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "new").write_bytes((clips / "e.mp4").read_bytes())
+    os.replace(tmp_path / "new", clips / "a.mp4")
+    main(config(clips, model, out))
+    assert speech == ["e"] and {row["file_name"]: row["text"][-2] for row in lines(out)} == {"a.mp4": "e", **{f"{name}.mp4": name for name in "bcde"}}
+
+
+def test_captions_in_the_folder_of_the_clips_never_cost_a_clip(model: Path, tmp_path: Path, speech: list[str]) -> None:
+    clips = make_clips(tmp_path / "clips")
+    cfg = config(clips, model, clips).model_copy(update={"out": clips / "captions.jsonl"})
+    main(cfg)
+    (clips / "a.mp4").write_bytes((clips / "e.mp4").read_bytes())
+    main(cfg)
+    assert (clips / "a.mp4").read_bytes() == (clips / "e.mp4").read_bytes() and speech == [*"abcde", "e"]
+
+
+def test_a_clip_that_cannot_be_read_just_now_keeps_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    row = {"file_sha256": hashlib.sha256(b"one").hexdigest()}
+    assert recipe.is_of(row, tmp_path / "a", tmp_path / "b") and not recipe.is_of({"file_sha256": "other"}, tmp_path / "a", tmp_path / "b")
+    assert not recipe.is_of(row, tmp_path / "gone", tmp_path / "b")
+
+    def fails(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(recipe, "file_hash", fails)
+    assert recipe.is_of(row, tmp_path / "a", tmp_path / "b") and not recipe.is_of(row, tmp_path / "gone", tmp_path / "b")
+
+
+def test_a_clip_is_never_put_over_another_of_its_size(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "b").write_bytes(b"two")
+    with pytest.raises(UserError, match="another clip has that name"):
+        recipe.put_beside(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b").write_bytes(b"one")
+    recipe.put_beside(tmp_path / "a", tmp_path / "b")
+    recipe.put_beside(tmp_path / "a", tmp_path / "c")
+    assert (tmp_path / "c").samefile(tmp_path / "a") and not (tmp_path / "b").samefile(tmp_path / "a")
 
 
 def test_captions_of_another_model_or_question_are_refused_and_other_limits_flag_anew(model: Path, tmp_path: Path, speech: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -143,6 +143,21 @@ def test_after_kill_9_the_same_command_ends_with_the_same_bits_and_nothing_is_pi
     model = "model/model.safetensors"
     assert (cfg.out / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
     assert {path.suffix for path in cfg.out.rglob("*") if path.is_file() and path.name != ".lock"} <= {".json", ".safetensors", ".jinja", ".md"}
+
+
+def test_a_clip_with_several_captions_is_learned_from_or_held_out_and_stays_there(tmp_path: Path) -> None:
+    def sides(number: int, seed: int) -> list[set[str]]:
+        (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{k}.mp4", "text": f"{k} {way}"}) + "\n" for way in ("one", "two") for k in range(number)))
+        both = recipe.pairs_of(Config(data=tmp_path, held_out=4, seed=seed), FRAMES, cast(Any, None))
+        assert sum(map(len, both)) == 2 * number and all(len({text.split()[0] for text in side.texts}) * 2 == len(side) for side in both), "with both captions on one side"
+        return [{text.split()[0] for text in side.texts} for side in both]
+
+    for seed in range(5):
+        learned, held_out = sides(12, seed)
+        assert len(held_out) == 4 and len(learned) == 8
+        later = sides(30, seed)
+        assert learned <= later[0], "what was learned from is not held out when clips come"
+    assert sides(12, 0) != sides(12, 1), "and another seed holds out others"
 
 
 def test_what_cannot_be_learned_is_one_line(world: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from base_model.errors import UserError
 from base_model.families import cogvideox, hunyuan_video, ltx, mochi, wan
 from base_model.types import ClipShape, TrainableModel
-from base_model.video.files import Frame, cover, from_uint8, read_video, write_mp4
+from base_model.video.files import Frame, cover, from_uint8, read_image, read_video, write_mp4
 from recipes import clip_folder
 from recipes.clip_folder import Cut, Dropped, Facts, Named, Span, Windows, all_windows, cut_for, find_clips, fit, read_frames, some_windows
 from tests.base_model.families import tiny_cogvideox, tiny_hunyuan_video, tiny_ltx, tiny_mochi, tiny_wan
@@ -250,6 +250,20 @@ def test_an_enormous_image_is_refused_before_it_is_decoded(tmp_path: Path, monke
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(UserError, match="more than the limit"):
         list(read_frames(tmp_path / "a.png"))
+
+
+def test_sixteen_bits_of_grey_are_the_nearest_of_eight(tmp_path: Path) -> None:
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    ((frame, _),) = list(read_frames(tmp_path / "a.png"))
+    assert frame.dtype == np.uint8 and frame.shape == (8, 8, 3) and np.abs(frame / 255 - ramp[..., None] / 65535).max() <= 0.5 / 255
+
+
+def test_only_files_that_are_images_of_the_four_kinds_are_opened(tmp_path: Path) -> None:
+    """Whatever they are called: other decoders of Pillow are not asked."""
+    Image.new("RGB", (24, 16)).save(tmp_path / "a.png", "TIFF")
+    with pytest.raises(UserError, match="cannot read the image"):
+        read_image(tmp_path / "a.png", still=True)
 
 
 def test_a_photograph_stands_as_its_camera_was_held(tmp_path: Path) -> None:

@@ -135,6 +135,15 @@ def test_a_clip_that_repeats_only_what_is_not_kept_is_kept() -> None:
     assert found.kept == [True, False, True] and found.repeats == [None, 0, None]
 
 
+def test_clips_of_bytes_are_held_against_each_other_whatever_they_are_called() -> None:
+    """Without a name, as columns of bytes have none; then all of one name, as shards count from 0 again."""
+    rows = [{"sha256": "a" * 64}, {"sha256": "a" * 64}, {"hashes": hashes(1, 2)}, {"hashes": hashes(1, 2)}, {"hashes": hashes(3, 4)}]
+    found = decide(table(*[{**row, "file": ""} for row in rows]), Keep())
+    assert found.kept == [True, False, True, False, True] and found.repeats == [None, 0, None, 2, None]
+    named = decide(table({"hashes": hashes(1, 2)}, *[{**row, "file": "clip.mp4"} for row in rows]), Keep())
+    assert named.kept == [True, True, True, False, False, True] and named.repeats == [None, None, None, 0, 0, None], "the two of one name and content are one file's"
+
+
 def test_the_same_file_twice_is_one_and_one_file_with_two_captions_is_two_pairs() -> None:
     rows = [{"sha256": "a" * 64}, {"sha256": "a" * 64}, {"sha256": "a" * 64, "file": "0.mp4", "text": "other words"}]
     found = decide(table(*rows), Keep())

@@ -15,14 +15,18 @@ from torch import Tensor
 from align.config import load
 from base_model.errors import UserError
 from base_model.prompts.expand import Expanded, Expander, Style, TinySize, save_expander, tiny_expander
-from base_model.prompts.text import TextEncoder
+from base_model.prompts.text import TextEncoder, likeness
 from base_model.types import Conditioning
-from base_model.video.store import ClipStore
+from base_model.video.store import ClipRow, ClipStore
 from recipes import expand, generate
-from recipes.expand import Pair, VideoReward, clusters_of, likeness, read_pairs, split_pairs
+from recipes.expand import Pair, VideoReward, clusters_of, read_pairs, split_pairs
 from recipes.feedback import Assessor
 from recipes.generate import Request, expanded_from, fill_store, safety_runner
 from reward.mixture import Mixture, Term
+from reward.safety.contract import SafetyRunner
+from reward.safety.policy import load_policy
+from reward.safety.prompt import WordFilter
+from reward.safety.video import DegenerateFilter
 from reward.types import Scores
 from tests.recipes.small import SAMPLER, Brightness, dazzled, save_small_network, small_model
 
@@ -238,6 +242,19 @@ def test_a_blocked_prompt_makes_no_clip_however_harmless_its_expansion(tmp_path:
     monkeypatch.setattr(generate, "load_expander", lambda folder, device: Echo({"a strobe light": "a red circle grows"}))
     result = generate.main(small_words(tmp_path, "--expand", str(tmp_path), "--prompts", '["a strobe light"]'))
     assert result["clips"] == [] and result["blocked_prompts"] == 1
+
+
+def test_a_blocked_prompt_gets_no_clip_that_the_store_holds_either(tmp_path: Path) -> None:
+    """What was let through by a filter of fewer words, and a blocked prompt whose expansion somebody else typed."""
+    model, store, policy = small_model(), ClipStore(tmp_path), load_policy()
+
+    def ask(request: Request, runner: SafetyRunner) -> ClipRow | None:
+        return fill_store(store, model, [request], lineage="x", sampler=SAMPLER, runner=runner, preview=False)[0]
+
+    only_german = SafetyRunner([WordFilter(policy, ["de"]), DegenerateFilter(policy)], policy)
+    assert ask(Request("a strobe light", "p", 0), only_german) is not None and ask(Request("a strobe light", "p", 0), safety_runner()) is None
+    assert ask(Request("a red circle grows", "p", 0), safety_runner()) is not None and ask(Request("a red circle grows", "p", 0, "a strobe light"), safety_runner()) is None
+    assert [expanded_from(row) for row in ClipStore(tmp_path).rows()] == [(), ()], "nor does it learn the blocked one"
 
 
 def test_a_clip_that_was_made_of_the_long_text_before_is_not_made_again_and_learns_the_short_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from recipes.safety_train import (
     limits_of,
     load_data,
     main,
+    measure,
     planted,
     table_of,
     tagged,
@@ -45,7 +47,7 @@ from reward.importers.safesora import HARMS
 from reward.ratings import cost_pair
 from reward.safety.audit import Candidate, Plan, Reading, add_readings, draw_audit
 from reward.safety.contract import SafetyRunner, Verdict
-from reward.safety.head import load_filter
+from reward.safety.head import Head, load_filter
 from reward.safety.policy import load_policy
 from reward.safety.video import flash_risk
 
@@ -251,6 +253,21 @@ def test_violating_clips_weigh_as_much_as_the_others() -> None:
     logits = torch.zeros(10, 1, requires_grad=True)
     label_loss(logits, table.label, table.unsafe, table.weight, weight).backward()
     assert logits.grad is not None and logits.grad.sum().item() == pytest.approx(0, abs=1e-7), "at even odds the two kinds pull alike"
+
+
+def test_the_card_is_about_the_stream_that_was_audited_not_about_what_reviewers_saw() -> None:
+    """A clip of weight 5 is told as five clips of weight 1, calibration included."""
+    torch.manual_seed(0)
+    head, rng = Head(("P05",), 1, 4), np.random.default_rng(1)
+    clips = [Labelled(str(i), f"p{i % 5}", {"P05": float(rng.random() < 0.5)}, weight=float(1 + 4 * (i % 3 == 0))) for i in range(60)]
+    tokens = {each.clip_id: torch.randn(1, 2) for each in clips}
+    component = {each.prompt_id: each.prompt_id for each in clips}
+    one_by_one = [replace(each, weight=1.0) for each in clips for _ in range(int(each.weight))]
+    told, again = (measure(head, table_of(some, tokens, ("P05",)), component, 0)["P05"] for some in (clips, one_by_one))
+    plain = measure(head, table_of([replace(each, weight=1.0) for each in clips], tokens, ("P05",)), component, 0)["P05"]
+    for name in ("log_loss", "brier", "calibration_error"):
+        assert told[name] == pytest.approx(again[name], abs=1e-5) and abs(told[name] - plain[name]) > 1e-4, name
+    assert told["recall"] == again["recall"] and told["clips"] == 60 and again["clips"] == 140
 
 
 # Readings

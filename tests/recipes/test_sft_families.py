@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from base_model.recompute import compile_blocks
 from base_model.video.files import mp4_bytes
 from recipes import sft
 from recipes.clip_folder import Windows
+from recipes.filters import write_lineage
 from recipes.models import load_model, model_lineage
 from recipes.validation import read_looks
 from recipes.weights import file_hash, read_card
@@ -123,6 +125,36 @@ def test_what_is_remembered_is_learned_from_too_at_its_weight(folder: Path, tmp_
     assert found[1e-6][0][1] == pytest.approx(alone[1], rel=1e-3) and found[1.0][1] != found[1e-6][1]
 
 
+def test_what_is_remembered_is_told_and_may_not_become_another(folder: Path, tmp_path: Path) -> None:
+    """In the card and in `run.json`, with the filters that looked at it; a run that was begun before it was noted goes on."""
+    learned, before = (shutil.copytree(folder / "clips", tmp_path / name) for name in ("learned", "before"))
+    (before / "metadata.jsonl").write_text("".join((before / "metadata.jsonl").read_text().splitlines(keepends=True)[:4]))
+    hers, his = ([{"filter": name, "clips": 4}] for name in ("hers", "his"))
+    write_lineage(learned, hers)
+    write_lineage(before, his)
+    cfg = config(tmp_path / "out", folder, "wan", lora_rank=2, data=learned, remember={"data": before}, fit={"iterations": 1})
+    sft.main(cfg)
+    card, told = read_card(tmp_path / "out" / "adapter.safetensors"), json.loads((tmp_path / "out" / "run.json").read_text())
+    assert told["remembered"]["safety"] == his and told["remembered"]["data_sha256"] != told["data_sha256"] and told["safety"] == hers
+    assert card["data_sha256"] == f"{told['data_sha256']}, remembered {told['remembered']['data_sha256']}" and card["safety"] == [*hers, *his]
+    with pytest.raises(UserError, match="was begun with another `remembered`"):
+        sft.main(cfg.model_copy(update={"remember": sft.Remember(data=folder / "clips")}), resume=True)
+    del told["remembered"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(told))
+    assert sft.main(cfg, resume=True)["sha256"] == card["sha256"]
+
+
+def test_a_run_goes_on_with_the_model_it_was_begun_with_wherever_that_lies(folder: Path, tmp_path: Path) -> None:
+    one, other = (save_small_network(tmp_path / name, seed) for seed, name in enumerate(("one.safetensors", "other.safetensors")))
+    moved = shutil.copy(one, tmp_path / "moved.safetensors")
+    fit = {"iterations": 1, "lr": 1e-3, "held_out": 2, "evaluate_every": 1, "save_every": 1}
+    cfg = sft.Config.model_validate({"out": tmp_path / "out", "model": one, "data": folder / "clips", "cache": tmp_path / "latents", "fit": fit, "samples": {"steps": 2}})
+    told = sft.main(cfg)
+    with pytest.raises(UserError, match="was begun with another `model`"):
+        sft.main(cfg.model_copy(update={"model": other}), resume=True)
+    assert sft.main(cfg.model_copy(update={"model": moved}), resume=True)["sha256"] == told["sha256"]
+
+
 def test_a_network_compiled_block_by_block_says_the_same(folder: Path) -> None:
     plain, compiled = (load_model(folder / "wan", device=CPU) for _ in range(2))
     names = list(compiled.network.state_dict())
@@ -203,6 +235,8 @@ def rows_of(folder: Path, out: Path) -> Path:
 def test_a_stream_is_learned_from_epoch_after_epoch(family: str, folder: Path, tmp_path: Path) -> None:
     stream = {"path": "parquet", "files": str(rows_of(folder / "clips", tmp_path / "rows.parquet")), "buffer": 5, "step": 3}
     sft.main(config(tmp_path / "run", folder, family, data=None, stream=stream, lora_rank=2, fit={"iterations": 5, "evaluate_every": 5}))
+    told = read_card(tmp_path / "run" / "adapter.safetensors")["data_sha256"]
+    assert re.fullmatch(r"[0-9a-f]{64} \(the first 5 examples of a stream\)", told), told
     rows = [row for row in read_metrics(tmp_path / "run") if "grad_norm" in row]
     assert [row["clips"] for row in rows] == [3] * 5 and rows[0]["data_wait"] > 0
     report = json.loads((tmp_path / "run" / "data.json").read_text())["report"]

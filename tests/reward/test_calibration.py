@@ -176,6 +176,18 @@ def test_calibration_error_by_brute_force() -> None:
     assert expected_calibration_error(table, np.stack([y, 1 - y], axis=1)[:990]) == pytest.approx(np.mean(gaps), abs=1e-12)
 
 
+def test_an_answer_of_weight_three_is_three_answers() -> None:
+    rng = np.random.default_rng(6)
+    p, weight = rng.random(400).round(2), rng.integers(1, 20, 400)
+    y = (rng.random(400) < np.where(weight > 10, p, 1 - p)).astype(float)  # what counts most is calibrated, the rest is not
+    told, happened = np.stack([p, 1 - p], axis=1), np.stack([y, 1 - y], axis=1)
+    for measure in (log_loss, brier, expected_calibration_error):
+        again, plain = measure(told.repeat(weight, axis=0), happened.repeat(weight, axis=0)), measure(told, happened)
+        for unit in (1.0, 0.01):
+            assert measure(told, happened, weight=unit * weight) == pytest.approx(again, rel=1e-12) and abs(again / plain - 1) > 0.1
+        assert measure(told, happened, weight=np.ones(400)) == plain
+
+
 def test_equal_predictions_share_a_bin_whatever_the_order_of_rows() -> None:
     """Sorted by outcome, a constant would look wrong in every bin if its rows were cut into bins."""
     y = np.sort(np.random.default_rng(5).random(300) < 0.4).astype(float)

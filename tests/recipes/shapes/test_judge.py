@@ -162,7 +162,7 @@ def test_what_the_prompt_leaves_free_is_measured() -> None:
     np.testing.assert_allclose(free[3:], (size, 0.25, 0.6, 0.4), atol=0.015)
     nothing = judge(torch.zeros(1, 13, 3, 32, 32), [prompt])[0]
     assert np.isnan(nothing.free[3:]).all()
-    assert nothing.share_right == 0
+    assert not any(nothing.shape_right + nothing.colour_right + nothing.motion_right)
 
 
 def test_reading_needs_no_prompt_and_lists_the_largest_first() -> None:
