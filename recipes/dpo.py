@@ -273,7 +273,7 @@ def say_beta(p: Policy, run: Run, elements: set[int]) -> None:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
-    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=feedback.metrics_of(cfg, METRICS))
     result = feedback.align(cfg, run, train, recipe="dpo", reward=cfg.reward)
     accuracy = [row["held_out_accuracy"] for row in read_metrics(cfg.out) if "held_out_accuracy" in row]
     return {**result, "held_out_accuracy": accuracy[-1] if accuracy else None, "wall_seconds": round(time.monotonic() - started, 1)}

@@ -439,7 +439,7 @@ class VideoReward:
         seeds = [derived_seed(self.seed, f"expand {short}", step) % 2**31 for short in shorts]
         video = torch.cat(list(sample(self.model, encode_prompts(self.model, texts), seeds, self.sampler)))  # [B,T,3,H,W]
         assert self.assess.reward is not None and not isinstance(self.assess.reward, LatentMixture)
-        seen = self.assess.ruled(self.assess.reward(video, shorts).reward, video, texts)
+        seen = self.assess.ruled(self.assess.reward(video, shorts), video, texts)
         good = seen.allowed & seen.reward.isfinite()  # [B]
         found = {caption: float(reward) if ok else None for caption, reward, ok in zip(asked_for, seen.reward, good, strict=True)}
         return [None if caption is None else found[caption] for caption in captions]

@@ -10,13 +10,13 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 from torch import Tensor, nn
 
 from align import selfcheck
@@ -48,7 +48,7 @@ from recipes.weights import file_hash
 from reward import latent
 from reward.latent import LatentMixture
 from reward.mirror import swap_sides
-from reward.mixture import Mixture, Term
+from reward.mixture import Mixed, Mixture, Term
 from reward.model import Calibrated, CalibratedScorer
 from reward.safety.audit import latest_review, load_audit
 from reward.safety.contract import Decision, SafetyRunner, Verdict, allowed, check_error_rate, costs
@@ -159,12 +159,20 @@ class Setting(BaseConfig):
     """Safety filters beside those that need no weights; the larger score of a policy is its cost."""
     pessimism: NonNegative = 0.5
     """Reward is the mean minus this many spreads of the reward model."""
+    dimensions: dict[str, FiniteFloat] | None = None
+    """What the reward model's dimensions weigh, each in standard deviations of its training clips; none means the first one alone."""
     guard_drop: Positive = 0.5
     """The guard's light is red when its score falls this far (in standard deviations of its scores) below its best; amber from half of it."""
     guards: Guards = Guards()
     """What watches the run beside its reward."""
     sampler: Sampler = Sampler()
     """How clips are denoised."""
+
+    @model_validator(mode="after")
+    def _something_weighs(self) -> Setting:
+        if self.dimensions is not None and not any(self.dimensions.values()):
+            raise ValueError("dimensions: none weighs anything. Give one a weight, or leave dimensions out")
+        return self
 
 
 class Feedback(Setting):
@@ -184,6 +192,7 @@ class Assessment:
     violates: Tensor  # [B] 1 where a filter blocks or withholds for flashing, else 0; nan where the filters failed, or saw nothing
     allowed: Tensor  # [B] bool; only these may be learned from as good
     looked_at: bool = True  # by the filters
+    parts: Mapping[str, Tensor] = field(default_factory=dict)  # by dimension [B], before its weight, where several make the reward
 
     @property
     def violation_rate(self) -> float:
@@ -216,30 +225,43 @@ class Assessor:
         if not isinstance(self.reward, LatentMixture):
             return self(decode(model, x0) if video is None else video, cond.prompts, gather=gather)
         rows = torch.arange(len(cond)).split([len(part) for part in x0])
-        reward = torch.cat([self.reward(part, cond[row]).reward for part, row in zip(x0, rows, strict=True)])  # [B]
+        scores = joined([self.reward(part, cond[row]) for part, row in zip(x0, rows, strict=True)])
         if video is None and not self.looks:
-            reward = torch.cat(gather([reward]))
-            unknown = torch.full_like(reward, torch.nan)
-            check_known(reward, self.max_error_share)
-            return Assessment(reward, unknown, unknown, torch.zeros(len(reward), dtype=torch.bool), looked_at=False)
-        return self.ruled(reward, decode(model, x0) if video is None else video, cond.prompts, gather=gather)
+            scores = joined(gather([scores]))
+            unknown = torch.full_like(scores.reward, torch.nan)
+            check_known(scores.reward, self.max_error_share)
+            return Assessment(scores.reward, unknown, unknown, torch.zeros(len(unknown), dtype=torch.bool), looked_at=False, parts=several(scores))
+        return self.ruled(scores, decode(model, x0) if video is None else video, cond.prompts, gather=gather)
 
     @torch.no_grad()
     def __call__(self, video: Tensor, prompts: Sequence[str], *, gather: Gather = list) -> Assessment:
         """video [B,T,3,H,W] in [0,1] of B prompts. Raises ValueError where the reward is a latent one, which cannot score pixels."""
         if isinstance(self.reward, LatentMixture):
             raise ValueError("a latent reward cannot score pixels: give the latents to `finished`")
-        reward = torch.full((len(video),), torch.nan) if self.reward is None else self.reward(video, prompts).reward
-        return self.ruled(reward, video, prompts, gather=gather)
+        nobody = torch.ones(len(video), dtype=torch.bool)
+        scores = Mixed(torch.full((len(video),), torch.nan), {}, nobody) if self.reward is None else self.reward(video, prompts)
+        return self.ruled(scores, video, prompts, gather=gather)
 
-    def ruled(self, reward: Tensor, video: Tensor, prompts: Sequence[str], *, gather: Gather = list) -> Assessment:
-        """Rewards [B] of clips [B,T,3,H,W] with what the filters say of them."""
+    def ruled(self, scores: Mixed, video: Tensor, prompts: Sequence[str], *, gather: Gather = list) -> Assessment:
+        """Rewards of clips [B,T,3,H,W] with what the filters say of them."""
         decisions = gather(self.runner.check_videos(video, prompts, self.fps))
-        reward = torch.cat(gather([reward]))
+        scores = joined(gather([scores]))
         check_error_rate(decisions, self.max_error_share)
         known = torch.tensor([d.verdict != Verdict.ERROR for d in decisions])
         blocks = torch.tensor([float(withheld(d)) for d in decisions])
-        return Assessment(reward, costs(decisions, FLASHING), blocks.where(known, torch.nan), torch.tensor([allowed(d) for d in decisions]))
+        safe = torch.tensor([allowed(d) for d in decisions])
+        return Assessment(scores.reward, costs(decisions, FLASHING), blocks.where(known, torch.nan), safe, parts=several(scores))
+
+
+def joined(parts: Sequence[Mixed]) -> Mixed:
+    """What the clips of several batches earned, one after the other."""
+    reward, unknown = (torch.cat([getattr(part, name) for part in parts]) for name in ("reward", "unknown"))
+    return Mixed(reward, {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts}, unknown)
+
+
+def several(scores: Mixed) -> dict[str, Tensor]:
+    """By dimension what made the reward [B]; nothing where one made it alone."""
+    return {name.partition(".")[2]: part for name, part in scores.parts.items()} if len(scores.parts) > 1 else {}
 
 
 def withheld(decision: Decision) -> bool:
@@ -281,7 +303,14 @@ def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | No
         "all_violating": all_violating(seen.violates == 1, group_size) if seen.looked_at else float("nan"),
         "error_share": float(seen.unknown.float().mean()),
         "looked_at": float(seen.looked_at),
+        **{f"reward_{name}": float(part.nanmean()) for name, part in seen.parts.items()},
     }
+
+
+def metrics_of(cfg: Setting, metrics: Mapping[str, str]) -> dict[str, str]:
+    """A recipe's metrics, with one for every dimension of the reward where there are several."""
+    weights = cfg.dimensions if cfg.dimensions and len(cfg.dimensions) > 1 else {}
+    return {**metrics, **{f"reward_{name}": f"Mean of the reward's dimension {name}, of weight {weight:g}: pessimistic, standardised." for name, weight in weights.items()}}
 
 
 def gamed(multiplier: Multiplier) -> bool:
@@ -608,23 +637,29 @@ def held_out_texts(cfg: Setting) -> list[str]:
     return [prompt.text for prompt in make_prompts(cfg.held_out_prompts, seed=cfg.seed + 1, split="eval", strobe=cfg.strobe)]
 
 
-def standardised(scorer: CalibratedScorer, pessimism: float = 0.0) -> Mixture:
-    """The first dimension of a reward model in standard deviations of its training clips."""
-    return Mixture({"people": scorer}, (people_term(scorer, pessimism),))
+def standardised(scorer: CalibratedScorer, pessimism: float = 0.0, dimensions: Mapping[str, float] | None = None) -> Mixture:
+    """A reward model in standard deviations of its training clips: its first dimension, or those that weigh something, added up. Raises UserError for one that it has not."""
+    return Mixture({"people": scorer}, people_terms(scorer, pessimism, dimensions))
 
 
-def people_term(scorer: Calibrated, pessimism: float) -> Term:
-    """The first dimension of a scorer in standard deviations of its training clips."""
-    return Term("people", scorer.dims[0], center=float(scorer.center[0]), scale=float(scorer.scale[0]), pessimism=pessimism)
+def people_terms(scorer: Calibrated, pessimism: float, dimensions: Mapping[str, float] | None) -> tuple[Term, ...]:
+    """The terms of `standardised`."""
+    weights, known = dimensions or {scorer.dims[0]: 1.0}, {dim: (float(center), float(scale)) for dim, center, scale in zip(scorer.dims, scorer.center, scorer.scale, strict=True)}
+    if strange := sorted(set(weights) - set(known)):
+        raise UserError(f"the reward has no dimension {', '.join(strange)}, dimensions. Choose from {', '.join(known)}")
+    return tuple(Term("people", dim, weight, *known[dim], pessimism) for dim, weight in weights.items())
 
 
-def load_reward(folder: Path, model: TrainableModel, pessimism: float, fps: float, encode: TextEncoder | None = None) -> Mixture | LatentMixture:
-    """The first dimension of the reward in a folder, in standard deviations of its training clips, minus `pessimism` spreads: of a reward model on pixels, or of a latent reward on
-    `model`, whose network has no adapter yet. encode: what a reward model reads prompts with. Raises UserError where it cannot be used."""
+def load_reward(
+    folder: Path, model: TrainableModel, pessimism: float, fps: float, encode: TextEncoder | None = None, dimensions: Mapping[str, float] | None = None
+) -> Mixture | LatentMixture:
+    """The reward in a folder, each dimension in standard deviations of its training clips, minus `pessimism` spreads: of a reward model on pixels, or of a latent reward on
+    `model`, whose network has no adapter yet. encode: what a reward model reads prompts with. dimensions: their weights; none means the first one alone. Raises UserError where
+    it cannot be used."""
     if tier_of(card_of(folder)) != latent.TIER:
-        return standardised(load_scorer(folder, fps=fps, encode=encode or reward_text(model)), pessimism)
+        return standardised(load_scorer(folder, fps=fps, encode=encode or reward_text(model)), pessimism, dimensions)
     scorer = latent.load_latent_reward(folder, built_in(model, f"a latent reward, {folder},"))
-    return LatentMixture(scorer, (people_term(scorer, pessimism),))
+    return LatentMixture(scorer, people_terms(scorer, pessimism, dimensions))
 
 
 def note_given(cfg: Setting, run: Run, reward: Path | None) -> None:
@@ -649,7 +684,7 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     note_given(cfg, run, reward)
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, encode_prompts(model, texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
-    scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps, encode) if reward else None
+    scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps, encode, cfg.dimensions) if reward else None
     assess = Assessor(scorer, safety_runner(cfg.filters), cfg.sampler.fps, looks=cfg.constrained)
     run.note("safety", assess.runner.lineage())
     if isinstance(scorer, LatentMixture) and not cfg.constrained and run.is_main:

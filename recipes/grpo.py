@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
-from align.advantage import DivideBy, best_and_worst, group_advantage
+from align.advantage import Advantage, DivideBy, best_and_worst, gdpo_advantage, group_advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Several, Whole
 from align.data import PromptSampler
@@ -35,7 +36,7 @@ from base_model.errors import UserError
 from base_model.lora import add_lora, reference
 from base_model.types import Conditioning, TrainableModel, VideoModel
 from recipes import feedback
-from recipes.feedback import Assessor, Feedback, HeldOut
+from recipes.feedback import Assessment, Assessor, Feedback, HeldOut
 from recipes.generate import Sampler, times_of
 from recipes.models import encode_prompts
 
@@ -80,8 +81,8 @@ class Policy(BaseConfig):
     """Clips of each prompt that are trained on, the better and the worse half of them; 0 means all."""
     train_empty: bool = True
     """Whether under guidance the pass without prompt is trained, too."""
-    divide_by: DivideBy = "group_std"
-    """What centred rewards are divided by."""
+    divide_by: DivideBy | Literal["gdpo"] = "group_std"
+    """What centred rewards are divided by; `gdpo`: each of several `dimensions` by its group's std before they are weighed, so that none rules by its spread."""
     lora_rank: Count = 16
     """Rank of the adapter."""
     lr: Positive = 1e-3
@@ -107,6 +108,12 @@ class Config(Feedback):
     """Folder of the run: `adapter.safetensors`, and of the built-in model `network.safetensors` with the adapter merged."""
     policy: Policy = Policy()
     """How the policy moves."""
+
+    @model_validator(mode="after")
+    def _several_dimensions(self) -> Config:
+        if self.policy.divide_by == "gdpo" and len(self.dimensions or {}) < 2:
+            raise ValueError("policy.divide_by is gdpo, which is about several dimensions of the reward. Give dimensions, or another divide_by")
+        return self
 
 
 def noisy_steps(p: Policy, num_steps: int, iteration: int, generator: torch.Generator) -> Tensor:
@@ -136,6 +143,14 @@ def check_policy(p: Policy, sampler: Sampler) -> None:
         raise UserError(f"policy.window and policy.kernel: {error}. Change policy.width, policy.first_steps, policy.noise_level or sampler.steps") from error
     if p.keep and not 2 <= p.keep <= p.group_size:
         raise UserError(f"policy.keep is {p.keep}: give 0, or from 2 to the policy.group_size of {p.group_size}")
+
+
+def compared(cfg: Config, seen: Assessment) -> Advantage:
+    """Every clip [B] beside its own group."""
+    G, divide_by, weights = cfg.policy.group_size, cfg.policy.divide_by, cfg.dimensions or {}
+    if divide_by == "gdpo":
+        return gdpo_advantage(torch.stack([seen.parts[name] for name in weights], 1), list(weights.values()), G)
+    return group_advantage(seen.reward, G, divide_by=divide_by)
 
 
 class Lesson(NamedTuple):
@@ -224,7 +239,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
 
         # Compare every clip with its own group.
         seen = assess.finished(model, [made.x0 for made in taken], cond[torch.cat(mine)].repeat(G), gather=run.gather)
-        relative = group_advantage(seen.reward, G, divide_by=p.divide_by)
+        relative = compared(cfg, seen)
         if multiplier is not None:
             multiplier.update(seen.violates)
         limited = feedback.apply_limits(relative, seen, multiplier, cfg.safety, G)
@@ -260,6 +275,6 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
-    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=feedback.metrics_of(cfg, METRICS))
     result = feedback.align(cfg, run, train, recipe="grpo", reward=cfg.reward)
     return {**result, "wall_seconds": round(time.monotonic() - started, 1)}

@@ -252,6 +252,6 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
-    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=feedback.metrics_of(cfg, METRICS))
     result = feedback.align(cfg, run, train, recipe="nft", reward=cfg.reward)
     return {**result, "wall_seconds": round(time.monotonic() - started, 1)}

@@ -260,6 +260,6 @@ def check_policy(cfg: Config) -> Kernel:
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     started = time.monotonic()
-    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=feedback.metrics_of(cfg, METRICS))
     result = feedback.align(cfg, run, train, recipe="ppo", reward=cfg.reward)
     return {**result, "wall_seconds": round(time.monotonic() - started, 1)}

@@ -41,13 +41,13 @@ from recipes.bench.hacking import made_of, unranked
 from recipes.bench.limits import BANK_SEED, percent
 from recipes.charts import Series, line_chart, page
 from recipes.evaluate import clip_seeds
-from recipes.feedback import FLASHING, Assessment, Assessor, Gather, SafetyLimit, people_term
+from recipes.feedback import FLASHING, Assessment, Assessor, Gather, SafetyLimit, people_terms
 from recipes.generate import Request, Sampler, fill_store, network_lineage, safety_runner, sample
 from recipes.guards import Guards
 from recipes.shapes.measure import diversities, means, measure, shares
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.statistics import bootstrap_crossed, clopper_pearson
-from reward.mixture import Mixture, Term
+from reward.mixture import Mixed, Mixture, Term
 from reward.safety.audit import Plan, Reading, add_readings, candidate_of, draw_audit
 from reward.safety.contract import Ruling, SafetyRunner, Verdict
 from reward.safety.head import load_filter
@@ -221,7 +221,7 @@ def reward_of(cfg: Config, training: Sequence[ShapesPrompt]) -> Mixture:
     video = torch.cat(list(sample(model, model.encode_text(texts), clip_seeds(BANK_SEED, len(texts)), cfg.sampler)))  # [N,T,3,H,W]
     honest, flicker = unranked("reward", model.text, video, texts), Flicker(cfg.sampler.fps)
     swing = flicker(video, texts).mean
-    terms = (people_term(honest, 0.0), Term("flicker", "flicker", cfg.liking, float(swing.mean()), float(swing.std())))
+    terms = (*people_terms(honest, 0.0, None), Term("flicker", "flicker", cfg.liking, float(swing.mean()), float(swing.std())))
     return Mixture({"people": honest, "flicker": flicker}, terms)
 
 
@@ -232,8 +232,8 @@ class Watched(Assessor):
     rewarded: bool = True
     truth: list[float] = field(default_factory=list)
 
-    def ruled(self, reward: Tensor, video: Tensor, prompts: Sequence[str], *, gather: Gather = list) -> Assessment:
-        seen = super().ruled(reward, video, prompts, gather=gather)
+    def ruled(self, scores: Mixed, video: Tensor, prompts: Sequence[str], *, gather: Gather = list) -> Assessment:
+        seen = super().ruled(scores, video, prompts, gather=gather)
         self.truth.append(float(flashes(video, self.fps).float().mean()))
         return seen if self.rewarded else replace(seen, reward=-seen.cost)
 

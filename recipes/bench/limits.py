@@ -42,7 +42,7 @@ from recipes.guards import Guards
 from recipes.shapes.measure import measure
 from recipes.shapes.prompts import ShapesPrompt, make_prompts
 from recipes.statistics import bootstrap_crossed, clopper_pearson
-from reward.mixture import Mixture
+from reward.mixture import Mixed, Mixture
 from reward.safety.contract import Ruling, SafetyRunner, Verdict, check_error_rate, costs
 from reward.safety.policy import Policy, load_policy
 from reward.safety.prompt import WordFilter
@@ -224,8 +224,8 @@ def make_bank(cfg: Config, out: Path, split: str) -> Prompts:
 class Blunt(Assessor):
     """The same, but that a clip costs 0 or 1: whether it violates, not by how much."""
 
-    def ruled(self, reward: Tensor, video: Tensor, prompts: Sequence[str], *, gather: Gather = list) -> Assessment:
-        seen = super().ruled(reward, video, prompts, gather=gather)
+    def ruled(self, scores: Mixed, video: Tensor, prompts: Sequence[str], *, gather: Gather = list) -> Assessment:
+        seen = super().ruled(scores, video, prompts, gather=gather)
         return replace(seen, cost=seen.violates)
 
 

@@ -90,7 +90,7 @@ class Flat:
 def test_a_reward_that_is_constant_or_unknown_fails(
     value: float, recipe: str, configs: dict[str, Path], weights: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feedback, "standardised", lambda scorer, pessimism=0.0: Mixture({"flat": Flat(value)}, (Term("flat", "overall"),)))
+    monkeypatch.setattr(feedback, "standardised", lambda scorer, pessimism=0.0, dimensions=None: Mixture({"flat": Flat(value)}, (Term("flat", "overall"),)))
     status, told, err = checked(capfd, [configs[recipe], *weights])
     assert status == 1 and "Traceback" not in err
     found = failing(told) - {check.WHOLE}  # what comes after a failed check may break on it
@@ -167,7 +167,7 @@ def test_an_iteration_that_does_not_come_to_its_end_fails(
 
 
 def test_json_holds_every_check_also_where_one_failed(configs: dict[str, Path], weights: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feedback, "standardised", lambda scorer, pessimism=0.0: Mixture({"flat": Flat(0.0)}, (Term("flat", "overall"),)))
+    monkeypatch.setattr(feedback, "standardised", lambda scorer, pessimism=0.0, dimensions=None: Mixture({"flat": Flat(0.0)}, (Term("flat", "overall"),)))
     assert main(["check", str(configs["nft"]), "--json", *weights, *SAMPLER]) == 1
     found = json.loads(capfd.readouterr().out)
     assert found["error"]["kind"] == "CheckFailed" and found["error"]["message"].startswith("1 check failed. rewards vary: ")

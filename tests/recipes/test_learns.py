@@ -179,7 +179,7 @@ def test_a_run_its_guard_ended_saves_and_reports_the_best_safe_policy(tmp_path: 
         def __call__(self, video: torch.Tensor, prompts: Sequence[str]) -> Mixed:
             return Mixed(torch.full((len(video),), next(scores)), {}, torch.zeros(len(video), dtype=torch.bool))
 
-    def scripted(model: LatentVideoModel, pessimism: float = 0.0) -> object:
+    def scripted(model: LatentVideoModel, pessimism: float = 0.0, dimensions: object = None) -> object:
         return Scripted() if pessimism == 0 else BRIGHT
 
     monkeypatch.setattr(feedback, "standardised", scripted)
