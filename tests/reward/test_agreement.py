@@ -57,6 +57,14 @@ def test_pairs_orient_answers_and_skip_unranked_clips_and_repeats() -> None:
     assert tie_share(pairs_of([flipped, partial])) == 0.25
 
 
+def test_answers_without_a_name_are_one_each_and_none_is_dropped() -> None:
+    events = [event("arena/unknown", ranks, name=str(i)) for i, ranks in enumerate([(1, 2), (2, 1), (2, 1)])]
+    named = [event("arena/7", (1, 2), name=str(i)) for i in range(2)]
+    (pair,) = pairs_of([*events, *named])
+    assert sorted(pair.votes.values()) == [-1, -1, 1, 1] and pair.votes["arena/7"] == 1
+    assert scorer_accuracy([pair], {("overall", "p0"): 0.0, ("overall", "p1"): 1.0}, {"p": "p"}).mean == 0.5
+
+
 def test_the_ceiling_counts_other_people_by_hand() -> None:
     # pair answers: ann +, bob +, cat tie. ann predicted by bob 1, by cat 1/2; bob likewise; cat's tie asks nothing
     pairs = pairs_of([event("ann", (1, 2)), event("bob", (1, 3)), event("cat", (1, 1))])
