@@ -57,7 +57,8 @@ from recipes.shapes.eye import Eye
 from recipes.shapes.prompts import ShapesPrompt
 from recipes.stages import Stages, in_first
 from recipes.weights import file_hash
-from reward.agreement import Interval, pairs_of, scorer_accuracy
+from reward.accuracy import scorer_accuracy
+from reward.agreement import Interval, pairs_of
 from reward.comparisons import Comparisons, Prompt, RankingEvent, load_comparisons
 
 Recipe = Literal["nft", "ddpo", "grpo", "ppo", "dpo", "reward-gradient"]

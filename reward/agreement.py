@@ -1,4 +1,4 @@
-"""How far people agree with each other, and a scorer with people. Always over pairs of clips, always with intervals over clusters of prompts.
+"""How far people agree with each other (a scorer with people: `accuracy.py`). Always over pairs of clips, always with intervals over clusters of prompts.
 
 Ties, the same everywhere: a pair that a person called a tie asks nothing of a predictor and is left out; a predictor (a scorer, or another
 person) that ties a pair which a person decided earns one half. So a coin and a constant both earn 0.5, and what another person earns is the
@@ -57,21 +57,6 @@ def tie_share(pairs: Sequence[Pair]) -> float:
     """Share of answers that are ties; nan without answers."""
     answers = [answer for pair in pairs for answer in pair.votes.values()]
     return answers.count(0) / len(answers) if answers else float("nan")
-
-
-def scorer_accuracy(pairs: Sequence[Pair], score: Mapping[tuple[str, str], float], clusters: Mapping[str, str], *, seed: int = 0) -> Interval:
-    """How often a scorer ((dimension, clip_id) -> score; equal scores earn one half) orders a pair as a person did, over all decided answers. Pairs with an unknown score (nan) are
-    left out."""
-
-    def count(pair: Pair) -> tuple[float, float]:
-        answers = [answer for answer in pair.votes.values() if answer]
-        difference = score[pair.dimension, pair.first] - score[pair.dimension, pair.second]
-        if np.isnan(difference):
-            return 0.0, 0.0
-        predicted = np.sign(difference)
-        return sum(float(predicted == answer) if predicted else 0.5 for answer in answers), float(len(answers))
-
-    return _share(pairs, count, clusters, seed)
 
 
 def person_by_person(pairs: Sequence[Pair], clusters: Mapping[str, str], *, seed: int = 0) -> Interval:

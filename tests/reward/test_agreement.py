@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from reward.accuracy import scorer_accuracy
 from reward.agreement import (
     agreement_of_pairs,
     alpha_of_pairs,
@@ -18,7 +19,6 @@ from reward.agreement import (
     pairs_of,
     person_by_person,
     raw_agreement,
-    scorer_accuracy,
     three_way_agreement,
     tie_share,
 )
@@ -78,6 +78,8 @@ def test_a_constant_earns_one_half_an_unknown_score_nothing_and_the_truth_what_p
     assert math.isnan(scorer_accuracy(pairs, {("overall", f"p{i}"): math.nan for i in range(3)}, {"p": "p"}).mean)
     assert scorer_accuracy(pairs, {("overall", "p0"): 2.0, ("overall", "p1"): 1.0, ("overall", "p2"): math.nan}, {"p": "p"}).mean == pytest.approx(2 / 3)
     assert scorer_accuracy(pairs, {("overall", f"p{i}"): 3.0 - i for i in range(3)}, {"p": "p"}).mean == pytest.approx((3 + 2 + 0) / 8)
+    for missing in ({"p0": 2.0, "p1": 1.0}, {"p0": 2.0, "p1": 1.0, "p2": math.inf}):
+        assert scorer_accuracy(pairs, {("overall", clip): value for clip, value in missing.items()}, {"p": "p"}).mean == pytest.approx(2 / 3), "no score, or none that is a number"
 
 
 def test_nobody_judged_twice_means_the_ceiling_is_unknown() -> None:
