@@ -433,7 +433,7 @@ def _read_table(path: Path, schema: Any) -> list[dict[str, Any]]:
 
 
 def _same_kind(found: Any, wanted: Any) -> bool:
-    """Whether a column of one type may be read as the other: any numbers as numbers that fit, any texts as texts. Nulls may be anything. (pyarrow's own cast reads numbers in texts.)"""
+    """Whether a column of one type may be read as the other: numbers as numbers that fit, texts as texts. Nulls may be anything. (pyarrow's own cast reads numbers in texts.)"""
     from pyarrow import types
 
     if types.is_dictionary(found):
