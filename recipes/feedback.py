@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -428,8 +427,8 @@ def limits_of(cfg: Setting, assess: Assessor) -> tuple[Multiplier | None, GuardW
 
 @dataclass
 class Correction:
-    """What a multiplier compares in place of the share of withheld clips: the corrected rate, or its upper bound. Of how many of them are left to people it keeps a running mean, as
-    the multiplier does of all."""
+    """What a multiplier compares in place of the share of withheld clips: the corrected rate, or its upper bound. It keeps a running mean of those left to people,
+    as the multiplier does of all."""
 
     found: Callable[[float, float, float], Corrected]  # of blocked clips, of those left to people, of so many
     bound: bool

@@ -206,7 +206,7 @@ def write_comparisons(
                 new[event.event_id] = event
             elif other != event:
                 raise UserError(f"answer {event.event_id} is already there with other content, {folder}. Answers are never overwritten: use a new id")
-        all_clips, all_prompts = _merge(old.clips, clips, folder), _merge(old.prompts, prompts, folder)
+        all_clips, all_prompts = _clips(old.clips, clips, folder), _merge(old.prompts, prompts, folder)
         all_events = (*old.events, *new.values())
         people = _people(old.annotators, annotators, all_events)
         components = components_of(all_prompts.values(), all_events, all_clips.values(), before=old.component, seed_families=seed_families)
@@ -337,9 +337,14 @@ def _merge(old: Mapping[str, Row], new: Iterable[Row], folder: Path) -> dict[str
         before = rows.setdefault(_id(row), row)
         if before is not row and _stable(before) != _stable(row):
             raise UserError(f"{type(row).__name__.lower()} {_id(row)} is already there with other content, {folder}. Use a fresh folder for other data")
-        if isinstance(row, Clip) and isinstance(before, Clip) and row.safety_json != Clip.safety_json:
-            rows[_id(row)] = replace(before, safety_json=row.safety_json)
     return rows
+
+
+def _clips(old: Mapping[str, Clip], new: Iterable[Clip], folder: Path) -> dict[str, Clip]:
+    """Clips by id, each with the newest of what the safety filters said."""
+    new = list(new)
+    said = {clip.clip_id: clip.safety_json for clip in new if clip.safety_json != Clip.safety_json}
+    return {name: replace(clip, safety_json=said.get(name, clip.safety_json)) for name, clip in _merge(old, new, folder).items()}
 
 
 def _people(old: Mapping[str, Annotator], new: Iterable[Annotator], events: Iterable[RankingEvent]) -> dict[str, Annotator]:

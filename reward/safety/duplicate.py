@@ -37,7 +37,7 @@ class BlockedClip:
 class DuplicateFilter:
     """Near-duplicates of blocked clips are blocked for what these were blocked for.
 
-    score = 1 - distance / (2 BITS_APART), at least 0: 1 for the same hashes, 0.5 at the threshold. The version names the blocked clips too: what another list let pass is ruled on anew.
+    score = 1 - distance / (2 BITS_APART), at least 0: 1 for the same hashes, 0.5 at the threshold. The version names the blocked clips too.
     """
 
     id = "near-duplicate"

@@ -137,7 +137,8 @@ def test_prompts_in_a_script_without_spaces_are_compared_sign_by_sign() -> None:
 
 
 def test_words_of_a_script_with_vowel_signs_are_whole_and_thai_is_compared_sign_by_sign() -> None:
-    hindi = "एक छोटी लड़की नदी के किनारे बैठी हुई है और पानी में पत्थर फेंक रही है".split()
+    story = "एक छोटी लड़की नदी के किनारे बैठी हुई है और पानी में पत्थर फेंक रही है"
+    hindi = story.split()
     assert len(hindi) == 16 < LONG
     assert len(set(components(" ".join(hindi), " ".join([*hindi, "अभी"])))) == 2, "too short to be told from another prompt"
     twice = [*hindi, *hindi[::-1]]
