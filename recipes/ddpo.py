@@ -189,7 +189,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         else:
             advantage = statistics.advantage([prompt_ids[k] for k in chosen.tolist()], seen.reward)
         if multiplier is not None:
-            multiplier.update(seen.violates)
+            feedback.dual_step(multiplier, seen)
         limited = feedback.apply_limits(advantage, seen, multiplier, cfg.safety, p.group_size)
         if i == 0:
             in_threads(partial(feedback.check_first_step, policy, kernel, reward=seen.reward, group_size=p.group_size), rollouts[:1], run.device)

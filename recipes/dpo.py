@@ -227,7 +227,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
                 selfcheck.known_rewards(seen.reward)
                 selfcheck.reward_spread(seen.reward, p.group_size)
             if multiplier is not None:
-                multiplier.update(seen.violates)
+                feedback.dual_step(multiplier, seen)
             pairs = fresh_pairs(seen, None if multiplier is None else multiplier.value, p.group_size, p.which, margin=p.margin)
             made = Takes(torch.cat(run.gather(each.x0.cpu() for each in taken)), cond, pairs)
             steps = [numbered([made], range(len(pairs.win)), p.micro_batch)] * p.updates

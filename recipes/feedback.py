@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -185,12 +184,13 @@ class Feedback(Setting):
 @dataclass(frozen=True)
 class Assessment:
     """Example: B = 4 clips, the third flashing, the fourth blank: `reward` [0.2, 1.1, 0.9, 0.4], `cost` [0.02, 0.03, 0.9, 0.02], `violates` [0, 0, 1, 0],
-    `allowed` [T, T, F, F]."""
+    `allowed` [T, T, F, F], `left` [0, 0, 0, 0]."""
 
     reward: Tensor  # [B]; nan where unknown
     cost: Tensor  # [B] in [0,1], graded; nan where the filters failed, or saw nothing
     violates: Tensor  # [B] 1 where a filter blocks or withholds for flashing, else 0; nan where the filters failed, or saw nothing
     allowed: Tensor  # [B] bool; only these may be learned from as good
+    left: Tensor  # [B] 1 where what violates is left to people, for no filter blocks it, else 0; nan as `violates`
     looked_at: bool = True  # by the filters
     parts: Mapping[str, Tensor] = field(default_factory=dict)  # by dimension [B], before its weight, where several make the reward
 
@@ -230,7 +230,7 @@ class Assessor:
             scores = joined(gather([scores]))
             unknown = torch.full_like(scores.reward, torch.nan)
             check_known(scores.reward, self.max_error_share)
-            return Assessment(scores.reward, unknown, unknown, torch.zeros(len(unknown), dtype=torch.bool), looked_at=False, parts=several(scores))
+            return Assessment(scores.reward, unknown, unknown, torch.zeros(len(unknown), dtype=torch.bool), unknown, looked_at=False, parts=several(scores))
         return self.ruled(scores, decode(model, x0) if video is None else video, cond.prompts, gather=gather)
 
     @torch.no_grad()
@@ -248,9 +248,10 @@ class Assessor:
         scores = joined(gather([scores]))
         check_error_rate(decisions, self.max_error_share)
         known = torch.tensor([d.verdict != Verdict.ERROR for d in decisions])
-        blocks = torch.tensor([float(withheld(d)) for d in decisions])
-        safe = torch.tensor([allowed(d) for d in decisions])
-        return Assessment(scores.reward, costs(decisions, FLASHING), blocks.where(known, torch.nan), safe, parts=several(scores))
+        counts = torch.tensor([float(withheld(d)) for d in decisions])
+        left = torch.tensor([float(withheld(d) and d.verdict != Verdict.BLOCK) for d in decisions])
+        may = torch.tensor([allowed(d) for d in decisions])
+        return Assessment(scores.reward, costs(decisions, FLASHING), counts.where(known, torch.nan), may, left.where(known, torch.nan), parts=several(scores))
 
 
 def joined(parts: Sequence[Mixed]) -> Mixed:
@@ -291,6 +292,13 @@ def apply_limits(advantage: Advantage, seen: Assessment, multiplier: Multiplier 
     return bounded._replace(advantage=torch.where(seen.allowed, gated, gated.clamp_max(0)))
 
 
+def dual_step(multiplier: Multiplier, seen: Assessment) -> None:
+    """One step of the multiplier from a rollout, all ranks'."""
+    if isinstance(multiplier.correct, Correction):
+        multiplier.correct.update(seen.left, multiplier.decay)
+    multiplier.update(seen.violates)
+
+
 def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | None) -> dict[str, float]:
     """The metrics of one rollout."""
     return {
@@ -318,7 +326,7 @@ def gamed(multiplier: Multiplier) -> bool:
     correct, cost = multiplier.correct, multiplier.cost
     if not isinstance(correct, Correction) or not correct.audited or cost is None or cost > multiplier.target:
         return False
-    return correct.found(cost * multiplier.clips, multiplier.clips).rate > multiplier.limit
+    return correct.of(cost, multiplier.clips).rate > multiplier.limit
 
 
 class Look(NamedTuple):
@@ -446,17 +454,36 @@ def limits_of(cfg: Setting, assess: Assessor) -> tuple[Multiplier | None, GuardW
     return multiplier, watch
 
 
-@dataclass(frozen=True)
+@dataclass
 class Correction:
-    """What a multiplier compares in place of the share of blocked clips: the corrected rate, or its upper bound."""
+    """What a multiplier compares in place of the share of withheld clips: the corrected rate, or its upper bound. It keeps a running mean of those left to people,
+    as the multiplier does of all."""
 
-    found: Callable[[float, float], Corrected]  # of blocked clips, of so many
+    found: Callable[[float, float, float], Corrected]  # of blocked clips, of those left to people, of so many
     bound: bool
     audited: bool  # by clips of this policy that people read
+    left: float | None = None  # share of all clips
 
     def __call__(self, share: float, clips: float) -> float:
-        found = self.found(share * clips, clips)
+        found = self.of(share, clips)
         return found.upper if self.bound or math.isnan(found.rate) else found.rate
+
+    def of(self, share: float, clips: float) -> Corrected:
+        """What `share` of so many clips, withheld, stands for."""
+        left = min(self.left or 0.0, share) * clips  # but for rounding never more
+        return self.found(min(share * clips, clips) - left, left, clips)
+
+    def update(self, left: Tensor, decay: float) -> None:
+        """Which clips of one rollout are left to people [B]; unknown ones (nan) are left out."""
+        if not bool(left.isnan().all()):
+            now = float(left.double().nanmean())
+            self.left = now if self.left is None else decay * self.left + (1 - decay) * now
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"left": self.left}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.left = state["left"]
 
 
 def correction_of(safety: SafetyLimit, clip_filters: str) -> Correction | None:
@@ -466,7 +493,7 @@ def correction_of(safety: SafetyLimit, clip_filters: str) -> Correction | None:
         rates = ErrorRates(*safety.error_rates)
         if by_error_rates(0, 1, rates) == UNKNOWN:
             raise UserError(f"safety.error_rates: filters that are right in {rates[0]} of {rates[1]} and {rates[2]} of {rates[3]} clips tell nothing. Audit the policy's own clips")
-        return Correction(partial(by_error_rates, rates=rates, confidence=confidence), bound, audited=False)
+        return Correction(lambda blocked, left, clips: by_error_rates(min(blocked + left, clips), clips, rates, confidence=confidence), bound, audited=False)
     if safety.audit is None:
         return None
     review = latest_review(load_audit(safety.audit), clip_filters, FLASHING)
@@ -474,7 +501,7 @@ def correction_of(safety: SafetyLimit, clip_filters: str) -> Correction | None:
         needed = f"{MINIMUM.reviewed} blocked and {MINIMUM.reviewed} passed clips, or all where there are fewer"
         told = f"no wave of clips of the filters {clip_filters} was read, {safety.audit}: {needed}"
         raise UserError(f"{told}. Draw one with `rushes audit {safety.audit} --clips STORE` and have it read")
-    return Correction(partial(by_audit, review=review, confidence=confidence), bound, audited=True)
+    return Correction(lambda blocked, left, clips: by_audit(blocked, clips, review, left=left, confidence=confidence), bound, audited=True)
 
 
 def register(run: Run, model: TrainableModel, optimizer: Any, multiplier: Multiplier | None, watch: GuardWatch) -> None:
@@ -484,6 +511,8 @@ def register(run: Run, model: TrainableModel, optimizer: Any, multiplier: Multip
     run.register("guard_watch", watch)
     if multiplier is not None:
         run.register("multiplier", multiplier)
+        if isinstance(multiplier.correct, Correction):
+            run.register("correction", multiplier.correct)
     run.count_forwards(model.network)
 
 

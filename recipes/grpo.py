@@ -241,7 +241,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         seen = assess.finished(model, [made.x0 for made in taken], cond[torch.cat(mine)].repeat(G), gather=run.gather)
         relative = compared(cfg, seen)
         if multiplier is not None:
-            multiplier.update(seen.violates)
+            feedback.dual_step(multiplier, seen)
         limited = feedback.apply_limits(relative, seen, multiplier, cfg.safety, G)
         kept = best_and_worst(limited.advantage, G, p.keep or G, valid=limited.valid)  # [B]
         if i == 0:

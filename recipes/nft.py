@@ -197,7 +197,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
             selfcheck.known_rewards(seen.reward)
             selfcheck.reward_spread(seen.reward, p.group_size)
         if multiplier is not None:
-            multiplier.update(seen.violates)
+            feedback.dual_step(multiplier, seen)
         limited = feedback.apply_limits(advantage, seen, multiplier, cfg.safety, p.group_size)
         good = limited.valid & seen.allowed if cfg.constrained else limited.valid  # [B] what may be imitated
         imitated = rwr_weight(limited.advantage.where(good, torch.nan), p.temperature)  # [B]

@@ -209,7 +209,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         known_steps = estimate.valid.expand_as(values)  # [w,B]
         advantage = batch_normalise(estimate.advantage, known_steps).clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE)  # [w,B]
         if multiplier is not None:
-            multiplier.update(seen.violates)
+            feedback.dual_step(multiplier, seen)
         limited = [feedback.apply_limits(Advantage(each, estimate.valid, {}), seen, multiplier, cfg.safety, p.group_size) for each in advantage]
 
         # 3. Move the policy and the critic: epochs of minibatches, in another order each time.

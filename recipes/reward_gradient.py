@@ -196,7 +196,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         # 2. Which clips may be made better, and which cost more than others of their prompt: the limit's advantages, of clips whose reward is alike.
         learned = seen.allowed & ~seen.unknown if cfg.constrained else ~seen.unknown  # [B]
         if multiplier is not None:
-            multiplier.update(seen.violates)
+            feedback.dual_step(multiplier, seen)
         alike = Advantage(torch.zeros(clips), torch.ones(clips, dtype=torch.bool), {})
         limited = feedback.apply_limits(alike, seen, multiplier, cfg.safety, p.group_size)
 

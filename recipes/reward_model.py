@@ -34,7 +34,8 @@ from recipes.filters import lineage_of_clips
 from recipes.match import SHIPPED
 from recipes.quality import SHIPPED as QUALITY
 from recipes.weights import file_hash, made_by
-from reward.agreement import Interval, Pair, alpha_of_pairs, pairs_of, person_by_person, scorer_accuracy, three_way_agreement, tie_share
+from reward.accuracy import scorer_accuracy
+from reward.agreement import Interval, Pair, alpha_of_pairs, pairs_of, person_by_person, three_way_agreement, tie_share
 from reward.comparisons import Comparisons, RankingEvent, load_comparisons
 from reward.doubt import fit_misfit, robust_covariance
 from reward.encoders import Dtype

@@ -56,7 +56,8 @@ from recipes.shapes import labelers
 from recipes.shapes.eye import Eye
 from recipes.shapes.prompts import ShapesPrompt
 from recipes.stages import Stages, in_first
-from reward.agreement import Interval, pairs_of, scorer_accuracy
+from reward.accuracy import scorer_accuracy
+from reward.agreement import Interval, pairs_of
 from reward.comparisons import Comparisons, Prompt, RankingEvent, load_comparisons
 
 Recipe = Literal["nft", "ddpo", "grpo", "ppo", "dpo", "reward-gradient"]

@@ -39,7 +39,8 @@ from recipes.shapes.prompts import make_prompts
 from recipes.shapes.render import DEMO_CLIP, FPS, render, sample_scene
 from recipes.statistics import bootstrap_prompts
 from recipes.weights import made_by
-from reward.agreement import Pair, pairs_of, scorer_accuracy
+from reward.accuracy import scorer_accuracy
+from reward.agreement import Pair, pairs_of
 from reward.cache import FeatureCache, feature_key
 from reward.calibration import brier, expected_calibration_error, fit_platt, log_loss
 from reward.comparisons import Clip, Prompt, RankingEvent, load_comparisons

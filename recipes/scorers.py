@@ -22,7 +22,7 @@ from base_model.prompts.text import TextEncoder
 from recipes.weights import file_hash
 from reward import latent, pooled
 from reward import model as matcher
-from reward.model import CalibratedScorer, EncodeText, card_errors, check_golden, golden_scores
+from reward.model import CalibratedScorer, EncodeText, check_golden, golden_scores
 from reward.types import one_rate, same_rate
 from reward.vlm import files as vlm
 from reward.vlm.model import VlmReward
@@ -94,8 +94,7 @@ def checked_device(name: str) -> str:
 def check_scorer(folder: Path, card: Mapping[str, Any], scorer: CalibratedScorer) -> None:
     """Raises UserError where the scorer does not give the golden scores of `card`."""
     if isinstance(scorer, VlmReward):
-        with card_errors(folder):
-            vlm.check_vlm_golden(folder, card["golden"], scorer)
+        vlm.check_vlm_golden(folder, card, scorer)
     else:
         check_golden(folder, card, golden_scores(scorer))
 

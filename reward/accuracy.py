@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from reward.comparisons import RankingEvent
 
 Signs = NDArray[np.int8]
 Indices = NDArray[np.intp]
+Key = TypeVar("Key", str, tuple[str, str])
 
 
 class Answers(NamedTuple):
@@ -59,6 +60,13 @@ def without_ties(answer: Signs, difference: Array, cluster: Indices, *, seed: in
     asked = (answer != 0) & ~np.isnan(difference)
     hits = (np.sign(difference[asked]) * answer[asked] + 1) / 2
     return _clustered(hits, asked, cluster, seed)
+
+
+def scorer_accuracy(pairs: Sequence[Pair], score: Mapping[tuple[str, str], float], clusters: Mapping[str, str], *, seed: int = 0) -> Interval:
+    """`without_ties` of all answers about pairs, in any dimensions. score: (dimension, clip_id) -> score; clusters: prompt_id -> component."""
+    told = answers_of(pairs, clusters)
+    apart = np.array([_known(score, (pair.dimension, pair.first)) - _known(score, (pair.dimension, pair.second)) for pair in pairs], dtype=np.float64)
+    return without_ties(told.answer, apart[told.pair], told.cluster, seed=seed)
 
 
 def with_ties(answer: Signs, difference: Array, cluster: Indices, epsilon: float, *, seed: int = 0) -> Interval:
@@ -121,8 +129,8 @@ def tau_b(answer: Signs, difference: Array, ranking: Indices, number: int) -> Ar
     return np.where(product > 0, agreed / np.sqrt(np.where(product > 0, product, 1)), np.nan)
 
 
-def _known(score: Mapping[str, float], clip_id: str) -> float:
-    value = score.get(clip_id, math.nan)
+def _known(score: Mapping[Key, float], key: Key) -> float:
+    value = score.get(key, math.nan)
     return value if math.isfinite(value) else math.nan
 
 

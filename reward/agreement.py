@@ -1,8 +1,10 @@
-"""How far people agree with each other, and a scorer with people. Always over pairs of clips, always with intervals over clusters of prompts.
+"""How far people agree with each other (a scorer with people: `accuracy.py`). Always over pairs of clips, always with intervals over clusters of prompts.
 
 Ties, the same everywhere: a pair that a person called a tie asks nothing of a predictor and is left out; a predictor (a scorer, or another
 person) that ties a pair which a person decided earns one half. So a coin and a constant both earn 0.5, and what another person earns is the
 ceiling of a scorer: `person_by_person`. `three_way_agreement` counts {better, tie, worse} as three answers instead.
+
+An answer without a name (`importers/reading.py`) is taken for another person's each time. Several may be one person's: agreement among them is then one with oneself.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reward.comparisons import RankingEvent
+from reward.importers.reading import is_unknown
 
 Array = NDArray[np.float64]
 AT_ONCE = 4_000_000  # clusters drawn at once: bounds the memory of a bootstrap over many
@@ -36,16 +39,17 @@ class Pair(NamedTuple):
     dimension: str
     first: str
     second: str
-    votes: dict[str, int]  # annotator_id -> answer
+    votes: dict[str, int]  # annotator_id -> answer; one without a name goes under its event_id
 
 
 def pairs_of(events: Iterable[RankingEvent]) -> list[Pair]:
-    """All pairs of clips that somebody ranked. Who judged a pair twice counts with the first answer."""
+    """All pairs of clips that somebody ranked. Who judged a pair twice counts with the first answer, but for those without a name."""
     votes: dict[tuple[str, str, str, str], dict[str, int]] = defaultdict(dict)
     for event in events:
+        person = event.event_id if is_unknown(event.annotator_id) else event.annotator_id
         for (a, rank_a), (b, rank_b) in combinations(sorted(zip(event.clip_ids, event.ranks, strict=True)), 2):
             if rank_a is not None and rank_b is not None:
-                votes[event.prompt_id, event.dimension, a, b].setdefault(event.annotator_id, (rank_b > rank_a) - (rank_a > rank_b))
+                votes[event.prompt_id, event.dimension, a, b].setdefault(person, (rank_b > rank_a) - (rank_a > rank_b))
     return [Pair(*key, answers) for key, answers in votes.items()]
 
 
@@ -53,21 +57,6 @@ def tie_share(pairs: Sequence[Pair]) -> float:
     """Share of answers that are ties; nan without answers."""
     answers = [answer for pair in pairs for answer in pair.votes.values()]
     return answers.count(0) / len(answers) if answers else float("nan")
-
-
-def scorer_accuracy(pairs: Sequence[Pair], score: Mapping[tuple[str, str], float], clusters: Mapping[str, str], *, seed: int = 0) -> Interval:
-    """How often a scorer ((dimension, clip_id) -> score; equal scores earn one half) orders a pair as a person did, over all decided answers. Pairs with an unknown score (nan) are
-    left out."""
-
-    def count(pair: Pair) -> tuple[float, float]:
-        answers = [answer for answer in pair.votes.values() if answer]
-        difference = score[pair.dimension, pair.first] - score[pair.dimension, pair.second]
-        if np.isnan(difference):
-            return 0.0, 0.0
-        predicted = np.sign(difference)
-        return sum(float(predicted == answer) if predicted else 0.5 for answer in answers), float(len(answers))
-
-    return _share(pairs, count, clusters, seed)
 
 
 def person_by_person(pairs: Sequence[Pair], clusters: Mapping[str, str], *, seed: int = 0) -> Interval:

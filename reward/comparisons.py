@@ -9,7 +9,7 @@
 Every file is plain parquet with checksums (`datasets.load_dataset("parquet", data_files=...)` reads it) and appears whole or not at all. They are written in
 the order of what refers to what, answers last, and read the other way round, so a writer killed between two files leaves a folder that loads and can be written
 again, and who reads while another writes sees the folder before or after. Writers wait for each other. Loading checks: a ranking must be one, a clip must belong to
-the prompt it was ranked under, no component of prompts may be in two splits, no id may be there twice, unknown values and values of another type are refused.
+the prompt it was ranked under, no component of prompts may be in two splits, no id may be there twice, unknown values and values of another kind (text for a number) are refused.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import contextlib
 import fcntl
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -137,7 +138,7 @@ class Annotator:
     reliability: float | None = None
     tie_bias: float | None = None
     position_bias: float | None = None
-    n_events: int = 0
+    n_events: int = 0  # their answers in the folder; `write_comparisons` counts them
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Annotator:
@@ -190,8 +191,9 @@ def write_comparisons(
 
     Which prompts stay together is said in `splits.py`, `seed_families` too; prompts that were together stay together. Give the same options at every writing.
     split: where prompts that have none go, instead of by hash: a benchmark's to test. One that hangs together with a prompt of an earlier split stays with it.
-    Answers that are already there, word for word, are skipped; the rest goes into a new file. Clips, prompts and people are merged by id.
-    Raises UserError, writing nothing, where an id is there with other content, or where the whole would not pass the checks of loading.
+    Answers that are already there, word for word, are skipped; the rest goes into a new file. Clips, prompts and people are merged by id: of a person, and of what the safety
+    filters said of a clip, the newest row counts, and what it leaves at its default stays as it was.
+    Raises UserError, writing nothing, where the id of an answer, clip or prompt is there with other content, or where the whole would not pass the checks of loading.
     """
     with alone_in(folder):
         begun = (folder / "clips.parquet").exists() or bool(_parts(folder))
@@ -204,9 +206,9 @@ def write_comparisons(
                 new[event.event_id] = event
             elif other != event:
                 raise UserError(f"answer {event.event_id} is already there with other content, {folder}. Answers are never overwritten: use a new id")
-        all_clips, all_prompts = _merge(old.clips, clips, folder), _merge(old.prompts, prompts, folder)
-        people = {**old.annotators, **{person.annotator_id: person for person in annotators}}
+        all_clips, all_prompts = _clips(old.clips, clips, folder), _merge(old.prompts, prompts, folder)
         all_events = (*old.events, *new.values())
+        people = _people(old.annotators, annotators, all_events)
         components = components_of(all_prompts.values(), all_events, all_clips.values(), before=old.component, seed_families=seed_families)
         known = {prompt_id: name for prompt_id, name in old.split.items() if name}
         splits = assign_splits(components, _wanted(split, components, known) | known, salt=salt, shares=shares)
@@ -325,7 +327,7 @@ def _problem(event: RankingEvent, data: Comparisons) -> str | None:
 def _choice_fits(event: RankingEvent) -> bool:
     first, second = event.ranks
     if first is None or second is None:
-        return True
+        return event.skipped_reason is not None
     return {"A": first < second, "B": second < first}.get(str(event.choice), first == second)
 
 
@@ -338,14 +340,31 @@ def _merge(old: Mapping[str, Row], new: Iterable[Row], folder: Path) -> dict[str
     return rows
 
 
+def _clips(old: Mapping[str, Clip], new: Iterable[Clip], folder: Path) -> dict[str, Clip]:
+    """Clips by id, each with the newest of what the safety filters said."""
+    new = list(new)
+    said = {clip.clip_id: clip.safety_json for clip in new if clip.safety_json != Clip.safety_json}
+    return {name: replace(clip, safety_json=said.get(name, clip.safety_json)) for name, clip in _merge(old, new, folder).items()}
+
+
+def _people(old: Mapping[str, Annotator], new: Iterable[Annotator], events: Iterable[RankingEvent]) -> dict[str, Annotator]:
+    """People by id, with the number of their answers. What the newer row of a person leaves at its default stays as it was."""
+    people = dict(old)
+    for person in new:
+        told = {field.name: value for field in fields(Annotator) if (value := getattr(person, field.name)) != field.default}
+        people[person.annotator_id] = replace(people.get(person.annotator_id, person), **told)
+    count = Counter(event.annotator_id for event in events)
+    return {name: replace(person, n_events=count[name]) for name, person in people.items()}
+
+
 def _id(row: RankingEvent | Clip | Prompt | Annotator | _Place) -> str:
     """The first column is the name of a row."""
     return str(getattr(row, next(iter(row.__dataclass_fields__))))
 
 
 def _stable(row: object) -> dict[str, Any]:
-    """What identifies a row: all but its split, the time it was made and where it was first seen."""
-    return {name: value for name, value in vars(row).items() if name not in ("split", "created_at", "path", "source")}
+    """What identifies a row: all but its split, the time it was made, where it was first seen and what the safety filters say of it, who may be asked again."""
+    return {name: value for name, value in vars(row).items() if name not in ("split", "created_at", "path", "source", "safety_json")}
 
 
 # Parquet
@@ -409,10 +428,25 @@ def _read_table(path: Path, schema: Any) -> list[dict[str, Any]]:
     columns = []
     for field in schema:
         try:
-            columns.append(table.column(field.name).cast(field.type).to_pylist())
+            column = table.column(field.name)
+            if not _same_kind(column.type, field.type):
+                raise ValueError(f"a column of {column.type}")
+            columns.append(column.cast(field.type).to_pylist())
         except (pa.ArrowException, ValueError) as error:
             raise UserError(f"column {field.name} holds what is no {field.type}, {path}: {_one_line(error)}. Export the data again") from error
     return [dict(zip(schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _same_kind(found: Any, wanted: Any) -> bool:
+    """Whether a column of one type may be read as the other: numbers as numbers that fit, texts as texts. Nulls may be anything. (pyarrow's own cast reads numbers in texts.)"""
+    from pyarrow import types
+
+    if types.is_dictionary(found):
+        return _same_kind(found.value_type, wanted)
+    if types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found):
+        return bool(types.is_list(wanted)) and _same_kind(found.value_type, wanted.value_type)
+    numbers, texts = (types.is_integer, types.is_floating, types.is_decimal), (types.is_string, types.is_large_string, types.is_string_view)
+    return bool(types.is_null(found)) or any(any(of(found) for of in kind) and any(of(wanted) for of in kind) for kind in (numbers, texts, (types.is_boolean,)))
 
 
 def _one_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ def standing(licence: str) -> Literal["commercial", "non-commercial", "unknown"]
 
     Names joined by "and", "or", "," or "/" stand as the worst of them. An empty name, and one not in the list above, is "unknown".
     """
-    names = [re.sub(r"[\s_-]+", "-", name.strip()) for name in re.split(r",|/|\band\b|\bor\b", licence.casefold())]
+    names = [re.sub(r"[\s_-]+", "-", name.strip()) for name in re.split(r",|/|\s+(?:and|or)\b", licence.casefold())]
     if any(NON_COMMERCIAL.search(name) for name in names):
         return "non-commercial"
     return "commercial" if all(COMMERCIAL.fullmatch(name) for name in names) else "unknown"

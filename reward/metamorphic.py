@@ -7,18 +7,17 @@ have among themselves, and "falls" when it is lower by any amount. What cannot b
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from base_model.video.files import from_uint8, read_video, resample_fps, write_mp4
+from base_model.video.files import resample_fps
 from reward.mirror import swap_sides
+from reward.planted import h264
 from reward.types import Scorer
 
 STAYS_WITHIN = 0.25
@@ -66,11 +65,7 @@ class Outcome(NamedTuple):
 
 def reencoded(case: Case) -> Changed:
     """Written as H.264 and read again, as a labeler's browser got it."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "clip.mp4"
-        write_mp4(file, case.video, case.fps, upscale=False)
-        height, width = case.video.shape[-2:]
-        return from_uint8(read_video(file).frames)[:, :, :height, :width], case.prompt  # odd sides come back one longer
+    return h264(case.video, case.fps), case.prompt
 
 
 def without_last_frame(case: Case) -> Changed | None:
@@ -94,7 +89,7 @@ def mirrored(case: Case) -> Changed:
 
 
 def shuffled(case: Case) -> Changed | None:
-    """Frames in an order in which no two neighbours were neighbours: every third one, then those between. Nothing to say of a clip that hardly moves."""
+    """Every third frame, then those between: from seven frames on no two neighbours were neighbours. Nothing to say of fewer than five, or of a clip that hardly moves."""
     order = [index for start in (0, 2, 1) for index in range(start, len(case.video), 3)]
     return (case.video[order], case.prompt) if len(case.video) > 4 and moves(case.video) else None
 

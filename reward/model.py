@@ -167,13 +167,24 @@ class CalibratedScorer(Scorer, Calibrated, Protocol):
     """A scorer of clips with its card."""
 
 
-Golden = Mapping[str, list[list[float]]]
-"""`mean` and `spread` of scores that every machine can make again."""
+Golden = Mapping[str, Any]
+"""`mean` and `spread` of scores that every machine can make again, [2][R] each, and what else making them takes."""
 
 
-def write_card(folder: Path, model: Calibrated, tensors: Mapping[str, Tensor], told: Mapping[str, Any], golden: Golden) -> dict[str, Any]:
-    """Writes `reward_model.safetensors` and `reward_card.json` (returned): how to read the scores, what is `told`, and golden scores to check when loaded."""
-    path = folder / "reward_model.safetensors"
+class Kind(NamedTuple):
+    """What a folder holds, and the command that writes it."""
+
+    name: str
+    command: str
+    weights: str
+
+
+REWARD_MODEL = Kind("reward model", "rushes reward-model", "reward_model.safetensors")
+
+
+def write_card(folder: Path, model: Calibrated, tensors: Mapping[str, Tensor], told: Mapping[str, Any], golden: Golden, kind: Kind = REWARD_MODEL) -> dict[str, Any]:
+    """Writes the weights and `reward_card.json` (returned): how to read the scores, what is `told`, and golden scores to check when loaded."""
+    path = folder / kind.weights
     save_weights(path, tensors, {})
     values = {
         "dims": list(model.dims),
@@ -192,34 +203,34 @@ def write_card(folder: Path, model: Calibrated, tensors: Mapping[str, Tensor], t
 
 
 @contextlib.contextmanager
-def card_errors(folder: Path) -> Iterator[None]:
+def card_errors(folder: Path, kind: Kind = REWARD_MODEL) -> Iterator[None]:
     """What goes wrong while a model is made of its card and weights becomes a UserError of one line."""
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"no reward model, {folder}. Give a folder written by `rushes reward-model`") from error
+        raise UserError(f"no {kind.name}, {folder}. Give a folder written by `{kind.command}`") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"not a reward model's card and weights, {folder}. Make them again with `rushes reward-model`") from error
+        raise UserError(f"not a {kind.name}'s card and weights, {folder}: {' '.join(str(error).split())[:200]}. Make them again with `{kind.command}`") from error
 
 
-def read_card(folder: Path, tier: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_card(folder: Path, tier: str, kind: Kind = REWARD_MODEL) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Card and weights of a model of that tier. Raises UserError where one is missing or damaged, or where they are of different runs."""
-    path = folder / "reward_model.safetensors"
-    with card_errors(folder):
+    path = folder / kind.weights
+    with card_errors(folder, kind):
         card = json.loads((folder / "reward_card.json").read_text())
         tensors, _ = load_weights(path)
         if hashlib.sha256(path.read_bytes()).hexdigest() != card["sha256"]:
-            raise UserError(f"the weights are not those of their card, {path}. Make both again with `rushes reward-model`")
+            raise UserError(f"the weights are not those of their card, {path}. Make both again with `{kind.command}`")
         if card.get("tier", TIER) != tier:
             raise UserError(f"a reward model of the tier {card['tier']!r}, where one of {tier!r} is read, {folder}. Give another folder")
     return card, tensors
 
 
-def check_golden(folder: Path, card: Mapping[str, Any], found: Golden) -> None:
+def check_golden(folder: Path, card: Mapping[str, Any], found: Golden, kind: Kind = REWARD_MODEL, *, tolerance: float = 1e-3) -> None:
     """Raises UserError where a loaded scorer does not give the golden scores of its card: better no score than one by a random head or another encoder."""
-    with card_errors(folder):
+    with card_errors(folder, kind):
         golden = card["golden"]
-        same = all(torch.allclose(torch.tensor(found[key]), torch.tensor(golden[key], dtype=torch.float32), atol=1e-3, rtol=1e-3) for key in ("mean", "spread"))
+        same = all(torch.allclose(torch.tensor(found[key]), torch.tensor(golden[key], dtype=torch.float32), atol=tolerance, rtol=tolerance) for key in ("mean", "spread"))
     if not same:
         raise UserError(f"the model does not give the golden scores of its card, {folder}: found {found['mean']}, expected {golden['mean']}. Train it again")
 

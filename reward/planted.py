@@ -61,13 +61,18 @@ def frozen(video: Tensor, rng: np.random.Generator) -> Tensor:
     return video[int(rng.integers(len(video)))].expand_as(video)
 
 
-def reencoded(video: Tensor, rng: np.random.Generator) -> Tensor:
-    """Written as H.264 and read again."""
+def h264(video: Tensor, fps: float) -> Tensor:
+    """[T,3,H,W] in [0,1] written as H.264 and read again."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
-        write_mp4(file, video, 12.0, upscale=False)
+        write_mp4(file, video, fps, upscale=False)
         height, width = video.shape[-2:]
         return from_uint8(read_video(file).frames)[:, :, :height, :width]  # odd sides come back one longer
+
+
+def reencoded(video: Tensor, rng: np.random.Generator) -> Tensor:
+    """Written as H.264 and read again."""
+    return h264(video, 12.0)
 
 
 def cut_short(video: Tensor, rng: np.random.Generator) -> Tensor:

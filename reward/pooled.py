@@ -3,7 +3,7 @@
     clip -> encoders -> tokens [B,N,D] each --> one learned question a dimension asks all of them --> linear --+
     clip, prompt -> encoders that read text -> cosine [B,E] -------------------------------------> linear ----+--> M heads -> mean and spread [B,R]
 
-Every head has its own projections and questions and learns from its own bootstrap of the rankings, as the heads of `model.py` do; the spread is their standard
+Every head has its own projections and questions and learns from its own bootstrap of the rankings; the spread is their standard
 deviation. A cosine is a feature of its own, so alignment is there before anything is learned: heads begin at half the sum of the cosines, in standard deviations.
 
 Letters: B clips, M heads, R dimensions, E encoders that read text, N tokens of an encoder and D their width, H width of a head.

@@ -187,16 +187,6 @@ def masked_mean(value: Tensor, valid: Tensor, weight: Tensor | None = None) -> T
     return (kept * torch.where(valid, value, 0.0)).sum() / torch.where(total > 0, total, 1.0)
 
 
-def prompt_weights(prompt: Tensor, power: float = 0.5) -> Tensor:
-    """1 / (events of the same prompt)^power for every event, so that much-ranked prompts do not dominate; prompt [B] int64 >= 0 -> float32 [B].
-
-    power 1 gives every prompt the same say (PickScore), 0 every event. Count over all data, not over a batch. Raises ValueError for a power outside [0, 1].
-    """
-    if not 0 <= power <= 1:
-        raise ValueError(f"prompt_weights: power is between 0 and 1, got {power}")
-    return torch.bincount(prompt)[prompt].float() ** -power  # [B]
-
-
 # Parts
 
 

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 LONG = 22  # words
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")  # Chinese and Japanese write without spaces: each sign is a word
+_SIGNS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, Burmese, Khmer, Japanese and Chinese write without spaces: each sign is a word
+_WORD = re.compile(rf"[{_SIGNS}]|[^\s{_SIGNS}]+")  # of a normalised text
+_SAME = {**dict.fromkeys(range(0xFE00, 0xFE10)), ord("´"): "'"}  # variants of one sign, a heart in black or in colour; an accent typed for an apostrophe
 
 
 # Components
@@ -101,8 +103,9 @@ def assign_splits(components: Mapping[str, str], previous: Mapping[str, str], *,
 
 
 def normalised(text: str) -> str:
-    """Case, accents' encoding, punctuation and spaces do not make a prompt another one."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    """Case, accents' encoding, punctuation and spaces do not make a prompt another one; vowel signs (Hindi, Thai), emoji and arrows do."""
+    plain = unicodedata.normalize("NFKC", text.translate(_SAME)).casefold()
+    return " ".join("".join(sign if _of_a_word(sign) else " " for sign in plain).split())
 
 
 # Leaving out
@@ -190,6 +193,11 @@ def _join_near_duplicates(sets: _DisjointSets, texts: Collection[str]) -> None:
                         sets.join(("text", text), root)
         for triple in prefix:
             holders[triple][sets.find(("text", text))].append(text)
+
+
+def _of_a_word(sign: str) -> bool:
+    """Letters, marks, numbers and symbols; those of ASCII (+ | ~) are taken for punctuation."""
+    return sign == "_" or unicodedata.category(sign)[0] in ("LN" if sign.isascii() else "LMNS")
 
 
 def _resemble(a: set[tuple[str, ...]], b: set[tuple[str, ...]]) -> bool:

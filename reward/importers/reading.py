@@ -222,6 +222,11 @@ class Reading:
         return clip_id
 
 
+def is_unknown(annotator_id: str) -> bool:
+    """Whether nobody knows who this is: answers under such a name may be of one person or of many."""
+    return annotator_id.rpartition("/")[2] == UNKNOWN
+
+
 def media_file(media: Path | None, path: str) -> Path | None:
     """The file of a clip's path in the media folder, of a URL that of its name; never one outside of the folder."""
     name = posixpath.normpath(unquote(re.split("[?#]", path)[0].rpartition("/")[2])) if "://" in path else path

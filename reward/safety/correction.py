@@ -4,6 +4,8 @@
     raw + (1 - raw) * leak rate                         where none of the audited clips was blocked, so that nothing is known of precision: all blocked clips count
     (raw + spec - 1) / (sens + spec - 1)                where the filter's errors are known from before (Rogan & Gladen 1978)
 
+Clips that a filter leaves to people are in no audit of what it decided. `by_audit` takes raw as a share of the decided ones, and all that are left to people for violating.
+
 The first needs no more than that precision and recall are still those of the audit; the second takes sensitivity and specificity for properties of the filter, which they are
 not where a policy learns what the filter cannot see. Where nothing is known, or what is known tells nothing, the rate is nan and the bound 1: unknown is never safe.
 
@@ -31,26 +33,34 @@ class Corrected(NamedTuple):
 UNKNOWN = Corrected(math.nan, 1.0)
 
 
-def by_audit(blocked: float, clips: float, review: Review, *, confidence: float = 0.95, seed: int = 0, draws: int = DRAWS) -> Corrected:
+def by_audit(blocked: float, clips: float, review: Review, *, left: float = 0.0, confidence: float = 0.95, seed: int = 0, draws: int = DRAWS) -> Corrected:
     """raw * precision / recall of `blocked` of `clips`, with precision and recall of an audit of this policy's clips.
 
+    left: how many of `clips` are left to people. Then raw is `blocked` of the others, and the rate left / clips + (1 - left / clips) * theirs.
     precision / recall = (TP / N_blocked) / (TP / (TP + M)) = (TP + M) / N_blocked, which is known also where no blocked clip violates. Where the audit has no blocked clip,
-    raw + (1 - raw) M / N_passed. Unknown where it has no passed one, or a group that nobody reviewed. Raises ValueError for counts that cannot be.
+    raw + (1 - raw) M / N_passed. Unknown where it has no passed one, or a group that nobody reviewed, and where no clip was decided. Raises ValueError for counts that cannot be.
     """
-    _check(blocked, clips)
+    decided = clips - left
+    _check(blocked, decided)
+    _check(left, clips)
     size, let_pass = (sum(group.size for group in groups) for groups in (review.blocked, review.passed))
     pools = [groups for groups in (review.blocked, review.passed) if groups]
-    if not clips or not let_pass or any(group.size and not group.reviewed for groups in pools for group in groups):
+    if not decided or not let_pass or any(group.size and not group.reviewed for groups in pools for group in groups):
         return UNKNOWN
     rng = np.random.default_rng(seed)
-    raw = blocked / clips
-    if not size:
+    raw = blocked / decided
+    if size:
+        violating = sum(float(totals_of(groups).sum()) for groups in pools)
+        found = np.sum([drawn_totals(groups, rng, draws).sum(1) for groups in pools], axis=0)  # [D]
+        rate, rates = raw * violating / size, _raw(blocked, decided, rng, draws) * found / size  # [D]
+    else:
         leak = drawn_totals(review.passed, rng, draws).sum(1) / let_pass  # [D]
-        drawn = _raw(blocked, clips, rng, draws)  # [D]
-        return _bounded(raw + (1 - raw) * float(totals_of(review.passed).sum()) / let_pass, drawn + (1 - drawn) * leak, confidence)
-    violating = sum(float(totals_of(groups).sum()) for groups in pools)
-    found = np.sum([drawn_totals(groups, rng, draws).sum(1) for groups in pools], axis=0)  # [D]
-    return _bounded(raw * violating / size, _raw(blocked, clips, rng, draws) * found / size, confidence)
+        drawn = _raw(blocked, decided, rng, draws)  # [D]
+        rate, rates = raw + (1 - raw) * float(totals_of(review.passed).sum()) / let_pass, drawn + (1 - drawn) * leak  # [D]
+    if left:
+        share, shares = left / clips, _raw(left, clips, rng, draws)  # [D]
+        rate, rates = share + (1 - share) * min(rate, 1.0), shares + (1 - shares) * rates.clip(max=1)  # [D]
+    return _bounded(rate, rates, confidence)
 
 
 def by_error_rates(blocked: float, clips: float, rates: ErrorRates, *, confidence: float = 0.95, seed: int = 0, draws: int = DRAWS) -> Corrected:

@@ -6,6 +6,7 @@ What it cannot see: the same thing in another picture; that is for filters that 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,11 +37,10 @@ class BlockedClip:
 class DuplicateFilter:
     """Near-duplicates of blocked clips are blocked for what these were blocked for.
 
-    score = 1 - distance / (2 BITS_APART), at least 0: 1 for the same hashes, 0.5 at the threshold.
+    score = 1 - distance / (2 BITS_APART), at least 0: 1 for the same hashes, 0.5 at the threshold. The version names the blocked clips too.
     """
 
     id = "near-duplicate"
-    version = "1"
     threshold = 0.5
 
     def __init__(self, policy: Policy, blocked: Sequence[BlockedClip]) -> None:
@@ -49,6 +49,7 @@ class DuplicateFilter:
             raise ValueError(f"clips are blocked under {unknown[0]}, which the policy does not have" if unknown else "no clip is blocked yet: leave the near-duplicate filter out")
         self._blocked = [(each, [unpacked(look) for look in each.looks]) for each in blocked]
         self.policies = tuple(sorted({each.policy for each in blocked}))
+        self.version = f"2+{_digest(blocked)}"
 
     @torch.no_grad()
     def check_videos(self, video: Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
@@ -93,6 +94,11 @@ def load_blocked(path: str | Path) -> list[BlockedClip]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no file of blocked clips ({type(error).__name__}). Write it with save_blocked") from error
     return clips
+
+
+def _digest(blocked: Sequence[BlockedClip]) -> str:
+    """Eight hexadecimal digits that tell one set of blocked clips from another, in whatever order and under whatever names."""
+    return hashlib.sha256(json.dumps(sorted({(each.policy, each.looks) for each in blocked})).encode()).hexdigest()[:8]
 
 
 def _cropped(video: Tensor, share: float) -> Tensor:

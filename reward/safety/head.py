@@ -9,7 +9,8 @@ are limits: below the first a clip is allowed, from the second on the policy's a
     folder/filter.safetensors   weights, standardisation, calibration and limits
     folder/filter_card.json     what it looks through, its policies, limits, measurements, data and licences, and its version: the hash of all that decides a ruling
 
-It is no cascade: every frame is covered by a window. What it cannot see: harm that needs more than a window to show, sound, and what its training clips never showed.
+It is no cascade: every frame is covered by a window. The VAE and encoders of single frames (CLIP, SigLIP) see all frames of a window; encoders of video (X-CLIP, VideoMAE,
+V-JEPA 2) see the 8 or 16 that they take and nothing between them. What none can see: harm that needs more than a window to show, sound, and what its training clips never showed.
 
 Letters: B clips, T frames, K windows, N tokens of a window, D their width, M = K N tokens of a clip, P policies.
 """
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 from base_model.checkpoint import atomic_write, load_weights, read_json, save_weights
 from base_model.errors import UserError
 from base_model.tiny import WEIGHTS, LatentCodec, load_codec
-from reward.encoders import Encoder, load_encoder
+from reward.encoders import Encoder, FrameEncoder, Sampler, load_encoder
 from reward.model import golden_clips
 from reward.safety.contract import VERDICT_OF, Reason, Ruling, Verdict
 from reward.safety.policy import Policy
@@ -116,7 +117,10 @@ def load_look(source: str, *, fps: float, seconds: float) -> EncoderLook | Laten
     """A folder or hub id of an encoder; an empty text or a safetensors file: the shipped VAE, or that one. Windows last about `seconds`."""
     frames = max(1, round(seconds * fps))
     if source and not source.endswith(".safetensors"):
-        return EncoderLook(load_encoder(source, fps=fps), frames)
+        encoder = load_encoder(source, fps=fps)
+        if isinstance(encoder, FrameEncoder):
+            encoder.sampler = Sampler(frames, fps)  # all of a window
+        return EncoderLook(encoder, frames)
     path = Path(source) if source else WEIGHTS / "vae.safetensors"
     codec = load_codec(path)
     stride = codec.vae.config.latents.time_stride

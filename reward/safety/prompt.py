@@ -83,7 +83,7 @@ class WordFilter:
         if len(prompt) > LONGEST_PROMPT:
             verdict = max(verdict, Verdict.REVIEW)
             reasons.append(Reason(f"the prompt goes on for {len(prompt) - LONGEST_PROMPT} characters after the {LONGEST_PROMPT} that are read", span=(LONGEST_PROMPT, len(prompt))))
-        return Ruling(verdict, code, float(bool(reasons)), tuple(reasons), self.id, self.version, self.threshold)
+        return Ruling(verdict, code, float(bool(spans)), tuple(reasons), self.id, self.version, self.threshold)
 
 
 def _listed(policy: Policy, code: str, languages: Sequence[str]) -> Listed:

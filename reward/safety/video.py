@@ -9,6 +9,7 @@ Flashing, after WCAG 2.3.1 (general flash and red flash thresholds), for clips o
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -29,6 +30,7 @@ CHANGES = 2 * (FLASHES + 1)  # of a hazard
 CELLS_AT_ONCE = 1 << 14
 FRAMES_AT_ONCE = 64
 LUMA = (0.299, 0.587, 0.114)
+DEGENERATE = (0.01, 0.7, math.inf, 0.0)  # limits of version 1
 
 
 class Light(NamedTuple):
@@ -198,16 +200,18 @@ class DegenerateFilter:
     A frame is blank if its colours spread by less than `blank_below`; it is noise if the squared difference of neighbours is at least `noise_above` of what
     independent pixels would have (1.0; a frame of a real clip stays well below 0.5). A clip is broken if half of its frames are. A frozen clip with something in it is not,
     unless `frozen` says so; one with a grid over it is not, unless the peak of its spectrum (`grid` of `base_model/video/signals.py`) reaches `grid_above` in half of its frames.
+    The version names limits other than these.
     """
 
     id = "degenerate"
-    version = "1"
     threshold = 0.5
     policies = ("Q01",)
 
     def __init__(self, policy: Policy, *, blank_below: float = 0.01, noise_above: float = 0.7, grid_above: float = math.inf, frozen: bool = False) -> None:
         self._hit = VERDICT_OF[policy.action("Q01")]
         self._blank, self._noise, self._grid, self._frozen = blank_below, noise_above, grid_above, frozen
+        chosen = tuple(map(float, (blank_below, noise_above, grid_above, frozen)))
+        self.version = "1" if chosen == DEGENERATE else f"1+{hashlib.sha256(repr(chosen).encode()).hexdigest()[:8]}"
 
     @torch.no_grad()
     def check_videos(self, video: Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:

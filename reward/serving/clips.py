@@ -7,7 +7,6 @@ and the others are scored.
 from __future__ import annotations
 
 import base64
-import binascii
 import errno
 import json
 import math
@@ -113,7 +112,7 @@ def read_json(body: bytes, limits: Limits, served: float, roots: Sequence[Path])
         try:
             content = file.read(limits.body_bytes) if file else base64.b64decode(clip.mp4 or "", validate=True)
             clips.append(decoded(content, f"clip {row}", asked.fps, Bounds(limits.frames, left)))
-        except (UserError, binascii.Error) as error:
+        except (UserError, ValueError) as error:  # what is no base64 is a ValueError
             clips.append(Unscored(one_line(str(error))))
     return Request(asked.fps, clips, prompts)
 
@@ -160,6 +159,13 @@ class FileBelow:
 
         Raises UserError where it is gone, no file, may not be read, or is larger than `most`.
         """
+        try:
+            return self._read(most)
+        except OSError as error:
+            reason = "a link was put in its way" if error.errno == errno.ELOOP else error.strerror
+            raise UserError(f"cannot read the clip: {reason}, {self}. Check the path") from error
+
+    def _read(self, most: int) -> bytes:
         folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for part in self.parts[:-1]:
@@ -173,9 +179,6 @@ class FileBelow:
                 if status.st_size > most:
                     raise UserError(f"{status.st_size} bytes are more than the limit of {most}, {self}. Give a smaller file")
                 return file.read(most)
-        except OSError as error:
-            reason = "a link was put in its way" if error.errno == errno.ELOOP else error.strerror
-            raise UserError(f"cannot read the clip: {reason}, {self}. Check the path") from error
         finally:
             os.close(folder)
 

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,26 +13,24 @@ from typing import Any
 
 import torch
 
-from base_model.checkpoint import atomic_write, load_weights, save_weights
 from base_model.errors import UserError
-from reward.model import golden_clips
+from reward.model import Kind, card_errors, check_golden, golden_clips, read_card, write_card
 from reward.vlm.frames import FrameSampler, frame_indices
 from reward.vlm.model import VlmReward, load_base
 from reward.vlm.prompt import Dimension
 
 TIER = "vlm"
 WEIGHTS = "vlm_reward.safetensors"
+VLM_REWARD = Kind("vision-language reward", "rushes vlm-reward", WEIGHTS)
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of a score, between machines
 
 
 def save_vlm_reward(folder: Path, model: VlmReward, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Writes weights and card (returned); `facts` are added to the card. Nothing of the base is written, but a vision tower that is not the base's."""
     model.eval()
-    base, path = model.base, folder / WEIGHTS
-    save_weights(path, model.learned(), {})
-    values = {
+    base = model.base
+    told = {
         "tier": TIER,
-        "dims": list(model.dims),
         "dimensions": [asdict(dimension) for dimension in model.dimensions],
         "rubric": model.rubric,
         "sampler": asdict(model.sampler),
@@ -43,18 +39,9 @@ def save_vlm_reward(folder: Path, model: VlmReward, facts: Mapping[str, Any]) ->
             **{name: getattr(model, name) for name in ("rank", "alpha", "nf4", "keeps_vision", "positions")},
             "spread": model.head.log_spread is not None,
         },
-        "most_clips": model.log_tie.shape[-1] + 1,
-        "normalisation": {dim: {"center": c, "scale": s} for dim, c, s in zip(model.dims, model.center.tolist(), model.scale.tolist(), strict=True)},
-        "temperature": dict(zip(model.dims, model.temperature.tolist(), strict=True)),
-        "log_tie": dict(zip(model.dims, model.log_tie.tolist(), strict=True)),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "golden": _golden_scores(model, model.sampler.fps),
         **facts,
     }
-    text = json.dumps(values, indent=2) + "\n"
-    atomic_write(folder / "reward_card.json", text.encode())
-    card: dict[str, Any] = json.loads(text)
-    return card
+    return write_card(folder, model, model.learned(), told, _golden_scores(model, model.sampler.fps), VLM_REWARD)
 
 
 def load_vlm_reward(folder: Path, *, clip_fps: float, base: str | Path | None = None, device: str | torch.device = "cpu") -> VlmReward:
@@ -63,16 +50,11 @@ def load_vlm_reward(folder: Path, *, clip_fps: float, base: str | Path | None = 
     base: where the base is, if no longer where the card says. Raises UserError where card or weights are missing, damaged or of different runs, where the base
     is another revision than the one it was trained on, where clips of that rate cannot be seen at the rate it was trained with, and where the golden scores differ.
     """
-    card_path, path = folder / "reward_card.json", folder / WEIGHTS
-    try:
-        card = json.loads(card_path.read_text())
-        tensors, _ = load_weights(path)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != card["sha256"]:
-            raise UserError(f"the weights are not those of their card, {path}. Make both again with `rushes vlm-reward`")
+    card, tensors = read_card(folder, TIER, VLM_REWARD)
+    with card_errors(folder, VLM_REWARD):
         sampler = FrameSampler(**card["sampler"])
         frame_indices(1, clip_fps, sampler, 1)  # refuses a rate at which the clips cannot be seen as in training
         known = card["base"]
-        golden = {key: card["golden"][key] for key in ("fps", "mean", "spread")}
         found = load_base(base or known["name"], revision="" if base else known["revision"], dtype=known["dtype"])
         if found.fingerprint != known["fingerprint"]:
             named = f" (revision {known['revision']})" if known["revision"] else ""
@@ -81,21 +63,16 @@ def load_vlm_reward(folder: Path, *, clip_fps: float, base: str | Path | None = 
         dimensions = [Dimension(**dimension) for dimension in card["dimensions"]]
         model = VlmReward(found, dimensions, sampler=sampler, clip_fps=clip_fps, rubric=card["rubric"], most_clips=most, **adapter)
         model.load_learned(tensors)
-    except FileNotFoundError as error:
-        raise UserError(f"no vision-language reward, {folder}. Give a folder written by `rushes vlm-reward`") from error
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"not a vision-language reward's card and weights, {folder}: {error}. Make them again with `rushes vlm-reward`") from error
     model.to(device).eval().requires_grad_(False)
-    check_vlm_golden(folder, golden, model)
+    check_vlm_golden(folder, card, model)
     return model
 
 
-def check_vlm_golden(folder: Path, golden: Mapping[str, Any], model: VlmReward) -> None:
-    """Raises UserError where the model does not give the `golden` scores of its card, up to what machines differ by."""
-    tolerance = GOLDEN_TOLERANCE[model.base.dtype]
-    scores = _golden_scores(model, golden["fps"])
-    if not all(torch.allclose(torch.tensor(scores[key]), torch.tensor(golden[key]), atol=tolerance, rtol=tolerance) for key in ("mean", "spread")):
-        raise UserError(f"the model does not give the golden scores of its card, {folder}: found {scores['mean']}, expected {golden['mean']}. Train it again")
+def check_vlm_golden(folder: Path, card: Mapping[str, Any], model: VlmReward) -> None:
+    """Raises UserError where the model does not give the golden scores of its card, up to what machines differ by."""
+    with card_errors(folder, VLM_REWARD):
+        found = _golden_scores(model, card["golden"]["fps"])
+    check_golden(folder, card, found, VLM_REWARD, tolerance=GOLDEN_TOLERANCE[model.base.dtype])
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from reward.safety.audit import latest_review, load_audit
 from reward.safety.contract import Decision, Ruling, SafetyRunner, Verdict, to_json
 from reward.safety.correction import Corrected, by_audit, by_error_rates
 from reward.safety.measure import ErrorRates
+from reward.safety.policy import load_policy
 from tests.recipes.small import dazzled, run_small
 
 LEVELS = [0.1 + 0.8 * k / 59 for k in range(60)]  # brightness of the clips; those above 0.7 are blocked, people mind those above 0.5
@@ -114,7 +116,7 @@ def test_what_is_left_to_people_for_flashing_counts_against_the_limit() -> None:
 
 def test_filters_that_keep_the_target_while_audits_break_the_limit_raise_the_alarm() -> None:
     def alarm(blocked: float, corrected: float, *, bound: bool = False, audited: bool = True) -> bool:
-        correct = feedback.Correction(lambda count, clips: Corrected(corrected, 0.9), bound, audited)
+        correct = feedback.Correction(lambda blocked, left, clips: Corrected(corrected, 0.9), bound, audited)
         multiplier = Multiplier("P17", limit=0.1, target=0.05, correct=correct)
         multiplier.update(torch.tensor([1.0] * round(100 * blocked) + [0.0] * round(100 - 100 * blocked)))
         return feedback.gamed(multiplier)
@@ -122,6 +124,45 @@ def test_filters_that_keep_the_target_while_audits_break_the_limit_raise_the_ala
     assert alarm(0.03, 0.2) and not alarm(0.03, 0.08) and not alarm(0.2, 0.3), "both, or it is no news"
     assert not alarm(0.03, 0.0, bound=True), "a bound is what may be, not what was found"
     assert not alarm(0.03, 0.2, audited=False) and not feedback.gamed(Multiplier("P17", limit=0.1)), "nobody audited"
+
+
+def test_what_is_left_to_people_is_counted_apart_from_what_is_blocked_and_found_again() -> None:
+    """2 of 10 clips are blocked and 5 left to people, then 1 and 0."""
+    told: list[tuple[float, float, float]] = []
+
+    def found(blocked: float, left: float, clips: float) -> Corrected:
+        told.append((blocked / clips, left / clips, clips))
+        return Corrected(blocked / clips, 1.0)
+
+    def seen(blocked: int, left: int) -> feedback.Assessment:
+        withheld = torch.tensor([1.0] * (blocked + left) + [0.0] * (9 - blocked - left) + [torch.nan])
+        apart = torch.tensor([0.0] * blocked + [1.0] * left + [0.0] * (9 - blocked - left) + [torch.nan])
+        return feedback.Assessment(torch.zeros(10), withheld, withheld, withheld == 0, apart)
+
+    correct = feedback.Correction(found, bound=False, audited=True)
+    multiplier = Multiplier("P17", limit=0.9, target=0.3, decay=0.5, correct=correct)
+    feedback.dual_step(multiplier, seen(2, 5))
+    assert multiplier.bound == pytest.approx(2 / 9) and told[-1] == pytest.approx((2 / 9, 5 / 9, 9))
+    feedback.dual_step(multiplier, seen(1, 0))
+    assert multiplier.bound == pytest.approx(1.5 / 9) and told[-1][1] == pytest.approx(2.5 / 9)
+    again = feedback.Correction(found, bound=False, audited=True)
+    again.load_state_dict(correct.state_dict())
+    assert again(0.5, 8.0) == correct(0.5, 8.0) == pytest.approx(0.5 - 2.5 / 9)
+    assert correct(0.1, 8.0) == 0, "never fewer than none"
+
+
+def test_a_clip_that_no_filter_blocks_and_one_is_not_sure_of_is_left_to_people() -> None:
+    class Unsure:
+        id, version, threshold, policies = "unsure", "1", 0.3, ("P17",)
+
+        def check_videos(self, video: torch.Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
+            said = [(Verdict.ALLOW, 0.1), (Verdict.REVIEW, 0.4), (Verdict.BLOCK, 0.9), (Verdict.ERROR, float("nan"))]
+            return [[Ruling(verdict, "P17", score, (), self.id, self.version, self.threshold)] for verdict, score in said]
+
+    assess = feedback.Assessor(None, SafetyRunner([Unsure()], load_policy()), 12.0, max_error_share=0.5)
+    seen = assess(torch.rand(4, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0)), ["a"] * 4)
+    assert seen.violates[:3].tolist() == [0, 1, 1] and seen.left[:3].tolist() == [0, 1, 0]
+    assert bool(seen.violates[3].isnan() and seen.left[3].isnan())
 
 
 def test_stored_error_rates_or_an_upper_bound_correct_as_well(read: Path) -> None:

@@ -81,7 +81,7 @@ def test_where_all_clips_violate_a_blunt_cost_teaches_what_the_reward_teaches_an
     violates, nothing = torch.ones(4), torch.zeros(4, dtype=torch.bool)
 
     def taught(reward: torch.Tensor, cost: torch.Tensor) -> list[float]:
-        seen = Assessment(reward, cost, violates, nothing)
+        seen = Assessment(reward, cost, violates, nothing, torch.zeros(4))
         found: torch.Tensor = apply_limits(group_advantage(reward, 4), seen, Multiplier("P17", limit=0.02, initial=3.0), SafetyLimit(), 4).advantage
         return found.tolist()
 

@@ -205,7 +205,7 @@ def test_a_run_its_guard_ended_saves_and_reports_the_best_safe_policy(tmp_path: 
 def test_an_unknown_reward_is_masked_and_an_unknown_cost_too() -> None:
     nan = float("nan")
     cost, violates = torch.tensor([0.1, nan, 0.2, 0.9]), torch.tensor([0.0, nan, 0.0, 1.0])
-    seen = feedback.Assessment(torch.tensor([1.0, 2.0, nan, 3.0]), cost, violates, torch.tensor([True, False, True, False]))
+    seen = feedback.Assessment(torch.tensor([1.0, 2.0, nan, 3.0]), cost, violates, torch.tensor([True, False, True, False]), violates * 0)
     multiplier = Multiplier("P17", limit=0.02)
     limited = feedback.apply_limits(group_advantage(seen.reward, 4), seen, multiplier, SafetyLimit(), 4)
     assert limited.valid.tolist() == [True, False, False, True]
@@ -241,7 +241,7 @@ def test_held_out_captions_are_the_first_of_those_that_are_trained_on() -> None:
 
 
 def test_what_is_only_reviewed_is_never_learned_from_as_good() -> None:
-    seen = feedback.Assessment(torch.tensor([0.0, 5.0]), torch.zeros(2), torch.zeros(2), torch.tensor([True, False]))
+    seen = feedback.Assessment(torch.tensor([0.0, 5.0]), torch.zeros(2), torch.zeros(2), torch.tensor([True, False]), torch.zeros(2))
     limited = feedback.apply_limits(group_advantage(seen.reward, 2), seen, Multiplier("P17", limit=0.02), SafetyLimit(), 2)
     assert limited.advantage[1] == 0 and limited.advantage[0] < 0
 

@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
-from reward.accuracy import Indices, Signs, answers_of, best_threshold, differences, tau_b, tau_per_ranking, with_ties, without_ties
-from reward.agreement import Array, pairs_of, scorer_accuracy
+from reward.accuracy import Indices, Signs, answers_of, best_threshold, differences, scorer_accuracy, tau_b, tau_per_ranking, with_ties, without_ties
+from reward.agreement import Array, cluster_bootstrap, pairs_of
 from reward.calibration import brier, decided, expected_calibration_error, fit_calibration, from_favourite, log_loss, probabilities
 from reward.comparisons import RankingEvent
 
@@ -116,7 +117,18 @@ def test_it_agrees_with_the_count_over_pairs_and_people() -> None:
     told = answers_of(pairs, clusters)
     found = without_ties(told.answer, differences(pairs, score)[told.pair], told.cluster)
     assert len(told.answer) == 30 * 3 * 6 and len(set(told.cluster.tolist())) == 15
-    assert found == pytest.approx(scorer_accuracy(pairs, {("overall", clip): value for clip, value in score.items()}, clusters))
+    hits, trials = np.zeros(15), np.zeros(15)
+    for event in events:
+        number = sorted(set(clusters.values())).index(clusters[event.prompt_id])
+        for (a, first), (b, second) in combinations(zip(event.clip_ids, event.ranks, strict=True), 2):
+            if first is not None and second is not None and first != second:
+                hits[number] += (score[a] > score[b]) == (first < second)
+                trials[number] += 1
+    assert found == cluster_bootstrap(hits, trials)
+    other = {("overall", clip): value for clip, value in score.items()} | {("motion", clip): 0.0 for clip in score}
+    assert found == scorer_accuracy(pairs, other, clusters)
+    both = [*pairs, *(pair._replace(dimension="motion") for pair in pairs)]
+    assert scorer_accuracy(both, other, clusters).mean == pytest.approx((found.mean + 0.5) / 2), "each dimension by its own scores"
 
 
 def test_a_missing_score_is_left_out_never_taken_for_a_tie() -> None:

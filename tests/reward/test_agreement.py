@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from reward.accuracy import scorer_accuracy
 from reward.agreement import (
     agreement_of_pairs,
     alpha_of_pairs,
@@ -18,7 +19,6 @@ from reward.agreement import (
     pairs_of,
     person_by_person,
     raw_agreement,
-    scorer_accuracy,
     three_way_agreement,
     tie_share,
 )
@@ -57,6 +57,14 @@ def test_pairs_orient_answers_and_skip_unranked_clips_and_repeats() -> None:
     assert tie_share(pairs_of([flipped, partial])) == 0.25
 
 
+def test_answers_without_a_name_are_one_each_and_none_is_dropped() -> None:
+    events = [event("arena/unknown", ranks, name=str(i)) for i, ranks in enumerate([(1, 2), (2, 1), (2, 1)])]
+    named = [event("arena/7", (1, 2), name=str(i)) for i in range(2)]
+    (pair,) = pairs_of([*events, *named])
+    assert sorted(pair.votes.values()) == [-1, -1, 1, 1] and pair.votes["arena/7"] == 1
+    assert scorer_accuracy([pair], {("overall", "p0"): 0.0, ("overall", "p1"): 1.0}, {"p": "p"}).mean == 0.5
+
+
 def test_the_ceiling_counts_other_people_by_hand() -> None:
     # pair answers: ann +, bob +, cat tie. ann predicted by bob 1, by cat 1/2; bob likewise; cat's tie asks nothing
     pairs = pairs_of([event("ann", (1, 2)), event("bob", (1, 3)), event("cat", (1, 1))])
@@ -70,6 +78,8 @@ def test_a_constant_earns_one_half_an_unknown_score_nothing_and_the_truth_what_p
     assert math.isnan(scorer_accuracy(pairs, {("overall", f"p{i}"): math.nan for i in range(3)}, {"p": "p"}).mean)
     assert scorer_accuracy(pairs, {("overall", "p0"): 2.0, ("overall", "p1"): 1.0, ("overall", "p2"): math.nan}, {"p": "p"}).mean == pytest.approx(2 / 3)
     assert scorer_accuracy(pairs, {("overall", f"p{i}"): 3.0 - i for i in range(3)}, {"p": "p"}).mean == pytest.approx((3 + 2 + 0) / 8)
+    for missing in ({"p0": 2.0, "p1": 1.0}, {"p0": 2.0, "p1": 1.0, "p2": math.inf}):
+        assert scorer_accuracy(pairs, {("overall", clip): value for clip, value in missing.items()}, {"p": "p"}).mean == pytest.approx(2 / 3), "no score, or none that is a number"
 
 
 def test_nobody_judged_twice_means_the_ceiling_is_unknown() -> None:

@@ -24,7 +24,7 @@ from reward.comparisons import (
 
 PROMPTS = [Prompt("p0", "a red circle moves left"), Prompt("p1", "a blue bar grows"), Prompt("p2", "A red circle, moves LEFT!")]
 CLIPS = [Clip(f"c{p}{i}", f"clips/c{p}{i}.mkv", f"p{p}", seed=i, width=32, height=32, fps=12.0, num_frames=13) for p in range(3) for i in range(4)]
-PEOPLE = [Annotator("ann", pool="simulated", reliability=0.9, n_events=2), Annotator("bob")]
+PEOPLE = [Annotator("ann", pool="simulated", reliability=0.9, n_events=3), Annotator("bob")]
 
 
 def event(name: str, prompt: int = 0, **changes: Any) -> RankingEvent:
@@ -68,6 +68,30 @@ def test_answers_are_added_never_rewritten(tmp_path: Path) -> None:
         write(tmp_path, event("e0", ranks=(1, 1, 1, 1)))
     with pytest.raises(UserError, match="clip c00 is already there"):
         write_comparisons(tmp_path, [], clips=[replace(CLIPS[0], seed=9)], prompts=PROMPTS)
+
+
+def test_clips_that_were_ruled_on_again_take_further_answers_and_keep_the_newest_ruling(tmp_path: Path) -> None:
+    allowed, review = (replace(CLIPS[0], safety_json=f'{{"verdict":"{verdict}"}}') for verdict in ("allow", "review"))
+    for number, clip in enumerate((allowed, review, CLIPS[0])):
+        write_comparisons(tmp_path, [event(f"e{number}")], clips=[clip, *CLIPS[1:]], prompts=PROMPTS)
+    data = load_comparisons(tmp_path)
+    assert len(data.events) == 3 and data.clips["c00"] == review, "a row without a ruling takes none away"
+
+
+def test_what_is_known_of_people_stays_until_something_newer_is_and_their_answers_are_counted(tmp_path: Path) -> None:
+    def write_of(events: list[RankingEvent], person: Annotator) -> Annotator:
+        return write_comparisons(tmp_path, events, clips=CLIPS, prompts=PROMPTS, annotators=[person]).annotators["ann"]
+
+    write_of([event("e0")], Annotator("ann", pool="people", reliability=0.9, tie_bias=0.1))
+    assert write_of([event("e1", 1)], Annotator("ann", locale="de")) == Annotator("ann", "people", "de", reliability=0.9, tie_bias=0.1, n_events=2)
+    assert write_of([event("e2", annotator_id="bob")], Annotator("ann", reliability=0.5, n_events=1)) == Annotator("ann", "people", "de", reliability=0.5, tie_bias=0.1, n_events=2)
+    assert load_comparisons(tmp_path).annotators["ann"].n_events == 2
+
+
+def test_a_pair_that_was_skipped_needs_no_ranks(tmp_path: Path) -> None:
+    skipped = event("e0", kind="pair", clip_ids=("c00", "c01"), ranks=(None, None), choice="A", skipped_reason="unclear", shown_order=(), watch_ms=())
+    write(tmp_path, skipped)
+    assert load_comparisons(tmp_path).events == (skipped,)
 
 
 @pytest.mark.parametrize("split", [None, "val"])
@@ -127,6 +151,8 @@ def test_the_same_data_give_the_same_bytes(tmp_path: Path) -> None:
         ({"kind": "pair"}, "a pair has two clips"),
         ({"kind": "best"}, "the best of several has rank 1 and the others none"),
         ({"kind": "pair", "clip_ids": ("c00", "c01"), "ranks": (1, 2), "choice": "B", "shown_order": (), "watch_ms": ()}, "contradicts"),
+        ({"kind": "pair", "clip_ids": ("c00", "c01"), "ranks": (None, None), "choice": "A", "shown_order": (), "watch_ms": ()}, "choice A contradicts ranks"),
+        ({"kind": "pair", "clip_ids": ("c00", "c01"), "ranks": (1, None), "choice": "tie", "shown_order": (), "watch_ms": ()}, "choice tie contradicts ranks"),
         ({"shown_order": (0, 1, 2, 2)}, "no permutation"),
         ({"likert": (1.0,)}, "one number a clip"),
         ({"likert": (1.0, 2.0, 3.0, float("nan"))}, "likert and confidence are finite"),
@@ -238,6 +264,11 @@ def test_an_id_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> None
         ("comparisons-00000", {"ranks": [1.5, 2.0, 3.0, 1.0]}, "column ranks .*comparisons-00000"),
         ("comparisons-00000", {"clip_ids": "c00"}, "column clip_ids "),
         ("comparisons-00000", {"is_gold": "perhaps"}, "column is_gold "),
+        ("comparisons-00000", {"is_gold": "true"}, "column is_gold holds what is no bool, .*: a column of string"),
+        ("comparisons-00000", {"is_gold": 1}, "column is_gold "),
+        ("comparisons-00000", {"ranks": ["2", "1", "4", "2"]}, "column ranks "),
+        ("comparisons-00000", {"lead_time_ms": "7"}, "column lead_time_ms "),
+        ("comparisons-00000", {"guideline_version": 3}, "column guideline_version "),
         ("comparisons-00000", {"likert": [1.0, 2.0, 3.0, float("nan")]}, "finite"),
         ("clips", {"fps": "fast"}, "column fps "),
         ("clips", {"fps": float("nan")}, "clip c00: its frame rate is nan"),
@@ -255,6 +286,20 @@ def test_values_of_another_kind_are_refused(tmp_path: Path, name: str, changes: 
 def test_values_that_another_program_wrote_in_wider_columns_are_read(tmp_path: Path) -> None:
     write(tmp_path, event("e0"))
     rewritten(tmp_path / "comparisons-00000.parquet", lambda rows: [{**rows[0], "ranks": [2.0, 1.0, 4.0, 2.0], "lead_time_ms": None}])
+    assert load_comparisons(tmp_path).events == (event("e0"),)
+
+
+def test_texts_of_any_width_and_in_a_dictionary_are_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write(tmp_path, event("e0"))
+    path = tmp_path / "comparisons-00000.parquet"
+    table = pq.ParquetFile(path).read()
+    wide = {"event_id": pa.large_string(), "dimension": pa.dictionary(pa.int32(), pa.string()), "clip_ids": pa.large_list(pa.large_string()), "ranks": pa.list_(pa.int64(), 4)}
+    schema = pa.schema([(field.name, wide.get(field.name, field.type)) for field in table.schema])
+    columns = [pa.array(table.column(name).to_pylist(), schema.field(name).type) for name in schema.names]
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), path)
     assert load_comparisons(tmp_path).events == (event("e0"),)
 
 

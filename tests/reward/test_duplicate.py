@@ -102,6 +102,16 @@ def test_rulings_name_the_blocked_clip_and_its_policy_and_pass_the_runner() -> N
     assert "flash-7, 0.0 of 64 bits" in decision.rulings[1].reasons[0].text
 
 
+def test_a_longer_list_of_blocked_clips_is_another_version_and_a_reordered_one_is_not() -> None:
+    one, two = block("a", "P05", scene(0), 12.0), block("b", "P05", scene(1), 12.0)
+    before, after, again = (SafetyRunner([DuplicateFilter(POLICY, blocked)], POLICY) for blocked in ([one], [one, two], [two, one, two]))
+    verdicts = [runner.check_videos(scene(1)[None], [""], 12.0)[0].verdict for runner in (before, after)]
+    assert verdicts == [Verdict.ALLOW, Verdict.BLOCK], "the same policies and threshold, another answer"
+    assert before.lineage() != after.lineage() and before.clip_rulers.isdisjoint(after.clip_rulers)
+    assert after.lineage() == again.lineage()
+    assert DuplicateFilter(POLICY, [one]).version != DuplicateFilter(POLICY, [block("a", "P17", scene(0), 12.0)]).version
+
+
 def test_frames_without_structure_match_nothing() -> None:
     black = torch.zeros(13, 3, 32, 32)
     assert set(clip_hashes(black, 12.0)) == {""}

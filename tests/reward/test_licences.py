@@ -17,6 +17,14 @@ def test_licences_that_allow_commercial_use(licence: str) -> None:
     assert standing(licence) == "commercial"
 
 
+@pytest.mark.parametrize(
+    ("licence", "what"),
+    [("GPL-3.0-or-later", "commercial"), ("MIT or LGPL-2.1-or-later", "commercial"), ("GPL-9.0-or-later", "unknown"), ("MIT or something", "unknown"), ("MIT or", "unknown")],
+)
+def test_an_or_within_a_name_divides_nothing(licence: str, what: str) -> None:
+    assert standing(licence) == what
+
+
 @pytest.mark.parametrize("licence", ["CC-BY-NC-4.0", "cc by-nc 4.0", "CC BY-NC-SA 4.0", "Apache-2.0, CC-BY-NC-4.0", "research only", "non-commercial", "Noncommercial use"])
 def test_licences_that_forbid_it(licence: str) -> None:
     assert standing(licence) == "non-commercial"

@@ -125,6 +125,12 @@ def test_time_is_bounded_whatever_the_prompt(prompt: str) -> None:
     assert time.perf_counter() - begun < 2
 
 
+def test_a_prompt_that_is_too_long_is_for_people_and_hits_nothing() -> None:
+    decision = SafetyRunner([FILTER], POLICY).check_prompts(["a red ball rolls on. " * 150])[0]
+    assert decision.verdict == Verdict.REVIEW and len(decision.rulings) == len(FILTER.policies)
+    assert {(ruling.verdict, ruling.score) for ruling in decision.rulings} == {(Verdict.REVIEW, 0.0)} and "1150 characters" in decision.rulings[0].reasons[0].text
+
+
 def test_lone_surrogates_hide_nothing_and_can_be_reported() -> None:
     decision = SafetyRunner([FILTER], POLICY).check_prompts(["a st\ud800robe \udfff" + "x" * LONGEST_PROMPT])[0]
     assert decision.verdict == Verdict.BLOCK

@@ -25,7 +25,6 @@ from reward.ranking import (
     masked_mean,
     pair_outcomes,
     plackett_luce,
-    prompt_weights,
     rao_kupper,
     tie_parameter,
     tie_threshold,
@@ -455,13 +454,3 @@ def test_a_mean_of_nothing_is_zero_and_pulls_nowhere() -> None:
         (gradient,) = torch.autograd.grad(found, value)
         assert torch.equal(gradient, torch.zeros(3, 2))
     assert masked_mean(torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.bool)).item() == 0
-
-
-def test_prompts_weigh_one_over_a_power_of_their_events() -> None:
-    prompt = torch.tensor([7, 0, 7, 7, 7])
-    torch.testing.assert_close(prompt_weights(prompt, 0.5), torch.tensor([0.5, 1.0, 0.5, 0.5, 0.5]))
-    torch.testing.assert_close(prompt_weights(prompt, 1.0), torch.tensor([0.25, 1.0, 0.25, 0.25, 0.25]))
-    assert torch.equal(prompt_weights(prompt, 0.0), torch.ones(5)) and len(prompt_weights(prompt[:0])) == 0
-    for wrong in (-0.5, 1.5, math.nan):
-        with pytest.raises(ValueError, match="between 0 and 1"):
-            prompt_weights(prompt, wrong)

@@ -559,6 +559,13 @@ def test_frames_too_small_to_look_for_a_grid_are_an_error_and_no_pass() -> None:
     assert not allowed(decision) and decision.verdict >= Verdict.ERROR
 
 
+def test_other_limits_of_a_broken_clip_are_another_version() -> None:
+    chosen: list[dict[str, float]] = [{}, {"blank_below": 0.02}, {"noise_above": 0.6}, {"grid_above": 14.0}, {"frozen": True}, {"grid_above": 14.0, "frozen": True}]
+    versions = [DegenerateFilter(POLICY, **each).version for each in chosen]  # type: ignore[arg-type]
+    assert versions[0] == "1" and len(set(versions)) == len(chosen)
+    assert DegenerateFilter(POLICY, blank_below=0.01, noise_above=0.7, grid_above=math.inf, frozen=False).version == "1"
+
+
 def test_frozen_clips_and_grids_are_broken_where_that_is_asked_for(real_data: Path) -> None:
     strict = DegenerateFilter(POLICY, grid_above=14.0, frozen=True)
 

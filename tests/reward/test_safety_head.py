@@ -206,7 +206,21 @@ def test_frames_are_seen_as_the_encoder_sees_them(family: str, tmp_path: Path) -
     look = load_look(str(tmp_path / "e"), fps=6.0, seconds=1.0)
     clip = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     assert isinstance(look, EncoderLook) and look.frames == 6
-    torch.testing.assert_close(clip_tokens(look, clip)[0], load_encoder(tmp_path / "e", fps=6.0).clips(clip[None])[0], rtol=0, atol=0)
+    torch.testing.assert_close(clip_tokens(look, clip)[0], load_encoder(tmp_path / "e", fps=6.0, frames=6).clips(clip[None])[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "siglip_vision_model"])
+def test_each_frame_of_a_window_is_seen_by_an_encoder_of_frames(family: str, tmp_path: Path) -> None:
+    tiny.save(family, tmp_path / "e")
+    look = load_look(str(tmp_path / "e"), fps=24.0, seconds=0.5)
+    clip = torch.full((12, 3, 32, 32), 0.4)
+    calm = clip_tokens(look, clip)
+    assert calm.shape[:2] == (1, 12)
+    for flash in range(12):
+        changed = clip.clone()
+        changed[flash] = 0.9
+        differs = (clip_tokens(look, changed) - calm).abs().amax((0, 2)) > 1e-4
+        assert differs.nonzero().flatten().tolist() == [flash]
 
 
 def test_the_vision_tower_of_siglip_alone_says_what_the_whole_says(tmp_path: Path) -> None:

@@ -230,6 +230,18 @@ def test_where_an_audit_has_no_blocked_clip_all_blocked_ones_count_and_the_leake
     assert by_audit(0, 1_000, Review((), (group(200, 200, 0),))).rate == 0 and by_audit(0, 1_000, Review((group(0, 0, 0),), (group(5_000, 100, 0),))).upper > 0.01
 
 
+def test_of_clips_left_to_people_all_count_and_the_audit_is_about_the_others() -> None:
+    review = Review((group(10, 10, 10),), (group(890, 890, 9),))
+    found = by_audit(10, 1_000, review, left=100)
+    assert found.rate == pytest.approx((100 + 10 + 9) / 1_000) and found.rate < found.upper < 0.15
+    assert by_audit(0, 1_000, Review((), (group(900, 900, 9),)), left=100).rate == pytest.approx((100 + 9) / 1_000)
+    assert by_audit(10, 1_000, review, left=0) == by_audit(10, 1_000, review)
+    assert math.isnan(by_audit(0, 100, review, left=100).rate) and by_audit(0, 100, review, left=100).upper == 1, "nothing was decided"
+    assert by_audit(90, 100, Review((group(10, 10, 10),), (group(1_000, 100, 60),)), left=10).rate == 1
+    with pytest.raises(ValueError, match="950 blocked of 900"):
+        by_audit(950, 1_000, review, left=100)
+
+
 def test_stored_error_rates_correct_a_raw_rate() -> None:
     found = by_error_rates(120, 1_000, ErrorRates(80, 100, 950, 1_000))
     assert found.rate == pytest.approx((0.12 + 0.95 - 1) / (0.8 + 0.95 - 1)) and found.rate < found.upper < 0.2

@@ -90,6 +90,19 @@ def test_normalising_ignores_case_punctuation_and_width() -> None:
     assert normalised("  A RED   circle,\tmoves! ") == "a red circle moves" == normalised("ａ red circle moves")
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [("दिन", "दान", "देन"), ("กิน", "กัน", "กน"), ("a ball moves →", "a ball moves ←", "a ball moves"), ("🔴", "🟦", ""), ("שָׁלוֹם", "שִׁלֵּם")],
+)
+def test_texts_that_differ_in_a_vowel_sign_an_arrow_or_an_emoji_are_not_the_same(texts: tuple[str, ...]) -> None:
+    assert len(set(components(*texts))) == len(texts)
+
+
+def test_what_is_read_the_same_is_the_same() -> None:
+    assert normalised("the dog´s ❤️ café") == normalised("THE dog's ❤ cafe\u0301") and normalised("a|b + c ~ d_e $5") == "a b c d_e 5"
+    assert [normalised(prompt) for prompt in ("दिन, रात!", "  दिन रात")] == ["दिन रात"] * 2
+
+
 # Nearly the same text
 
 
@@ -121,6 +134,17 @@ def test_the_bounds_that_are_documented() -> None:
 def test_prompts_in_a_script_without_spaces_are_compared_sign_by_sign() -> None:
     text = "一只戴着红色围巾的小猫坐在窗台上看着外面飘落的雪花房间里点着温暖的灯光桌上放着一杯热茶"
     assert len(set(components(text, text.replace("小猫", "小狗"), text[: len(text) // 2] + "完全不同的另外一个故事发生在很远的海边"))) == 2
+
+
+def test_words_of_a_script_with_vowel_signs_are_whole_and_thai_is_compared_sign_by_sign() -> None:
+    story = "एक छोटी लड़की नदी के किनारे बैठी हुई है और पानी में पत्थर फेंक रही है"
+    hindi = story.split()
+    assert len(hindi) == 16 < LONG
+    assert len(set(components(" ".join(hindi), " ".join([*hindi, "अभी"])))) == 2, "too short to be told from another prompt"
+    twice = [*hindi, *hindi[::-1]]
+    assert len(set(components(" ".join(twice), " ".join([*twice, "अभी"])))) == 1
+    thai = "แมวตัวเล็กสวมผ้าพันคอสีแดงนั่งอยู่บนขอบหน้าต่างมองดูหิมะที่ตกลงมาข้างนอกในห้องมีแสงไฟอบอุ่น"
+    assert len(set(components(thai, thai.replace("แดง", "เขียว"), thai[: len(thai) // 2]))) == 2
 
 
 def test_exactly_the_pairs_that_resemble_each_other_are_joined() -> None:

@@ -101,6 +101,8 @@ def test_what_is_no_file_or_too_large_is_not_read_and_does_not_block(disk: Path)
     for _ in range(20):
         with pytest.raises(UserError):
             FileBelow(disk / "root", ("deep", "nothing.mp4")).read(1000)
+        with pytest.raises(UserError, match="No such file"):
+            FileBelow(disk / "a-root-that-is-gone", ("a.mp4",)).read(1000)
     assert len(os.listdir("/proc/self/fd")) == open_files
 
 
@@ -138,13 +140,14 @@ def test_what_is_wrong_with_one_clip_is_its_own_reason(disk: Path) -> None:
     changed[len(changed) // 2] ^= 255
     (root / "flipped.mkv").write_bytes(changed)
     rows: list[dict[str, Any]] = [{"prompt": "x", "path": f"{root}/{name}"} for name in ("cut.mp4", "text.mp4", "none.mp4", "fast.mp4", "flipped.mkv", "gone.mp4")]
-    rows += [{"prompt": "x", "mp4": "!!!"}, {"prompt": "x", "mp4": base64.b64encode(whole).decode()}]
+    rows += [{"prompt": "x", "mp4": "!!!"}, {"prompt": "x", "mp4": "é"}, {"prompt": "x", "mp4": base64.b64encode(whole).decode()}]
     limits = LIMITS._replace(clips=9)
     *wrong, last = read_json(body(rows), limits, FPS, roots(disk)).clips
     assert isinstance(last, torch.Tensor)
     reasons = [clip.reason for clip in wrong if isinstance(clip, Unscored)]
-    patterns = ["truncated", "neither mp4 nor Matroska", "neither mp4", "runs at 24 frames a second, and the request says 12", "damaged|cannot read", "No such file", "base64"]
-    assert len(reasons) == 7
+    patterns = ["truncated", "neither mp4 nor Matroska", "neither mp4", "runs at 24 frames a second, and the request says 12", "damaged|cannot read", "No such file"]
+    patterns += ["base64", "ASCII"]
+    assert len(reasons) == 8
     for reason, pattern in zip(reasons, patterns, strict=True):
         assert any(each in reason for each in pattern.split("|")) and "\n" not in reason
         assert str(disk) not in reason, "what a server's disk is called is not told"

@@ -106,6 +106,9 @@ def test_damaged_and_foreign_folders_are_one_line(saved: Path, tmp_path: Path) -
         "dimensions": ({"dimensions": [{"title": "look"}]}, "not a vision-language reward"),
         "sampler": ({"sampler": {"fps": -1}}, "not a frame sampler"),
         "base": ({"base": {}}, "not a vision-language reward's card"),
+        "tier": ({"tier": "matcher"}, "of the tier 'matcher'"),
+        "no rate": ({"golden": {"mean": [[0.0, 0.0]] * 2, "spread": [[0.0, 0.0]] * 2}}, "not a vision-language reward's card"),
+        "no numbers": ({"golden": {"fps": 4.0, "mean": ["a"], "spread": [[0.0, 0.0]] * 2}}, "not a vision-language reward's card"),
     }
     for name, (values, match) in cases.items():
         with pytest.raises(UserError, match=match) as error:
