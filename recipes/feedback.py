@@ -218,6 +218,7 @@ class Assessor:
     fps: float
     max_error_share: float = 0.05
     looks: bool = True
+    dimensions: Sequence[str] = ()  # of the reward that are told apart
 
     @torch.no_grad()
     def finished(self, model: TrainableModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None, *, gather: Gather = list) -> Assessment:
@@ -230,7 +231,7 @@ class Assessor:
             scores = joined(gather([scores]))
             unknown = torch.full_like(scores.reward, torch.nan)
             check_known(scores.reward, self.max_error_share)
-            return Assessment(scores.reward, unknown, unknown, torch.zeros(len(unknown), dtype=torch.bool), unknown, looked_at=False, parts=several(scores))
+            return Assessment(scores.reward, unknown, unknown, torch.zeros(len(unknown), dtype=torch.bool), unknown, looked_at=False, parts=self.apart(scores))
         return self.ruled(scores, decode(model, x0) if video is None else video, cond.prompts, gather=gather)
 
     @torch.no_grad()
@@ -251,18 +252,17 @@ class Assessor:
         counts = torch.tensor([float(withheld(d)) for d in decisions])
         left = torch.tensor([float(withheld(d) and d.verdict != Verdict.BLOCK) for d in decisions])
         may = torch.tensor([allowed(d) for d in decisions])
-        return Assessment(scores.reward, costs(decisions, FLASHING), counts.where(known, torch.nan), may, left.where(known, torch.nan), parts=several(scores))
+        return Assessment(scores.reward, costs(decisions, FLASHING), counts.where(known, torch.nan), may, left.where(known, torch.nan), parts=self.apart(scores))
+
+    def apart(self, scores: Mixed) -> dict[str, Tensor]:
+        named = {name.partition(".")[2]: part for name, part in scores.parts.items()}
+        return {name: named[name] for name in self.dimensions}
 
 
 def joined(parts: Sequence[Mixed]) -> Mixed:
     """What the clips of several batches earned, one after the other."""
     reward, unknown = (torch.cat([getattr(part, name) for part in parts]) for name in ("reward", "unknown"))
     return Mixed(reward, {name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts}, unknown)
-
-
-def several(scores: Mixed) -> dict[str, Tensor]:
-    """By dimension what made the reward [B]; nothing where one made it alone."""
-    return {name.partition(".")[2]: part for name, part in scores.parts.items()} if len(scores.parts) > 1 else {}
 
 
 def withheld(decision: Decision) -> bool:
@@ -317,8 +317,12 @@ def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | No
 
 def metrics_of(cfg: Setting, metrics: Mapping[str, str]) -> dict[str, str]:
     """A recipe's metrics, with one for every dimension of the reward where there are several."""
-    weights = cfg.dimensions if cfg.dimensions and len(cfg.dimensions) > 1 else {}
-    return {**metrics, **{f"reward_{name}": f"Mean of the reward's dimension {name}, of weight {weight:g}: pessimistic, standardised." for name, weight in weights.items()}}
+    return {**metrics, **{f"reward_{name}": f"Mean of the reward's dimension {name}, before its weight: pessimistic, standardised." for name in told_apart(cfg)}}
+
+
+def told_apart(cfg: Setting) -> tuple[str, ...]:
+    """The dimensions of the reward where there are several."""
+    return tuple(cfg.dimensions) if cfg.dimensions and len(cfg.dimensions) > 1 else ()
 
 
 def gamed(multiplier: Multiplier) -> bool:
@@ -714,7 +718,7 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, encode_prompts(model, texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
     scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps, encode, cfg.dimensions) if reward else None
-    assess = Assessor(scorer, safety_runner(cfg.filters), cfg.sampler.fps, looks=cfg.constrained)
+    assess = Assessor(scorer, safety_runner(cfg.filters), cfg.sampler.fps, looks=cfg.constrained, dimensions=told_apart(cfg))
     run.note("safety", assess.runner.lineage())
     if isinstance(scorer, LatentMixture) and not cfg.constrained and run.is_main:
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)

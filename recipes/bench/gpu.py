@@ -450,7 +450,7 @@ def rl_update(cfg: Config, s: Sizes, clip: ClipShape) -> Row:
         with torch.no_grad():
             video = model.decode(taken.x0)  # [G,T,3,H,W]
         lap("decode")
-        relative = group_advantage(detail(video), GROUP, divide_by=p.divide_by)
+        relative = group_advantage(detail(video), GROUP)
         lap("reward")
         model.kind = "reference"
         lessons = lessons_of(p, policy, kernel, taken, relative.advantage, torch.ones(GROUP, dtype=torch.bool))

@@ -14,7 +14,7 @@ from base_model.networks.dit import DiT, DiTConfig
 from base_model.prompts.text import TextEncoder
 from base_model.tiny import WEIGHTS, LatentVideoModel, load_codec, save_network
 from base_model.types import Conditioning
-from recipes.feedback import Assessor, HeldOut, Look, SafetyLimit, metrics_of
+from recipes.feedback import Assessor, HeldOut, Look, SafetyLimit, metrics_of, told_apart
 from recipes.generate import Sampler, safety_runner
 from recipes.guards import Guards
 from reward.matcher import Matcher
@@ -132,7 +132,7 @@ def run_small(
     model.network.requires_grad_(False)
     run = Run(out, cfg, seed=cfg.seed, resume=resume, metrics=metrics_of(cfg, recipe.METRICS), quiet=True)
     (model.to if isinstance(model, LatentVideoModel) else model.network.to)(run.device)
-    recipe.train(cfg, run, model, Assessor(reward, runner or safety_runner(), 12.0, max_error_share=1.0), held_out or no_look())
+    recipe.train(cfg, run, model, Assessor(reward, runner or safety_runner(), 12.0, max_error_share=1.0, dimensions=told_apart(cfg)), held_out or no_look())
     return read_metrics(out, wall_clock=False)
 
 

@@ -63,7 +63,7 @@ def test_what_a_reward_has_not_is_named_in_one_line() -> None:
 
 def test_several_dimensions_are_told_apart_also_where_processes_share_the_clips() -> None:
     video = torch.rand(4, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    assess = Assessor(mixture(**WEIGHTS), safety_runner(), 12.0)
+    assess = Assessor(mixture(**WEIGHTS), safety_runner(), 12.0, dimensions=tuple(WEIGHTS))
     whole = assess(video, ["a"] * 4)
     assert list(whole.parts) == ["bright", "loud"] and torch.equal(whole.reward, 2 * whole.parts["bright"] + whole.parts["loud"])
     kept: list[list[Any]] = []
@@ -73,7 +73,8 @@ def test_several_dimensions_are_told_apart_also_where_processes_share_the_clips(
     assert torch.equal(both.reward, whole.reward) and all(torch.equal(both.parts[name], whole.parts[name]) for name in WEIGHTS)
     told = feedback.rollout_stats(whole, 4, None)
     assert told["reward_bright"] == pytest.approx(float(video.mean()), rel=1e-5) and told["reward_loud"] == pytest.approx(-1000 * float(video.mean()), rel=1e-5)
-    assert Assessor(mixture(bright=3.0), safety_runner(), 12.0)(video, ["a"] * 4).parts == {}, "one alone is the reward"
+    assert Assessor(mixture(**WEIGHTS), safety_runner(), 12.0)(video, ["a"] * 4).parts == {}
+    assert feedback.told_apart(grpo.Config(dimensions={"bright": 3.0})) == (), "one alone is the reward"
 
 
 def test_by_gdpo_a_dimension_counts_by_its_weight_and_in_a_sum_by_its_spread(tmp_path: Path) -> None:
