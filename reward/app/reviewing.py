@@ -37,6 +37,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, exi
 from base_model.errors import UserError
 from reward.app import exposure, labeling, log
 from reward.app.access import CHILD_SAFETY, REVIEWER, SENIOR
+from reward.app.attention import is_paused
 from reward.app.exposure import HARD, MINUTE, Rest
 from reward.app.schema import clip, event, item, membership, person, private_text, reading, reveal, review, withdrawal
 from reward.app.security import Actor, Denied, sha256
@@ -391,9 +392,11 @@ def next_reading(store: Store, actor: Actor, project_id: str, queue: str) -> str
     """The id of a reading: the one somebody has open in the project, else of the next item of a queue, now theirs for a while. A Rest where a break is due, None where
     nothing is left.
 
-    The second reader of a clip is never the first, nor who imported its run; an appeal goes to neither of two.
+    The second reader of a clip is never the first, nor who imported its run; an appeal goes to neither of two. Raises Denied, 403, while paused.
     """
     with store.writing() as db:
+        if is_paused(db, actor.person_id):
+            raise Denied(403, "you are paused. Ask whoever runs your project")
         settings = settings_of(db, project_id).reviewing
         expire(store, db, project_id)
         settle(store, db, project_id)
@@ -813,9 +816,10 @@ def _differs(db: Connection, row: Row[Any]) -> bool:
 def _judge_restricted(store: Store, db: Connection, row: Row[Any]) -> None:
     """What the child-safety role says: harmless, or violating something else, ends the restriction; anything else keeps it."""
     if row.said == "not_violating" or (row.said == "violating" and not restricting(row.body["policies"])):
-        state = "live" if row.said == "not_violating" else "withdrawn"
-        db.execute(update(clip).where(clip.c.id == row.clip).values(state=state))
-        store.log(db, "system", "restriction ended", row.clip, {"review": row.id, "state": state})
+        db.execute(update(clip).where(clip.c.id == row.clip).values(state="live"))
+        store.log(db, "system", RESTRICTION[1], row.clip, {"review": row.id, "said": row.said})
+        if row.said == "violating":
+            withdraw(store, db, row.clip, row.id, by="system")
     same = and_(item.c.clip == row.clip, item.c.queue.in_(("escalation", "flagged")), item.c.state == "open")
     db.execute(update(item).where(same).values(state="closed"))
 

@@ -13,7 +13,7 @@ from reward.app import reviewing, security
 from reward.app.backup import backup
 from reward.app.deleting import DAY, delete_clip, delete_person, retain
 from reward.app.media import path_of
-from reward.app.schema import answer, api_token, assignment, clip, item, membership, metadata, person, person_private, private_text, project, reading, session, task, tombstone
+from reward.app.schema import answer, api_token, assignment, clip, event, item, membership, metadata, person, person_private, private_text, project, reading, session, task, tombstone
 from reward.app.security import Denied
 from reward.app.store import Store, new_id
 from tests.reward.app.conftest import PASSWORD, Client, add_clips, add_member, add_project
@@ -182,6 +182,29 @@ def test_media_of_withdrawn_clips_are_kept_as_long_as_the_project_says_and_no_lo
         db.execute(update(project).values(settings={}))
     clock[0] = began + 10_000 * DAY
     assert retain(store, project_id) == 0, "no number of days means for ever"
+
+
+def test_a_clip_that_child_safety_found_to_violate_something_else_is_kept_from_that_day_on(each_store: Store) -> None:
+    store, project_id = each_store, add_project(each_store, retention_days=30)
+    (clip_id,) = add_clips(store, project_id, ["a"], takes=1)
+    for login, role in (("lab", "labeler"), ("kim", "child_safety")):
+        add_member(store, login, role, project_id=project_id)
+    lab, kim, began = Client(store, "lab").me, Client(store, "kim").me, store.now()
+    store.now = lambda: began + 40 * DAY
+    with store.writing() as db:
+        reviewing.flag(store, db, clip=clip_id, policies=("P04",), source="a_1", by=lab)
+    reading_id = reviewing.next_reading(store, kim, project_id, "flagged")
+    assert isinstance(reading_id, str)
+    said = {"id": new_id("w"), "said": "violating", "policies": ["P01"], "rationale": "seen", "policy_version": reviewing.policy_version()}
+    reviewing.decide(store, kim, reading_id, reviewing.Decision.model_validate(said))
+    store.now = lambda: began + 40 * DAY + 60_000
+    reviewing.catch_up(store, project_id)
+    assert retain(store, project_id) == 0
+    with store.reading() as db:
+        told = db.execute(select(event.c.kind, event.c.subject).order_by(event.c.seq.desc()).limit(2)).all()
+    assert told == [("clip withdrawn", clip_id), ("restriction ended", clip_id)]
+    store.now = lambda: began + 70 * DAY + 60_000
+    assert retain(store, project_id) == 1
 
 
 def test_media_that_a_killed_process_left_behind_are_removed_by_the_next_retention(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
