@@ -227,7 +227,7 @@ def ruled(told: Any, unreadable: str = "") -> Ruled:
 
 
 def _is_ruling(each: Any) -> bool:
-    if not isinstance(each, dict) or not all(isinstance(each.get(name), str) for name in ("verdict", "policy", "filter", "policy_version")):
+    if not isinstance(each, dict) or not all(isinstance(each.get(name), str) for name in ("verdict", "policy", "filter", "policy_version")) or not each["filter"]:
         return False
     score, threshold = each.get("score"), each.get("threshold")
     graded = score is None or (isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 1)

@@ -223,6 +223,7 @@ def test_video_files_with_captions_come_as_errors_because_nobody_judged_them(eac
         ({"verdict": "allow", "rulings": [{**RULING, "score": float("nan")}]}, "error"),
         ({"verdict": "allow", "rulings": [{**RULING, "score": 3}]}, "error"),
         ({"verdict": "allow", "rulings": [{**RULING, "verdict": "ALLOW"}]}, "error"),
+        ({"verdict": "allow", "rulings": [{**RULING, "filter": ""}]}, "error"),
         ({"verdict": "allow", "rulings": [RULING, {**RULING, "policy": None}]}, "error"),
         ({"verdict": "fine", "rulings": [RULING]}, "error"),
         (ALLOWED, "allow"),
