@@ -243,7 +243,6 @@ function change(act) {
   act();
   if (JSON.stringify(now.said) === before) return;
   now.history.push(before);
-  now.sent = null;
   confirmed = "";
   wrong("");
   pose();
@@ -475,8 +474,9 @@ async function send(where, body) {
   $("submit").disabled = true;
   clearTimeout(now.saving);
   try {
-    now.sent ??= [where, body]; // what is sent again after a broken connection is the same
-    const told = await ask(`/api/assignments/${now.view.assignment_id}/${now.sent[0]}`, now.sent[1]);
+    const said = JSON.stringify([where, { ...body, watched: 0, watch_ms: 0, lead_time_ms: 0 }]);
+    if (now.sent?.said !== said) now.sent = { said, body }; // what is sent again after a broken connection is the same, while the same is said
+    const told = await ask(`/api/assignments/${now.view.assignment_id}/${where}`, now.sent.body);
     sessionStorage.setItem(key("answer"), JSON.stringify({ id: told.answer_id, left: draftOf(now) }));
     now.player.pause();
     if (told.feedback) await explain(told.feedback);
