@@ -53,16 +53,8 @@ QUEUES = (*ORDINARY, "second", *SENIORS)
 VERDICTS = ("allow", "review", "error", "block")
 LEVELS = {"edges": ("edges.jpg",), "sheet": ("sheet.jpg",), "light": ("light.jpg",), "sharp": ("clip.mp4",)}
 """What each level of revealing lets through; `blur.jpg` needs none."""
-SKIPS = {
-    "stop": "I need to stop",
-    "file": "the clip cannot be shown",
-    "near": "I know somebody in this, or made it",
-    "language": "I do not understand the prompt's language",
-    "other": "another reason",
-}
 Said = Literal["violating", "not_violating", "borderline", "cannot_tell"]
 Level = Literal["edges", "sheet", "light", "sharp"]
-Skip = Literal["stop", "file", "near", "language", "other"]
 Queue = Literal["blocked", "random", "stratified", "review", "disagreement", "errors", "flagged", "appeals", "escalation"]
 NOTHING = "there is nothing here"
 RESTRICTION = ("clip restricted", "restriction ended")
@@ -492,14 +484,14 @@ def _late(store: Store, project_id: str) -> Select[Any]:
     return select(reading.c.id).where(reading.c.state == "open", reading.c.lease_until <= store.now(), reading.c.project_id == project_id)
 
 
-def skip(store: Store, actor: Actor, reading_id: str, reason: Skip) -> str:
-    """Gives a reading back, for whatever reason: it is counted nowhere. Returns the project's id."""
+def skip(store: Store, actor: Actor, reading_id: str) -> str:
+    """Gives a reading back, and nobody asks why; the log says no more than that it was given back. Returns the project's id."""
     with store.writing() as db:
         row = own_reading(db, actor, reading_id)
         if row.state == "open":
             give_up(db, reading_id, "skipped")
             forget_draft(db, reading_id)
-            store.log(db, actor.pseudonym, "reading given back", reading_id, {"reason": reason})
+            store.log(db, actor.pseudonym, "reading given back", reading_id)
     return str(row.project_id)
 
 

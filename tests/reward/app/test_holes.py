@@ -260,7 +260,7 @@ def test_who_gave_a_clip_back_is_not_asked_about_it_again(each_store: Store) -> 
     ada, bob = actor(each_store, "ada", "reviewer"), actor(each_store, "bob", "reviewer")
     held = next_reading(each_store, ada, project_id, "review")
     assert isinstance(held, str)
-    reviewing.skip(each_store, ada, held, "near")
+    reviewing.skip(each_store, ada, held)
     read(each_store, bob, project_id, "review", decision())
     settled(each_store, project_id)
     assert waiting(each_store, project_id) == ["second"] and next_reading(each_store, ada, project_id, "review") is None
@@ -643,7 +643,7 @@ def test_what_is_said_after_a_failure_is_what_is_sent_and_not_what_was_said_befo
         page.goto(f"/projects/{project_id}/label")
         page.get_by_role("button", name="Begin").click()
         for done in ("0", "1"):
-            page.wait_for_function("(done) => document.getElementById('progress').textContent.startsWith(`${done} answered`)", arg=done)
+            page.wait_for_function("(done) => document.getElementById('progress')?.textContent.startsWith(`${done} answered`)", arg=done)
             page.route("**/api/assignments/*/answer", lambda route: route.abort())
             page.keyboard.press("x")
             page.keyboard.press("Enter")

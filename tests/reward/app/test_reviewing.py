@@ -593,7 +593,7 @@ def test_a_draft_renews_the_lease_and_its_text_lies_where_it_can_be_deleted(each
     with each_store.reading() as db:
         assert "halfway" not in json.dumps(db.execute(select(reading.c.draft)).scalar())
         assert reviewing.draft_of(db, reviewing.own_reading(db, ada, reading_id)).rationale == "halfway there"
-    reviewing.skip(each_store, ada, reading_id, "stop")
+    reviewing.skip(each_store, ada, reading_id)
     with each_store.reading() as db:
         assert reviewing.text_of(db, reviewing._draft_id(reading_id)) is None
     assert next_reading(each_store, ada, project_id, "review") != reading_id, "what was given back does not come again"
