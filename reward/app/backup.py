@@ -125,9 +125,9 @@ def pg_dump() -> str | None:
 
 
 def _link_media(source: Path, target: Path) -> tuple[int, int]:
-    """(files, bytes) of the copy. A file that is deleted meanwhile is left out."""
+    """(files, bytes) of the copy. A file that is deleted meanwhile is left out, and so is one that is half written, whose name begins with a dot."""
     count = size = 0
-    for file in sorted(path for path in source.glob("*/*") if path.is_file() and not path.is_symlink()) if source.is_dir() else ():
+    for file in sorted(path for path in source.glob("*/[!.]*") if path.is_file() and not path.is_symlink()) if source.is_dir() else ():
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:

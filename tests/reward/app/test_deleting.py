@@ -220,6 +220,22 @@ def test_media_that_a_killed_process_left_behind_are_removed_by_the_next_retenti
     assert not list(store.media.glob("*/*"))
 
 
+def test_what_a_killed_import_wrote_by_half_goes_with_the_clip_and_is_in_no_backup(store: Store, tmp_path: Path) -> None:
+    project_id = add_project(store)
+    gone, late = add_clips(store, project_id, ["a"], takes=2)
+    with store.reading() as db:
+        halves = {each.id: path_of(store, each.clip_id).with_name(f".{each.clip_id}.clip.mp4.1234.partial") for each in db.execute(select(clip))}
+    for half in halves.values():
+        half.write_bytes(b"half of a film")
+    assert backup(store, tmp_path / "copy")["media_files"] == 2 and not list((tmp_path / "copy").rglob("*.partial"))
+    delete_clip(store, project_id, gone, "system")
+    assert [half.exists() for half in (halves[gone], halves[late])] == [False, True]
+    delete_clip(store, project_id, late, "system")
+    halves[late].write_bytes(b"half of a film")
+    retain(store, project_id)
+    assert not list(store.media.glob("*/*"))
+
+
 def test_nobody_is_asked_about_a_deleted_clip_any_more_and_what_was_said_of_it_stands(each_store: Store) -> None:
     store, project_id = each_store, add_project(each_store)
     clips = add_clips(store, project_id, takes=3, prompts=["a horse"], verdicts=("review", "review", "allow"), files=False)
