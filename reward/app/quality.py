@@ -301,6 +301,7 @@ class Filters(BaseModel):
 
 
 NOTHING = Filters(clips=0, drawn=0, read=0, unconfirmed=0, rows=[], drift=[], agreement={})
+UNKNOWN_KINDS = Measured(n=0, note="of no prompt is it known that it is benign")
 RATES = ("precision", "recall", "severity-weighted recall", "leak rate", "over-block rate")
 
 
@@ -350,7 +351,8 @@ def _filter_row(audit: Audit, version: str, code: str) -> FilterRow:
         graded = review_of(audit, version, classes=lambda readings: severity(readings, policy), num_classes=5)
         benign = review_of(audit, version, kind=BENIGN)
         rates["severity-weighted recall"] = _told(recall(graded, weights=range(5)), both)
-        rates["over-block rate"] = _told(over_block_rate(benign), sum(group.reviewed for group in (*benign.blocked, *benign.passed)))
+        known = any(group.size for group in (*benign.blocked, *benign.passed))
+        rates["over-block rate"] = _told(over_block_rate(benign), sum(group.reviewed for group in (*benign.blocked, *benign.passed))) if known else UNKNOWN_KINDS
     return FilterRow(
         filter=version,
         policy=code,
