@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import BaseModel
 from sqlalchemy import select
 
+from reward.app import labeling
+from reward.app.labeling import answer_of
 from reward.app.reports import gently
 from reward.app.schema import clip, item
 from reward.app.store import Store
@@ -75,8 +77,7 @@ def share_of(hits: float, trials: int, tasks: int, *, what: str, least: int = LE
 
 def events_of(store: Store, project_id: str) -> Iterator[RankingEvent]:
     """The answers that stand, oldest first."""
-    found: Iterator[RankingEvent] = importlib.import_module("reward.app.labeling").events_of(store, project_id)
-    return found
+    return labeling.events_of(store, project_id)
 
 
 class Dimension(BaseModel):
@@ -123,11 +124,12 @@ class People(BaseModel):
 def people_of(store: Store, project_id: str) -> People:
     """Agreement and habits. Skipped tasks and answers that were taken back do not count; gold and practice do not count for agreement."""
     of = 0
-    recent: deque[RankingEvent] = deque(maxlen=MOST_ANSWERS)
-    for event in gently(events_of(store, project_id)):
-        recent.append(event)
+    recent: deque[list[RankingEvent]] = deque(maxlen=MOST_ANSWERS)
+    for _, rows in groupby(gently(events_of(store, project_id)), answer_of):
+        recent.append(list(rows))
         of += 1
-    return People(answers=len(recent), of=of, dimensions=agreement_of(recent), people=persons_of(recent, lengths_of(store, project_id, recent)))
+    events = [event for rows in recent for event in rows]
+    return People(answers=len(recent), of=of, dimensions=agreement_of(events), people=persons_of(events, lengths_of(store, project_id, events)))
 
 
 def lengths_of(store: Store, project_id: str, events: Iterable[RankingEvent]) -> dict[str, float]:
@@ -178,7 +180,7 @@ def persons_of(events: Iterable[RankingEvent], lengths: Mapping[str, float]) -> 
 
 
 def _person(name: str, events: Sequence[RankingEvent], lengths: Mapping[str, float], others: tuple[float, int, int]) -> Person:
-    once = list({(event.task_id, event.created_at): event for event in events}.values())  # whatever the number of questions
+    once = list({answer_of(event): event for event in events}.values())  # whatever the number of questions
     gold = [event.gold_ok for event in once if event.is_gold and event.gold_ok is not None]
     first, chance, ranked = _first_places(events)
     times = [event.lead_time_ms / 1000 for event in once if event.lead_time_ms is not None and event.skipped_reason is None]
@@ -225,7 +227,7 @@ def _first_places(events: Sequence[RankingEvent]) -> tuple[list[bool], list[floa
             continue
         hits.append(event.shown_order[event.ranks.index(min(ranks))] == 0)
         chance.append(1 / len(event.shown_order))
-        answers.add((event.task_id, event.created_at))
+        answers.add(answer_of(event))
     return hits, chance, len(answers)
 
 
