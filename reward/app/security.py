@@ -229,8 +229,16 @@ def check_origin(method: str, headers: Mapping[str, str], host: str) -> None:
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if site is not None and site not in ("same-origin", "none"):
         raise Denied(403, "the request comes from another site")
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and _host_of(origin) != host:
         raise Denied(403, "the request comes from another site")
+
+
+def _host_of(origin: str) -> str | None:
+    """None where it is no address."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def check_csrf(actor: Actor, token: str) -> None:

@@ -136,8 +136,8 @@ function pose() {
   $("board").hidden = examples();
 }
 
-// What cannot be seen is shown, as on the server's pages.
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u115f\u180e\ufeff\u200b-\u200f\u202a-\u202e\u2060-\u206f]|[\u{e0000}-\u{e007f}]/gu;
+// What cannot be seen is shown, as on the server's pages (`visible` in web.py).
+const HIDDEN = /(?![\t\n])[\p{Default_Ignorable_Code_Point}\p{Cf}\p{Zl}\p{Zp}\p{Cc}]/gu;
 const visible = (text) => text.replace(HIDDEN, (c) => `‹U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}›`);
 
 function drawMore() {
