@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from reward.safety.audit import Entry, Gold, Reading
 
 UNDRAWN = "undrawn"
+"""The queue of what an audit could have drawn and did not: nobody waits for it."""
 FILE = "audit-00000.jsonl"
 
 

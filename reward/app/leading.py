@@ -11,6 +11,7 @@ from sqlalchemy import Connection, and_, case, delete, func, insert, select, upd
 from base_model.errors import UserError
 from reward.app import people, security
 from reward.app.access import CHILD_SAFETY, LEAD, ROLES
+from reward.app.auditing import UNDRAWN
 from reward.app.log import canonical
 from reward.app.schema import answer, assignment, clip, invitation, item, membership, person, person_private, project, reading, review, session, task, withdrawal
 from reward.app.security import IDLE_MS, SESSION_MS, Actor, Denied, sha256
@@ -18,8 +19,6 @@ from reward.app.settings import ProjectSettings
 from reward.app.store import Store, new_id
 
 EVERYWHERE = "*"
-UNDRAWN = "undrawn"
-"""The queue of what an audit could have drawn and did not: nobody waits for it."""
 HOUR = 3_600_000
 HOURS = 48  # that throughput is drawn of
 

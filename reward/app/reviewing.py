@@ -694,23 +694,14 @@ def undo(store: Store, actor: Actor, review_id: str) -> str:
 # What follows
 
 
-def catch_up(store: Store, project_id: str) -> None:
-    """Lets take effect what time has brought: readings that ran out, decisions that can no longer be undone. Nobody has to take a clip for it. Writes only where there is any."""
-    now = store.now()
+def catch_up(store: Store, project_id: str) -> int:
+    """Lets take effect what time has brought: readings that ran out, decisions that can no longer be undone; returns how many. Nobody has to take a clip for it. Writes only where
+    there is any."""
     with store.reading() as db:
-        until = now - 1_000 * settings_of(db, project_id).reviewing.undo_seconds
-        late = select(reading.c.id).where(reading.c.state == "open", reading.c.lease_until <= now, reading.c.project_id == project_id)
-        due = (
-            select(review.c.id)
-            .join(item, item.c.id == review.c.item_id)
-            .join(reading, reading.c.id == review.c.reading_id)
-            .where(item.c.project_id == project_id, item.c.state == "full", reading.c.state == "decided", review.c.at <= until, review.c.id.not_in(select(withdrawal.c.ref)))
-        )
-        waits = db.execute(late.limit(1)).first() or db.execute(due.limit(1)).first()
-    if waits:
-        with store.writing() as db:
-            expire(store, db, project_id)
-            settle(store, db, project_id)
+        if not any(db.execute(each.limit(1)).first() for each in (_late(store, project_id), _due(store, db, project_id))):
+            return 0
+    with store.writing() as db:
+        return expire(store, db, project_id) + settle(store, db, project_id)
 
 
 def settle(store: Store, db: Connection, project_id: str) -> int:
@@ -744,11 +735,6 @@ def _due(store: Store, db: Connection, project_id: str) -> Select[Any]:
         )
         .order_by(review.c.at, review.c.id)
     )
-
-
-def anything_due(store: Store, db: Connection, project_id: str) -> bool:
-    """Whether `expire` or `settle` would do anything."""
-    return any(db.execute(each.limit(1)).first() is not None for each in (_late(store, project_id), _due(store, db, project_id)))
 
 
 def _take_effect(store: Store, db: Connection, row: Row[Any]) -> None:

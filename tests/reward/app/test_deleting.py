@@ -13,7 +13,24 @@ from reward.app import reviewing, security
 from reward.app.backup import backup
 from reward.app.deleting import DAY, delete_clip, delete_person, retain
 from reward.app.media import path_of
-from reward.app.schema import answer, api_token, assignment, clip, event, item, membership, metadata, person, person_private, private_text, project, reading, session, task, tombstone
+from reward.app.schema import (
+    answer,
+    api_token,
+    assignment,
+    clip,
+    event,
+    item,
+    membership,
+    metadata,
+    person,
+    person_private,
+    private_text,
+    project,
+    reading,
+    session,
+    task,
+    tombstone,
+)
 from reward.app.security import Denied
 from reward.app.store import Store, new_id
 from tests.reward.app.conftest import PASSWORD, Client, add_clips, add_member, add_project
