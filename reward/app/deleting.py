@@ -16,7 +16,7 @@ from sqlalchemy import Connection, delete, func, insert, null, select, text, upd
 from reward.app.labeling import close_with
 from reward.app.media import path_of
 from reward.app.people import revoke_invitations
-from reward.app.reviewing import forget_draft, give_up
+from reward.app.reviewing import RESTRICTION, forget_draft, give_up
 from reward.app.schema import api_token, assignment, clip, event, item, membership, person, person_private, private_text, reading, session, tombstone
 from reward.app.security import HOUR, Denied
 from reward.app.settings import settings_of
@@ -102,7 +102,7 @@ def retire(store: Store, project_id: str, by: str = "system") -> int:
     with store.reading() as db:
         days = settings_of(db, project_id).retention_days
     if days is not None:
-        since = select(func.max(event.c.at)).where(event.c.subject == clip.c.id, event.c.kind == "clip withdrawn").correlate(clip).scalar_subquery()
+        since = select(func.max(event.c.at)).where(event.c.subject == clip.c.id, event.c.kind.in_(("clip withdrawn", RESTRICTION[1]))).correlate(clip).scalar_subquery()
         old = func.coalesce(since, clip.c.created_at) <= store.now() - days * DAY
         with store.writing() as db:
             gone = db.execute(select(clip.c.id).where(clip.c.project_id == project_id, clip.c.state == "withdrawn", old)).scalars().all()

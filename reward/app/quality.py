@@ -6,7 +6,6 @@ and a 95 % interval; what stands on too little is "not measurable yet".
 
 from __future__ import annotations
 
-import importlib
 import math
 import tempfile
 from collections import Counter, defaultdict, deque
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import BaseModel
 from sqlalchemy import select
 
-from reward.app import labeling
+from reward.app import auditing, labeling
 from reward.app.labeling import answer_of
 from reward.app.reports import gently
 from reward.app.schema import clip, item
@@ -260,7 +259,7 @@ def audit_of(store: Store, project_id: str) -> Audit | None:
         if db.execute(select(item.c.id).where(item.c.project_id == project_id, item.c.wave.is_not(None)).limit(1)).first() is None:
             return None
     with tempfile.TemporaryDirectory(prefix="rushes-audit-") as folder:
-        importlib.import_module("reward.app.auditing").audit_folder(store, project_id, Path(folder))
+        auditing.audit_folder(store, project_id, Path(folder))
         return load_audit(Path(folder))
 
 

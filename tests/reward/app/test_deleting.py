@@ -182,11 +182,11 @@ def test_media_of_withdrawn_clips_are_kept_as_long_as_the_project_says_and_no_lo
     began = store.now()
     clock = [began]
     store.now = lambda: clock[0]
-    for clip_id, day in ((old, 0), (young, 20)):
+    for clip_id, day, kind in ((old, 0, "clip withdrawn"), (young, 20, "restriction ended")):  # older versions wrote the second alone where child safety withdrew a clip
         clock[0] = began + day * DAY
         with store.writing() as db:
             db.execute(update(clip).where(clip.c.id == clip_id).values(state="withdrawn"))
-            store.log(db, "system", "clip withdrawn", clip_id)
+            store.log(db, "system", kind, clip_id)
     clock[0] = began + 30 * DAY - 1
     assert retain(store, project_id) == 0
     clock[0] = began + 31 * DAY
