@@ -402,7 +402,8 @@ def needed(folder: Path | None, problem: str) -> Path:
 def have_people_rank(folder: Path, clips: Path, target: Path, wanted: int, *, name: str, port: int) -> dict[str, int]:
     """Opens the app on a clip store until `wanted` rankings of its clips are there, and writes them into a folder of rankings, made anew. folder: of the app, which keeps them.
 
-    Returns how many rankings of how many people there are. Interrupted, it goes on with what was ranked. Raises UserError where there are not as many tasks.
+    Returns how many rankings of how many people there are. One person can give them all. Interrupted, it goes on with what was ranked. Raises UserError where there are not as
+    many tasks.
     """
     from reward.app.exporting import SHARES, export_rankings
     from reward.app.people import first_invitation
@@ -413,10 +414,12 @@ def have_people_rank(folder: Path, clips: Path, target: Path, wanted: int, *, na
     check_installed()
     with alone(cfg), opened(cfg, made=True) as store, listening(cfg.host, cfg.port) as listener:
         print(f"the clips in {clips} are made ready for the app", file=sys.stderr, flush=True)
+        if find_project(store, name) is None:
+            make_project_of_one(store, name, clips)
         made = fill_project(store, name, clips, name)
-        project_id, most = project_called(store, name), answers_wanted(store, project_called(store, name))
+        project_id, most = project_called(store, name), tasks_of(store, project_called(store, name))
         if most < wanted:
-            raise UserError(f"{wanted} rankings are more than the {most} that the clips in {clips} are shown for. Ask for fewer, or make more candidates")
+            raise UserError(f"{wanted} rankings are more than the {most} tasks that the clips in {clips} give. Ask for fewer, or make more candidates")
         here = address(cfg.host, listener.getsockname()[1])
         token = first_invitation(store, ("lead", "labeler", "reviewer"))
         said = f"{here}/join/{token}" if token else f"{here}, where whoever joined logs in"
@@ -439,14 +442,24 @@ def ranked(store: Store, project_id: str) -> list[tuple[str, str]]:
     return list({(event.task_id, event.annotator_id, event.is_repeat): (event.prompt_id, event.annotator_id) for event in usable}.values())
 
 
-def answers_wanted(store: Store, project_id: str) -> int:
-    """How many rankings the tasks of a project ask for in all."""
+def make_project_of_one(store: Store, name: str, clips: Path) -> None:
+    """Makes a project in which one person may rank all there is: every task wants one answer, and nobody is given too few."""
+    from base_model.video.store import ClipStore
+
+    leading = room("leading")
+    project_id = leading.make_project(store, name, "system")
+    settings = {"labeling": {"overlap": 1, "most": max(1, len(ClipStore(clips)))}}  # a task has two clips at least
+    leading.change_settings(store, project_id, settings, leading.version_of({}), "system")
+
+
+def tasks_of(store: Store, project_id: str) -> int:
+    """How many ranking tasks a project has; one person answers each once."""
     from sqlalchemy import func, select
 
     from reward.app.schema import task
 
     with store.reading() as db:
-        return int(db.execute(select(func.coalesce(func.sum(task.c.wanted), 0)).where(task.c.project_id == project_id, task.c.kind == "rank")).scalar_one())
+        return int(db.execute(select(func.count()).where(task.c.project_id == project_id, task.c.kind == "rank", task.c.state != "closed")).scalar_one())
 
 
 @contextlib.contextmanager

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, func, insert, or_, select
+from sqlalchemy import Connection, Select, func, insert, or_, select
 
 from base_model.errors import UserError
-from reward.app.labeling import PLANTED
 from reward.app.reviewing import AUDITS, Stands, known_codes, restricting, settle, standing, violates, worst
 from reward.app.schema import clip, item, prompt
 from reward.app.security import Actor
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from reward.safety.audit import Entry, Gold, Reading
 
 UNDRAWN = "undrawn"
+"""The queue of what an audit could have drawn and did not: nobody waits for it."""
 FILE = "audit-00000.jsonl"
 
 
@@ -42,14 +42,7 @@ def draw(store: Store, project_id: str, by: Actor) -> dict[str, int]:
         settings = settings_of(db, project_id).reviewing
         wave = _next_wave(db, project_id)
         known = select(item.c.clip).where(item.c.project_id == project_id, (item.c.wave.is_not(None)) | (item.c.why["gold"].as_string().is_not(None)))
-        found = (
-            select(clip.c.id, clip.c.clip_id, clip.c.decision, prompt.c.kind)
-            .join(prompt, (prompt.c.project_id == clip.c.project_id) & (prompt.c.prompt_id == clip.c.prompt_id))
-            .where(
-                clip.c.project_id == project_id, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")), clip.c.made_of.is_(None), clip.c.id.not_in(known)
-            )
-        )
-        rows = db.execute(found).all()
+        rows = db.execute(_decided(project_id).where(clip.c.id.not_in(known))).all()
     candidates = {row.id: candidate for row in rows if (candidate := candidate_of(row.clip_id, row.decision, kind=row.kind)) is not None}
     if not candidates:
         raise UserError("no clip that the filters decided about and no audit knows. Import some first")
@@ -75,6 +68,13 @@ def draw(store: Store, project_id: str, by: Actor) -> dict[str, int]:
         digest = hashlib.sha256("\n".join(f"{row['clip']} {row['queue']} {row['probability']}" for row in items).encode()).hexdigest()
         store.log(db, by.pseudonym, "audit drawn", project_id, {"wave": wave, **drawn, "known": len(items), "sha256": digest})
     return {"blocked_pool": sum(entry.pool == "blocked" for entry in entries), "passed_pool": sum(entry.pool == "passed" for entry in entries), **drawn}
+
+
+def _decided(project_id: str) -> Select[Any]:
+    """Clips that the filters decided about, with the kind of their prompt. Restricted and deleted ones, and copies that were made worse, are left out."""
+    there = (clip.c.project_id == project_id, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")), clip.c.made_of.is_(None))
+    joined = (prompt.c.project_id == clip.c.project_id) & (prompt.c.prompt_id == clip.c.prompt_id)
+    return select(clip.c.id, clip.c.clip_id, clip.c.verdict, clip.c.decision, prompt.c.kind).join(prompt, joined).where(*there)
 
 
 def _next_wave(db: Connection, project_id: str) -> int:
@@ -211,31 +211,20 @@ def audit_folders(store: Store, project_id: str, folder: Path, *, training: bool
 
 
 def _corrections(store: Store, project_id: str) -> list[Entry | Reading | Gold]:
-    from reward.safety.audit import Entry
+    from reward.safety.audit import Entry, candidate_of
 
     with store.writing() as db:
         settle(store, db, project_id)
     with store.reading() as db:
         drawn = {row.clip for row in _audit_items(db, project_id) if row.queue != UNDRAWN}
         said = {clip_id: reviews for clip_id, some in standing(db, project_id=project_id).items() if clip_id not in drawn and (reviews := [each for each in some if each.settled])}
-        rows = db.execute(
-            select(clip).where(clip.c.project_id == project_id, clip.c.run != PLANTED, clip.c.verdict.in_(("allow", "block")), clip.c.state.in_(("live", "withdrawn")))
-        ).all()
+        rows = db.execute(_decided(project_id)).all()
     records: list[Entry | Reading | Gold] = []
     for row in rows:
-        stands = violates(said.get(row.id, []))
-        if stands is None or stands == (row.verdict == "block"):
+        stands, candidate = violates(said.get(row.id, [])), candidate_of(row.clip_id, row.decision, kind=row.kind)
+        if candidate is None or stands is None or stands == (row.verdict == "block"):
             continue
-        rulings = row.decision["rulings"]
-        blocked = row.verdict == "block"
-        entry = {
-            "clip_id": row.clip_id,
-            "pool": "blocked" if blocked else "passed",
-            "score": max((each["score"] for each in rulings if each["score"] is not None), default=float(blocked)),
-            "filter_version": ", ".join(sorted({each["filter"] for each in rulings})) or "none",
-            "policies": tuple(sorted({each["policy"] for each in rulings if each["verdict"] == "block"})),
-        }
-        records.append(Entry.model_validate({**entry, "wave": 0, "band": 0, "probability": 1.0, "why": "blocked" if blocked else "stratified"}))
+        records.append(Entry(**candidate.model_dump(), wave=0, band=0, probability=1.0, why="blocked" if row.verdict == "block" else "stratified"))
         records += _readings_of(row.clip_id, said[row.id])
     return records
 

@@ -6,7 +6,7 @@
     folder/manifest.json   written last: a folder without one is no backup
 
 Anchors first, then the database, then media: so the database holds all that the anchors name, and media all that the database names. The copy's log is verified before it is
-called one. The secret that signs anchors is left out unless it is asked for: who has both can write the log anew.
+called one; PostgreSQL is dumped in the very state whose log was. The secret that signs anchors is left out unless it is asked for: who has both can write the log anew.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import create_engine, select
+from sqlalchemy import create_engine, func, select
 
 from base_model.errors import UserError
 from reward.app import log
@@ -71,7 +71,7 @@ def _copy(store: Store, folder: Path, with_secret: bool) -> dict[str, Any]:
         with store.reading() as db:
             told = log.verify(db, anchors)
             head = _head(db)
-        _dump_postgresql(store, database)
+            _dump_postgresql(store, database, db.execute(select(func.pg_export_snapshot())).scalar_one())
     if head is not None:
         with open(folder / store.anchor.name, "ab") as file:
             file.write(head.line(store.secret).encode())
@@ -105,15 +105,16 @@ def _copy_sqlite(store: Store, target: Path) -> None:
         copy.execute("PRAGMA journal_mode=DELETE")
 
 
-def _dump_postgresql(store: Store, target: Path) -> None:
-    """One state of the database, by pg_dump."""
+def _dump_postgresql(store: Store, target: Path, snapshot: str) -> None:
+    """One state of the database, by pg_dump: that which an open transaction sees, and gave out as a snapshot."""
     program = pg_dump()
     advice = "Make the copy on a machine that has it: pg_dump --format=custom --file=database.dump URL"
     if program is None:
         raise UserError(f"pg_dump is not installed, which copies PostgreSQL. {advice}")
     url = store.url.set(drivername="postgresql", password=None).render_as_string()
     environment = {**os.environ, **({"PGPASSWORD": str(store.url.password)} if store.url.password else {})}
-    done = subprocess.run([program, "--format=custom", "--no-owner", f"--file={target}", f"--dbname={url}"], env=environment, capture_output=True, text=True, check=False)
+    words = [program, "--format=custom", "--no-owner", f"--snapshot={snapshot}", f"--file={target}", f"--dbname={url}"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"pg_dump failed: {' '.join(done.stderr.split())[:300]}. Check that its version is the server's")
 
@@ -125,9 +126,9 @@ def pg_dump() -> str | None:
 
 
 def _link_media(source: Path, target: Path) -> tuple[int, int]:
-    """(files, bytes) of the copy. A file that is deleted meanwhile is left out."""
+    """(files, bytes) of the copy. A file that is deleted meanwhile is left out, and so is one that is half written, whose name begins with a dot."""
     count = size = 0
-    for file in sorted(path for path in source.glob("*/*") if path.is_file() and not path.is_symlink()) if source.is_dir() else ():
+    for file in sorted(path for path in source.glob("*/[!.]*") if path.is_file() and not path.is_symlink()) if source.is_dir() else ():
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:

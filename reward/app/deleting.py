@@ -13,9 +13,10 @@ from contextlib import closing
 
 from sqlalchemy import Connection, delete, func, insert, null, select, text, update
 
-from reward.app.media import VARIANTS, missing_of, path_of
+from reward.app.labeling import close_with
+from reward.app.media import path_of
 from reward.app.people import revoke_invitations
-from reward.app.reviewing import forget_draft, give_up
+from reward.app.reviewing import RESTRICTION, forget_draft, give_up
 from reward.app.schema import api_token, assignment, clip, event, item, membership, person, person_private, private_text, reading, session, tombstone
 from reward.app.security import HOUR, Denied
 from reward.app.settings import settings_of
@@ -101,14 +102,14 @@ def retire(store: Store, project_id: str, by: str = "system") -> int:
     with store.reading() as db:
         days = settings_of(db, project_id).retention_days
     if days is not None:
-        since = select(func.max(event.c.at)).where(event.c.subject == clip.c.id, event.c.kind == "clip withdrawn").correlate(clip).scalar_subquery()
+        since = select(func.max(event.c.at)).where(event.c.subject == clip.c.id, event.c.kind.in_(("clip withdrawn", RESTRICTION[1]))).correlate(clip).scalar_subquery()
         old = func.coalesce(since, clip.c.created_at) <= store.now() - days * DAY
         with store.writing() as db:
             gone = db.execute(select(clip.c.id).where(clip.c.project_id == project_id, clip.c.state == "withdrawn", old)).scalars().all()
             _mark(store, db, list(_with_copies(db, gone)), f"withdrawn more than {days} days ago", by)
     with store.reading() as db:
         digests = db.execute(select(clip.c.clip_id).where(clip.c.project_id == project_id, clip.c.state == "deleted")).scalars().all()
-    remove_media(store, [digest for digest in digests if len(missing_of(store, digest)) < len(VARIANTS)])
+    remove_media(store, sorted(_with_files(store, digests)))
     return len(gone)
 
 
@@ -125,6 +126,7 @@ def _mark(store: Store, db: Connection, clips: Sequence[str], reason: str, by: s
     for clip_id in clips:
         db.execute(update(clip).where(clip.c.id == clip_id).values(state="deleted"))
         _end_reviews(store, db, clip_id)
+        close_with(store, db, clip_id)
         _bury(store, db, "clip", clip_id, reason, by)
         store.log(db, by, "clip deleted", clip_id)
 
@@ -138,13 +140,20 @@ def _end_reviews(store: Store, db: Connection, clip_id: str) -> None:
     db.execute(update(item).where(item.c.clip == clip_id, item.c.state != "closed").values(state="closed"))
 
 
+def _with_files(store: Store, digests: Sequence[str]) -> set[str]:
+    """Those of some clips of which any file is there."""
+    folders = {path_of(store, digest).parent for digest in digests}
+    return set(digests).intersection(file.name.removeprefix(".")[:64] for folder in folders for file in folder.glob("*"))
+
+
 def remove_media(store: Store, digests: Sequence[str]) -> None:
-    """Removes every file of clips that are deleted in all projects. digests: of their frames."""
+    """Removes every file of clips that are deleted in all projects, also half-written ones that a killed import left. digests: of their frames."""
     for digest in digests:
         with store.reading() as db:
             held = db.execute(select(clip.c.id).where(clip.c.clip_id == digest, clip.c.state != "deleted").limit(1)).first()
         if held is None:
-            for file in path_of(store, digest).parent.glob(f"{digest}.*"):
+            folder = path_of(store, digest).parent
+            for file in [*folder.glob(f"{digest}.*"), *folder.glob(f".{digest}.*")]:
                 file.unlink(missing_ok=True)
 
 

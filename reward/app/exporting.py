@@ -1,7 +1,7 @@
 """What people said, for training and for other tools: under pseudonyms, without what was taken back, and without clips that nobody should see or learn from.
 
     parquet          the folder of `reward/comparisons.py`, which `rushes reward-model` learns from (over HTTP a ZIP of it)
-    jsonl            one answer a line, with its prompt
+    jsonl            an answer to one question a line, with its prompt
     videoalign, label-studio, trl    as other tools read them (`reward/importers/`)
     demonstrations   what people found worth imitating: prompt and clip, one a line; with the clips' records, the pairs that `rushes sft` learns from
 
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from sqlalchemy import select
 
 from base_model.errors import UserError
+from reward.app.labeling import answer_of
 from reward.app.log import canonical
 from reward.app.schema import clip, prompt
 from reward.app.store import Store
@@ -55,7 +56,7 @@ EARLIEST = (1980, 1, 1, 0, 0, 0)  # the time of every file in a ZIP: what is the
 
 @dataclass(frozen=True)
 class Written:
-    """What was written. rows: answers, tasks or pairs, as the format has them. left_out: why -> how many answers."""
+    """What was written. rows: answers to one question, tasks or pairs, as the format has them. left_out: why -> how many answers."""
 
     path: Path
     rows: int
@@ -129,6 +130,11 @@ def _usable(store: Store, project_id: str) -> tuple[dict[str, Clip], dict[str, P
     return clips, {row.prompt_id: Prompt(row.prompt_id, row.text, row.lang, category=row.kind) for row in texts}
 
 
+def _answers(data: Comparisons) -> int:
+    """However many questions each of them answers."""
+    return len({answer_of(event) for event in data.events})
+
+
 def _people(standing: Sequence[RankingEvent], wanted: Sequence[RankingEvent]) -> list[Annotator]:
     """Pseudonyms of who answered. reliability: share of the gold questions answered right; None where there was none."""
     from reward.comparisons import Annotator
@@ -160,7 +166,7 @@ def export(store: Store, project_id: str, kind: Format, folder: Path, *, by: str
         with tempfile.TemporaryDirectory(prefix="rushes-rankings-") as rankings:
             data = collected(store, project_id, Path(rankings), dimension=dimension, gold=gold)
             rows, left_out = _write(data, kind, Path(rankings), path)
-        answers = len(data.events)
+        answers = _answers(data)
     written = Written(path, rows, answers, _digest(path), left_out)
     log_export(store, project_id, kind, written.sha256, written.answers, by)
     return written
@@ -233,7 +239,7 @@ def export_rankings(store: Store, project_id: str, folder: Path, *, by: str, dim
     """Writes, or adds to, a folder of rankings, and logs it. Raises as `collected`."""
     data = collected(store, project_id, folder, dimension=dimension, gold=gold, shares=shares)
     digest = hashlib.sha256("".join(f"{_digest(file)} {file.name}\n" for file in sorted(folder.glob("*.parquet"))).encode()).hexdigest()
-    written = Written(folder, len(data.events), len(data.events), digest, {})
+    written = Written(folder, len(data.events), _answers(data), digest, {})
     log_export(store, project_id, "parquet", digest, written.answers, by)
     return written
 

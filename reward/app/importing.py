@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ MOST_BYTES = 512 << 20
 MOST_LINE = 1 << 20
 BATCH = 32
 KINDS: Mapping[str, Any] = {"str": str, "int": int, "float": int | float, "bool": bool}
+LANG, KIND = re.compile(r"(?=.{2,16}$)[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*"), re.compile(r"[a-z0-9_-]{1,64}")
 MOST_NUMBER = 2**63
 DEPTH = 4  # folders below a root that are looked into
 MOST_FOLDERS = 2_000
@@ -64,6 +66,12 @@ class Source:
     text: str
     row: dict[str, Any]
     decision: Any  # as it is stored, believed nothing of
+    sha256: str | None = None
+    """Of the file, where the clip is known by it."""
+    lang: str = ""
+    """Of the prompt (BCP 47), empty where nobody said it."""
+    kind: str = ""
+    """Of the prompt: `benign` where nothing in it asks for what the policies forbid."""
 
 
 class Counts(BaseModel):
@@ -138,7 +146,8 @@ def _of_store(folder: Path) -> Iterator[Source | str]:
             continue
         told = {name: value for name, value in asdict(Clip.of(row)).items() if name != "safety_json"}
         try:
-            yield Source(row.clip_id, folder / "clips" / f"{row.clip_id}.mkv", row.prompt_id, row.prompt, told, _json(row.safety_json))
+            lang, kind = _prompt_told(_json(row.extra_json))
+            yield Source(row.clip_id, folder / "clips" / f"{row.clip_id}.mkv", row.prompt_id, row.prompt, told, _json(row.safety_json), lang=lang, kind=kind)
         except TypeError as error:
             yield f"clip {row.clip_id!r}: {error}"
 
@@ -169,7 +178,14 @@ def _of_files(folder: Path) -> Iterator[Source | str]:
                 yield f"line {number} of {FILES}: {_why(error)}"
                 continue
             row = {"clip_id": digest, "path": told["file_name"], "prompt_id": sha256(told["text"])[:16], "generator": ""}
-            yield Source(digest, folder / told["file_name"], row["prompt_id"], told["text"], row, None)
+            lang, kind = _prompt_told(told)
+            yield Source(digest, folder / told["file_name"], row["prompt_id"], told["text"], row, None, sha256=digest, lang=lang, kind=kind)
+
+
+def _prompt_told(told: Any) -> tuple[str, str]:
+    """(language, kind) of a prompt; empty what is not told, or makes no sense."""
+    lang, kind = (told.get(name) if isinstance(told, dict) else None for name in ("lang", "kind"))
+    return (lang if isinstance(lang, str) and LANG.fullmatch(lang) else ""), (kind if isinstance(kind, str) and KIND.fullmatch(kind) else "")
 
 
 def _json(text: str | bytes) -> Any:
@@ -227,7 +243,7 @@ def ruled(told: Any, unreadable: str = "") -> Ruled:
 
 
 def _is_ruling(each: Any) -> bool:
-    if not isinstance(each, dict) or not all(isinstance(each.get(name), str) for name in ("verdict", "policy", "filter", "policy_version")):
+    if not isinstance(each, dict) or not all(isinstance(each.get(name), str) for name in ("verdict", "policy", "filter", "policy_version")) or not each["filter"]:
         return False
     score, threshold = each.get("score"), each.get("threshold")
     graded = score is None or (isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 1)
@@ -296,6 +312,8 @@ def _media(store: Store, folder: Path, source: Source, render: Render) -> tuple[
     try:
         content = _read(folder, source.file)
         digest, made_of = hashlib.sha256(content).hexdigest(), path_of(store, source.clip_id, SOURCE)
+        if source.sha256 not in (None, digest):
+            return {}, "the file was changed while it was imported"
         if made_of.exists() and made_of.read_text() != digest:
             return _facts(store, source.clip_id), "media of another file are there under its id"
         wanted = missing_of(store, source.clip_id) if made_of.exists() else VARIANTS
@@ -350,7 +368,7 @@ def _add(store: Store, db: Connection, project_id: str, run: str, ready: Sequenc
             _refuse(counts, f"clip {source.clip_id}: it is there under another prompt, or its prompt's id is there with another text")
             continue
         if source.prompt_id not in texts:
-            db.execute(insert(prompt), {"project_id": project_id, "prompt_id": source.prompt_id, "text": source.text, "lang": "en", "kind": ""})
+            db.execute(insert(prompt), {"project_id": project_id, "prompt_id": source.prompt_id, "text": source.text, "lang": source.lang, "kind": source.kind})
             texts[source.prompt_id] = source.text
         if before is None:
             added.append(_insert(store, db, project_id, run, source, said, row, elsewhere=source.clip_id in restricted, by=by))

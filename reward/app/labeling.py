@@ -71,7 +71,8 @@ def make_demonstrations(store: Store, db: Connection, project_id: str, by: Actor
 
 
 def _deal(store: Store, db: Connection, project_id: str, kind: str, *, size: int, least: int, wanted: int) -> int:
-    asked = {each for clips in db.execute(select(task.c.clips).where(task.c.project_id == project_id, task.c.kind == kind)).scalars() for each in clips}
+    held = select(task.c.clips).where(task.c.project_id == project_id, task.c.kind == kind, task.c.state != "closed")
+    asked = {each for clips in db.execute(held).scalars() for each in clips}
     free: dict[str, list[str]] = defaultdict(list)
     for row in db.execute(select(clip.c.id, clip.c.prompt_id).where(clip.c.project_id == project_id, clip.c.made_of.is_(None), servable()).order_by(clip.c.id)):
         if row.id not in asked:
@@ -124,6 +125,15 @@ def resume(store: Store, db: Connection, project_id: str, clips: Set[str] | None
     return resumed
 
 
+def close_with(store: Store, db: Connection, clip_id: str) -> None:
+    """Closes the tasks that have a clip which is gone for good; their other clips come into new ones."""
+    about = select(task.c.id, task.c.clips).join(clip, (clip.c.project_id == task.c.project_id) & (clip.c.prompt_id == task.c.prompt_id))
+    for row in db.execute(about.where(clip.c.id == clip_id, task.c.state != "closed")).all():
+        if clip_id in row.clips:
+            db.execute(update(task).where(task.c.id == row.id).values(state="closed"))
+            store.log(db, "system", "task closed", row.id)
+
+
 def set_priorities(store: Store, db: Connection, project_id: str, best_first: Sequence[str], by: Actor) -> int:
     """Puts ranking tasks into the order of `reward/selection.py: best_first`: ids, the most worthwhile first. The others come behind them. Returns how many are now in order."""
     db.execute(update(task).where(task.c.project_id == project_id, task.c.kind == "rank").values(priority=0.0))
@@ -156,6 +166,11 @@ def events_of(store: Store, project_id: str) -> Iterator[RankingEvent]:
             for row in found:
                 if all(each in digests for each in row.clips):
                     yield from _events(row, tuple(digests[each] for each in row.clips), names)
+
+
+def answer_of(event: RankingEvent) -> str:
+    """Which answer a row of `events_of` is a part of: an answer has one for each question."""
+    return event.event_id.removesuffix(f".{event.dimension}")
 
 
 def _events(row: Row[Any], digests: tuple[str, ...], names: Sequence[str]) -> Iterator[RankingEvent]:

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, and_, case, delete, func, insert, select, upd
 from base_model.errors import UserError
 from reward.app import people, security
 from reward.app.access import CHILD_SAFETY, LEAD, ROLES
+from reward.app.auditing import UNDRAWN
 from reward.app.log import canonical
 from reward.app.schema import answer, assignment, clip, invitation, item, membership, person, person_private, project, reading, review, session, task, withdrawal
 from reward.app.security import IDLE_MS, SESSION_MS, Actor, Denied, sha256
@@ -18,8 +19,6 @@ from reward.app.settings import ProjectSettings
 from reward.app.store import Store, new_id
 
 EVERYWHERE = "*"
-UNDRAWN = "undrawn"
-"""The queue of what an audit could have drawn and did not: nobody waits for it."""
 HOUR = 3_600_000
 HOURS = 48  # that throughput is drawn of
 
@@ -416,14 +415,15 @@ def progress_of(store: Store, project_id: str) -> Progress:
 
 
 def _task_counts(db: Connection, project_id: str) -> Sequence[Any]:
-    open_ = task.c.state != "closed"
+    """What is left is left of tasks that people are given: not of those that wait for a clip, nor of those that are closed, from which no more is wanted than was answered."""
+    given = task.c.state.in_(("open", "full"))
     return db.execute(
         select(
             task.c.kind,
             func.count().label("tasks"),
-            func.sum(task.c.wanted).label("wanted"),
+            func.sum(case((task.c.state == "closed", task.c.answered), else_=task.c.wanted)).label("wanted"),
             func.sum(task.c.answered).label("answered"),
-            func.sum(case((and_(open_, task.c.wanted > task.c.answered), task.c.wanted - task.c.answered), else_=0)).label("left"),
+            func.sum(case((and_(given, task.c.wanted > task.c.answered), task.c.wanted - task.c.answered), else_=0)).label("left"),
         )
         .where(task.c.project_id == project_id)
         .group_by(task.c.kind)
@@ -444,12 +444,14 @@ def _queue_counts(db: Connection, project_id: str) -> Sequence[Any]:
 
 
 def _by_hour(db: Connection, said: Any, about: Any, on: Any, kind: Any, project_id: str, first: int) -> dict[str, dict[int, int]]:
-    """Kind -> beginning of an hour -> how many."""
+    """Kind -> beginning of an hour -> how many. Skips and repeats are no answers: they bring no task nearer to its end."""
     hour = (said.c.at - said.c.at % HOUR).label("hour")
     kept = ~select(withdrawal.c.ref).where(withdrawal.c.ref == said.c.id).exists()
     asked = select(kind, hour, func.count()).select_from(said.join(about, on)).where(said.c.project_id == project_id, said.c.at >= first, kept).group_by(kind, hour)
     if about is item:
         asked = asked.join(clip, clip.c.id == item.c.clip).where(clip.c.state != "restricted")
+    else:
+        asked = asked.join(assignment, assignment.c.id == answer.c.assignment_id).where(assignment.c.state == "answered", assignment.c.repeat == 0)
     found: dict[str, dict[int, int]] = {}
     for name, when, number in db.execute(asked):
         found.setdefault(name, {})[int(when)] = number

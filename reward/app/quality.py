@@ -6,12 +6,11 @@ and a 95 % interval; what stands on too little is "not measurable yet".
 
 from __future__ import annotations
 
-import importlib
 import math
 import tempfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import BaseModel
 from sqlalchemy import select
 
+from reward.app import auditing, labeling
+from reward.app.labeling import answer_of
 from reward.app.reports import gently
 from reward.app.schema import clip, item
 from reward.app.store import Store
@@ -75,8 +76,7 @@ def share_of(hits: float, trials: int, tasks: int, *, what: str, least: int = LE
 
 def events_of(store: Store, project_id: str) -> Iterator[RankingEvent]:
     """The answers that stand, oldest first."""
-    found: Iterator[RankingEvent] = importlib.import_module("reward.app.labeling").events_of(store, project_id)
-    return found
+    return labeling.events_of(store, project_id)
 
 
 class Dimension(BaseModel):
@@ -123,11 +123,12 @@ class People(BaseModel):
 def people_of(store: Store, project_id: str) -> People:
     """Agreement and habits. Skipped tasks and answers that were taken back do not count; gold and practice do not count for agreement."""
     of = 0
-    recent: deque[RankingEvent] = deque(maxlen=MOST_ANSWERS)
-    for event in gently(events_of(store, project_id)):
-        recent.append(event)
+    recent: deque[list[RankingEvent]] = deque(maxlen=MOST_ANSWERS)
+    for _, rows in groupby(gently(events_of(store, project_id)), answer_of):
+        recent.append(list(rows))
         of += 1
-    return People(answers=len(recent), of=of, dimensions=agreement_of(recent), people=persons_of(recent, lengths_of(store, project_id, recent)))
+    events = [event for rows in recent for event in rows]
+    return People(answers=len(recent), of=of, dimensions=agreement_of(events), people=persons_of(events, lengths_of(store, project_id, events)))
 
 
 def lengths_of(store: Store, project_id: str, events: Iterable[RankingEvent]) -> dict[str, float]:
@@ -178,7 +179,7 @@ def persons_of(events: Iterable[RankingEvent], lengths: Mapping[str, float]) -> 
 
 
 def _person(name: str, events: Sequence[RankingEvent], lengths: Mapping[str, float], others: tuple[float, int, int]) -> Person:
-    once = list({(event.task_id, event.created_at): event for event in events}.values())  # whatever the number of questions
+    once = list({answer_of(event): event for event in events}.values())  # whatever the number of questions
     gold = [event.gold_ok for event in once if event.is_gold and event.gold_ok is not None]
     first, chance, ranked = _first_places(events)
     times = [event.lead_time_ms / 1000 for event in once if event.lead_time_ms is not None and event.skipped_reason is None]
@@ -225,7 +226,7 @@ def _first_places(events: Sequence[RankingEvent]) -> tuple[list[bool], list[floa
             continue
         hits.append(event.shown_order[event.ranks.index(min(ranks))] == 0)
         chance.append(1 / len(event.shown_order))
-        answers.add((event.task_id, event.created_at))
+        answers.add(answer_of(event))
     return hits, chance, len(answers)
 
 
@@ -258,7 +259,7 @@ def audit_of(store: Store, project_id: str) -> Audit | None:
         if db.execute(select(item.c.id).where(item.c.project_id == project_id, item.c.wave.is_not(None)).limit(1)).first() is None:
             return None
     with tempfile.TemporaryDirectory(prefix="rushes-audit-") as folder:
-        importlib.import_module("reward.app.auditing").audit_folder(store, project_id, Path(folder))
+        auditing.audit_folder(store, project_id, Path(folder))
         return load_audit(Path(folder))
 
 
@@ -301,6 +302,7 @@ class Filters(BaseModel):
 
 
 NOTHING = Filters(clips=0, drawn=0, read=0, unconfirmed=0, rows=[], drift=[], agreement={})
+UNKNOWN_KINDS = Measured(n=0, note="of no prompt is it known that it is benign")
 RATES = ("precision", "recall", "severity-weighted recall", "leak rate", "over-block rate")
 
 
@@ -350,7 +352,8 @@ def _filter_row(audit: Audit, version: str, code: str) -> FilterRow:
         graded = review_of(audit, version, classes=lambda readings: severity(readings, policy), num_classes=5)
         benign = review_of(audit, version, kind=BENIGN)
         rates["severity-weighted recall"] = _told(recall(graded, weights=range(5)), both)
-        rates["over-block rate"] = _told(over_block_rate(benign), sum(group.reviewed for group in (*benign.blocked, *benign.passed)))
+        known = any(group.size for group in (*benign.blocked, *benign.passed))
+        rates["over-block rate"] = _told(over_block_rate(benign), sum(group.reviewed for group in (*benign.blocked, *benign.passed))) if known else UNKNOWN_KINDS
     return FilterRow(
         filter=version,
         policy=code,

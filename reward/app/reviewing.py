@@ -37,6 +37,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, exi
 from base_model.errors import UserError
 from reward.app import exposure, labeling, log
 from reward.app.access import CHILD_SAFETY, REVIEWER, SENIOR
+from reward.app.attention import is_paused
 from reward.app.exposure import HARD, MINUTE, Rest
 from reward.app.schema import clip, event, item, membership, person, private_text, reading, reveal, review, withdrawal
 from reward.app.security import Actor, Denied, sha256
@@ -52,16 +53,8 @@ QUEUES = (*ORDINARY, "second", *SENIORS)
 VERDICTS = ("allow", "review", "error", "block")
 LEVELS = {"edges": ("edges.jpg",), "sheet": ("sheet.jpg",), "light": ("light.jpg",), "sharp": ("clip.mp4",)}
 """What each level of revealing lets through; `blur.jpg` needs none."""
-SKIPS = {
-    "stop": "I need to stop",
-    "file": "the clip cannot be shown",
-    "near": "I know somebody in this, or made it",
-    "language": "I do not understand the prompt's language",
-    "other": "another reason",
-}
 Said = Literal["violating", "not_violating", "borderline", "cannot_tell"]
 Level = Literal["edges", "sheet", "light", "sharp"]
-Skip = Literal["stop", "file", "near", "language", "other"]
 Queue = Literal["blocked", "random", "stratified", "review", "disagreement", "errors", "flagged", "appeals", "escalation"]
 NOTHING = "there is nothing here"
 RESTRICTION = ("clip restricted", "restriction ended")
@@ -391,9 +384,11 @@ def next_reading(store: Store, actor: Actor, project_id: str, queue: str) -> str
     """The id of a reading: the one somebody has open in the project, else of the next item of a queue, now theirs for a while. A Rest where a break is due, None where
     nothing is left.
 
-    The second reader of a clip is never the first, nor who imported its run; an appeal goes to neither of two.
+    The second reader of a clip is never the first, nor who imported its run; an appeal goes to neither of two. Raises Denied, 403, while paused.
     """
     with store.writing() as db:
+        if is_paused(db, actor.person_id):
+            raise Denied(403, "you are paused. Ask whoever runs your project")
         settings = settings_of(db, project_id).reviewing
         expire(store, db, project_id)
         settle(store, db, project_id)
@@ -489,14 +484,14 @@ def _late(store: Store, project_id: str) -> Select[Any]:
     return select(reading.c.id).where(reading.c.state == "open", reading.c.lease_until <= store.now(), reading.c.project_id == project_id)
 
 
-def skip(store: Store, actor: Actor, reading_id: str, reason: Skip) -> str:
-    """Gives a reading back, for whatever reason: it is counted nowhere. Returns the project's id."""
+def skip(store: Store, actor: Actor, reading_id: str) -> str:
+    """Gives a reading back, and nobody asks why; the log says no more than that it was given back. Returns the project's id."""
     with store.writing() as db:
         row = own_reading(db, actor, reading_id)
         if row.state == "open":
             give_up(db, reading_id, "skipped")
             forget_draft(db, reading_id)
-            store.log(db, actor.pseudonym, "reading given back", reading_id, {"reason": reason})
+            store.log(db, actor.pseudonym, "reading given back", reading_id)
     return str(row.project_id)
 
 
@@ -699,23 +694,14 @@ def undo(store: Store, actor: Actor, review_id: str) -> str:
 # What follows
 
 
-def catch_up(store: Store, project_id: str) -> None:
-    """Lets take effect what time has brought: readings that ran out, decisions that can no longer be undone. Nobody has to take a clip for it. Writes only where there is any."""
-    now = store.now()
+def catch_up(store: Store, project_id: str) -> int:
+    """Lets take effect what time has brought: readings that ran out, decisions that can no longer be undone; returns how many. Nobody has to take a clip for it. Writes only where
+    there is any."""
     with store.reading() as db:
-        until = now - 1_000 * settings_of(db, project_id).reviewing.undo_seconds
-        late = select(reading.c.id).where(reading.c.state == "open", reading.c.lease_until <= now, reading.c.project_id == project_id)
-        due = (
-            select(review.c.id)
-            .join(item, item.c.id == review.c.item_id)
-            .join(reading, reading.c.id == review.c.reading_id)
-            .where(item.c.project_id == project_id, item.c.state == "full", reading.c.state == "decided", review.c.at <= until, review.c.id.not_in(select(withdrawal.c.ref)))
-        )
-        waits = db.execute(late.limit(1)).first() or db.execute(due.limit(1)).first()
-    if waits:
-        with store.writing() as db:
-            expire(store, db, project_id)
-            settle(store, db, project_id)
+        if not any(db.execute(each.limit(1)).first() for each in (_late(store, project_id), _due(store, db, project_id))):
+            return 0
+    with store.writing() as db:
+        return expire(store, db, project_id) + settle(store, db, project_id)
 
 
 def settle(store: Store, db: Connection, project_id: str) -> int:
@@ -749,11 +735,6 @@ def _due(store: Store, db: Connection, project_id: str) -> Select[Any]:
         )
         .order_by(review.c.at, review.c.id)
     )
-
-
-def anything_due(store: Store, db: Connection, project_id: str) -> bool:
-    """Whether `expire` or `settle` would do anything."""
-    return any(db.execute(each.limit(1)).first() is not None for each in (_late(store, project_id), _due(store, db, project_id)))
 
 
 def _take_effect(store: Store, db: Connection, row: Row[Any]) -> None:
@@ -813,9 +794,10 @@ def _differs(db: Connection, row: Row[Any]) -> bool:
 def _judge_restricted(store: Store, db: Connection, row: Row[Any]) -> None:
     """What the child-safety role says: harmless, or violating something else, ends the restriction; anything else keeps it."""
     if row.said == "not_violating" or (row.said == "violating" and not restricting(row.body["policies"])):
-        state = "live" if row.said == "not_violating" else "withdrawn"
-        db.execute(update(clip).where(clip.c.id == row.clip).values(state=state))
-        store.log(db, "system", "restriction ended", row.clip, {"review": row.id, "state": state})
+        db.execute(update(clip).where(clip.c.id == row.clip).values(state="live"))
+        store.log(db, "system", RESTRICTION[1], row.clip, {"review": row.id, "said": row.said})
+        if row.said == "violating":
+            withdraw(store, db, row.clip, row.id, by="system")
     same = and_(item.c.clip == row.clip, item.c.queue.in_(("escalation", "flagged")), item.c.state == "open")
     db.execute(update(item).where(same).values(state="closed"))
 

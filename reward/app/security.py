@@ -119,20 +119,27 @@ def check_password(text: str) -> str:
 def login(store: Store, name: str, password: str, client: str) -> tuple[str, Actor]:
     """A new session: the cookie's value and who it is. Raises Denied, with the same words for an unknown login, a wrong password and a disabled person."""
     with store.reading() as db:
-        row = db.execute(select(person_private, person.c.state, person.c.pseudonym).join(person).where(person_private.c.login == name.strip().casefold())).first()
+        row = db.execute(select(person_private, person.c.pseudonym).join(person).where(person_private.c.login == name.strip().casefold())).first()
     valid, renewed = hasher().verify_and_update(password[:LONGEST_PASSWORD], row.password_hash if row else _nobodys_hash())
-    if row is None or not valid or row.state not in ("active", "paused"):
-        with store.writing() as db:
-            store.log(db, row.pseudonym if row else "system", "login refused", row.pseudonym if row else "unknown login")
-        raise Denied(401, "login or password are wrong")
+    cookie = None
     with store.writing() as db:
-        if renewed:
-            db.execute(update(person_private).where(person_private.c.person_id == row.person_id).values(password_hash=renewed))
-        cookie = begin_session(store, db, row.person_id, client)
-        store.log(db, row.pseudonym, "login", row.pseudonym)
-    actor = actor_of_session(store, cookie)
-    assert actor is not None
+        if row is not None and valid and _may_still_log_in(db, row.person_id, row.password_hash):
+            if renewed:
+                db.execute(update(person_private).where(person_private.c.person_id == row.person_id).values(password_hash=renewed))
+            cookie = begin_session(store, db, row.person_id, client)
+            store.log(db, row.pseudonym, "login", row.pseudonym)
+        else:
+            store.log(db, row.pseudonym if row else "system", "login refused", row.pseudonym if row else "unknown login")
+    actor = actor_of_session(store, cookie) if cookie else None
+    if cookie is None or actor is None:
+        raise Denied(401, "login or password are wrong")
     return cookie, actor
+
+
+def _may_still_log_in(db: Connection, person_id: str, verified: str) -> bool:
+    """Whether a person is there, and the hash that was verified is still the password's: to verify takes so long that either may have changed."""
+    same = (person_private.c.person_id == person_id, person_private.c.password_hash == verified, person.c.state.in_(("active", "paused")))
+    return db.execute(select(person.c.id).join(person_private).where(*same)).first() is not None
 
 
 # Sessions
@@ -222,8 +229,16 @@ def check_origin(method: str, headers: Mapping[str, str], host: str) -> None:
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if site is not None and site not in ("same-origin", "none"):
         raise Denied(403, "the request comes from another site")
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and _host_of(origin) != host:
         raise Denied(403, "the request comes from another site")
+
+
+def _host_of(origin: str) -> str | None:
+    """None where it is no address."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def check_csrf(actor: Actor, token: str) -> None:

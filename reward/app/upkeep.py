@@ -36,13 +36,7 @@ def come_up_to_date(store: Store) -> int:
     if late:
         with store.writing() as db:
             done += choosing.free_expired(store, db)
-    for project_id in projects_of(store):
-        with store.reading() as db:
-            due = reviewing.anything_due(store, db, project_id)
-        if due:
-            with store.writing() as db:
-                done += reviewing.expire(store, db, project_id) + reviewing.settle(store, db, project_id)
-    return done
+    return done + sum(reviewing.catch_up(store, project_id) for project_id in projects_of(store))
 
 
 def retire_all(store: Store) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -118,11 +118,20 @@ def _shown(value: Any) -> Any:
 
 
 def visible(text: str) -> str:
-    """Text with what cannot be seen made visible: control characters, and marks that turn the direction of writing or take no room."""
-    return "".join(f"‹U+{ord(c):04X}›" if (ord(c) < 32 and c not in "\n\t") or 0x7F <= ord(c) < 0xA0 or c in HIDDEN else c for c in text)
+    """Text with what cannot be seen made visible: controls, and marks that turn the direction of writing, take no room or show nothing."""
+    return "".join(f"‹U+{ord(c):04X}›" if c in HIDDEN else c for c in text)
 
 
-HIDDEN = frozenset(map(chr, [0x61C, 0x115F, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), *range(0xE0000, 0xE0080)]))
+def _hidden() -> Iterator[str]:
+    """Unicode's Default_Ignorable_Code_Point and categories Cf, Zl, Zp and Cc, without tab and line feed; `static/rank.js` asks the browser for the same."""
+    one_by_one = "00AD 034F 061C 06DD 070F 08E2 3164 FEFF FFA0 110BD 110CD"
+    ranges = "0000-0008 000B-001F 007F-009F 0600-0605 0890-0891 115F-1160 17B4-17B5 180B-180F 200B-200F 2028-202E 2060-206F FE00-FE0F FFF0-FFFB 13430-1343F 1BCA0-1BCA3 1D173-1D17A"
+    for part in f"{one_by_one} {ranges} E0000-E0FFF".split():
+        first, _, last = part.partition("-")
+        yield from map(chr, range(int(first, 16), int(last or first, 16) + 1))
+
+
+HIDDEN = frozenset(_hidden())
 
 
 def when(ms: int | None) -> str:
@@ -173,8 +182,8 @@ def make_app(store: Store, settings: AppSettings | None = None) -> FastAPI:
         app.add_exception_handler(error, _error)
     app.add_exception_handler(Exception, _bug)
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=BODY_BYTES)
-    app.add_middleware(Guarded)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False)
+    app.add_middleware(Guarded)  # around all others, whose answers carry the headers, too
     return app
 
 
@@ -246,4 +255,4 @@ def _told(error: Exception) -> tuple[int, str, Mapping[str, str] | None]:
 
 
 def _bug(request: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": "this is a bug in rushes; the server's log says more"}, 500)
+    return JSONResponse({"detail": "this is a bug in rushes; the server's log says more"}, 500, headers=HEADERS)  # no middleware sees this answer

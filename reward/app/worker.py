@@ -162,11 +162,9 @@ def render(content: bytes) -> dict[str, bytes]:
 
 def keep(store: Store, clip_id: str, files: dict[str, bytes]) -> None:
     """Writes what was rendered to where `media.path_of` finds it, the clip itself last: where that lies everything does. Raises ValueError where a variant is missing."""
-    from base_model.video.files import write_atomic
+    from base_model.checkpoint import atomic_write
 
     if set(files) != set(VARIANTS):
         raise ValueError(f"of a clip there are {', '.join(VARIANTS)}, not {', '.join(sorted(files)) or 'nothing'}")
     for name in sorted(files, key=lambda name: name == CLIP):
-        path = path_of(store, clip_id, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, files[name])
+        atomic_write(path_of(store, clip_id, name), files[name])

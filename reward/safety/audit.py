@@ -72,18 +72,20 @@ class Candidate(_Record):
 
 
 def candidate_of(clip_id: str, decision: Mapping[str, Any], *, kind: str = "") -> Candidate | None:
-    """A clip by what is stored of its decision (`contract.to_json`). None where the filters did not decide: people see what is under review or in error anyway."""
+    """A clip by what is stored of its decision (`contract.to_json`). None where the filters did not decide: people see what is under review or in error anyway.
+    None, too, for a block that no ruling gives a policy for: nothing could be said of a filter by it."""
     rulings = decision.get("rulings", [])
-    if decision.get("verdict") not in ("allow", "block") or not rulings:
+    policies = tuple(sorted({each["policy"] for each in rulings if each["verdict"] == "block"}))
+    blocked = decision.get("verdict") == "block"
+    if decision.get("verdict") not in ("allow", "block") or not rulings or blocked != bool(policies):
         return None
-    blocked = decision["verdict"] == "block"
     return Candidate(
         clip_id=clip_id,
         pool="blocked" if blocked else "passed",
         score=max((each["score"] for each in rulings if each["score"] is not None), default=float(blocked)),
         filter_version=", ".join(sorted({each["filter"] for each in rulings})),
         policy_version=rulings[0]["policy_version"],
-        policies=tuple(sorted({each["policy"] for each in rulings if each["verdict"] == "block"})),
+        policies=policies,
         kind=kind,
     )
 

@@ -28,28 +28,29 @@ from recipes.listening import address
 from recipes.rankings import ruling_of
 from recipes.shapes.prompts import make_prompts
 from recipes.shapes.render import DEMO_CLIP, render, sample_scene
-from reward.app import exporting
+from reward.app import exporting, labeling, leading
 from reward.app.people import first_invitation
-from reward.app.schema import clip, project, prompt, task
+from reward.app.schema import clip, prompt, task
 from reward.app.store import Store, new_id
 from reward.comparisons import Clip, load_comparisons
+from tests.reward.app.test_labeling import answer_all, as_labeler
 
 RULING = {"verdict": "allow", "policy": "P17", "score": 0.01, "reasons": [], "filter": "flash 3", "threshold": 0.5, "policy_version": "2"}
-TAKES = 2
+PROMPTS, TAKES = 6, 2
 PASSWORD = "correct horse battery"
 TOY = Path(demo.__file__).parent / "configs" / "tiny" / "toy.yaml"
 
 
 @pytest.fixture(scope="module")
 def takes(tmp_path_factory: pytest.TempPathFactory) -> ClipStore:
-    """Three prompts with two takes each, which the filters allow."""
+    """Six prompts with two takes each, which the filters allow."""
     import numpy as np
 
     rng = np.random.default_rng(0)
     allowed = {"verdict": "allow", "rulings": [RULING]}
     new = [
         NewClip(render(sample_scene(each, rng, clip=DEMO_CLIP), DEMO_CLIP), each.text, each.prompt_id, seed, {"steps": 1}, "test", 12.0, safety=allowed)
-        for each in make_prompts(3, seed=5, split="train")
+        for each in make_prompts(PROMPTS, seed=5, split="train")
         for seed in range(TAKES)
     ]
     store = ClipStore(tmp_path_factory.mktemp("run") / "candidates")
@@ -68,11 +69,6 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Stand-ins for the rooms of the app: clips come in with their rows, a task each prompt, and people rank one task whenever somebody looks."""
     said: list[dict[str, Any]] = []
     ready: list[dict[str, Any]] = []
-
-    def make_project(store: Store, name: str, by: str) -> str:
-        with store.writing() as db:
-            db.execute(insert(project), {"id": (made := new_id("j")), "name": name, "state": "open", "settings": {}, "created_at": 0})
-        return made
 
     def import_run(store: Store, project_id: str, folder: Path, run: str, by: str) -> dict[str, Any]:
         rows = ClipStore(folder).rows()
@@ -93,11 +89,10 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         if db.execute(task.select()).first():
             return 0
         for number, (prompt_id, group) in enumerate(sorted(groups.items())):
-            about = {"id": f"t{number}", "project_id": project_id, "prompt_id": prompt_id, "clips": [row.id for row in group], "kind": "rank", "wanted": 2, "taken": 0}
+            about = {"id": f"t{number}", "project_id": project_id, "prompt_id": prompt_id, "clips": [row.id for row in group], "kind": "rank", "wanted": 1, "taken": 0}
             db.execute(insert(task), {**about, "answered": 0, "priority": 0.0, "shuffle": 0.5, "state": "open", "created_at": 0})
-            ids = [row.clip_id for row in group]
-            for who in ("person-a", "person-b"):
-                ready.append({"event_id": f"{number}-{who}", "task_id": f"t{number}", "prompt_id": prompt_id, "annotator_id": who, "clip_ids": ids, "ranks": [1, 2]})
+            ids, who = [row.clip_id for row in group], ("person-a", "person-b")[number % 2]
+            ready.append({"event_id": f"{number}-{who}", "task_id": f"t{number}", "prompt_id": prompt_id, "annotator_id": who, "clip_ids": ids, "ranks": [1, 2]})
         ready.insert(0, {**ready[0], "event_id": "skipped", "ranks": [None, None], "skipped_reason": "undecidable"})
         ready.reverse()
         return len(groups)
@@ -107,7 +102,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             said.append(ready.pop())
         return iter([*said])
 
-    made = {"leading": SimpleNamespace(make_project=make_project), "importing": SimpleNamespace(import_run=import_run), "labeling": SimpleNamespace(make_tasks=make_tasks)}
+    made = {"leading": leading, "importing": SimpleNamespace(import_run=import_run), "labeling": SimpleNamespace(make_tasks=make_tasks)}
     monkeypatch.setattr(app, "room", made.__getitem__)
     monkeypatch.setattr(exporting, "labeling", lambda: SimpleNamespace(events_of=events_of))
     return said
@@ -124,7 +119,7 @@ def test_the_app_opens_on_the_takes_and_what_people_ranked_is_left_for_the_rewar
     assert {event.event_id for event in data.events} <= {row["event_id"] for row in rooms} and not (tmp_path / "rankings" / "half").exists()
     assert {name for name in data.split.values()} == {"train"}, "a few rankings are all learned from"
     said = capsys.readouterr().err
-    assert re.search(r"people rank 6 clips in the app: http://127\.0\.0\.1:\d+/join/[\w-]{32}\n", said)
+    assert re.search(r"people rank 12 clips in the app: http://127\.0\.0\.1:\d+/join/[\w-]{32}\n", said)
     assert "2 of 4 rankings\n" in said and "4 of 4 rankings: thank you" in said
 
 
@@ -149,9 +144,29 @@ def test_more_rankings_than_there_are_tasks_for_are_refused_at_once(takes: ClipS
         have_people_rank(tmp_path / "app", takes.folder, tmp_path / "rankings", 7, name="demo", port=0)
 
 
+def test_one_person_alone_is_given_as_many_tasks_as_rankings_are_waited_for(
+    takes: ClipStore, rooms: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the app's own tasks and leases."""
+    asked = app.room
+    monkeypatch.setattr(app, "room", lambda name: labeling if name == "labeling" else asked(name))
+
+    def rank_all(_count: Any, wanted: int) -> None:
+        with app.opened(app.Config(out=tmp_path / "app")) as store:
+            project_id, ann = app.project_called(store, "demo"), as_labeler(store, "ann", app.project_called(store, "demo"))
+            assert len(answer_all(store, ann, project_id, lambda row: (1, 2))) >= wanted
+        raise Interrupted("enough was seen", 15)
+
+    monkeypatch.setattr(app, "wait_for", rank_all)
+    with pytest.raises(Interrupted):
+        have_people_rank(tmp_path / "app", takes.folder, tmp_path / "rankings", PROMPTS, name="demo", port=0)
+    with pytest.raises(UserError, match=r"7 rankings are more than the 6 tasks"):
+        have_people_rank(tmp_path / "app", takes.folder, tmp_path / "rankings", PROMPTS + 1, name="demo", port=0)
+
+
 def test_the_demo_learns_from_peoples_rankings_and_its_report_says_so(takes: ClipStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = demo.Config(out=tmp_path, human=5, candidate_prompts=3, seed=5)
-    asked = make_prompts(3, seed=5, split="train")
+    cfg = demo.Config(out=tmp_path, human=5, candidate_prompts=PROMPTS, seed=5)
+    asked = make_prompts(PROMPTS, seed=5, split="train")
     monkeypatch.setattr(demo, "candidate_prompts", lambda cfg: asked)
     shutil.copytree(takes.folder, tmp_path / "candidates")
     given: list[Any] = []

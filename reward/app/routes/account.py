@@ -172,7 +172,9 @@ def change_password(body: NewPassword, me: Anybody, store: StoreOf) -> Done:
     if not hasher().verify(body.old.get_secret_value()[: security.LONGEST_PASSWORD], held):
         raise Denied(403, "the old password is wrong")
     with store.writing() as db:
-        db.execute(update(person_private).where(person_private.c.person_id == me.person_id).values(password_hash=new))
+        same = (person_private.c.person_id == me.person_id, person_private.c.password_hash == held)
+        if not db.execute(update(person_private).where(*same).values(password_hash=new)).rowcount:
+            raise Denied(403, "the old password is wrong")  # it was changed while it was verified
         security.shut_out(store, db, me.person_id, but=me.session)
         store.log(db, me.pseudonym, "password changed", me.pseudonym)
     return Done(done="the password is changed; other sessions and all API tokens were ended", go="/account")

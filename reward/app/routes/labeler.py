@@ -47,7 +47,7 @@ CLIPS = select(clip.c.id, clip.c.row, servable().label("available")).where(clip.
 FILE = select(clip.c.clip_id).where(clip.c.id == bindparam("clip"), servable())
 STANDING = (
     select(func.count(), func.sum(case((answer.c.at >= bindparam("midnight"), 1), else_=0)))
-    .select_from(answer)
+    .select_from(answer.join(assignment, (assignment.c.id == answer.c.assignment_id) & (assignment.c.state == "answered")))
     .where(answer.c.person_id == bindparam("person"), answer.c.project_id == bindparam("project"), ~select(withdrawal.c.ref).where(withdrawal.c.ref == answer.c.id).exists())
 )
 
@@ -193,7 +193,7 @@ def _mine(me: Actor, project_id: str) -> Any:
 
 
 def _progress(db: Any, store: Store, me: Actor, project_id: str) -> tuple[int, int]:
-    """Answers of a person that stand: in all, and since midnight UTC."""
+    """Answers of a person that stand: in all, and since midnight UTC. A skip is none."""
     done, today = db.execute(STANDING, {"person": me.person_id, "project": project_id, "midnight": store.now() // DAY * DAY}).one()
     return done, today or 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, Field
 from sqlalchemy import ColumnElement, func, or_, select, union_all
 
-from reward.app import exposure, importing, leading, people, plots
+from reward.app import auditing, exposure, importing, labeling, leading, people, planting, plots
 from reward.app.access import AUDITOR, CHILD_SAFETY, LEAD, MEANING, StoreOf, may
 from reward.app.reports import Report, State, report
 from reward.app.reviewing import RESTRICTION
@@ -273,10 +272,8 @@ def make_tasks(project_id: str, body: NewTasks, me: Lead, store: StoreOf) -> Don
     """Makes tasks of clips that labelers may be shown."""
     place_of(store, project_id, me)
     if body.kind in ("gold", "practice"):
-        planting = importlib.import_module("reward.app.planting")
         made = (planting.make_gold if body.kind == "gold" else planting.make_practice)(store, project_id, body.number, me)
     else:
-        labeling = importlib.import_module("reward.app.labeling")
         with store.writing() as db:
             made = (labeling.make_tasks if body.kind == "rank" else labeling.make_demonstrations)(store, db, project_id, me)
     return Done(done=f"{made} tasks made", go=f"/projects/{project_id}/lead")
@@ -286,7 +283,7 @@ def make_tasks(project_id: str, body: NewTasks, me: Lead, store: StoreOf) -> Don
 def draw_audit(project_id: str, me: Lead, store: StoreOf) -> Done:
     """Draws clips for reviewers at random, among those that were in no audit yet."""
     place_of(store, project_id, me)
-    importlib.import_module("reward.app.auditing").draw(store, project_id, me)
+    auditing.draw(store, project_id, me)
     return Done(done="an audit was drawn", go=f"/projects/{project_id}/lead")
 
 

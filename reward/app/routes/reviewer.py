@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, select
 from reward.app import auditing, exposure, media, reviewing
 from reward.app.access import AUDITOR, LEAD, REVIEWERS, SENIOR, StoreOf, may
 from reward.app.exposure import Rest
-from reward.app.reviewing import SENIORS, SKIPS, Decision, Draft, Level, Personal, Queue, Skip
+from reward.app.reviewing import SENIORS, Decision, Draft, Level, Personal, Queue
 from reward.app.schema import clip, item, person, project, prompt, reveal, review, withdrawal
 from reward.app.security import Actor, Denied
 from reward.app.settings import settings_of
@@ -23,7 +23,6 @@ from reward.safety.policy import load_policy
 
 pages = Pages("review")
 Reviewer = Annotated[Actor, Depends(may(*REVIEWERS))]
-Senior = Annotated[Actor, Depends(may(SENIOR))]
 Overseer = Annotated[Actor, Depends(may(SENIOR, LEAD))]
 Reader = Annotated[Actor, Depends(may(SENIOR, LEAD, AUDITOR))]
 ReviewId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
@@ -140,7 +139,6 @@ class Screen(BaseModel):
     policy_version: str
     about: str
     policies: list[PolicyText]
-    skips: dict[str, str]
     undo_seconds: int
     restricted: bool
     decided: Decided | None
@@ -347,7 +345,6 @@ def reading_screen(reading_id: str, me: Reviewer, store: StoreOf) -> Screen:
         policy_version=reviewing.policy_version(),
         about=reviewing.guidance()["about"],
         policies=policy_texts(),
-        skips=SKIPS,
         undo_seconds=settings.undo_seconds,
         restricted=row.clip_state == "restricted",
         decided=decided,
@@ -449,14 +446,10 @@ def reading_undo(body: Undone, me: Reviewer, store: StoreOf) -> Done:
     return Done(done="undone", go=f"/reading/{reading_id}")
 
 
-class Skipped(BaseModel):
-    reason: Skip
-
-
 @pages.action("/reading/{reading_id}/skip")
-def reading_skip(reading_id: str, body: Skipped, me: Reviewer, store: StoreOf) -> Done:
-    """Gives the item back; counted nowhere."""
-    project_id = reviewing.skip(store, me, reading_id, body.reason)
+def reading_skip(reading_id: str, me: Reviewer, store: StoreOf) -> Done:
+    """Gives the item back, and nobody asks why."""
+    project_id = reviewing.skip(store, me, reading_id)
     return Done(done="given back", go=f"/review/{project_id}")
 
 

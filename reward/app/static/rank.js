@@ -136,8 +136,8 @@ function pose() {
   $("board").hidden = examples();
 }
 
-// What cannot be seen is shown, as on the server's pages.
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u115f\u180e\ufeff\u200b-\u200f\u202a-\u202e\u2060-\u206f]|[\u{e0000}-\u{e007f}]/gu;
+// What cannot be seen is shown, as on the server's pages (`visible` in web.py).
+const HIDDEN = /(?![\t\n])[\p{Default_Ignorable_Code_Point}\p{Cf}\p{Zl}\p{Zp}\p{Cc}]/gu;
 const visible = (text) => text.replace(HIDDEN, (c) => `‹U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}›`);
 
 function drawMore() {
@@ -243,7 +243,6 @@ function change(act) {
   act();
   if (JSON.stringify(now.said) === before) return;
   now.history.push(before);
-  now.sent = null;
   confirmed = "";
   wrong("");
   pose();
@@ -475,8 +474,9 @@ async function send(where, body) {
   $("submit").disabled = true;
   clearTimeout(now.saving);
   try {
-    now.sent ??= [where, body]; // what is sent again after a broken connection is the same
-    const told = await ask(`/api/assignments/${now.view.assignment_id}/${now.sent[0]}`, now.sent[1]);
+    const said = JSON.stringify([where, { ...body, watched: 0, watch_ms: 0, lead_time_ms: 0 }]);
+    if (now.sent?.said !== said) now.sent = { said, body }; // what is sent again after a broken connection is the same, while the same is said
+    const told = await ask(`/api/assignments/${now.view.assignment_id}/${where}`, now.sent.body);
     sessionStorage.setItem(key("answer"), JSON.stringify({ id: told.answer_id, left: draftOf(now) }));
     now.player.pause();
     if (told.feedback) await explain(told.feedback);

@@ -241,8 +241,7 @@ function judge(data) {
 
   // Ways out
   const leave = (path, body) => { hide(); go(`/api/reading/${data.reading}/${path}`, body, $("decision-error")); };
-  $("stop").addEventListener("click", () => leave("skip", { reason: "stop" }));
-  $("skip").addEventListener("change", () => { if ($("skip").value) leave("skip", { reason: $("skip").value }); });
+  $("skip").addEventListener("click", () => leave("skip", {}));
   $("suspect")?.addEventListener("click", () => leave("suspect", {}));
 
   // Keys

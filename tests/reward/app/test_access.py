@@ -211,7 +211,6 @@ BODIES: dict[str, dict[str, object]] = {
     "/api/assignments/{assignment_id}/skip": {"id": "", "reason": "undecidable"},
     "/api/reading/{reading_id}/reveal": {"level": "sheet"},
     "/api/reading/{reading_id}/decide": {"id": "", **DECISION},
-    "/api/reading/{reading_id}/skip": {"reason": "other"},
     "/api/reading/{reading_id}/suspect": {"id": "", **DECISION},
     "/api/review/{project_id}/next": {"queue": "review"},
     "/api/review/{project_id}/appeal": {"review_id": "v_none", "why": "wrong"},

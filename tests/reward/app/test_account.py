@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from sqlalchemy import select, update
 
 from reward.app import people, security
+from reward.app.schema import person, person_private, session
 from reward.app.store import Store
 from tests.reward.app.conftest import PASSWORD, Client, add_member, add_project
 
@@ -44,6 +48,62 @@ def test_a_session_ends_at_logout_with_a_new_password_and_with_time(store: Store
     cookie = first.cookies["rushes"]
     assert first.post("/api/logout").status_code == 200
     assert security.actor_of_session(store, cookie) is None
+
+
+class Slow:
+    """Verifies passwords; meanwhile something happens."""
+
+    def __init__(self, meanwhile: Callable[[], None]) -> None:
+        self.inner, self.meanwhile = security.hasher(), meanwhile
+        self.hash = self.inner.hash
+
+    def verify(self, password: str, hashed: str) -> bool:
+        told = self.inner.verify(password, hashed)
+        self.meanwhile()
+        return told
+
+    def verify_and_update(self, password: str, hashed: str) -> tuple[bool, str | None]:
+        told = self.verify(password, hashed)
+        return told, self.hash(password)
+
+
+@pytest.mark.parametrize("change", ["password", "state"])
+def test_what_changes_while_a_password_is_verified_holds_for_the_login(each_store: Store, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    person_id, new = add_member(each_store, "ada", "labeler"), security.hasher().hash("another long password")
+
+    def meanwhile() -> None:
+        with each_store.writing() as db:
+            if change == "password":
+                db.execute(update(person_private).where(person_private.c.person_id == person_id).values(password_hash=new))
+                security.shut_out(each_store, db, person_id)
+            else:
+                db.execute(update(person).where(person.c.id == person_id).values(state="deleted"))
+
+    slow = Slow(meanwhile)
+    monkeypatch.setattr(security, "hasher", lambda: slow)
+    answer = Client(each_store).post("/api/login", json={"login": "ada", "password": PASSWORD})
+    assert (answer.status_code, answer.json()) == (401, {"detail": "login or password are wrong"})
+    with each_store.reading() as db:
+        assert db.execute(select(session.c.id_hash).where(session.c.ended_at.is_(None))).first() is None
+        held = db.execute(select(person_private.c.password_hash).where(person_private.c.person_id == person_id)).scalar_one()
+    assert (held == new) == (change == "password"), "the old password does not come back as a new hash"
+
+
+def test_of_two_changes_of_a_password_at_once_the_first_holds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reward.app.routes import account
+
+    person_id, new = add_member(store, "ada", "labeler"), security.hasher().hash("another long password")
+    client = Client(store, "ada")
+
+    def meanwhile() -> None:
+        with store.writing() as db:
+            db.execute(update(person_private).where(person_private.c.person_id == person_id).values(password_hash=new))
+
+    slow = Slow(meanwhile)
+    monkeypatch.setattr(account, "hasher", lambda: slow)
+    assert client.post("/api/account/password", json={"old": PASSWORD, "new": "a password that was stolen"}).status_code == 403
+    with store.reading() as db:
+        assert db.execute(select(person_private.c.password_hash).where(person_private.c.person_id == person_id)).scalar_one() == new
 
 
 @pytest.mark.parametrize("late", [security.IDLE_MS, security.SESSION_MS])

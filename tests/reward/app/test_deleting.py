@@ -13,7 +13,24 @@ from reward.app import reviewing, security
 from reward.app.backup import backup
 from reward.app.deleting import DAY, delete_clip, delete_person, retain
 from reward.app.media import path_of
-from reward.app.schema import answer, api_token, assignment, clip, item, membership, metadata, person, person_private, private_text, project, reading, session, task, tombstone
+from reward.app.schema import (
+    answer,
+    api_token,
+    assignment,
+    clip,
+    event,
+    item,
+    membership,
+    metadata,
+    person,
+    person_private,
+    private_text,
+    project,
+    reading,
+    session,
+    task,
+    tombstone,
+)
 from reward.app.security import Denied
 from reward.app.store import Store, new_id
 from tests.reward.app.conftest import PASSWORD, Client, add_clips, add_member, add_project
@@ -165,11 +182,11 @@ def test_media_of_withdrawn_clips_are_kept_as_long_as_the_project_says_and_no_lo
     began = store.now()
     clock = [began]
     store.now = lambda: clock[0]
-    for clip_id, day in ((old, 0), (young, 20)):
+    for clip_id, day, kind in ((old, 0, "clip withdrawn"), (young, 20, "restriction ended")):  # older versions wrote the second alone where child safety withdrew a clip
         clock[0] = began + day * DAY
         with store.writing() as db:
             db.execute(update(clip).where(clip.c.id == clip_id).values(state="withdrawn"))
-            store.log(db, "system", "clip withdrawn", clip_id)
+            store.log(db, "system", kind, clip_id)
     clock[0] = began + 30 * DAY - 1
     assert retain(store, project_id) == 0
     clock[0] = began + 31 * DAY
@@ -184,6 +201,29 @@ def test_media_of_withdrawn_clips_are_kept_as_long_as_the_project_says_and_no_lo
     assert retain(store, project_id) == 0, "no number of days means for ever"
 
 
+def test_a_clip_that_child_safety_found_to_violate_something_else_is_kept_from_that_day_on(each_store: Store) -> None:
+    store, project_id = each_store, add_project(each_store, retention_days=30)
+    (clip_id,) = add_clips(store, project_id, ["a"], takes=1)
+    for login, role in (("lab", "labeler"), ("kim", "child_safety")):
+        add_member(store, login, role, project_id=project_id)
+    lab, kim, began = Client(store, "lab").me, Client(store, "kim").me, store.now()
+    store.now = lambda: began + 40 * DAY
+    with store.writing() as db:
+        reviewing.flag(store, db, clip=clip_id, policies=("P04",), source="a_1", by=lab)
+    reading_id = reviewing.next_reading(store, kim, project_id, "flagged")
+    assert isinstance(reading_id, str)
+    said = {"id": new_id("w"), "said": "violating", "policies": ["P01"], "rationale": "seen", "policy_version": reviewing.policy_version()}
+    reviewing.decide(store, kim, reading_id, reviewing.Decision.model_validate(said))
+    store.now = lambda: began + 40 * DAY + 60_000
+    reviewing.catch_up(store, project_id)
+    assert retain(store, project_id) == 0
+    with store.reading() as db:
+        told = db.execute(select(event.c.kind, event.c.subject).order_by(event.c.seq.desc()).limit(2)).all()
+    assert told == [("clip withdrawn", clip_id), ("restriction ended", clip_id)]
+    store.now = lambda: began + 70 * DAY + 60_000
+    assert retain(store, project_id) == 1
+
+
 def test_media_that_a_killed_process_left_behind_are_removed_by_the_next_retention(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     from reward.app import deleting
 
@@ -193,6 +233,22 @@ def test_media_that_a_killed_process_left_behind_are_removed_by_the_next_retenti
     delete_clip(store, project_id, clip_id, "system")
     assert list(store.media.glob("*/*"))
     monkeypatch.undo()
+    retain(store, project_id)
+    assert not list(store.media.glob("*/*"))
+
+
+def test_what_a_killed_import_wrote_by_half_goes_with_the_clip_and_is_in_no_backup(store: Store, tmp_path: Path) -> None:
+    project_id = add_project(store)
+    gone, late = add_clips(store, project_id, ["a"], takes=2)
+    with store.reading() as db:
+        halves = {each.id: path_of(store, each.clip_id).with_name(f".{each.clip_id}.clip.mp4.1234.partial") for each in db.execute(select(clip))}
+    for half in halves.values():
+        half.write_bytes(b"half of a film")
+    assert backup(store, tmp_path / "copy")["media_files"] == 2 and not list((tmp_path / "copy").rglob("*.partial"))
+    delete_clip(store, project_id, gone, "system")
+    assert [half.exists() for half in (halves[gone], halves[late])] == [False, True]
+    delete_clip(store, project_id, late, "system")
+    halves[late].write_bytes(b"half of a film")
     retain(store, project_id)
     assert not list(store.media.glob("*/*"))
 

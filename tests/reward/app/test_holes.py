@@ -18,7 +18,7 @@ from reward.app.answering import Demonstration, Unsafe
 from reward.app.deleting import delete_clip, delete_person, retain
 from reward.app.media import path_of
 from reward.app.reviewing import next_reading
-from reward.app.schema import answer, assignment, clip, item, project, task
+from reward.app.schema import answer, assignment, clip, item, private_text, project, task
 from reward.app.security import Denied
 from reward.app.store import Store, open_store
 from tests.reward.app.browser import opened
@@ -93,6 +93,24 @@ def test_a_run_that_is_called_planted_is_a_run_like_any_other(store: Store, tmp_
     lead = as_labeler(store, "lead")
     with store.writing() as db:
         assert labeling.make_tasks(store, db, project_id, lead) == 1
+
+
+def test_what_people_overturn_in_a_run_that_is_called_planted_is_learned_from(store: Store, tmp_path: Path) -> None:
+    project_id = add_project(store, **NEVER)
+    a_run(tmp_path / "run", [ALLOWED])
+    importing.import_run(store, project_id, tmp_path / "run", "planted", "system", render=render)
+    overturned(store, project_id, "violating", "P05")
+    assert auditing.corrections_folder(store, project_id, tmp_path / "corrections") == {"clips": 1, "readings": 2, "gold": 0}
+
+
+def overturned(store: Store, project_id: str, *said: str) -> None:
+    """Somebody flags the newest clip, and two people say of it what the filters did not."""
+    lab, newest = actor(store, "lab", "labeler"), clips_of(store, project_id)[-1].id
+    with store.writing() as db:
+        reviewing.flag(store, db, clip=newest, policies=["P05"], source="a_1", by=lab)
+    for login, name in (("ada", "flagged"), ("bob", "flagged" if said[0] == "violating" else "disagreement")):
+        read(store, actor(store, login, "reviewer"), project_id, name, decision(*said))
+        settled(store, project_id)
 
 
 # Child safety
@@ -243,7 +261,7 @@ def test_who_gave_a_clip_back_is_not_asked_about_it_again(each_store: Store) -> 
     ada, bob = actor(each_store, "ada", "reviewer"), actor(each_store, "bob", "reviewer")
     held = next_reading(each_store, ada, project_id, "review")
     assert isinstance(held, str)
-    reviewing.skip(each_store, ada, held, "near")
+    reviewing.skip(each_store, ada, held)
     read(each_store, bob, project_id, "review", decision())
     settled(each_store, project_id)
     assert waiting(each_store, project_id) == ["second"] and next_reading(each_store, ada, project_id, "review") is None
@@ -257,6 +275,18 @@ def test_a_policy_that_is_not_known_does_not_spoil_an_audit_for_ever(store: Stor
         auditing.draw(store, project_id, lead)
     with store.reading() as db:
         assert db.execute(select(item.c.id)).all() == [], "nothing was written that could not be read again"
+
+
+@pytest.mark.parametrize("rulings", [[RULING], [RULING, {**RULING, "verdict": "block", "score": 1.0000001}], [{**RULING, "verdict": "error", "score": None}]])
+def test_a_clip_that_is_blocked_for_no_policy_stops_no_audit(store: Store, tmp_path: Path, rulings: list[dict[str, Any]]) -> None:
+    project_id, lead = add_project(store, **NEVER), actor(store, "lea", "lead")
+    a_run(tmp_path / "run", [ALLOWED, BLOCKED, {"verdict": "block", "rulings": rulings}])
+    importing.import_run(store, project_id, tmp_path / "run", "r", "system", render=render)
+    drawn = auditing.draw(store, project_id, lead)
+    assert (drawn["blocked_pool"], drawn["passed_pool"]) == (1, 1)
+    overturned(store, project_id, "not_violating")
+    told = auditing.audit_folders(store, project_id, tmp_path / "audit")
+    assert told["audit"] is not None and told["audit"]["clips"] == 2 and told["corrections"] is None
 
 
 def test_nobody_waits_for_a_deleted_clip_that_somebody_held(each_store: Store) -> None:
@@ -604,6 +634,36 @@ def test_an_answer_that_was_kept_while_the_proxy_failed_is_sent_again_as_it_was(
     assert len(failed) == 1
     with store.reading() as db:
         assert db.execute(select(func.count()).select_from(answer)).scalar_one() == 1
+
+
+def test_what_is_said_after_a_failure_is_what_is_sent_and_not_what_was_said_before(store: Store, browser: Any) -> None:
+    project_id = with_tasks(store, prompts=2, takes=2, least_watched=0.0)
+    as_labeler(store, "ann", project_id)
+    with serving(store) as address:
+        page = opened(browser, address, "ann")
+        page.goto(f"/projects/{project_id}/label")
+        page.get_by_role("button", name="Begin").click()
+        for done in ("0", "1"):
+            page.wait_for_function("(done) => document.getElementById('progress')?.textContent.startsWith(`${done} answered`)", arg=done)
+            page.route("**/api/assignments/*/answer", lambda route: route.abort())
+            page.keyboard.press("x")
+            page.keyboard.press("Enter")
+            page.wait_for_function("() => document.getElementById('wrong').textContent.includes('does not answer')")
+            page.unroute("**/api/assignments/*/answer")
+            if done == "0":
+                page.get_by_text("A remark").click()
+                page.get_by_label("For those who run the project").fill("both flicker")
+                page.click("#submit:enabled")
+            else:
+                page.keyboard.press("s")
+                page.locator("#ask-skip input").last.check()
+                page.get_by_role("button", name="Skip", exact=True).last.click()
+                page.wait_for_url("**/label")
+        page.context.close()
+    with store.reading() as db:
+        first, second = db.execute(select(answer.c.body).order_by(answer.c.at)).scalars().all()
+        assert db.execute(select(private_text.c.text).where(private_text.c.id == first["comment"])).scalar_one() == "both flicker"
+    assert (first["what"], second["what"]) == ("rank", "skip")
 
 
 # What follows from what

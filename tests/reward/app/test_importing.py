@@ -209,6 +209,47 @@ def test_video_files_with_captions_come_as_errors_because_nobody_judged_them(eac
     assert {(row.verdict, row.row["fps"], row.row["num_frames"]) for row in rows} == {("error", 8.0, 5)} and len({row.prompt_id for row in rows}) == 1
 
 
+def test_a_video_file_that_is_replaced_while_others_are_imported_is_not_shown_under_the_old_ones_id(store: Store, tmp_path: Path) -> None:
+    project_id, folder = add_project(store), tmp_path / "films"
+    folder.mkdir()
+    for take in range(2):
+        (folder / f"{take}.mp4").write_bytes(film(take))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{take}.mp4", "text": "a bar moves"}) + "\n" for take in range(2)))
+
+    def slowly(content: bytes) -> Mapping[str, bytes]:
+        (folder / "1.mp4").write_bytes(film(2))
+        return render(content)
+
+    assert import_run(store, project_id, folder, "films", "person-1", render=slowly)["unreadable"] == 1
+    first, second = (next(row for row in clips_of(store, project_id) if row.row["path"] == f"{take}.mp4") for take in range(2))
+    assert path_of(store, first.clip_id).read_bytes() == film(0) and not path_of(store, second.clip_id).exists()
+    (reason,) = second.decision["rulings"][-1]["reasons"]
+    assert reason["text"] == "import: the file was changed while it was imported"
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ({"lang": "pt-BR", "kind": "benign"}, ("pt-BR", "benign")),
+        ({}, ("", "")),
+        ({"lang": "zh-Hant-TW"}, ("zh-Hant-TW", "")),
+        ({"lang": "en-" + "x" * 14, "kind": ["benign"]}, ("", "")),
+        ({"lang": '"><b', "kind": "Benign\n"}, ("", "")),
+    ],
+)
+def test_the_language_and_kind_of_a_prompt_are_what_the_folder_says_or_unknown(store: Store, tmp_path: Path, told: dict[str, Any], kept: tuple[str, str]) -> None:
+    project_id = add_project(store)
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.mp4").write_bytes(film(0))
+    (tmp_path / "films" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.mp4", "text": "of a file", **told}))
+    made = ClipStore(tmp_path / "run")
+    made.add(torch.zeros(5, 3, 16, 16), prompt="of a run", prompt_id="p", seed=0, sampler={}, lineage="x", fps=8, safety=ALLOWED, preview=False, extra=told)
+    for name in ("films", "run"):
+        import_run(store, project_id, tmp_path / name, name, "person-1", render=render)
+    with store.reading() as db:
+        assert {(row.text, row.lang, row.kind) for row in db.execute(select(prompt))} == {("of a file", *kept), ("of a run", *kept)}
+
+
 @pytest.mark.parametrize(
     ("told", "verdict"),
     [
@@ -223,6 +264,7 @@ def test_video_files_with_captions_come_as_errors_because_nobody_judged_them(eac
         ({"verdict": "allow", "rulings": [{**RULING, "score": float("nan")}]}, "error"),
         ({"verdict": "allow", "rulings": [{**RULING, "score": 3}]}, "error"),
         ({"verdict": "allow", "rulings": [{**RULING, "verdict": "ALLOW"}]}, "error"),
+        ({"verdict": "allow", "rulings": [{**RULING, "filter": ""}]}, "error"),
         ({"verdict": "allow", "rulings": [RULING, {**RULING, "policy": None}]}, "error"),
         ({"verdict": "fine", "rulings": [RULING]}, "error"),
         (ALLOWED, "allow"),

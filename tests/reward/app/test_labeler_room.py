@@ -55,6 +55,10 @@ def test_consent_comes_first_and_the_room_says_what_is_next(store: Store) -> Non
     ann.post(f"/api{mine['go']}/answer", json=an_answer(3).model_dump(mode="json")).raise_for_status()
     told = ann.get(f"/api{room}").json()
     assert (told["done"], told["today"], told["left_for_me"]) == (1, 1, 199)
+    mine = ann.post(f"/api{room}/next", json={}).json()
+    ann.post(f"/api{mine['go']}/skip", json={"id": new_id("w"), "reason": "undecidable"}).raise_for_status()
+    told = ann.get(f"/api{room}").json()
+    assert (told["done"], told["today"]) == (1, 1), "a skip is no answer"
     with store.writing() as db:
         db.execute(update(person).values(state="paused"))
     assert "You are paused" in ann.get(room, headers=HTML).text and ann.post(f"/api{room}/next", json={}).status_code == 403

@@ -7,14 +7,17 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from reward.app import answering, attention, choosing, labeling, planting, quality
+from reward.app import answering, attention, choosing, labeling, leading, planting, quality
 from reward.app.answering import Answer, Demonstration, Skip, Unsafe
+from reward.app.deleting import delete_clip
+from reward.app.exporting import export
 from reward.app.schema import answer, assignment, clip, event, item, person, private_text, project, task
 from reward.app.security import Actor, Denied
 from reward.app.store import Store, new_id
@@ -301,6 +304,40 @@ def test_a_task_with_a_clip_that_may_not_be_shown_waits_until_it_may(each_store:
     taken(each_store, ann, project_id)
 
 
+def test_a_task_whose_clip_is_deleted_is_closed_and_its_other_clips_are_dealt_anew(each_store: Store) -> None:
+    project_id = with_tasks(each_store, prompts=2, overlap=1)
+    ann = as_labeler(each_store, "ann", project_id)
+    with each_store.reading() as db:
+        gone, *others = db.execute(select(task.c.clips).order_by(task.c.id).limit(1)).scalar_one()
+    delete_clip(each_store, project_id, gone, "system")
+    (told,) = leading.progress_of(each_store, project_id).tasks
+    assert (told.tasks, told.wanted, told.answered) == (2, 1, 0)
+    with each_store.writing() as db:
+        assert labeling.make_tasks(each_store, db, project_id, ann) == 1
+    with each_store.reading() as db:
+        states = {frozenset(row.clips): row.state for row in db.execute(select(task))}
+    assert states[frozenset([gone, *others])] == "closed" and states[frozenset(others)] == "open" and sorted(states.values()) == ["closed", "open", "open"]
+    assert len(answer_all(each_store, ann, project_id, lambda row: tuple(range(1, 1 + len(row.clips))))) == 2
+
+
+def test_skips_and_repeats_are_no_answers_to_what_is_still_wanted(each_store: Store) -> None:
+    checks = {"mixture": {"active": 0.5, "random": 0, "gold": 0, "repeat": 0.5, "mirrored": 0}}
+    project_id = with_tasks(each_store, prompts=10, overlap=2, **checks)
+    ann = as_labeler(each_store, "ann", project_id)
+    for _ in range(2):
+        answering.skip(each_store, ann, taken(each_store, ann, project_id), Skip(id=next(_ids), reason="language"))
+    rows = answer_all(each_store, ann, project_id, lambda row: (1, 2, 3, 4))
+    again = sum(row.repeat for row in rows)
+    assert again and len(rows) == 8 + again
+    progress = leading.progress_of(each_store, project_id)
+    (told,) = progress.tasks
+    assert (told.answered, told.last_day, sum(progress.answers)) == (8, 8, 8) and told.hours_left == pytest.approx(12 / told.an_hour)
+    with each_store.writing() as db:
+        db.execute(update(task).where(task.c.answered == 0).values(state="held"))
+    (told,) = leading.progress_of(each_store, project_id).tasks
+    assert told.hours_left == pytest.approx(8 / told.an_hour), "nobody is given what waits for a clip"
+
+
 def test_a_lease_without_two_clips_to_show_ends(each_store: Store) -> None:
     project_id = with_tasks(each_store, prompts=2)
     ann = as_labeler(each_store, "ann", project_id)
@@ -441,7 +478,7 @@ def test_what_is_no_answer_to_the_task_is_refused_and_the_task_stays_open(store:
     answering.submit(store, ann, mine, an_answer())
 
 
-def test_every_question_is_answered_and_what_does_not_see_the_prompt_comes_before_it(store: Store) -> None:
+def test_every_question_is_answered_and_what_does_not_see_the_prompt_comes_before_it(store: Store, tmp_path: Path) -> None:
     dimensions = [{"name": "visual", "question": "Which looks best?", "sees_prompt": False}, {"name": "text", "question": "Which fits?"}]
     project_id = with_tasks(store, dimensions=dimensions, likert=True, confidence=True, takes=2)
     ann = as_labeler(store, "ann", project_id)
@@ -468,6 +505,10 @@ def test_every_question_is_answered_and_what_does_not_see_the_prompt_comes_befor
     refused(good.model_copy(update={"confidence": None}), "how sure")
     answering.submit(store, ann, mine, good)
     assert sorted(each.dimension for each in labeling.events_of(store, project_id)) == ["text", "visual"]
+    told = quality.people_of(store, project_id)
+    assert (told.answers, told.of, [each.answers for each in told.people]) == (1, 1, [1]), "however many questions"
+    written = export(store, project_id, "jsonl", tmp_path, by="system")
+    assert (written.rows, written.answers) == (2, 1)
 
 
 def test_the_last_answer_can_be_taken_back_once_and_stays_in_the_store(each_store: Store) -> None:

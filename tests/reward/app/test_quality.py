@@ -117,7 +117,7 @@ def test_rates_of_filters_are_those_of_the_measuring_code_and_cover_the_truth() 
         for code in ("any", "P17"):
             rate = told[code].rates[name]
             assert rate.low is not None and rate.high is not None and rate.low <= value <= rate.high, (name, code)
-    assert told["any"].blocked == len(blocked) and told["any"].rates["over-block rate"].note == "no passed clips"
+    assert told["any"].blocked == len(blocked) and told["any"].rates["over-block rate"].note == "of no prompt is it known that it is benign"
 
 
 def test_nothing_read_is_not_measurable_yet_and_never_all() -> None:

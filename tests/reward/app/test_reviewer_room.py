@@ -125,7 +125,7 @@ def test_what_is_anothers_is_not_there(store: Store) -> None:
         answers = [client.get(f"/review-media/{reading_id}/{each}") for each in ("blur.jpg", "clip.mp4")]
         answers += [client.get(f"/api/reading/{reading_id}"), client.post(f"/api/reading/{reading_id}/reveal", json={"level": "light"})]
         answers += [client.post(f"/api/reading/{reading_id}/decide", json=said()), client.post(f"/api/reading/{reading_id}/draft", json={})]
-        answers += [client.post(f"/api/reading/{reading_id}/skip", json={"reason": "stop"}), client.post(f"/api/reading/{reading_id}/suspect")]
+        answers += [client.post(f"/api/reading/{reading_id}/skip"), client.post(f"/api/reading/{reading_id}/suspect")]
         assert {answer.status_code for answer in answers} == {404}, login
     out = Client(store, "out")
     assert {
@@ -216,7 +216,6 @@ def test_whatever_is_sent_is_answered_and_is_never_a_bug(each_store: Store) -> N
         f"/api/reading/{reading_id}/decide": said(severity=1, policies=[], marks=[], confidence=1, ruling=None),
         f"/api/reading/{reading_id}/draft": {"said": None, "policies": [], "rationale": "x", "marks": [], "severity": 1},
         f"/api/reading/{reading_id}/reveal": {"level": "light"},
-        f"/api/reading/{reading_id}/skip": {"reason": "stop"},
         "/api/reading/undo": {"review_id": "x"},
         f"/api/review/{project_id}/next": {"queue": "review"},
         f"/api/review/{project_id}/appeal": {"review_id": "x", "reason": "y"},
@@ -240,7 +239,7 @@ def test_leaving_is_not_counted_and_a_break_says_until_when(store: Store) -> Non
     with store.writing() as db:
         db.execute(update(item).values(severity=4))
     first = taken(ada, project_id)
-    assert ada.post(f"/api/reading/{first}/skip", json={"reason": "stop"}).json()["go"] == f"/review/{project_id}"
+    assert ada.post(f"/api/reading/{first}/skip").json()["go"] == f"/review/{project_id}"
     second = taken(ada, project_id)
     assert second != first
     ada.post(f"/api/reading/{second}/reveal", json={"level": "light"})
@@ -490,7 +489,7 @@ def test_a_draft_survives_a_reload_and_a_reading_that_is_over_says_so(store: Sto
         pass
     page.reload()
     assert page.locator("[value=borderline]").is_checked() and page.locator("[name=rationale]").input_value() == "almost"
-    ada.post(f"/api/reading/{reading_id}/skip", json={"reason": "other"})
+    ada.post(f"/api/reading/{reading_id}/skip")
     page.keyboard.press("2")
     until(page, "document.getElementById('decision-error').textContent.includes('over')")
     assert page.locator("#cover").is_visible()

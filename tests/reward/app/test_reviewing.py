@@ -19,7 +19,7 @@ from recipes import app, cli
 from reward.app import auditing, exposure, reviewing, security
 from reward.app.exposure import MINUTE, Look, Rest, minutes, rest_of
 from reward.app.reviewing import Decision, Draft, Personal, next_reading, policy_version
-from reward.app.schema import clip, event, item, prompt, reading, reveal, review, withdrawal
+from reward.app.schema import clip, event, item, person, prompt, reading, reveal, review, withdrawal
 from reward.app.security import Actor, Denied
 from reward.app.settings import Reviewing
 from reward.app.store import Store
@@ -138,6 +138,21 @@ def test_a_lease_that_ran_out_goes_to_somebody_else_and_a_late_decision_is_lost_
     reviewing.decide(each_store, ada, first, decision())
     with pytest.raises(Denied):
         reviewing.decide(each_store, bob, second, decision())
+
+
+def test_a_paused_reviewer_is_given_nothing_until_let_back(each_store: Store) -> None:
+    project_id = add_project(each_store)
+    queue(each_store, project_id, add_clips(each_store, project_id, takes=1, verdicts=("review",), files=False))
+    ada = actor(each_store, "ada", "reviewer")
+    for state_, given in (("paused", False), ("active", True), ("paused", False)):
+        with each_store.writing() as db:
+            db.execute(update(person).where(person.c.id == ada.person_id).values(state=state_))
+        if given:
+            assert isinstance(next_reading(each_store, ada, project_id, "review"), str)
+        else:
+            with pytest.raises(Denied, match="you are paused") as told:
+                next_reading(each_store, ada, project_id, "review")
+            assert told.value.status == 403
 
 
 def test_severe_items_come_at_most_so_many_in_a_row_while_there_are_others(store: Store) -> None:
@@ -578,7 +593,7 @@ def test_a_draft_renews_the_lease_and_its_text_lies_where_it_can_be_deleted(each
     with each_store.reading() as db:
         assert "halfway" not in json.dumps(db.execute(select(reading.c.draft)).scalar())
         assert reviewing.draft_of(db, reviewing.own_reading(db, ada, reading_id)).rationale == "halfway there"
-    reviewing.skip(each_store, ada, reading_id, "stop")
+    reviewing.skip(each_store, ada, reading_id)
     with each_store.reading() as db:
         assert reviewing.text_of(db, reviewing._draft_id(reading_id)) is None
     assert next_reading(each_store, ada, project_id, "review") != reading_id, "what was given back does not come again"

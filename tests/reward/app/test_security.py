@@ -6,21 +6,28 @@ import ast
 import hashlib
 import json
 import logging
+import re
 import shutil
 import statistics
 import time
+import unicodedata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import select, update
+from starlette.testclient import TestClient
 
-from reward.app import people, security
+from reward.app import people, security, web
 from reward.app.schema import event, person, session
 from reward.app.security import HEADERS, sha256
 from reward.app.store import Store, open_store
-from reward.app.web import HERE, AppSettings, static_path, visible
+from reward.app.web import HERE, HIDDEN, AppSettings, make_app, static_path, visible
 from tests.reward.app.conftest import PASSWORD, Client, add_member, add_project
 from tests.reward.app.test_access import routes_of
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 LOGIN = {"login": "ada", "password": PASSWORD}
 
@@ -42,6 +49,15 @@ def test_every_answer_of_every_route_carries_the_headers(store: Store) -> None:
     assert client.get(static_path("app.css")).headers["cache-control"].endswith("immutable")
 
 
+def test_answers_that_no_route_gives_carry_the_headers_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "is_alive", lambda store: 1 / 0)
+    client = TestClient(make_app(store), base_url="http://127.0.0.1", raise_server_exceptions=False)
+    bug, foreign = client.get("/api/health"), client.get("/login", headers={"host": "evil.example"})
+    assert (bug.status_code, foreign.status_code) == (500, 400)
+    for answer in (bug, foreign):
+        assert {name: answer.headers[name] for name in HEADERS} == HEADERS
+
+
 @pytest.mark.parametrize(
     "headers",
     [
@@ -49,6 +65,7 @@ def test_every_answer_of_every_route_carries_the_headers(store: Store) -> None:
         {"sec-fetch-site": "same-site"},
         {"origin": "https://evil.example"},
         {"origin": "null"},
+        {"origin": "http://["},
         {"origin": "http://127.0.0.1.evil.example"},
         {"origin": "http://127.0.0.1:8000"},
     ],
@@ -256,3 +273,15 @@ def test_static_files_are_found_by_hash_and_nothing_else_is(store: Store) -> Non
 
 def test_text_that_hides_something_is_shown_with_what_it_hides() -> None:
     assert visible("a\u202eb\u200bc\x1b[31m\n\ttag\U000e0041é日本") == "a‹U+202E›b‹U+200B›c‹U+001B›[31m\n\ttag‹U+E0041›é日本"
+
+
+def test_what_is_shown_as_hidden_is_what_unicode_and_the_browser_call_so(browser: Browser) -> None:
+    for code in (0xAD, 0x34F, 0x1160, 0x17B4, 0x180B, 0x2028, 0x3164, 0xFE0F, 0xFFA0, 0xFFF9, 0xE0100):
+        assert visible(f"a{chr(code)}b") == f"a‹U+{code:04X}›b"
+    (pattern,) = re.findall(r"const HIDDEN = /(.+)/gu;", (web.STATIC / "rank.js").read_text())
+    page = browser.new_page()
+    asked = "(pattern) => [...Array(0x110000).keys()].filter((c) => (c < 0xd800 || c > 0xdfff) && new RegExp(pattern, 'u').test(String.fromCodePoint(c)))"
+    told = {chr(code) for code in page.evaluate(asked, pattern)}
+    page.close()
+    known = {c for c in told ^ HIDDEN if unicodedata.category(c) != "Cn"}  # not of a Unicode that is newer than this Python's
+    assert not known and len(told & HIDDEN) > 4_000
