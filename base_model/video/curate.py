@@ -60,7 +60,7 @@ class Measured(NamedTuple):
     thumbnails: tuple[Frame, ...]  # at most three small frames uint8 [h,w,3], longest side 160
 
 
-VERSION = 2
+VERSION = 3
 """Of the numbers and the hashes below: raised whenever the same clip gets others, so that tables of before are measured again."""
 MEASURES: dict[str, Measure] = {
     "frames": Measure("frames", "frames that were decoded"),

@@ -266,6 +266,18 @@ def test_counting_keeps_two_seconds_and_forgets_no_flash_between_them() -> None:
     assert counter.flashes() == 6
 
 
+@pytest.mark.parametrize("level", [(255, 255, 255), (255, 0, 0)])
+def test_a_strobe_counts_after_light_that_was_taken_away_part_by_part(level: tuple[int, int, int]) -> None:
+    """Full light goes on at once, which is alike, and off a third of the cells at a time, which is not: again and again in the same direction."""
+    full, parts = np.full((96, 96, 3), level, np.uint8), np.arange(96) // 2 % 3
+    going = [full, full * (parts >= 1)[:, None].astype(np.uint8), full * (parts >= 2)[:, None].astype(np.uint8)]
+    black = np.zeros_like(full)
+    strobe = [full, full, black, black] * 8  # 6 a second
+    assert scores(np.stack([black, *strobe]), 24.0)["flashes"] == 6
+    for times in (1, 2, 5):
+        assert scores(np.stack([black, *[*going, black] * times, *strobe]), 24.0)["flashes"] == 6, times
+
+
 def test_flicker_is_that_of_the_frames_within_shots() -> None:
     rng = np.random.default_rng(0)
     clip = panned(64, 96, 1.0, 20).astype(np.float64) + rng.normal(0, 6, (20, 1, 1, 1))
