@@ -1,7 +1,7 @@
 """`Run`: the plumbing of a recipe, and nothing else. It has no hooks and never calls back into a recipe. In a rehearsal (`selfcheck.py`) it makes one iteration, without a step.
 
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
-    network, optimizer = run.prepare(network, optimizer)
+    network.to(run.device)
     run.register("network", network)
     run.register("optimizer", optimizer)
     for i in run.iterations(cfg.iterations, save_every=50, label="sft"):
@@ -183,10 +183,6 @@ class Run:
         if name in before and before[name] != self._notes[name]:
             told = f"{self.out} was begun with another `{name}` than there is now, {self._description_file}"
             raise UserError(f"{told}. Go on with what it was begun with, or begin again in another --out")
-
-    def prepare(self, *things: Any) -> Any:
-        """Networks and optimizers onto the device (and into DDP under torchrun), in the order given; one thing comes back alone."""
-        return self.accelerator.prepare(*things)
 
     def shard(self, network: nn.Module, *, frozen: bool = False) -> None:
         """Spreads the weights of `network`, what the recipe calls, over the processes, in place (`sharding.py`), and moves it onto the device; one process keeps it whole.

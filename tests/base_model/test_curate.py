@@ -67,7 +67,14 @@ def test_irregular_steps_are_told_by_how_far_they_are_from_the_usual_one() -> No
     steps = np.array([0.1] * 6 + [0.2, 0.05] + [0.1] * 2)
     times = np.concatenate([[0.0], steps.cumsum()])
     found = measure(zip(still(32, 32, 11), times.tolist(), strict=True)).scores
-    assert found["fps_irregularity"] == pytest.approx((1.0 + 0.5) / 10) and found["fps"] == pytest.approx(10 / steps.sum())
+    assert found["fps_irregularity"] == pytest.approx((1.0 + 0.5) / 10) and found["fps"] == pytest.approx(10)
+
+
+@pytest.mark.parametrize("fps", [24.0, 30.0, 60.0])
+def test_a_pause_does_not_change_the_rate_nor_do_times_in_whole_milliseconds(fps: float) -> None:
+    times = [round(k / fps, 3) + (1.3 if k >= 7 else 0) for k in range(120)]
+    found = measure(zip(still(32, 32, 120), times, strict=True)).scores
+    assert found["fps"] == pytest.approx(fps, rel=1e-3) and found["seconds"] == pytest.approx(120 / fps + 1.3, abs=2e-3)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -5.0, 1e9])
