@@ -70,6 +70,7 @@ def losses(model: nn.Module, part: torch.Tensor) -> Iterator[Loss]:
 
 def train(cfg: LoopConfig, *, resume: bool = False, eight_bit: bool = False) -> dict[str, torch.Tensor]:
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    torch.manual_seed(cfg.seed)  # Run's own seeds differ by process
     model = network()
     if eight_bit:
         from bitsandbytes.optim import AdamW8bit

@@ -667,4 +667,4 @@ def test_two_processes_give_the_same_weights_on_every_rank(tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert len(read_metrics(tmp_path)) == 6 and latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "00000004"
-    assert read_metrics(tmp_path)[-1]["forward_passes"] == 2 * 4 * 5
+    assert read_metrics(tmp_path)[-1]["forward_passes"] == 2 * 4 + 4 * 4, "all rows in both before the loop, then each has half of them"
