@@ -526,7 +526,7 @@ class Run:
         return {"iteration": iteration, "commit": self._resolved["commit"], "versions": self._resolved["versions"]}
 
     def _sessions_after(self, before: dict[str, Any], iteration: int) -> list[dict[str, Any]]:
-        """Those of a description, as far as what they made is kept, and this one where it begins at `iteration` with another commit or other versions. Earlier versions wrote none."""
+        """Those of a description that made what is kept, and this one where it begins at `iteration` with another commit or other versions. Earlier versions wrote none."""
         told = before.get("sessions") or [{"iteration": 0, "commit": before.get("commit"), "versions": before.get("versions")}]
         kept, here = [session for session in told if session["iteration"] < iteration], self._session(iteration)
         return kept if kept and kept[-1] | {"iteration": iteration} == here else [*kept, here]

@@ -56,7 +56,7 @@ def load_model(
     """The model, its network frozen. A family computes in bfloat16 on a GPU, in float32 on a CPU.
 
     nf4: attention and mlp of a family's network in four bits. recompute: share of its blocks whose activations are computed again in a backward pass.
-    adapter: a LoRA of the family, as diffusers' pipelines read it. fps: frames a second of the clips, for LTX-Video, which is told; None: of those it was trained on. Raises UserError.
+    adapter: a LoRA of the family, as diffusers' pipelines read it. fps: frames a second of the clips, for LTX-Video, which is told; None: as it was trained. Raises UserError.
     """
     side_by_side(is_built_in(source))
     if not is_built_in(source):

@@ -202,7 +202,7 @@ def load_vlm(name: str | Path, *, revision: str = "", dtype: Precision = "float3
 
 
 def patch_format(name: str | Path, revision: str | None, config: Any) -> PatchFormat:
-    """The sizes of a vision tower's patches, and the constants its frames are normalised by: the preprocessor's, or else the family's. Raises UserError where its file is damaged."""
+    """The sizes of a vision tower's patches, and the constants its frames are normalised by: the preprocessor's, or else the family's. Raises UserError where that is damaged."""
     from transformers.utils import cached_file
 
     mean, std = constants_of(config)

@@ -11,7 +11,6 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,6 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from base_model.checkpoint import atomic_write
+from base_model.checkpoint import disk_errors as disk_errors
 from base_model.errors import UserError
 
 PREVIEW_SIDE = 128
@@ -240,29 +241,8 @@ def mp4_bytes(video: Tensor | NDArray[np.uint8], fps: float, *, upscale: bool = 
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Writes a temporary file in the same folder and renames it: the name holds the old bytes or all of the new ones, whatever kills the process.
-
-    Raises UserError (full disk, missing folder, no permission) and leaves nothing behind.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns the OSError of a write to `path` into a UserError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write: {error.strerror or error}, {path}. Free some space or choose another folder") from error
+    """`atomic_write` of what can be made again: it does not wait for the disk, which takes longer than a clip."""
+    atomic_write(Path(path), data, sync=False)
 
 
 def _kind(content: bytes, name: str) -> str:

@@ -153,7 +153,7 @@ def test_a_signal_finishes_the_iteration_saves_and_says_how_to_go_on(tmp_path: P
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_during_the_last_save_is_heard_and_the_finished_loop_goes_on_with_what_comes_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int) -> None:
+def test_a_signal_during_the_last_save_is_heard_and_the_run_goes_on_behind_its_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int) -> None:
     save = Run.save
 
     def interrupted_save(self: Run) -> None:

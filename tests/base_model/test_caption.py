@@ -182,7 +182,7 @@ def test_a_tokenizer_without_an_end_of_answers_is_refused(tmp_path: Path, monkey
 def test_damaged_settings_of_a_preprocessor_are_refused_in_one_line(content: str, tmp_path: Path) -> None:
     vlm = load_vlm(save_tiny(tmp_path / "base", "qwen2_vl"))
     (tmp_path / "base" / "preprocessor_config.json").write_text(content)
-    with pytest.raises(UserError, match="cannot read the preprocessor's settings, .*preprocessor_config.json"):
+    with pytest.raises(UserError, match=r"cannot read the preprocessor's settings, .*preprocessor_config\.json"):
         patch_format(tmp_path / "base", None, vlm.network.config)
 
 
