@@ -15,8 +15,9 @@ class PackSampler:
     `sampler[i]` is the list of clip indices of iteration i. Windows of `window` shuffled clips are packed by first-fit decreasing, then the packs are shuffled.
 
     With several `ranks`, `sampler[i]` is the pack of `rank` and `step(i)` those of all. Attention is quadratic in a clip, so packs of equally many tokens may cost twice as much as
-    each other: windows are packed to equal cost (`balanced_packs`), packs of similar cost make up a step, steps are shuffled. `costs` are the FLOPs of each clip (`forward_flops`).
-    Where packs do not divide by ranks, an epoch's last ones share a step with the first ones of the next: at any step, no clip is ahead of another by more than one visit.
+    each other: windows are packed to equal cost (`balanced_packs`), packs of similar cost make up a step, steps are shuffled. `costs` are what each clip costs, such as its FLOPs
+    (`base_model/flops.py`). Where packs do not divide by ranks, an epoch's last ones share a step with the first ones of the next: at any step, no clip is ahead of another by more
+    than one visit.
 
     About half a pack stays empty at the end of a window: packs 99 % full ask for windows of some hundred packs. In a window of all clips, the same ones meet every epoch.
 

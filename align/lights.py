@@ -98,9 +98,10 @@ def paired_t(difference: Tensor, wrong: Way) -> float:
 
 
 def changes(now: Mapping[str, Tensor], first: Mapping[str, Tensor], rules: Mapping[str, Rule], level: float) -> dict[str, Change]:
-    """Every measure that was known at first. `level` is shared among them (Bonferroni): where nothing changed, the chance that any light leaves green is at most that."""
-    watched = [name for name in rules if name in now and name in first and bool(first[name].isfinite().any())]
-    found = {name: change(now[name], first[name], rules[name], level / len(watched)) for name in watched}
+    """Every measure that was known at first; one that is not measured any more is red. `level` is shared among them (Bonferroni): where nothing changed, the chance that any light
+    leaves green is at most that."""
+    watched = [name for name in rules if name in first and bool(first[name].isfinite().any())]
+    found = {name: change(now[name], first[name], rules[name], level / len(watched)) if name in now else Change(math.nan, math.nan, Light.RED) for name in watched}
     return {name: one for name, one in found.items() if one is not None}
 
 

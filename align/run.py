@@ -1,7 +1,7 @@
 """`Run`: the plumbing of a recipe, and nothing else. It has no hooks and never calls back into a recipe. In a rehearsal (`selfcheck.py`) it makes one iteration, without a step.
 
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
-    network, optimizer = run.prepare(network, optimizer)
+    network.to(run.device)
     run.register("network", network)
     run.register("optimizer", optimizer)
     for i in run.iterations(cfg.iterations, save_every=50, label="sft"):
@@ -22,7 +22,8 @@ state is the same in all, the first one writes it, and a run may go on with anot
 
 On disk, from the first iteration on: `.lock`, `run.json` (config, seed, commit, versions, what was noted), `metrics.jsonl`, `metrics.json` (one sentence a metric), `tensorboard/`,
 `checkpoints/<iteration>/` (safetensors, `state.json`, `run.json`, and `SHA256SUMS` of them; the last two are kept). A run resumes from the newest that is as it was written; one
-that is not is told, and moved aside to `checkpoints/damaged-<iteration>/`.
+that is not is told, and moved aside to `checkpoints/damaged-<iteration>/`. Where it goes on with another commit or other versions, that is told, too; `sessions` in `run.json` says
+which iterations each made.
 """
 
 from __future__ import annotations
@@ -183,10 +184,6 @@ class Run:
             told = f"{self.out} was begun with another `{name}` than there is now, {self._description_file}"
             raise UserError(f"{told}. Go on with what it was begun with, or begin again in another --out")
 
-    def prepare(self, *things: Any) -> Any:
-        """Networks and optimizers onto the device (and into DDP under torchrun), in the order given; one thing comes back alone."""
-        return self.accelerator.prepare(*things)
-
     def shard(self, network: nn.Module, *, frozen: bool = False) -> None:
         """Spreads the weights of `network`, what the recipe calls, over the processes, in place (`sharding.py`), and moves it onto the device; one process keeps it whole.
 
@@ -292,11 +289,11 @@ class Run:
                 interrupted = self._any_rank(bool(received))
                 if interrupted or self._stopping or self.iteration == n or self.iteration % save_every == 0:
                     self.save()
-                if interrupted:
-                    where = f"after iteration {self.iteration} of {n} and is saved in {self.out}"
-                    raise Interrupted(f"{label} was interrupted {where}. Go on with --resume", (received or [signal.SIGTERM])[0])
-                if self._stopping:
+                if interrupted or self._stopping:
                     break
+            if self._any_rank(bool(received)):  # also while the last iteration was being saved
+                where = f"after iteration {self.iteration} of {n} and is saved in {self.out}"
+                raise Interrupted(f"{label} was interrupted {where}. Go on with --resume", (received or [signal.SIGTERM])[0])
         self._flush_tensorboard()
 
     def stop(self) -> None:
@@ -456,7 +453,7 @@ class Run:
 
     @property
     def _description(self) -> bytes:
-        return (json.dumps({"seed": self.seed, **self._resolved, **self._notes}, indent=2, sort_keys=True) + "\n").encode()
+        return (json.dumps({"seed": self.seed, "sessions": self._sessions, **self._resolved, **self._notes}, indent=2, sort_keys=True) + "\n").encode()
 
     def _look(self, resume: bool) -> Path | None:
         """Raises UserError where `out` cannot be used; returns the checkpoint to go on from, if any. Writes nothing into a new folder."""
@@ -464,6 +461,7 @@ class Run:
         check_can_write(self.out)
         begun = self._description_file.exists()
         self.wait()  # or one would find the run that another has just begun
+        self._sessions = [self._session(0)]
         if not begun:
             return None
         if not resume:
@@ -473,8 +471,10 @@ class Run:
                 lock_folder(self.out)
                 _recover(self.out / "checkpoints")
         self.wait()
-        self._check_same_config(read_json(self._description_file, "the description of the run"))
+        before = read_json(self._description_file, "the description of the run")
+        self._check_same_config(before)
         checkpoint = self.on_main(self._newest_whole)
+        self._sessions = self._sessions_after(before, _read_state(checkpoint)["iteration"] if checkpoint else 0)
         kept = _read_state(checkpoint)["metrics_bytes"] if checkpoint else 0
         if checkpoint and (not self._metrics_file.exists() or self._metrics_file.stat().st_size < kept):
             raise UserError(f"{self._metrics_file} is shorter than its checkpoint {checkpoint} says. Put it back, or start again with another --out")
@@ -520,6 +520,24 @@ class Run:
         changed = [f"{key} ({json.dumps(then.get(key))} -> {json.dumps(now.get(key))})" for key in differ]
         if changed:
             raise UserError(f"{self.out} was begun with another config: {', '.join(changed)}. Give the same values to --resume, or another --out")
+
+    def _session(self, iteration: int) -> dict[str, Any]:
+        """What makes the iterations from this one on."""
+        return {"iteration": iteration, "commit": self._resolved["commit"], "versions": self._resolved["versions"]}
+
+    def _sessions_after(self, before: dict[str, Any], iteration: int) -> list[dict[str, Any]]:
+        """Those of a description that made what is kept, and this one where it begins at `iteration` with another commit or other versions. Earlier versions wrote none."""
+        told = before.get("sessions") or [{"iteration": 0, "commit": before.get("commit"), "versions": before.get("versions")}]
+        kept, here = [session for session in told if session["iteration"] < iteration], self._session(iteration)
+        return kept if kept and kept[-1] | {"iteration": iteration} == here else [*kept, here]
+
+    def _say_other_code(self) -> None:
+        """Where this session goes on with another commit or other versions than the one before."""
+        if len(self._sessions) < 2 or self.quiet or self._sessions[-1] != self._session(self.iteration):
+            return
+        then, now = ({"commit": session["commit"], **(session["versions"] or {})} for session in self._sessions[-2:])
+        differ = [f"{name} ({then.get(name)} -> {now.get(name)})" for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
+        print(f"{self._label}: goes on from iteration {self.iteration} with other code than before, {', '.join(differ)}", file=sys.stderr, flush=True)
 
     def _write(self, states: dict[str, tuple[Any, dict[str, Tensor]]]) -> None:
         folder = self.out / "checkpoints"
@@ -577,6 +595,7 @@ class Run:
         self.iteration, self._stopping = state["iteration"], state["stopped"]
         self._spent, self._own = [state["forward_passes"], state["forward_equivalents"]], [0, 0]
         self._say_processes(state.get("processes", 1))
+        self._say_other_code()
         self._seconds_before, self._begun = state["seconds"], time.monotonic()
 
     def _say_processes(self, before: int) -> None:
@@ -610,7 +629,7 @@ class Run:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.iteration or None)
+                self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.iteration)
             for name, value in values.items():
                 self._writer.add_scalar(name, value, self.iteration)
 
@@ -752,8 +771,9 @@ def _recover(folder: Path) -> None:
 
 def _clean(out: Path) -> None:
     """Removes what a kill left half-written."""
-    for folder in (out / "checkpoints").glob(".*"):
-        shutil.rmtree(folder)
+    for kind in (".partial-*", ".old-*"):
+        for folder in (out / "checkpoints").glob(kind):
+            shutil.rmtree(folder)
     for file in out.glob(".*.partial"):
         file.unlink()
 

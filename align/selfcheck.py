@@ -22,7 +22,7 @@ from base_model.errors import GuardStop
 TOLERANCE = 1e-6  # ratio - 1 in other micro-batches than the rollout's, in nats per latent element
 LEAST_KNOWN = 0.95  # of the rewards
 SIGMAS = 6.0  # standard errors that residuals may be off
-RANKS_APART = 1e-5  # of a gradient's norm, which rounding explains
+RANKS_APART = 1e-5  # of each norm, which rounding explains
 ROUNDING = 1e-5  # of the largest value: what a GPU may differ by between a pass with gradient and one without, which take different kernels; a CPU does not
 HALF_RATIO, HALF_ROUNDING = 1e-3, 3e-2  # TOLERANCE and ROUNDING of a network that computes in half precision, whose steps are 2^-8 or 2^-11 of a value
 
@@ -157,10 +157,10 @@ def kl_gradient(policy: Gaussian, reference: Gaussian, parameters: Iterable[nn.P
 
 
 def equal_ranks(held: Tensor) -> float:
-    """How far R ranks are apart before the first update, as a share of a norm. held: norms of gradients and weights, and a number each has drawn, on each rank, [R,n]."""
-    norm = float(held[0].norm())
-    apart = float((held - held[0]).norm(dim=1).max())
-    share = apart / norm if norm > 0 else apart
+    """How far R ranks are apart before the first update, as a share of what they hold: the largest of n. held: norms of gradients and weights, and a number each has drawn, on each
+    rank, [R,n]. Each counts by itself: a gradient is far smaller than the weights it moves."""
+    largest = held.abs().amax(0).clamp_min(torch.finfo(held.dtype).tiny)  # [n]
+    share = float(((held - held[0]).abs() / largest).max())
     remedy = "start all ranks with the same files, configuration and seed"
-    _tell(RANKS, share <= RANKS_APART, f"gradients, weights and draws of {len(held)} ranks are {share:.2g} of their norm apart, allowed {RANKS_APART:g}", remedy)
+    _tell(RANKS, share <= RANKS_APART, f"gradients, weights and draws of {len(held)} ranks are {share:.2g} of a norm apart, allowed {RANKS_APART:g}", remedy)
     return share

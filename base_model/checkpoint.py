@@ -73,17 +73,24 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def atomic_write(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content`: a reader sees the old file or the new one, never half of it. Raises UserError (full disk, no permission)."""
+def atomic_write(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Replaces `path` by `content`: a reader sees the old file or the new one, never half of it. Raises UserError (full disk, no permission).
+
+    sync: waits until the disk has it, so that a power cut takes neither; a kill never does.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            write_synced(partial, content)
+            if sync:
+                write_synced(partial, content)
+            else:
+                partial.write_bytes(content)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        fsync_folder(path.parent)
+        if sync:
+            fsync_folder(path.parent)
 
 
 def weights_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -1,6 +1,6 @@
 """A user's folder of captioned clips: which there are, how each is cut into examples for a model, and their frames. One bad clip stops nothing: it is left out, with the reason.
 
-What counts is what was decoded, not what a file says of itself. Frames are read one after another and made small at once, so no clip is too long or too large to be looked at.
+What counts is what was decoded, not what a file says of itself. Frames are read one after another and made small at once, so clips may be long and large (`STREAMED`).
 
 Letters: T frames, H W height/width of a frame, h w those of an example.
 """

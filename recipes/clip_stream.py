@@ -21,7 +21,7 @@ from torch import Tensor
 from align.config import Config, Count
 from base_model.errors import UserError
 from base_model.types import Conditioning, TrainableModel
-from base_model.video.files import LOCAL, Frame, each_frame_of
+from base_model.video.files import STREAMED, Frame, each_frame_of
 from recipes.clip_folder import Cut, Window, all_windows, read_frames, reason_of
 from recipes.examples import Shape
 from recipes.latents import caption_cond, encode_caption, encode_window
@@ -261,7 +261,7 @@ def _frames(value: Any, name: str) -> Iterator[tuple[Frame, float]]:
     """The frames of what a row holds: bytes, or the path of a file on this machine or on the hub. Raises UserError."""
     content = value.get("bytes") if isinstance(value, Mapping) else value
     if isinstance(content, bytes):
-        return each_frame_of(content, name, LOCAL)
+        return each_frame_of(content, name, STREAMED)
     path = _name(value)
     if path is None:
         raise UserError(f"neither bytes nor a file, {name}. Leave it out")
@@ -271,7 +271,7 @@ def _frames(value: Any, name: str) -> Iterator[tuple[Frame, float]]:
 
     try:
         with fsspec.open(path, "rb") as file:
-            return each_frame_of(file.read(), name, LOCAL)
+            return each_frame_of(file.read(), name, STREAMED)
     except OSError as error:
         raise UserError(f"cannot be fetched: {_one_line(error)}, {name}. Check the connection") from error
 

@@ -447,7 +447,7 @@ class VideoReward:
 
 def load_video_reward(cfg: Config, reward: Path, ends: frozenset[int]) -> VideoReward:
     """Raises UserError for a sampler that the video model does not take, and for a reward on latents: captions are judged by what is shown."""
-    model = load_model(cfg.model, device=best_device())
+    model = load_model(cfg.model, device=best_device(), fps=cfg.sampler.fps)
     check_sampler(model, cfg.sampler)
     if isinstance(model, LatentVideoModel):
         model.text = TextEncoder(keep=CAPTIONS_KEPT)  # captions never end

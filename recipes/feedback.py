@@ -708,7 +708,7 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
 
     Several processes share the clips of a rollout; the first one looks at the held-out prompts and saves. Raises StoppedByGuard, after saving, where the guard ended the run.
     """
-    model = load_model(cfg.model, device=run.device, nf4=cfg.nf4, recompute=cfg.recompute)
+    model = load_model(cfg.model, device=run.device, nf4=cfg.nf4, recompute=cfg.recompute, fps=cfg.sampler.fps)
     check_sampler(model, cfg.sampler)
     encode = reward_text(model)
     guard = standardised(load_scorer(cfg.guard, fps=cfg.sampler.fps, encode=encode)) if cfg.guard else None

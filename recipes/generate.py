@@ -77,7 +77,7 @@ class Sampler(BaseConfig):
     width: Side = 32
     """Width in pixels, likewise."""
     fps: Annotated[float, Field(ge=0.1, le=240)] = 12.0
-    """Frames a second."""
+    """Frames a second. Families but LTX-Video are not told: give the rate they were trained at."""
     batch: Count = 32
     """Clips denoised together; on a CPU every core has a batch of its own."""
 
@@ -399,7 +399,8 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     signer = credentials_of(cfg.export, cfg.out) if cfg.export.folder and is_main() else None
     check_memory(cfg.sampler, len(cfg.prompts) * cfg.clips_per_prompt, cfg.visual.seconds, bytes_a_token=memory_of_token(cfg.model))
     expander = load_expander(cfg.expand, device=best_device()) if cfg.expand else None
-    model, runner, store = load_model(cfg.model, device=best_device(), nf4=cfg.nf4, adapter=cfg.adapter), safety_runner(cfg.filters), ClipStore(cfg.out)
+    model = load_model(cfg.model, device=best_device(), nf4=cfg.nf4, adapter=cfg.adapter, fps=cfg.sampler.fps)
+    runner, store = safety_runner(cfg.filters), ClipStore(cfg.out)
     sampling: Sampling = sample
     lineage, given = model_lineage(cfg.model, cfg.adapter), ""
     if cfg.stack is not None:

@@ -23,6 +23,7 @@ from base_model.checkpoint import save_weights
 from base_model.errors import UserError
 from base_model.families.adapters import load_lora, save_lora
 from base_model.families.loading import load_family, network_files
+from base_model.families.ltx import LTXVideoModel
 from base_model.lora import adapter_state, merge
 from base_model.prompts.conditions import Canvas
 from base_model.prompts.text import TextEncoder
@@ -49,11 +50,13 @@ def is_built_in(source: Path | None) -> bool:
     return source is None or source.is_file() or source.suffix == ".safetensors"
 
 
-def load_model(source: Path | None, *, device: torch.device, nf4: bool = False, recompute: float = 0.0, adapter: Path | None = None) -> TrainableModel:
+def load_model(
+    source: Path | None, *, device: torch.device, nf4: bool = False, recompute: float = 0.0, adapter: Path | None = None, fps: float | None = None
+) -> TrainableModel:
     """The model, its network frozen. A family computes in bfloat16 on a GPU, in float32 on a CPU.
 
     nf4: attention and mlp of a family's network in four bits. recompute: share of its blocks whose activations are computed again in a backward pass.
-    adapter: a LoRA of the family, as diffusers' pipelines read it. Raises UserError.
+    adapter: a LoRA of the family, as diffusers' pipelines read it. fps: frames a second of the clips, for LTX-Video, which is told; None: as it was trained. Raises UserError.
     """
     side_by_side(is_built_in(source))
     if not is_built_in(source):
@@ -62,6 +65,8 @@ def load_model(source: Path | None, *, device: torch.device, nf4: bool = False, 
             recompute_blocks(family.network, recompute)
         if adapter is not None:
             load_lora(family, adapter)
+        if fps is not None and isinstance(family, LTXVideoModel):
+            family.fps = fps
         family.network.requires_grad_(False)
         return family
     if nf4 or recompute:

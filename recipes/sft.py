@@ -246,7 +246,7 @@ def load_to_train(cfg: Config, device: torch.device) -> TrainableModel:
         raise UserError("clips that are spread over processes are not sharded, streamed or compiled as well, context_parallel. Leave shard, stream and compiled out")
     if cfg.dora and not cfg.lora_rank:
         raise UserError("dora is a kind of LoRA. Give lora_rank, or leave dora off")
-    model = load_model(cfg.model, device=device, nf4=cfg.nf4, recompute=cfg.recompute)
+    model = load_model(cfg.model, device=device, nf4=cfg.nf4, recompute=cfg.recompute, fps=cfg.windows.fps)
     if cfg.model is not None and not isinstance(model, LatentVideoModel) and (cfg.merged or not cfg.lora_rank):
         check_can_save(cfg.model, cfg.out / CHECKPOINT)
     if isinstance(model, LatentVideoModel):

@@ -173,7 +173,7 @@ def _layer(base: nn.Module, name: str) -> Any:
 def _header(metadata: dict[str, str], file: Path) -> dict[str, Any]:
     try:
         header = dict(json.loads(metadata.get(HEADER, "{}")))
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read the header of {file}: {error}. Make or download the file again") from error
     odd = [key for key, value in header.items() if value and key.split(".")[-1] in UNREAD]
     if odd:

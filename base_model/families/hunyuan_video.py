@@ -37,7 +37,7 @@ class HunyuanVideoModel:
     pooled_encoder: Any  # CLIPTextModel
     pooled_tokenizer: Any  # CLIPTokenizer
     scheduler: Any  # FlowMatchEulerDiscreteScheduler: its grid, never its step
-    guidance: float = 6.0  # the scale a distilled network is told; others do not hear it
+    guidance: float = 6.0  # the scale a distilled network is told; others do not hear it, and no recipe sets it
 
     @property
     def path(self) -> RectifiedFlow:

@@ -34,9 +34,9 @@ class LTXVideoModel:
     text_encoder: Any  # T5EncoderModel
     tokenizer: Any  # T5TokenizerFast
     scheduler: Any  # FlowMatchEulerDiscreteScheduler; only its configuration is read
-    fps: float = 25.0  # frames a second of the clips
-    decode_time: float = 0.0  # t in [0, 1] that a decoder which asks for one is told (LTX-Video 0.9.1 and later; their authors take 0.05)
-    decode_noise: float = 0.0  # sigma of the noise such a decoder finds in the latents (0.025)
+    fps: float = 25.0  # frames a second of the clips; recipes set it to those of theirs
+    decode_time: float = 0.0  # t in [0, 1] that a decoder which asks for one is told (LTX-Video 0.9.1 and later; their authors take 0.05); no recipe sets it
+    decode_noise: float = 0.0  # sigma of the noise such a decoder finds in the latents (0.025); nor this
 
     @property
     def path(self) -> RectifiedFlow:

@@ -68,7 +68,7 @@ _SENTENCE = re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)|[。！？]")
 
 @dataclass(frozen=True)
 class Sight:
-    """Which frames of a clip are seen, and how large. Of a clip that is too long for its rate fewer frames a second are seen: none is refused."""
+    """Which frames of a clip are seen, and how large. Of a clip that is too long for its rate fewer frames a second are seen."""
 
     fps: float = 2.0  # frames seen a second
     min_frames: int = 4  # of a short clip, closer together then
@@ -92,7 +92,8 @@ class Taken(NamedTuple):
 def take_frames(frames: Iterable[tuple[Frame, float]], sight: Sight, form: PatchFormat) -> Taken:
     """What is seen of a clip that comes frame by frame with its rate (0 of an image): evenly spaced frames, already of the size that is looked at.
 
-    No clip is too long: where more than `SPARE` times the largest number would be held, every second one is let go, and those nearest to the right places are taken in the end.
+    What is held does not grow with the clip: where it would be more than `SPARE` times the largest number, every second one is let go, and those nearest to the right places are
+    taken in the end.
     Raises UserError for frames too long and thin, a clip without frames, and what the frames themselves raise.
     """
     held: list[tuple[int, Tensor]] = []

@@ -19,6 +19,7 @@ import torch
 
 from base_model.checkpoint import atomic_write, check_runs_no_code, read_json
 from base_model.errors import UserError
+from base_model.prompts.caption import whole_sentences
 
 CARD = "expander.json"
 LONGEST = 2_000
@@ -28,7 +29,6 @@ INSTRUCTION = (
     "Keep everything the prompt says and contradict none of it. Answer with the caption alone."
 )
 PAD, END = "<|pad|>", "<|end|>"
-_SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)|[。！？]")
 _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", flags=re.S)
 
 
@@ -126,12 +126,6 @@ def finished(prompt: str, written: str, *, whole: bool) -> Expanded:
     if not whole or len(text) > LONGEST:
         text = whole_sentences(text[:LONGEST])
     return Expanded(prompt, text, "") if text else Expanded(prompt, prompt, "the expander came to no end of a sentence")
-
-
-def whole_sentences(text: str) -> str:
-    """The text up to its last end of a sentence; empty where there is none."""
-    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-    return text[: ends[-1]] if ends else ""
 
 
 # On disk

@@ -7,7 +7,6 @@ Letters: F sampled frames, P frames a temporal patch, p pixels a side of a patch
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from base_model.checkpoint import check_runs_no_code, fingerprint
+from base_model.checkpoint import check_runs_no_code, fingerprint, read_json
 from base_model.errors import UserError
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -203,13 +202,13 @@ def load_vlm(name: str | Path, *, revision: str = "", dtype: Precision = "float3
 
 
 def patch_format(name: str | Path, revision: str | None, config: Any) -> PatchFormat:
-    """The sizes of a vision tower's patches, and the constants its frames are normalised by: the preprocessor's, or else the family's."""
+    """The sizes of a vision tower's patches, and the constants its frames are normalised by: the preprocessor's, or else the family's. Raises UserError where that is damaged."""
     from transformers.utils import cached_file
 
     mean, std = constants_of(config)
     for file in PREPROCESSORS:
         path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-        found = json.loads(Path(path).read_text()) if path else {}
+        found = read_json(Path(path), "the preprocessor's settings") if path else {}
         if "image_mean" in found:
             mean, std = tuple(found["image_mean"]), tuple(found["image_std"])
             break

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from base_model.errors import UserError
 from base_model.video.files import Frame
-from base_model.video.flashes import FlashCounter
+from base_model.video.flashes import SAME_TIME, FlashCounter
 from base_model.video.hashes import SAMPLES_A_SECOND, look
 from base_model.video.shots import CutFinder, DissolveFinder
 from base_model.video.signals import camera_flow, flow_between, flow_finder, grid, luma_flicker, noise, to_luma
@@ -60,7 +60,7 @@ class Measured(NamedTuple):
     thumbnails: tuple[Frame, ...]  # at most three small frames uint8 [h,w,3], longest side 160
 
 
-VERSION = 2
+VERSION = 3
 """Of the numbers and the hashes below: raised whenever the same clip gets others, so that tables of before are measured again."""
 MEASURES: dict[str, Measure] = {
     "frames": Measure("frames", "frames that were decoded"),
@@ -221,9 +221,11 @@ class _Clock:
         count = len(self.seconds)
         if count == 1:
             return {"frames": 1.0, "seconds": math.nan, "fps": math.nan, "fps_irregularity": math.nan}
-        usual = float(np.median(np.diff(self.seconds)))
+        steps = np.diff(self.seconds)
+        usual = float(np.median(steps))
+        rate = 1 / float(steps[np.abs(steps - usual) <= SAME_TIME].mean())  # 33 and 34 ms are both a thirtieth of a second
         irregularity = np.nan_to_num(np.abs(np.array(self._steps) - usual) / usual, nan=1.0)  # where the clock cannot be right, it is off by a whole step
-        return {"frames": float(count), "seconds": self.end, "fps": (count - 1) / self.seconds[-1], "fps_irregularity": float(irregularity.mean())}
+        return {"frames": float(count), "seconds": self.end, "fps": rate, "fps_irregularity": float(irregularity.mean())}
 
 
 class _Sample(NamedTuple):

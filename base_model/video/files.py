@@ -11,7 +11,6 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,6 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from base_model.checkpoint import atomic_write
+from base_model.checkpoint import disk_errors as disk_errors
 from base_model.errors import UserError
 
 PREVIEW_SIDE = 128
@@ -55,6 +56,8 @@ class Bounds(NamedTuple):
 
 LOCAL = Bounds(frames=100_000, pixels=1 << 34)
 """The most that `read_video` decodes: minutes of work, whatever a file of a few kilobytes says of itself."""
+STREAMED = LOCAL._replace(pixels=1 << 38)
+"""The most that is decoded where one frame after another is looked at: an hour of full HD at 25 frames a second."""
 
 
 def digest_of(frames: NDArray[np.uint8]) -> str:
@@ -118,7 +121,8 @@ def read_video(path: str | Path, *, max_frames: int | None = None, seconds: floa
 
     max_frames, seconds: nothing is decoded behind so many frames, or behind the first frame after so many seconds.
     shrink: what becomes of each frame [H,W,3] as it is decoded, so that a long clip of large frames never lies in memory whole.
-    Raises UserError where the file is missing, is no video (a playlist is none), is truncated or damaged, holds no frame, more than `LOCAL`, or more than fits into `KEPT_BYTES`.
+    Raises UserError where the file is missing, is no video (a playlist is none), is truncated or damaged, holds no frame, frames of several sizes, more than `LOCAL`, or more than
+    fits into `KEPT_BYTES`.
     """
     path = Path(path)
     _require_file(path)
@@ -129,12 +133,12 @@ def read_video(path: str | Path, *, max_frames: int | None = None, seconds: floa
 
 
 def each_frame(path: str | Path) -> Iterator[tuple[Frame, float]]:
-    """What `read_video` decodes, one frame [H,W,3] and its rate after another: no clip is too long to look at. Raises as `read_video`, at the latest behind the last frame."""
+    """What `read_video` decodes, up to `STREAMED`, one frame [H,W,3] and its rate after another. Raises as `read_video`, at the latest behind the last frame."""
     path = Path(path)
     _require_file(path)
     with open(path, "rb") as file:
         _refuse_truncated_mp4(file, path.stat().st_size, path)
-    for pixels in _each(path):
+    for pixels in _each(path, bounds=STREAMED):
         yield pixels.frame, pixels.fps
 
 
@@ -144,7 +148,7 @@ def timed_frames(path: str | Path) -> Iterator[tuple[Frame, float]]:
     _require_file(path)
     with open(path, "rb") as file:
         _refuse_truncated_mp4(file, path.stat().st_size, path)
-    for pixels in _each(path):
+    for pixels in _each(path, bounds=STREAMED):
         yield pixels.frame, pixels.time
 
 
@@ -263,29 +267,8 @@ def mp4_bytes(video: Tensor | NDArray[np.uint8], fps: float, *, upscale: bool = 
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Writes a temporary file in the same folder and renames it: the name holds the old bytes or all of the new ones, whatever kills the process.
-
-    Raises UserError (full disk, missing folder, no permission) and leaves nothing behind.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns the OSError of a write to `path` into a UserError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write: {error.strerror or error}, {path}. Free some space or choose another folder") from error
+    """`atomic_write` of what can be made again: it does not wait for the disk, which takes longer than a clip."""
+    atomic_write(Path(path), data, sync=False)
 
 
 def _kind(content: bytes, name: str) -> str:
@@ -355,7 +338,7 @@ def _each(
     from av.video.reformatter import VideoReformatter
 
     count = 0
-    sizes: set[tuple[int, ...]] = set()
+    shape: tuple[int, ...] = ()
     reformatter = VideoReformatter()
     decoding = {"err_detect": "crccheck+explode", "max_pixels": str(min(bounds.pixels, FRAME_PIXELS))}
     options = {**decoding, "format_whitelist": FORMATS, "protocol_whitelist": "file", "max_streams": str(MOST_STREAMS + 1), "enable_drefs": "0"}
@@ -382,7 +365,9 @@ def _each(
                 for frame in packet.decode():
                     _check_bounds(count, (frame.height, frame.width), bounds, path)
                     pixels = _rgb(frame, reformatter)
-                    sizes.add(pixels.shape)
+                    shape = shape or pixels.shape
+                    if pixels.shape != shape:
+                        raise UserError(f"the frames change their size, {path}. Encode the video again with one size")
                     time = count / (fps or 1.0) if frame.time is None else float(frame.time)
                     count += 1
                     yield _Pixels(pixels, time, fps or 1.0, digest)
@@ -393,8 +378,6 @@ def _each(
         raise UserError(f"cannot read the video: {reason} after {count} frames, {path}. Copy or make it again, or give a file ffmpeg can play") from error
     if not count:
         raise UserError(f"the video file holds no frame, {path}. Copy or make it again")
-    if len(sizes) > 1:
-        raise UserError(f"the frames change their size, {path}. Encode the video again with one size")
 
 
 def _check_bounds(before: int, size: tuple[int, int], bounds: Bounds, path: Path | str) -> None:

@@ -23,7 +23,8 @@ UNITS = 10_000  # luminance 1.0; signals are whole numbers, so that a swing of e
 SWING = 1_000  # 0.10 of relative luminance
 DARKER_BELOW = 8_000
 RED_UNITS = 16_000  # redness 1.0, in units in which 20/320 is SWING
-NO_END = 32_000  # above every signal
+NO_END = 32_000  # above every signal of a frame
+FAR = 1 << 30  # above every sum of changes: those of KEPT_FRAMES are below 2^23
 AREA = 0.25
 CELLS_A_SIDE = 48
 LEVELS = 16 * 255  # finer than the levels of a file, and holding each of them exactly
@@ -33,13 +34,13 @@ KEPT_SECONDS = 2.0
 KEPT_FRAMES = 512
 SAME_TIME = 2e-3  # seconds by which containers round
 
-Signal = NDArray[np.int16]
+Signal = NDArray[np.int16 | np.int32]  # of a frame, or what its changes add up to
 Cells = NDArray[np.float32]
 
 
 class Swings(NamedTuple):
     """Where swings may end, whole numbers [T,B,P]: `top` a bright end, `bottom` a dark one. The same signal but for frames that may not be such an end,
-    which stand at -NO_END / 2 in `top` and at NO_END in `bottom`."""
+    which stand below every signal in `top` and above every one in `bottom`."""
 
     top: Signal
     bottom: Signal
@@ -156,8 +157,8 @@ def alike(change: Cells) -> Cells:
 
 
 def _followed(steps: Cells) -> tuple[Signal, Signal]:
-    """Steps [T,2,9] -> the signals that take them [T,1,9]; only their swings mean anything."""
-    luminance, redness = np.rint(np.cumsum(steps, 0)).clip(-NO_END // 2 + 1, NO_END // 2).astype(np.int16).transpose(1, 0, 2)[:, :, None]
+    """Steps [T,2,9] -> the signals that take them [T,1,9]; only their swings mean anything. Steps that are not alike are left out, so these wander far from any luminance."""
+    luminance, redness = np.rint(np.cumsum(steps, 0)).astype(np.int32).transpose(1, 0, 2)[:, :, None]
     return luminance, redness
 
 
@@ -177,8 +178,8 @@ def _averaged(planes: NDArray[np.float32]) -> NDArray[np.float32]:
 def _red(redness: Signal, saturated: NDArray[np.bool_]) -> list[Swings]:
     """Most red flashes have all their bright ends, or all their dark ones, saturated."""
     return [
-        Swings(np.where(saturated, redness, np.int16(-NO_END // 2)), redness),
-        Swings(redness, np.where(saturated, redness, np.int16(NO_END))),
+        Swings(np.where(saturated, redness, np.int32(-FAR)), redness),
+        Swings(redness, np.where(saturated, redness, np.int32(FAR))),
     ]
 
 

@@ -17,8 +17,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from base_model.checkpoint import disk_errors
 from base_model.errors import UserError
-from base_model.video.files import disk_errors, write_atomic
+from base_model.video.files import write_atomic
 
 GENERATION = "org.rushes.generation"
 """Label of the assertion that names model, adapter and run."""

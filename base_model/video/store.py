@@ -24,8 +24,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from base_model.checkpoint import disk_errors
 from base_model.errors import UserError
-from base_model.video.files import digest_of, disk_errors, frame_rate, from_uint8, read_lossless, to_uint8, write_lossless, write_mp4
+from base_model.video.files import digest_of, frame_rate, from_uint8, read_lossless, to_uint8, write_lossless, write_mp4
 
 JsonDict = Mapping[str, object]
 

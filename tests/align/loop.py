@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from align.config import Config, load
+from align.objectives import Loss
 from align.run import Run
 from base_model.errors import RushesError
 
@@ -61,8 +63,14 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 80), nn.BatchNorm1d(80), nn.Dropout(0.1), nn.Linear(80, 8))
 
 
+def losses(model: nn.Module, part: torch.Tensor) -> Iterator[Loss]:
+    """Of two of the four rows of a batch, [2,8]."""
+    yield Loss((model(part) - part.roll(1, 1)).square().mean() / 2, {})
+
+
 def train(cfg: LoopConfig, *, resume: bool = False, eight_bit: bool = False) -> dict[str, torch.Tensor]:
     run = Run(cfg.out, cfg, seed=cfg.seed, resume=resume, metrics=METRICS)
+    torch.manual_seed(cfg.seed)  # Run's own seeds differ by process
     model = network()
     if eight_bit:
         from bitsandbytes.optim import AdamW8bit
@@ -70,7 +78,6 @@ def train(cfg: LoopConfig, *, resume: bool = False, eight_bit: bool = False) -> 
         optimizer = AdamW8bit(model.parameters(), lr=cfg.lr, min_8bit_size=512)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr)
-    model, optimizer = run.prepare(model, optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (1 + i / 10))
     average = Average(model)
     for name, thing in {"network": model, "optimizer": optimizer, "schedule": schedule, "average": average}.items():
@@ -79,10 +86,10 @@ def train(cfg: LoopConfig, *, resume: bool = False, eight_bit: bool = False) -> 
     run.log(loss=(model(run.noise((8,), 4, "before", 0)) ** 2).mean())
     for i in run.iterations(cfg.iterations, save_every=cfg.save_every, label="loop"):
         x = run.noise((8,), 4, "noise", i * 4)  # [4,8]
-        loss = (model(x) - x.roll(1, 1)).square().mean() + 0.01 * torch.randn(())
-        run.backward(loss)
+        told = run.backward_each(optimizer, partial(losses, model), run.share(x.split(2)), one_by_one=True)
+        loss = torch.stack([each.value for each in told]).sum() + 0.01 * torch.randn(())
         norm = run.step(optimizer, 1.0, schedule)
-        run.log(loss=loss, grad_norm=norm, drift=average.update(i, float(loss.detach())))
+        run.log(loss=loss, grad_norm=norm, drift=average.update(i, float(loss)))
     run.log(loss=average.losses[-1])
     return {**dict(model.state_dict()), **{f"average.{name}": value for name, value in average.weights.items()}}
 

@@ -77,6 +77,8 @@ def test_what_cannot_be_told_any_more_is_red_and_what_never_could_is_not_watched
     half = change(gone, first, rule, 0.01)
     assert half is not None and half.light == GREEN and half.size == 0, "half of the prompts are enough"
     assert change(first, torch.full((8,), NAN), rule, 0.01) is None
+    missing = changes({"other": first}, {"m": first, "other": first}, {"m": rule, "other": rule, "never": rule}, 0.01)
+    assert overall(missing) == RED and in_words(missing, {"m": rule, "other": rule}) == "red: m cannot be told" and set(missing) == {"m", "other"}
     share = Rule("rises", 0.5, 1.0, "%")
     none, from_none = change(torch.zeros(8), torch.zeros(8), share, 0.01), change(torch.ones(8), torch.zeros(8), share, 0.01)
     assert none is not None and from_none is not None and (none.size, from_none.size) == (0, math.inf)

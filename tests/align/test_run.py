@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import align.config
 import align.run
 from align.run import WALL_CLOCK_FIELDS, Run, damage, latest_checkpoint, read_metrics
 from align.state import flatten, unflatten
@@ -152,6 +153,25 @@ def test_a_signal_finishes_the_iteration_saves_and_says_how_to_go_on(tmp_path: P
     assert read_metrics(tmp_path / "cut", wall_clock=False) == read_metrics(tmp_path / "whole", wall_clock=False)
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_the_last_save_is_heard_and_the_run_goes_on_behind_its_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int) -> None:
+    save = Run.save
+
+    def interrupted_save(self: Run) -> None:
+        if self.iteration == 4:
+            os.kill(os.getpid(), number)
+        save(self)
+
+    monkeypatch.setattr(Run, "save", interrupted_save)
+    with pytest.raises(Interrupted, match="after iteration 4 of 4 and is saved") as caught:
+        train(LoopConfig(out=tmp_path / "cut", iterations=4))
+    assert caught.value.exit_status == status
+    monkeypatch.undo()
+    resumed, whole = train(LoopConfig(out=tmp_path / "cut", iterations=4), resume=True), train(LoopConfig(out=tmp_path / "whole", iterations=4))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert read_metrics(tmp_path / "cut", wall_clock=False) == read_metrics(tmp_path / "whole", wall_clock=False)
+
+
 @pytest.mark.parametrize(("number", "later", "stops"), [(signal.SIGTERM, 0.0, False), (signal.SIGTERM, 2.0, False), (signal.SIGINT, 0.0, False), (signal.SIGINT, 2.0, True)])
 def test_a_signal_that_torchrun_passes_on_again_does_not_keep_a_run_from_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, later: float, stops: bool) -> None:
     step, now = Run.step, time.monotonic
@@ -234,9 +254,10 @@ def test_a_checkpoint_moved_aside_by_a_killed_process_is_found_again(tmp_path: P
     (folder / "00000004").rename(folder / ".old-00000004")
     shutil.rmtree(folder / "00000002")
     (folder / ".partial-00000004").mkdir()
+    (folder / ".DS_Store").write_text("somebody looked at it")
     resumed = train(LoopConfig(out=tmp_path / "cut", iterations=6), resume=True)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert all(each.name.isdigit() for each in folder.iterdir())
+    assert sorted(each.name for each in folder.iterdir()) == [".DS_Store", "00000004", "00000006"]
 
 
 def test_a_checkpoint_survives_a_replacement_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +296,32 @@ def test_resuming_with_another_config_names_the_changed_keys(tmp_path: Path) -> 
     moved = tmp_path.parent / "moved"
     shutil.move(tmp_path, moved)
     train(LoopConfig(out=moved, iterations=3), resume=True)
+
+
+def test_a_run_that_goes_on_with_other_code_says_so_and_keeps_what_made_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    versions = {"python": "3.12.1", "torch": "2.9.0"}
+
+    def sessions(iterations: int, commit: str, **changes: str) -> list[tuple[int, str, dict[str, str]]]:
+        monkeypatch.setattr(align.config, "commit", lambda: commit)
+        monkeypatch.setattr(align.config, "versions", lambda: versions | changes)
+        train(LoopConfig(out=tmp_path, iterations=iterations), resume=True)
+        found = json.loads((tmp_path / "run.json").read_text())
+        assert (found["commit"], found["versions"]) == (commit, versions | changes)
+        assert (tmp_path / "checkpoints" / f"{iterations:08d}" / "run.json").read_text() == (tmp_path / "run.json").read_text()
+        return [(one["iteration"], one["commit"], one["versions"]) for one in found["sessions"]]
+
+    begun = (0, "one", versions)
+    assert sessions(2, "one") == [begun] == sessions(4, "one")
+    assert "other code" not in capfd.readouterr().err
+    assert sessions(6, "two", torch="2.10.0") == [begun, (4, "two", versions | {"torch": "2.10.0"})]
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if "other code" in line]
+    assert said == "loop: goes on from iteration 4 with other code than before, commit (one -> two), torch (2.9.0 -> 2.10.0)"
+    shutil.rmtree(tmp_path / "checkpoints" / "00000006")  # what the second made is lost
+    assert sessions(8, "one") == [begun] and "other code" not in capfd.readouterr().err
+    described = json.loads((tmp_path / "run.json").read_text())
+    del described["sessions"]
+    (tmp_path / "run.json").write_text(json.dumps(described))  # as earlier versions wrote it
+    assert sessions(10, "three") == [begun, (8, "three", versions)]
 
 
 def test_a_cut_metrics_file_or_checkpoint_is_reported(tmp_path: Path) -> None:
@@ -479,6 +526,20 @@ def test_metrics_are_one_sorted_line_each_and_undocumented_names_are_refused(tmp
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
+def test_what_a_run_that_was_killed_before_its_first_checkpoint_drew_is_drawn_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resume in (False, True):
+        run = Run(tmp_path, LoopConfig(out=tmp_path), seed=0, resume=resume, metrics=METRICS, quiet=True)
+        for i in run.iterations(5, save_every=10, label="toy"):
+            run.log(loss=float(i + 10 * resume))
+            if i == 2 and not resume:
+                break
+        run._flush_tensorboard()
+    drawn = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(point.step, point.value) for point in drawn] == [(i, 10.0 + i) for i in range(5)]
+
+
 def test_only_the_trainable_part_of_a_network_is_kept_when_asked(tmp_path: Path) -> None:
     def build() -> nn.Module:
         model = network()
@@ -607,4 +668,4 @@ def test_two_processes_give_the_same_weights_on_every_rank(tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert len(read_metrics(tmp_path)) == 6 and latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "00000004"
-    assert read_metrics(tmp_path)[-1]["forward_passes"] == 2 * 4 * 5
+    assert read_metrics(tmp_path)[-1]["forward_passes"] == 2 * 4 + 4 * 4, "all rows in both before the loop, then each has half of them"

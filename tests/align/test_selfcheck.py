@@ -126,10 +126,11 @@ def test_nearly_all_rewards_are_known() -> None:
         assert one_line(stop)
 
 
-def test_ranks_are_as_far_apart_as_their_gradients() -> None:
+def test_ranks_are_as_far_apart_as_the_norms_that_differ_most() -> None:
     gradients = torch.tensor([[3.0, 4.0], [3.0, 4.0], [3.0, 4.0 + 2e-5]], dtype=torch.float64)
-    assert equal_ranks(gradients) == pytest.approx(4e-6) and equal_ranks(gradients[:1]) == 0 and equal_ranks(torch.zeros(2, 3)) == 0
-    for bad in (torch.tensor([[3.0, 4.0], [3.0, 4.1]]), torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [NAN]])):
+    assert equal_ranks(gradients) == pytest.approx(2e-5 / (4 + 2e-5)) and equal_ranks(gradients[:1]) == 0 and equal_ranks(torch.zeros(2, 3)) == 0
+    nothing_on_one = torch.tensor([[1e-4, 40.0, 0.3], [0.0, 40.0, 0.3]], dtype=torch.float64)  # a gradient beside weights and a draw
+    for bad in (torch.tensor([[3.0, 4.0], [3.0, 4.1]]), torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [NAN]]), nothing_on_one, nothing_on_one.flip(0)):
         with pytest.raises(GuardStop, match="ranks are") as stop:
             equal_ranks(bad)
         assert one_line(stop)

@@ -13,7 +13,7 @@ import torch
 
 from base_model.errors import UserError
 from base_model.prompts.caption import BOILERPLATE, IGNORED, Captioner, Sight, clip_patches, take_frames, whole_sentences, without_boilerplate
-from base_model.prompts.vision import CLIP_MEAN, CLIP_STD, FAMILIES, HALF, Patches, PatchFormat, load_vlm, spread_frames
+from base_model.prompts.vision import CLIP_MEAN, CLIP_STD, FAMILIES, HALF, Patches, PatchFormat, load_vlm, patch_format, spread_frames
 from base_model.video.files import Frame
 from tests.reward.vlm.test_frames import by_transformers
 from tests.reward.vlm.tiny import save_tiny
@@ -176,6 +176,14 @@ def test_a_tokenizer_without_an_end_of_answers_is_refused(tmp_path: Path, monkey
     monkeypatch.setattr(vlm.tokenizer, "get_vocab", lambda: {"a": 0})
     with pytest.raises(UserError, match="does not know the end of an answer"):
         Captioner(vlm)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", ""])
+def test_damaged_settings_of_a_preprocessor_are_refused_in_one_line(content: str, tmp_path: Path) -> None:
+    vlm = load_vlm(save_tiny(tmp_path / "base", "qwen2_vl"))
+    (tmp_path / "base" / "preprocessor_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"cannot read the preprocessor's settings, .*preprocessor_config\.json"):
+        patch_format(tmp_path / "base", None, vlm.network.config)
 
 
 # What becomes of it

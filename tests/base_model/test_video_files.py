@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,18 +15,21 @@ import torch
 from numpy.typing import NDArray
 
 from base_model.errors import UserError
+from base_model.video import files
 from base_model.video.files import (
     Bounds,
     center_crop,
     cover,
     decode_video,
     digest_of,
+    each_frame,
     from_uint8,
     mp4_bytes,
     read_lossless,
     read_video,
     resample_fps,
     resize,
+    timed_frames,
     to_uint8,
     write_lossless,
     write_mp4,
@@ -166,9 +171,11 @@ def test_pixels_that_are_no_numbers_are_refused_and_nothing_is_written(tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot write"):
-        write_lossless(tmp_path / "no" / "clip.mkv", moving_disc(), 12)
+def test_a_missing_folder_is_made_and_one_that_cannot_be_is_named_without_talk_of_space(tmp_path: Path) -> None:
+    write_lossless(tmp_path / "new" / "clip.mkv", moving_disc(), 12)
+    assert np.array_equal(read_lossless(tmp_path / "new" / "clip.mkv").frames, moving_disc())
+    with pytest.raises(UserError, match=r"cannot write .*inside.clip\.mkv: Not a directory\. Choose a place you may write to"):
+        write_lossless(tmp_path / "new" / "clip.mkv" / "inside" / "clip.mkv", moving_disc(), 12)
 
 
 def test_a_full_disk_gives_one_line_and_leaves_the_old_file_alone(tmp_path: Path) -> None:
@@ -213,6 +220,39 @@ def test_real_clips_are_read(real_data: Path) -> None:
     for path in clips:
         video = read_video(path, max_frames=3)
         assert len(video.frames) == 3 and video.fps > 0
+
+
+@pytest.mark.parametrize("how", [{}, {"max_frames": 8}, {"seconds": 0.6}, {"shrink": lambda frame: frame[:16, :16]}, {"max_frames": 8, "shrink": lambda frame: frame[:16, :16]}])
+def test_frames_that_change_their_size_are_refused_however_they_are_read(how: dict[str, Any], tmp_path: Path) -> None:
+    """A stream of six frames of 32x32, and one of 64x64 behind it."""
+    import av
+
+    path, stream = tmp_path / "two.h264", io.BytesIO()
+    for side in (32, 64):
+        with av.open(stream, "w", format="h264") as container:
+            coded = container.add_stream("libx264", rate=12, options={"tune": "zerolatency"})
+            coded.width = coded.height = side
+            coded.pix_fmt = "yuv420p"
+            for k in range(6):
+                container.mux(coded.encode(av.VideoFrame.from_ndarray(np.full((side, side, 3), 20 * k, np.uint8), format="rgb24")))
+            container.mux(coded.encode())
+    path.write_bytes(stream.getvalue())
+    with pytest.raises(UserError, match=r"the frames change their size, .*two\.h264"):
+        read_video(path, **how)
+    assert len(read_video(path, max_frames=6).frames) == 6, "what is behind is not looked at"
+    with pytest.raises(UserError, match="change their size"):
+        list(each_frame(path))
+
+
+def test_frames_that_are_looked_at_one_by_one_may_be_an_hour_of_full_hd_and_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert files.STREAMED.frames >= 25 * 3600 and files.STREAMED.pixels >= 25 * 3600 * 1920 * 1080 > files.LOCAL.pixels
+    write_mp4(tmp_path / "clip.mp4", moving_disc(), 12)
+    for frames, seen in ((13, 13), (5, 0)):
+        monkeypatch.setattr(files, "STREAMED", Bounds(frames, 1 << 30))
+        for read in (each_frame, timed_frames):
+            with nullcontext() if seen else pytest.raises(UserError, match="more than the limit of 5 frames"):
+                assert sum(1 for _ in read(tmp_path / "clip.mp4")) == seen
+    assert len(read_video(tmp_path / "clip.mp4").frames) == 13
 
 
 def test_a_clip_in_memory_is_the_clip_in_its_file_and_no_larger_than_its_bounds(tmp_path: Path) -> None:

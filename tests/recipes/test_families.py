@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,13 @@ from torch import Tensor
 from align.run import latest_checkpoint, read_metrics
 from base_model.errors import UserError
 from base_model.families.loading import load_family
+from base_model.families.ltx import LTXVideoModel
 from base_model.families.wan_experts import Experts
 from base_model.lora import add_lora
 from base_model.prompts.text import TextEncoder
 from base_model.types import ClipShape
 from base_model.video.store import ClipStore
-from recipes import generate, grpo
+from recipes import expand, generate, grpo
 from recipes.cli import COMMANDS
 from recipes.feedback import Feedback, Setting
 from recipes.generate import Sampler
@@ -172,6 +174,24 @@ def test_clips_are_made_with_a_lora_that_was_trained_here(folder: Path, tmp_path
     made = {row.seed: store.load(row.clip_id) for row in store.rows() if row.generator_rev == model_lineage(cfg.model, adapter)}
     assert all((made[seed] - clip).abs().max() < 1.5 / 255 for seed, clip in enumerate(wanted))
     assert generate.main(cfg)["clips"] == plain["clips"]
+
+
+def test_ltx_is_told_the_frame_rate_of_the_clips_that_it_makes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, told, call = sampler_of(FAMILIES["ltx"].clip).model_copy(update={"fps": 7.0}), [], LTXVideoModel.__call__
+    cfg = generate.Config(out=tmp_path / "clips", model=folder / "ltx", prompts=("a red circle",), clips_per_prompt=1, sampler=sampler)
+    generate.main(cfg)
+    model = load_family(str(folder / "ltx"), device=CPU, dtype=torch.float32)
+    at_its_own, at_seven = (next(iter(generate.sample(replace(model, fps=fps), model.encode_text(cfg.prompts), [0], sampler))) for fps in (25.0, 7.0))
+    (row,) = ClipStore(cfg.out).rows()
+    made = ClipStore(cfg.out).load(row.clip_id)
+    assert (made - at_seven).abs().max() < 1.5 / 255 < (at_its_own - at_seven).abs().max()
+
+    monkeypatch.setattr(LTXVideoModel, "__call__", lambda self, *given: (told.append(self.fps), call(self, *given))[1])
+    align("grpo", tmp_path / "run", folder, "ltx")
+    assert len(told) > 4 and set(told) == {12.0}, "the sampler's own rate"
+    captions = expand.Config(model=folder / "ltx", sampler=sampler)
+    judge: Any = expand.load_video_reward(captions, folder / "reward", frozenset())
+    assert judge.model.fps == 7.0
 
 
 def test_the_name_of_a_family_in_a_store_is_that_of_its_weights_and_its_grid(folder: Path, tmp_path: Path) -> None:

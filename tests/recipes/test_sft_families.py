@@ -26,7 +26,7 @@ from base_model.families.wan_packed import PackedWan, packed_velocity
 from base_model.recompute import compile_blocks
 from base_model.video.files import mp4_bytes
 from recipes import sft
-from recipes.clip_folder import Windows
+from recipes.clip_folder import Windows, cut_for
 from recipes.filters import write_lineage
 from recipes.models import load_model, model_lineage
 from recipes.validation import read_looks
@@ -102,6 +102,13 @@ def test_every_way_to_adapt_moves_a_family(way: str, folder: Path, tmp_path: Pat
     adapted, plain = (said(load_model(folder / "wan", device=CPU, adapter=adapter), "wan") for adapter in (tmp_path / "adapter.safetensors", None))
     assert (adapted - plain).abs().max() > 1e-4
     assert (said(with_lora_of_diffusers(folder / "wan", tmp_path / "adapter.safetensors"), "wan") - adapted).abs().max() < 1e-5
+
+
+def test_ltx_is_trained_at_the_frame_rate_that_its_clips_are_brought_to(folder: Path, tmp_path: Path) -> None:
+    cfg = config(tmp_path, folder, "ltx")
+    for windows, fps in ((cfg.windows, 12.0), (cfg.windows.model_copy(update={"fps": None}), 25.0)):
+        model: Any = sft.load_to_train(cfg.model_copy(update={"windows": windows}), CPU)
+        assert model.fps == cut_for(model, windows).fps == fps
 
 
 def test_activations_computed_again_change_no_bit(folder: Path, tmp_path: Path) -> None:

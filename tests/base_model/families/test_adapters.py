@@ -233,7 +233,8 @@ def test_the_adapter_of_another_model_is_refused_with_the_first_key_that_does_no
     refused(rest, "2 tensors a layer|two tensors a layer")
     refused(rest | {first: torch.zeros(RANK + 1, tensors[first].shape[1])}, "2 ranks")
     refused(tensors, "alpha_pattern", {HEADER: json.dumps({"transformer.alpha_pattern": {"a": 1}})})
-    refused(tensors, "cannot read the header", {HEADER: "{"})
+    for damaged in ("{", "5", "[1]", "null", "[" * 100_000):
+        refused(tensors, "cannot read the header", {HEADER: damaged})
 
 
 def test_an_adapter_of_another_rank_or_alpha_is_not_poured_into_the_one_that_is_there(world: World, tmp_path: Path) -> None:
