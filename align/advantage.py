@@ -209,6 +209,16 @@ def best_and_worst(advantage: Tensor, groups: Groups, keep: int, *, valid: Tenso
     return cells.read(known & ((place < keep - keep // 2) | (place >= worst)))  # [B]
 
 
+def varied(advantage: Tensor, groups: Groups) -> Tensor:
+    """Clips of groups in which some advantage [B] is not 0, bool [B]: the other groups teach nothing, and where they are left out those weigh more that do.
+
+    DAPO's filter (arXiv 2503.14476, eq. 11) for what is left of the advantage under a constraint: a group whose rewards are alike may still differ in its costs.
+    """
+    cells = grouping(advantage, groups)
+    table = cells.fill(advantage)  # [N,G]
+    return cells.read((table.nan_to_num() != 0).any(1, keepdim=True).expand_as(table))  # [B]
+
+
 def leave_one_out(value: Tensor, groups: Groups) -> Tensor:
     """Mean of the OTHER clips of the same prompt, [B] -> [B] (Kool et al. 2019, RLOO). nan values are left out; nan where no other is known."""
     cells = grouping(value, groups)

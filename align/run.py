@@ -53,7 +53,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from align import context_parallel, processes, selfcheck, sharding
-from align.config import Config, leaves, path_keys, resolved
+from align.config import Config, dump, leaves, path_keys, resolved
 from align.objectives import Loss
 from align.progress import Progress
 from align.state import flatten, unflatten
@@ -516,6 +516,7 @@ class Run:
     def _check_same_config(self, before: dict[str, Any]) -> None:
         free = path_keys(type(self.cfg))
         then, now = ({"seed": seed, **leaves(config)} for seed, config in ((before.get("seed"), before.get("config")), (self.seed, self._resolved["config"])))
+        then |= _came_since(type(self.cfg), then, now)
         differ = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key not in free and key.rpartition(".")[2] not in self.cfg.may_change]
         changed = [f"{key} ({json.dumps(then.get(key))} -> {json.dumps(now.get(key))})" for key in differ]
         if changed:
@@ -759,6 +760,12 @@ def lock_folder(out: Path) -> None:
         os.close(file)  # a file system without locks
         return
     _LOCKS[about.st_dev, about.st_ino] = file
+
+
+def _came_since(cls: type[Config], then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of keys that were not there yet when a run was begun: it went as they say."""
+    defaults = leaves(dump(cls.model_construct()))
+    return {key: defaults[key] for key in now if key in defaults and not any(key == old or key.startswith(f"{old}.") for old in then)}
 
 
 def _recover(folder: Path) -> None:

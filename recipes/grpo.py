@@ -21,7 +21,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from align.advantage import Advantage, DivideBy, best_and_worst, gdpo_advantage, group_advantage
+from align.advantage import Advantage, DivideBy, best_and_worst, gdpo_advantage, group_advantage, varied
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Several, Whole
 from align.data import PromptSampler
@@ -83,6 +83,8 @@ class Policy(BaseConfig):
     """Whether under guidance the pass without prompt is trained, too."""
     divide_by: DivideBy | Literal["gdpo"] = "group_std"
     """What centred rewards are divided by; `gdpo`: each of several `dimensions` by its group's std before they are weighed, so that none rules by its spread."""
+    drop_flat: bool = False
+    """Leaves out groups whose clips are all worth the same, reward and costs together: no pass is spent on them, and the others weigh more (DAPO)."""
     lora_rank: Count = 16
     """Rank of the adapter."""
     lr: Positive = 1e-3
@@ -243,7 +245,8 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         if multiplier is not None:
             feedback.dual_step(multiplier, seen)
         limited = feedback.apply_limits(relative, seen, multiplier, cfg.safety, G)
-        kept = best_and_worst(limited.advantage, G, p.keep or G, valid=limited.valid)  # [B]
+        telling = limited.valid & varied(limited.advantage, G) if p.drop_flat else limited.valid  # [B]
+        kept = best_and_worst(limited.advantage, G, p.keep or G, valid=telling)  # [B]
         if i == 0:
             feedback.check_first_step(policy, kernel, taken[0], seen.reward, G)
 

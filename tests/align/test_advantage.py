@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from align.advantage import PromptStatistics, batch_normalise, best_and_worst, gdpo_advantage, group_advantage, grouping, leave_one_out
+from align.advantage import PromptStatistics, batch_normalise, best_and_worst, gdpo_advantage, group_advantage, grouping, leave_one_out, varied
 from align.objectives import masked_mean
 
 NAN = float("nan")
@@ -110,6 +110,12 @@ def test_of_an_oversampled_group_the_best_and_the_worst_are_kept() -> None:
         assert sorted(group[mask].tolist()) == order[:2] + order[-2:]
     assert best_and_worst(reward, 6, 3).nonzero()[:, 0].tolist() == [1, 2, 4, 6, 8, 11], "of an odd number one more of the best, as published"
     assert bool(best_and_worst(reward, 6, 6).all())
+
+
+def test_only_groups_that_differ_teach() -> None:
+    advantage = torch.tensor([0.0, 0.0, 0.0, 0.0, -1e-9, 0.0, NAN, 0.0, 0.0])
+    assert varied(advantage, 3).tolist() == [False] * 3 + [True] * 3 + [False] * 3
+    assert varied(advantage[:6], torch.tensor([7, 2, 7, 2, 7, 2])).tolist() == [True, False] * 3, "clips of a group need not lie together"
 
 
 def test_selection_knows_only_valid_clips_and_settles_ties_by_order() -> None:

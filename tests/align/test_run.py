@@ -298,6 +298,17 @@ def test_resuming_with_another_config_names_the_changed_keys(tmp_path: Path) -> 
     train(LoopConfig(out=moved, iterations=3), resume=True)
 
 
+def test_a_run_of_before_a_key_was_there_went_by_its_default(tmp_path: Path) -> None:
+    train(LoopConfig(out=tmp_path, iterations=2))
+    description = tmp_path / "run.json"
+    told = json.loads(description.read_text())
+    del told["config"]["lr"]
+    description.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"lr \(0.01 -> 0.5\)\."):
+        train(LoopConfig(out=tmp_path, iterations=3, lr=0.5), resume=True)
+    train(LoopConfig(out=tmp_path, iterations=3), resume=True)
+
+
 def test_a_run_that_goes_on_with_other_code_says_so_and_keeps_what_made_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     versions = {"python": "3.12.1", "torch": "2.9.0"}
 
@@ -536,6 +547,9 @@ def test_what_a_run_that_was_killed_before_its_first_checkpoint_drew_is_drawn_on
             if i == 2 and not resume:
                 break
         run._flush_tensorboard()
+        second = int(time.time())
+        while int(time.time()) == second:  # files of events are named by it, and read in the order of their names
+            time.sleep(0.01)
     drawn = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(point.step, point.value) for point in drawn] == [(i, 10.0 + i) for i in range(5)]
 

@@ -1,5 +1,6 @@
 """What `rushes grpo` (and `ddpo`) may be told: windows, kernels, shared starts, selection, guidance. Always the first ratio is 1 and the passes are the formula's."""
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,25 @@ def test_steps_replayed_together_teach_what_they_teach_one_by_one(tmp_path: Path
     for name in ("reward", "grad_norm", "kl_per_element"):
         assert [row[name] for row in together] == pytest.approx([row[name] for row in alone], rel=1e-3, abs=1e-9), name
     assert together[-1]["forward_passes"] == alone[-1]["forward_passes"], "as many clips go through the network, in fewer passes"
+
+
+class PartlyFlat:
+    """The clips of a rollout's first prompt are all worth the same; from the second rollout on all clips are."""
+
+    calls = 0
+
+    def __call__(self, video: Tensor, prompts: Sequence[str]) -> Mixed:
+        self.calls += 1
+        seen = BRIGHT(video, prompts)
+        flat = torch.tensor([self.calls > 1 or prompt == prompts[0] for prompt in prompts])
+        return seen._replace(reward=seen.reward.masked_fill(flat, 1.0))
+
+
+def test_groups_that_are_all_alike_are_dropped_and_the_others_weigh_more(tmp_path: Path) -> None:
+    policy = {"micro_batch": 4, "kl_coef": 0.0, "iterations": 2}
+    kept, dropped = (run(tmp_path / str(drop), reward=PartlyFlat(), drop_flat=drop, **policy) for drop in (False, True))
+    assert [row["kept_share"] for row in kept] == [1.0, 1.0] and [row["kept_share"] for row in dropped] == pytest.approx([2 / 3, 0.0])
+    assert [row["zero_std_share"] for row in dropped] == pytest.approx([1 / 3, 1.0])
+    assert dropped[0]["grad_norm"] == pytest.approx(1.5 * kept[0]["grad_norm"], rel=1e-5), "a mean over 8 clips, not 12"
+    assert dropped[0]["forward_equivalents"] < kept[0]["forward_equivalents"]
+    assert not dropped[1].get("grad_norm"), "where all are alike nothing is learned"
