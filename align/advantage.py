@@ -141,7 +141,7 @@ def gdpo_advantage(
 
     So a dimension counts by its weight, whatever its unit and spread; one reward made of the sum would be ruled by the dimension with the largest spread.
     Without `normalise` it is the weighted sum of advantages of MixGRPO (arXiv 2507.21802) and LongCat-Video. A clip with an unknown reward in a dimension of
-    weight other than 0 is not valid. A group is flat where it is in every such dimension. Raises ValueError where the weights are not R numbers, some not 0.
+    weight other than 0 is not valid. A group is flat where it is in every such dimension; its advantages are 0. Raises ValueError where the weights are not R numbers, some not 0.
     """
     if rewards.dim() != 2 or rewards.shape[1] != len(weights) or not any(weights):
         raise ValueError(f"rewards {list(rewards.shape)} need a weight for each of their dimensions, not all of them 0, got {list(weights)}")
@@ -157,7 +157,9 @@ def gdpo_advantage(
         "advantage/unknown_share": float((~rewards[:, counted].isfinite().all(1)).float().mean()),
         "advantage/zero_std_share": float(flat.float().mean()),
     }
-    return Advantage(_clamp(batch_normalise(advantage, valid, min_std=min_std) if normalise else advantage, clamp), valid, stats)
+    if normalise:
+        advantage = batch_normalise(advantage, valid, min_std=min_std).where(~cells.read(flat.expand_as(total)), 0)
+    return Advantage(_clamp(advantage, clamp), valid, stats)
 
 
 def batch_normalise(advantage: Tensor, valid: Tensor, *, min_std: float = 1e-6) -> Tensor:
@@ -216,7 +218,7 @@ def varied(advantage: Tensor, groups: Groups) -> Tensor:
     """
     cells = grouping(advantage, groups)
     table = cells.fill(advantage)  # [N,G]
-    return cells.read((table.nan_to_num() != 0).any(1, keepdim=True).expand_as(table))  # [B]
+    return cells.read((table.nan_to_num().abs() > 1e-6).any(1, keepdim=True).expand_as(table))  # [B] less is rounding
 
 
 def leave_one_out(value: Tensor, groups: Groups) -> Tensor:

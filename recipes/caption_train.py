@@ -101,6 +101,10 @@ class Pairs:
         return Pairs([self.texts[row] for row in rows], lambda k: self.take(rows[k]))
 
 
+SPLIT = 2
+"""How it is chosen what is held out; one more wherever that changes."""
+
+
 def split(names: Sequence[str], held_out: int, *, seed: int) -> tuple[list[int], list[int]]:
     """(rows to learn from, rows held out) of the captions of these clips, both ascending: of a clip all its captions or none. The hash of a clip's name decides, so one that was
     learned from is not held out when others come."""
@@ -249,14 +253,17 @@ def claim(cfg: Config, resume: bool) -> None:
     lock_folder(cfg.out)
     file = cfg.out / "run.json"
     if file.exists():
-        before = leaves(read_json(file, "the description of the run").get("config"))
+        told = read_json(file, "the description of the run")
+        before, before_split = leaves(told.get("config")), told.get("split")
         now, free = leaves(dump(cfg)), path_keys(Config)
         differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key) and key not in free and key.rpartition(".")[2] not in cfg.may_change)
         if not resume:
             raise UserError(f"{cfg.out} already holds a run. Go on with --resume, or choose another --out")
+        if cfg.data is not None and before_split != SPLIT:
+            raise UserError(f"{cfg.out} held out other clips, as an earlier version chose them. Begin again in another --out")
         if differ:
             raise UserError(f"{cfg.out} was begun with another {', '.join(differ)}. Go on with what it was begun with, or begin again in another --out")
-    atomic_write(file, (json.dumps({"seed": cfg.seed, **resolved(cfg)}, indent=2) + "\n").encode())
+    atomic_write(file, (json.dumps({"seed": cfg.seed, "split": SPLIT, **resolved(cfg)}, indent=2) + "\n").encode())
 
 
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
             made = Takes(torch.cat(run.gather(each.x0.cpu() for each in taken)), cond, pairs)
             steps = [numbered([made], range(len(pairs.win)), p.micro_batch)] * p.updates
             stats = feedback.rollout_stats(seen, p.group_size, multiplier)
-            looked |= {name: stats[name] for name in OF_FRESH_CLIPS}
+            looked |= {name: stats[name] for name in (*OF_FRESH_CLIPS, *(f"reward_{dim}" for dim in seen.parts))}
 
         # 2. Noise both clips of a pair alike, once a step, and ask the SFT policy.
         generator = run.generator("noise", i)

@@ -483,12 +483,6 @@ class Correction:
             now = float(left.double().nanmean())
             self.left = now if self.left is None else decay * self.left + (1 - decay) * now
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"left": self.left}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.left = state["left"]
-
 
 def correction_of(safety: SafetyLimit, clip_filters: str) -> Correction | None:
     """None where nothing is known of the filters' errors. Raises UserError for an audit that says nothing of these filters, and for error rates that tell nothing."""
@@ -508,15 +502,29 @@ def correction_of(safety: SafetyLimit, clip_filters: str) -> Correction | None:
     return Correction(lambda blocked, left, clips: by_audit(blocked, clips, review, left=left, confidence=confidence), bound, audited=True)
 
 
+@dataclass(frozen=True)
+class Remembered:
+    """A multiplier with what its correction knows, under one name: an audit may come, or go, when a run resumes."""
+
+    multiplier: Multiplier
+
+    def state_dict(self) -> dict[str, Any]:
+        correct = self.multiplier.correct
+        return {**self.multiplier.state_dict(), "left": correct.left if isinstance(correct, Correction) else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.multiplier.load_state_dict(state)
+        if isinstance(self.multiplier.correct, Correction):
+            self.multiplier.correct.left = state.get("left")
+
+
 def register(run: Run, model: TrainableModel, optimizer: Any, multiplier: Multiplier | None, watch: GuardWatch) -> None:
     """Everything an RL run must find again when it resumes, and the forward-pass counter."""
     run.register("network", model.network, trainable_only=True)
     run.register("optimizer", optimizer)
     run.register("guard_watch", watch)
     if multiplier is not None:
-        run.register("multiplier", multiplier)
-        if isinstance(multiplier.correct, Correction):
-            run.register("correction", multiplier.correct)
+        run.register("multiplier", Remembered(multiplier))
     run.count_forwards(model.network)
 
 
@@ -714,6 +722,8 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     guard = standardised(load_scorer(cfg.guard, fps=cfg.sampler.fps, encode=encode)) if cfg.guard else None
     if cfg.guard and reward:
         check_watches_another(cfg.guard, reward)
+    if cfg.dimensions and not reward:
+        raise UserError("dimensions weigh a reward model, and none is given. Add --reward FOLDER, or leave dimensions out")
     note_given(cfg, run, reward)
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, encode_prompts(model, texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")

@@ -282,7 +282,8 @@ def fill_store(
 
     given: what names a visual prompt, part of a clip's identity.
     """
-    settings = {key: value for key, value in dump(sampler).items() if key != "batch"} | ({"visual": given} if given else {})
+    told = getattr(model, "fps", None)  # LTX-Video's, once 25 whatever the clips had
+    settings = {key: value for key, value in dump(sampler).items() if key != "batch"} | ({"visual": given} if given else {}) | ({} if told is None else {"told_fps": told})
     texts = list(dict.fromkeys(r.prompt for r in requests))
     typed = list(dict.fromkeys(r.short for r in requests if r.short and r.short not in texts))
     passed = {text for text, decision in zip([*texts, *typed], runner.check_prompts([*texts, *typed]), strict=True) if allowed(decision)}

@@ -260,7 +260,8 @@ class GuardWatch:
         to end, and why."""
         values = {name: value.detach().double().cpu() for name, value in values.items()}
         self.before = self.before or values
-        found = changes(values, self.before, self.rules, LEVEL)
+        before = {name: value[: len(values[name])] if name in values else value for name, value in self.before.items()}  # fewer prompts than a run of before looked at
+        found = changes(values, before, self.rules, LEVEL)
         reading = Reading(overall(found), in_words(found, self.rules), found)
         self._remember(values.get("guard"), reading.light, violation_rate, adapter)
         if reading.light == Light.RED and self.guards.stop == "red":

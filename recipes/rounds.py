@@ -281,7 +281,10 @@ def look_around(cfg: Config, number: int) -> dict[str, Any]:
     setting = setting_of(cfg, number)
     texts = held_out_texts(setting.model_copy(update={"seed": cfg.seed + HELD_OUT_SEED}))
     first = load_tiny(start_of(cfg, 1)).to(best_device())
-    rewards = {name: standardised(load_scorer(path, fps=setting.sampler.fps, encode=first.text), pessimism) for name, path, pessimism in scorers_of(cfg, number, setting)}
+    fps = setting.sampler.fps
+    rewards = {"reward": standardised(load_scorer(reward_of(cfg, number), fps=fps, encode=first.text), setting.pessimism, setting.dimensions)}
+    if cfg.guard:
+        rewards["guard"] = standardised(load_scorer(cfg.guard, fps=fps, encode=first.text))
     found: dict[str, Any] = {}
     for when, network in (("before", start_of(cfg, number)), ("after", folder(cfg, number, "rl") / "network.safetensors")):
         model = load_tiny(network).to(best_device())
@@ -291,11 +294,6 @@ def look_around(cfg: Config, number: int) -> dict[str, Any]:
         found[f"blocked_{when}"] = Assessor(None, safety_runner(setting.filters), setting.sampler.fps)(video, texts).violation_rate
     found["kl_from_first"] = kl_between(model, first, cond[:KL_CLIPS], setting.sampler, cfg.seed + HELD_OUT_SEED)
     return _plain(found)
-
-
-def scorers_of(cfg: Config, number: int, setting: Setting) -> list[tuple[str, Path, float]]:
-    """Name, folder and pessimism of who scores the held-out clips."""
-    return [("reward", reward_of(cfg, number), setting.pessimism), *([("guard", cfg.guard, 0.0)] if cfg.guard else [])]
 
 
 def kl_between(policy: LatentVideoModel, first: LatentVideoModel, cond: Conditioning, sampler: Sampler, seed: int) -> float:

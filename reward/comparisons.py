@@ -363,8 +363,9 @@ def _id(row: RankingEvent | Clip | Prompt | Annotator | _Place) -> str:
 
 
 def _stable(row: object) -> dict[str, Any]:
-    """What identifies a row: all but its split, the time it was made, where it was first seen and what the safety filters say of it, who may be asked again."""
-    return {name: value for name, value in vars(row).items() if name not in ("split", "created_at", "path", "source", "safety_json")}
+    """What identifies a row: all but its split, the time it was made, where it was first seen, what the safety filters say of it, who may be asked again, and a prompt's language
+    and kind, which not everybody knows."""
+    return {name: value for name, value in vars(row).items() if name not in ("split", "created_at", "path", "source", "safety_json", "lang", "category")}
 
 
 # Parquet

@@ -34,6 +34,7 @@ SPLITS = ("train", "val", "test")
 LONG = 22  # words
 _SIGNS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, Burmese, Khmer, Japanese and Chinese write without spaces: each sign is a word
 _WORD = re.compile(rf"[{_SIGNS}]|[^\s{_SIGNS}]+")  # of a normalised text
+_LONE_MARK = re.compile(r"(?<=\s)[\u0300-\u036f]+")  # an accent by itself, which NFKC puts behind a space
 _SAME = {**dict.fromkeys(range(0xFE00, 0xFE10)), ord("´"): "'"}  # variants of one sign, a heart in black or in colour; an accent typed for an apostrophe
 
 
@@ -104,7 +105,7 @@ def assign_splits(components: Mapping[str, str], previous: Mapping[str, str], *,
 
 def normalised(text: str) -> str:
     """Case, accents' encoding, punctuation and spaces do not make a prompt another one; vowel signs (Hindi, Thai), emoji and arrows do."""
-    plain = unicodedata.normalize("NFKC", text.translate(_SAME)).casefold()
+    plain = _LONE_MARK.sub(" ", unicodedata.normalize("NFKC", text.translate(_SAME)).casefold())
     return " ".join("".join(sign if _of_a_word(sign) else " " for sign in plain).split())
 
 
@@ -196,8 +197,9 @@ def _join_near_duplicates(sets: _DisjointSets, texts: Collection[str]) -> None:
 
 
 def _of_a_word(sign: str) -> bool:
-    """Letters, marks, numbers and symbols; those of ASCII (+ | ~) are taken for punctuation."""
-    return sign == "_" or unicodedata.category(sign)[0] in ("LN" if sign.isascii() else "LMNS")
+    """Letters, marks, numbers, emoji and arrows; other symbols (+ ~ °) are taken for punctuation."""
+    kind = unicodedata.category(sign)
+    return sign == "_" or kind[0] in "LMN" or (kind == "So" and sign >= "\u2000") or "\u2190" <= sign <= "\u21ff"
 
 
 def _resemble(a: set[tuple[str, ...]], b: set[tuple[str, ...]]) -> bool:

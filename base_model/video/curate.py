@@ -223,7 +223,8 @@ class _Clock:
             return {"frames": 1.0, "seconds": math.nan, "fps": math.nan, "fps_irregularity": math.nan}
         steps = np.diff(self.seconds)
         usual = float(np.median(steps))
-        rate = 1 / float(steps[np.abs(steps - usual) <= SAME_TIME].mean())  # 33 and 34 ms are both a thirtieth of a second
+        one = np.sort(steps)[(count - 2) // 2]  # a median that is there: of an even number the lower of the middle two
+        rate = 1 / float(steps[np.abs(steps - one) <= SAME_TIME].mean())  # 33 and 34 ms are both a thirtieth of a second
         irregularity = np.nan_to_num(np.abs(np.array(self._steps) - usual) / usual, nan=1.0)  # where the clock cannot be right, it is off by a whole step
         return {"frames": float(count), "seconds": self.end, "fps": rate, "fps_irregularity": float(irregularity.mean())}
 

@@ -13,7 +13,7 @@ from contextlib import closing
 
 from sqlalchemy import Connection, delete, func, insert, null, select, text, update
 
-from reward.app.labeling import close_with
+from reward.app.labeling import close_with_deleted
 from reward.app.media import path_of
 from reward.app.people import revoke_invitations
 from reward.app.reviewing import RESTRICTION, forget_draft, give_up
@@ -126,9 +126,10 @@ def _mark(store: Store, db: Connection, clips: Sequence[str], reason: str, by: s
     for clip_id in clips:
         db.execute(update(clip).where(clip.c.id == clip_id).values(state="deleted"))
         _end_reviews(store, db, clip_id)
-        close_with(store, db, clip_id)
         _bury(store, db, "clip", clip_id, reason, by)
         store.log(db, by, "clip deleted", clip_id)
+    for project_id in db.execute(select(clip.c.project_id).where(clip.c.id.in_(clips)).distinct()).scalars().all():
+        close_with_deleted(db, project_id)
 
 
 def _end_reviews(store: Store, db: Connection, clip_id: str) -> None:

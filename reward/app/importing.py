@@ -370,6 +370,9 @@ def _add(store: Store, db: Connection, project_id: str, run: str, ready: Sequenc
         if source.prompt_id not in texts:
             db.execute(insert(prompt), {"project_id": project_id, "prompt_id": source.prompt_id, "text": source.text, "lang": source.lang, "kind": source.kind})
             texts[source.prompt_id] = source.text
+        for name in ("lang", "kind"):
+            if told := getattr(source, name):  # where nobody knew it so far
+                db.execute(update(prompt).where(prompt.c.project_id == project_id, prompt.c.prompt_id == source.prompt_id, prompt.c[name] == "").values({name: told}))
         if before is None:
             added.append(_insert(store, db, project_id, run, source, said, row, elsewhere=source.clip_id in restricted, by=by))
             old[source.clip_id] = db.execute(select(clip.c.id, clip.c.clip_id, clip.c.prompt_id, clip.c.decision, clip.c.state).where(clip.c.id == added[-1])).one()

@@ -71,7 +71,9 @@ def make_demonstrations(store: Store, db: Connection, project_id: str, by: Actor
 
 
 def _deal(store: Store, db: Connection, project_id: str, kind: str, *, size: int, least: int, wanted: int) -> int:
-    held = select(task.c.clips).where(task.c.project_id == project_id, task.c.kind == kind, task.c.state != "closed")
+    close_with_deleted(db, project_id)  # also what a version before deleted
+    shown = (task.c.kind == "demonstration") & (task.c.answered > 0)  # whose answer counts on
+    held = select(task.c.clips).where(task.c.project_id == project_id, task.c.kind == kind, (task.c.state != "closed") | shown)
     asked = {each for clips in db.execute(held).scalars() for each in clips}
     free: dict[str, list[str]] = defaultdict(list)
     for row in db.execute(select(clip.c.id, clip.c.prompt_id).where(clip.c.project_id == project_id, clip.c.made_of.is_(None), servable()).order_by(clip.c.id)):
@@ -125,13 +127,12 @@ def resume(store: Store, db: Connection, project_id: str, clips: Set[str] | None
     return resumed
 
 
-def close_with(store: Store, db: Connection, clip_id: str) -> None:
-    """Closes the tasks that have a clip which is gone for good; their other clips come into new ones."""
-    about = select(task.c.id, task.c.clips).join(clip, (clip.c.project_id == task.c.project_id) & (clip.c.prompt_id == task.c.prompt_id))
-    for row in db.execute(about.where(clip.c.id == clip_id, task.c.state != "closed")).all():
-        if clip_id in row.clips:
+def close_with_deleted(db: Connection, project_id: str) -> None:
+    """Closes the tasks that have a clip which is deleted; their other clips come into new ones. The log says no more than that the clip is deleted, to whom it may."""
+    gone = set(db.execute(select(clip.c.id).where(clip.c.project_id == project_id, clip.c.state == "deleted")).scalars())
+    for row in db.execute(select(task.c.id, task.c.clips).where(task.c.project_id == project_id, task.c.state != "closed")).all() if gone else ():
+        if gone.intersection(row.clips):
             db.execute(update(task).where(task.c.id == row.id).values(state="closed"))
-            store.log(db, "system", "task closed", row.id)
 
 
 def set_priorities(store: Store, db: Connection, project_id: str, best_first: Sequence[str], by: Actor) -> int:

@@ -123,7 +123,7 @@ def login(store: Store, name: str, password: str, client: str) -> tuple[str, Act
     valid, renewed = hasher().verify_and_update(password[:LONGEST_PASSWORD], row.password_hash if row else _nobodys_hash())
     cookie = None
     with store.writing() as db:
-        if row is not None and valid and _may_still_log_in(db, row.person_id, row.password_hash):
+        if row is not None and valid and _may_still_log_in(db, row.person_id, row.password_hash, password):
             if renewed:
                 db.execute(update(person_private).where(person_private.c.person_id == row.person_id).values(password_hash=renewed))
             cookie = begin_session(store, db, row.person_id, client)
@@ -136,10 +136,11 @@ def login(store: Store, name: str, password: str, client: str) -> tuple[str, Act
     return cookie, actor
 
 
-def _may_still_log_in(db: Connection, person_id: str, verified: str) -> bool:
-    """Whether a person is there, and the hash that was verified is still the password's: to verify takes so long that either may have changed."""
-    same = (person_private.c.person_id == person_id, person_private.c.password_hash == verified, person.c.state.in_(("active", "paused")))
-    return db.execute(select(person.c.id).join(person_private).where(*same)).first() is not None
+def _may_still_log_in(db: Connection, person_id: str, verified: str, password: str) -> bool:
+    """Whether a person is there, and what was verified is still their password: to verify takes so long that either may have changed. Another log-in may have renewed the hash."""
+    active = (person_private.c.person_id == person_id, person.c.state.in_(("active", "paused")))
+    held = db.execute(select(person_private.c.password_hash).join(person).where(*active)).scalar()
+    return held is not None and (held == verified or hasher().verify(password[:LONGEST_PASSWORD], held))
 
 
 # Sessions

@@ -112,8 +112,16 @@ def test_of_an_oversampled_group_the_best_and_the_worst_are_kept() -> None:
     assert bool(best_and_worst(reward, 6, 6).all())
 
 
+def test_a_flat_group_has_no_advantage_by_gdpo_although_the_batch_is_centred() -> None:
+    reward = torch.randn(32, 2, generator=torch.Generator().manual_seed(0))
+    reward[:4] = 1.0
+    reward[5, 0] = NAN  # so that the others' mean is not 0
+    found = gdpo_advantage(reward, [1.0, 2.0], 4).advantage
+    assert (found[:4] == 0).all() and (found[8:] != 0).all() and varied(found, 4).tolist() == [False] * 4 + [True] * 28
+
+
 def test_only_groups_that_differ_teach() -> None:
-    advantage = torch.tensor([0.0, 0.0, 0.0, 0.0, -1e-9, 0.0, NAN, 0.0, 0.0])
+    advantage = torch.tensor([0.0, -1e-9, 0.0, 0.0, -1e-3, 0.0, NAN, 0.0, 0.0])
     assert varied(advantage, 3).tolist() == [False] * 3 + [True] * 3 + [False] * 3
     assert varied(advantage[:6], torch.tensor([7, 2, 7, 2, 7, 2])).tolist() == [True, False] * 3, "clips of a group need not lie together"
 

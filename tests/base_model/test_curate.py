@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tracemalloc
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,12 @@ def test_every_measure_is_there_a_plain_number_and_explained() -> None:
 
 
 # Time
+
+
+@pytest.mark.parametrize("seconds", [[0, 0.04, 0.14], [0, 0.033, 0.066, 0.166, 0.266], [0, 1 / 30, 0.1]])
+def test_uneven_times_have_a_rate_too(seconds: list[float]) -> None:
+    found = measure(zip(still(32, 32, len(seconds)), seconds, strict=True)).scores
+    assert found["fps"] == pytest.approx(1 / min(b - a for a, b in pairwise(seconds)), rel=1e-6)
 
 
 @pytest.mark.parametrize("fps", [8.0, 24000 / 1001, 30.0, 60.0])

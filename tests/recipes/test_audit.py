@@ -146,9 +146,19 @@ def test_what_is_left_to_people_is_counted_apart_from_what_is_blocked_and_found_
     feedback.dual_step(multiplier, seen(1, 0))
     assert multiplier.bound == pytest.approx(1.5 / 9) and told[-1][1] == pytest.approx(2.5 / 9)
     again = feedback.Correction(found, bound=False, audited=True)
-    again.load_state_dict(correct.state_dict())
+    feedback.Remembered(Multiplier("P17", limit=0.9, correct=again)).load_state_dict(feedback.Remembered(multiplier).state_dict())
     assert again(0.5, 8.0) == correct(0.5, 8.0) == pytest.approx(0.5 - 2.5 / 9)
     assert correct(0.1, 8.0) == 0, "never fewer than none"
+
+
+def test_an_audit_may_come_or_go_when_a_run_resumes_and_a_checkpoint_of_before_knows_nothing_of_it() -> None:
+    plain, audited = Multiplier("P17", limit=0.9), Multiplier("P17", limit=0.9, correct=feedback.Correction(lambda *told: Corrected(0.1, 0.2), False, True))
+    for first, second in ((plain, audited), (audited, plain)):
+        first.update(torch.tensor([1.0, 0.0]))
+        feedback.Remembered(second).load_state_dict(feedback.Remembered(first).state_dict())
+        assert second.cost == first.cost
+    feedback.Remembered(audited).load_state_dict(plain.state_dict())
+    assert audited.correct.left is None  # type: ignore[union-attr]
 
 
 def test_a_clip_that_no_filter_blocks_and_one_is_not_sure_of_is_left_to_people() -> None:

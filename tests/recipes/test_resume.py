@@ -190,28 +190,31 @@ def test_a_run_goes_on_with_one_process_more(recipe: str, server: Server, weight
 @pytest.mark.slow
 def test_torchrun_killed_as_a_whole_or_one_process_alone_resumes_to_the_same_bits(server: Server, weights: Path, tmp_path: Path) -> None:
     def start() -> "subprocess.Popen[bytes]":
-        words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "recipes.cli", *command("nft", tmp_path / "killed", weights)]
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "recipes.cli", *command("nft", tmp_path / "killed", weights)]
         return subprocess.Popen([*words, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def wait_for_lines(number: int) -> None:
         until = time.monotonic() + 300
-        while time.monotonic() < until and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= number):
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= number):
+            assert time.monotonic() < until and process.poll() is None, "it never came so far"
             time.sleep(0.01)
 
     metrics = tmp_path / "killed" / "metrics.jsonl"
     finished(server.run(command("nft", tmp_path / "whole", weights), processes=2))
     process = start()
     wait_for_lines(2)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:  # workers have sessions of their own
+        each.kill()
+    process.communicate(timeout=60)
     process = start()
     wait_for_lines(4)
     workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "recipes.cli" in child.cmdline()]
     assert len(workers) == 2
     workers[1].kill()
-    assert process.wait(300) == 1
+    process.communicate(timeout=300)
+    assert process.returncode == 1
     process = start()
-    error = process.communicate()[1].decode()
+    error = process.communicate(timeout=300)[1].decode()
     assert process.returncode == 0, error[-3000:]
     assert result(tmp_path / "killed", "nft") == result(tmp_path / "whole", "nft")
 

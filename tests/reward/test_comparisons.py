@@ -70,6 +70,14 @@ def test_answers_are_added_never_rewritten(tmp_path: Path) -> None:
         write_comparisons(tmp_path, [], clips=[replace(CLIPS[0], seed=9)], prompts=PROMPTS)
 
 
+def test_a_prompt_whose_language_or_kind_nobody_told_is_the_same_prompt(tmp_path: Path) -> None:
+    write(tmp_path, event("e0"))
+    write_comparisons(tmp_path, [event("e1", 1)], clips=CLIPS, prompts=[replace(each, lang="", category="benign") for each in PROMPTS])
+    assert len(load_comparisons(tmp_path).events) == 2
+    with pytest.raises(UserError, match="is already there with other content"):
+        write_comparisons(tmp_path, [], clips=CLIPS, prompts=[replace(each, text=f"{each.text} now") for each in PROMPTS])
+
+
 def test_clips_that_were_ruled_on_again_take_further_answers_and_keep_the_newest_ruling(tmp_path: Path) -> None:
     allowed, review = (replace(CLIPS[0], safety_json=f'{{"verdict":"{verdict}"}}') for verdict in ("allow", "review"))
     for number, clip in enumerate((allowed, review, CLIPS[0])):

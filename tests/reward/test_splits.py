@@ -91,6 +91,13 @@ def test_normalising_ignores_case_punctuation_and_width() -> None:
 
 
 @pytest.mark.parametrize(
+    "texts", [("add ½ cup of sugar", "add 1/2 cup of sugar"), ("LEGO® car", "LEGO car"), ("200°C", "200 C"), ("−5", "-5"), ("a ¨b", "a b"), ("a¯b", "a b"), ("2 × 2", "2 2")]
+)
+def test_signs_beside_words_make_no_prompt_another_one(texts: tuple[str, str]) -> None:
+    assert normalised(texts[0]) == normalised(texts[1])
+
+
+@pytest.mark.parametrize(
     "texts",
     [("दिन", "दान", "देन"), ("กิน", "กัน", "กน"), ("a ball moves →", "a ball moves ←", "a ball moves"), ("🔴", "🟦", ""), ("שָׁלוֹם", "שִׁלֵּם")],
 )

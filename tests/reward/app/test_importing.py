@@ -248,6 +248,11 @@ def test_the_language_and_kind_of_a_prompt_are_what_the_folder_says_or_unknown(s
         import_run(store, project_id, tmp_path / name, name, "person-1", render=render)
     with store.reading() as db:
         assert {(row.text, row.lang, row.kind) for row in db.execute(select(prompt))} == {("of a file", *kept), ("of a run", *kept)}
+    (tmp_path / "films" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.mp4", "text": "of a file", "lang": "de", "kind": "benign"}))
+    import_run(store, project_id, tmp_path / "films", "films", "person-1", render=render)
+    with store.reading() as db:  # what was not known is filled in, what was stays
+        (row,) = db.execute(select(prompt).where(prompt.c.text == "of a file")).all()
+    assert (row.lang, row.kind) == (kept[0] or "de", kept[1] or "benign")
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,10 @@ def test_a_task_whose_clip_is_deleted_is_closed_and_its_other_clips_are_dealt_an
     with each_store.reading() as db:
         states = {frozenset(row.clips): row.state for row in db.execute(select(task))}
     assert states[frozenset([gone, *others])] == "closed" and states[frozenset(others)] == "open" and sorted(states.values()) == ["closed", "open", "open"]
+    with each_store.writing() as db:  # as a version that closed nothing left it
+        db.execute(update(task).where(task.c.state == "closed").values(state="held"))
+        assert labeling.make_tasks(each_store, db, project_id, ann) == 0
+        assert sorted(db.execute(select(task.c.state)).scalars()) == ["closed", "open", "open"]
     assert len(answer_all(each_store, ann, project_id, lambda row: tuple(range(1, 1 + len(row.clips))))) == 2
 
 
