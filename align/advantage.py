@@ -22,6 +22,8 @@ METRICS = {
     "advantage/batch_fallback_share": "Share of clips standardised with the batch because their prompt was seen too rarely.",
 }
 
+ROUNDING = 1e-6
+"""An advantage, in standard deviations, that is no more than this is what is left of 0."""
 DivideBy = Literal["group_std", "global_std", "max_group_std", "none"]
 Groups = int | Tensor  # clips of each prompt, side by side; or an integer id for each clip [B]
 
@@ -212,13 +214,13 @@ def best_and_worst(advantage: Tensor, groups: Groups, keep: int, *, valid: Tenso
 
 
 def varied(advantage: Tensor, groups: Groups) -> Tensor:
-    """Clips of groups in which some advantage [B] is not 0, bool [B]: the other groups teach nothing, and where they are left out those weigh more that do.
+    """Clips of groups in which some advantage [B] is more than rounding, bool [B]: the other groups teach nothing, and where they are left out those weigh more that do.
 
     DAPO's filter (arXiv 2503.14476, eq. 11) for what is left of the advantage under a constraint: a group whose rewards are alike may still differ in its costs.
     """
     cells = grouping(advantage, groups)
     table = cells.fill(advantage)  # [N,G]
-    return cells.read((table.nan_to_num().abs() > 1e-6).any(1, keepdim=True).expand_as(table))  # [B] less is rounding
+    return cells.read((table.abs() > ROUNDING).any(1, keepdim=True).expand_as(table))  # [B]; an unknown one is not above it
 
 
 def leave_one_out(value: Tensor, groups: Groups) -> Tensor:

@@ -533,7 +533,7 @@ class Run:
         return kept if kept and kept[-1] | {"iteration": iteration} == here else [*kept, here]
 
     def _say_other_code(self) -> None:
-        """Where this session goes on with another commit or other versions than the one before."""
+        """Where a resumed run goes on with another commit or other versions than before."""
         if len(self._sessions) < 2 or self.quiet or self._sessions[-1] != self._session(self.iteration):
             return
         then, now = ({"commit": session["commit"], **(session["versions"] or {})} for session in self._sessions[-2:])
