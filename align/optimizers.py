@@ -63,8 +63,8 @@ class InFloat32(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self._tell_rate()
-        for parameter, copy in self.copied:
-            copy.grad = None if parameter.grad is None else parameter.grad.float()
+        for parameter, copy in self.copied:  # one after another: all gradients twice would take as much as the copies
+            copy.grad, parameter.grad = None if parameter.grad is None else parameter.grad.float(), None
         self.parts[0].step()
         for parameter, copy in self.copied:
             parameter.copy_(copy)

@@ -74,17 +74,23 @@ def toy_tokenizer() -> Any:
     return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((f"\u2581{word}", -1.0) for word in TOY_WORDS)], extra_ids=0)
 
 
-def toy_text_encoder() -> Any:
-    """Wan's kind of text encoder with random weights, a few thousand of them."""
+def toy_text_encoder(width: int = 16) -> Any:
+    """Wan's kind of text encoder with random weights, one layer of them; its states have `width` numbers a token."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    return UMT5EncoderModel(UMT5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, relative_attention_num_buckets=8)).eval()
+    return UMT5EncoderModel(UMT5Config(vocab_size=32, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=4, relative_attention_num_buckets=8)).eval()
 
 
 def save_toy(folder: str | Path, *, seed: int = 0) -> None:
     """A text-to-video checkpoint of Wan's own classes, half a megabyte of random weights: whatever takes `wan2.1-1.3b` takes this folder, and runs in seconds on a CPU."""
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-
     torch.manual_seed(seed)
-    parts = toy_tokenizer(), toy_text_encoder(), AutoencoderKLWan(**TOY_VAE), FlowMatchEulerDiscreteScheduler(shift=3.0), WanTransformer3DModel(**TOY_TRANSFORMER)
-    WanPipeline(*parts).save_pretrained(folder)
+    save_random(folder, TOY_TRANSFORMER, TOY_VAE, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def save_random(folder: str | Path, transformer: dict[str, Any], vae: dict[str, Any], *, device: torch.device, dtype: torch.dtype) -> None:
+    """The same with a transformer and a VAE of any sizes, of which the transformer is kept in `dtype`; texts stay toys."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    text_encoder = toy_text_encoder(transformer["text_dim"])
+    parts = random_vae(vae, device=device, dtype=torch.float32), FlowMatchEulerDiscreteScheduler(shift=3.0), random_transformer(transformer, device=device, dtype=dtype)
+    WanPipeline(toy_tokenizer(), text_encoder, *parts).save_pretrained(folder)

@@ -2,7 +2,8 @@
 
 SFT: one clip of 832x480, 81 frames, a batch of 1, the flow-matching loss of `rushes sft`. Full fine-tuning keeps float32 copies of its bfloat16 weights for a fused AdamW; LoRA
 (rank 32, attention projections) trains float32 adapters under a frozen base, as peft makes them. RL: `rushes grpo` with one group of 8 clips that share their start, one noisy
-step of 4, guided; a cheap score of the pixels stands for the reward. Packing: this project's own DiT at 1.3B. Texts are random states: no text encoder runs.
+step of 4, guided; a cheap score of the pixels stands for the reward. Packing: this project's own DiT at 1.3B. Texts are random states: no text encoder runs. Recipe: `rushes sft`
+as a whole, on clips of one size and of mixed ones in packs; its text encoder is a toy.
 
 model FLOPs: those of the forward pass, and of every gradient that training needs, once (`_wan_flops.py`): under LoRA none for the frozen weights. `mfu` is their share of the
 GPU's published dense bfloat16 peak, `hfu` the same with what checkpointing computes a second time.
@@ -13,15 +14,18 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +36,13 @@ from align.advantage import group_advantage
 from align.config import Count, Positive
 from align.kernels import build_kernel
 from align.objectives.regression import clip_error, flow_matching, packed_clip_error
-from align.optimizers import BETAS, build_optimizer
+from align.optimizers import build_optimizer
+from align.run import read_metrics
 from align.trajectory import rollout
 from align.windows import fixed_window
 from base_model.errors import UserError
 from base_model.families.wan import TEXT_TOKENS, WanVideoModel
-from base_model.families.wan_random import T2V_1_3B, VAE_2_1, random_transformer, random_vae
+from base_model.families.wan_random import T2V_1_3B, VAE_2_1, random_transformer, random_vae, save_random
 from base_model.flops import PEAKS
 from base_model.guidance import Guided
 from base_model.lora import add_lora
@@ -45,7 +50,7 @@ from base_model.networks.attention import Backend, attention_backend
 from base_model.networks.dit import DiTConfig
 from base_model.networks.packing import Segments
 from base_model.paths import add_noise
-from base_model.recompute import recompute_blocks
+from base_model.recompute import compile_blocks, recompute_blocks
 from base_model.times import sampling_times, stratified_logit_normal
 from base_model.types import ClipShape, Conditioning
 from recipes.bench._results import Bench, Row, check_can_end, flat, here, write
@@ -53,8 +58,8 @@ from recipes.bench._wan_flops import step_flops
 from recipes.bench.packing import Inputs, Networks, Work, draw_inputs
 from recipes.grpo import Policy, lessons_of, losses_of
 
-Part = Literal["ceiling", "sft", "rl", "packing", "variants"]
-PARTS: tuple[Part, ...] = ("ceiling", "sft", "rl", "packing", "variants")
+Part = Literal["ceiling", "sft", "rl", "packing", "recipe", "variants"]
+PARTS: tuple[Part, ...] = get_args(Part)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 UNSUPPORTED = ("no available kernel", "not supported", "unsupported", "no viable backend", "not implemented", "no execution plan", "only supports")
@@ -86,6 +91,7 @@ class Sizes:
     text_tokens: int
     matmul: int
     sft: ClipShape
+    mixed: tuple[ClipShape, ...]  # for `rushes sft`, packed
     rl: tuple[ClipShape, ...]
     dit: DiTConfig
     packed: tuple[ClipShape, ...]  # forward only
@@ -101,6 +107,7 @@ def full() -> Sizes:
         text_tokens=TEXT_TOKENS,
         matmul=8192,
         sft=ClipShape(81, 480, 832),
+        mixed=tuple(ClipShape(*sides) for sides in ((81, 480, 832), (49, 480, 480), (33, 320, 512), (17, 480, 832), (17, 256, 256), (65, 256, 448))),
         rl=(ClipShape(33, 240, 416), ClipShape(17, 480, 832)),
         dit=DiTConfig(channels=16, width=1536, depth=24, heads=12, text_width=4096, rotary_axes=(44, 42, 42)),
         packed=tuple(ClipShape(*sides) for sides in ((33, 480, 832), (17, 480, 832), (33, 320, 512), (17, 480, 480), (33, 256, 256), (17, 256, 256))),
@@ -112,11 +119,12 @@ def toy() -> Sizes:
     return Sizes(
         device=torch.device("cpu"),
         dtype=torch.float32,
-        wan={**T2V_1_3B, "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2},
+        wan={**T2V_1_3B, "num_attention_heads": 2, "attention_head_dim": 32, "text_dim": 16, "freq_dim": 16, "ffn_dim": 64, "num_layers": 2},
         vae={"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
         text_tokens=8,
         matmul=64,
         sft=ClipShape(5, 32, 48),
+        mixed=(ClipShape(5, 32, 48), ClipShape(1, 32, 32), ClipShape(5, 32, 32)),
         rl=(ClipShape(5, 16, 16),),
         dit=DiTConfig(channels=16, width=32, depth=2, heads=2, text_width=16, rotary_axes=(4, 6, 6)),
         packed=(ClipShape(5, 32, 48), ClipShape(1, 32, 32), ClipShape(5, 32, 32)),
@@ -159,6 +167,8 @@ class Notebook:
         said = " ".join(str(error).split())[:200]
         if isinstance(error, torch.OutOfMemoryError):
             return "out of memory"
+        if isinstance(error, ModuleNotFoundError):
+            return f"not installed here: {error.name}"
         if isinstance(error, RuntimeError) and is_unsupported(error):
             return f"not supported here: {said}"
         traceback.print_exception(error)
@@ -285,26 +295,6 @@ def encoder_of(s: Sizes) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
     return encode
 
 
-class MasterAdamW:
-    """A fused AdamW on float32 copies of half-precision weights."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], lr: float) -> None:
-        self.parameters = list(parameters)
-        self.copies = [parameter.detach().float().requires_grad_() for parameter in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.copies, lr=lr, betas=BETAS, fused=True)
-
-    def step(self) -> None:
-        for copy, parameter in zip(self.copies, self.parameters, strict=True):
-            copy.grad, parameter.grad = None if parameter.grad is None else parameter.grad.float(), None
-        self.optimizer.step()
-        with torch.no_grad():
-            for copy, parameter in zip(self.copies, self.parameters, strict=True):
-                parameter.copy_(copy)
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
-
-
 @dataclass(frozen=True)
 class Way:
     """One way to take a step of SFT."""
@@ -353,7 +343,7 @@ def sft_step(cfg: Config, s: Sizes, clip: ClipShape, way: Way) -> Row:
     checkpointed = recompute_blocks(network, way.checkpointing) if way.checkpointing else 0
     if way.compiled:
         torch._dynamo.reset()
-        network.compile_repeated_blocks()
+        compile_blocks(network)
     if way.train == "lora":
         model = WanVideoModel(add_lora(network, rank=cfg.rank, alpha=cfg.rank, targets=TARGETS), encoder=encoder_of(s))
     else:
@@ -362,7 +352,7 @@ def sft_step(cfg: Config, s: Sizes, clip: ClipShape, way: Way) -> Row:
     if way.adapters == "bfloat16":
         for parameter in trained:
             parameter.data = parameter.data.to(s.dtype)
-    optimizer = build_optimizer(model.network, "adamw", lr=1e-4) if way.train == "lora" else MasterAdamW(trained, lr=1e-5)
+    optimizer = build_optimizer(model.network, "adamw", lr=1e-4 if way.train == "lora" else 1e-5, fused=True)
     x0, cond = torch.randn(1, *model.latents.shape(clip), device=s.device), model.encode_text(["a clip"])
     generator = torch.Generator().manual_seed(0)
 
@@ -566,6 +556,85 @@ def packed_row(cfg: Config, s: Sizes, clips: Sequence[ClipShape], scheme: str, b
     }
 
 
+# `rushes sft` itself
+
+
+class Recipe(NamedTuple):
+    """A way to run it."""
+
+    name: str
+    mixed: bool  # sizes
+    changes: dict[str, Any]
+    fit: dict[str, Any]
+
+
+LORA_RUN: dict[str, Any] = {"lora_rank": 32, "recompute": 1.0}
+RECIPES = (
+    Recipe("LoRA", False, LORA_RUN, {"lr": 1e-4}),
+    Recipe("LoRA", False, {**LORA_RUN, "recompute": 0.0, "compiled": True}, {"lr": 1e-4}),
+    Recipe("all weights", False, {"recompute": 0.0, "compiled": True}, {"lr": 1e-5}),
+    Recipe("all weights", True, {"recompute": 0.5, "compiled": True}, {"lr": 1e-5, "packs": 2, "iterations": 10}),
+    Recipe("QLoRA, 8-bit AdamW", True, {**LORA_RUN, "recompute": 0.2, "nf4": True}, {"lr": 1e-4, "packs": 2, "iterations": 10, "optimizer": "adamw8bit"}),
+)
+SETTLED = 2  # steps before those that are reported
+
+
+def recipe(cfg: Config, s: Sizes, notebook: Notebook) -> None:
+    """The recipe from a folder of clips to what it saves: read, encoded by the VAE, learned from, looked at, exported."""
+    with tempfile.TemporaryDirectory(prefix="rushes-bench-") as name:
+        folder = Path(name)
+        for way in RECIPES:
+            changes = {**way.changes, "compiled": not cfg.quick and way.changes.get("compiled", False)}
+            told = {"train": way.name, "clip": "mixed" if way.mixed else str(s.sft), "checkpointing": changes["recompute"], "compiled": changes["compiled"]}
+            notebook.row("recipe", "rushes sft", partial(recipe_run, s, folder, way._replace(changes=changes)), **told)
+
+
+def recipe_run(s: Sizes, folder: Path, way: Recipe) -> Row:
+    """Medians over its steps but the first ones, as it logs them, and what it took as a whole."""
+    from recipes import sft as rushes_sft  # which reads videos: a package that a rented machine may lack
+
+    data = captioned_clips(folder / "mixed", 2 * s.mixed) if way.mixed else captioned_clips(folder / "clips", 4 * (s.sft,))
+    if not (folder / "wan").exists():
+        save_random(folder / "wan", s.wan, s.vae, device=s.device, dtype=s.dtype)
+    torch._dynamo.reset()
+    settings: dict[str, Any] = {
+        "out": folder / "out",
+        "model": folder / "wan",
+        "data": data,
+        "cache": folder / "latents",
+        "windows": {"frames": s.sft.frames, "area": s.sft.height * s.sft.width, "fps": FPS},
+        "samples": {"steps": 2, "prompts": ("a ball",)},
+        **way.changes,
+        "fit": {"iterations": 6, "packs": 1, "capacity": tokens_of(s.sft), "held_out": 1, "evaluate_every": 100, **way.fit},
+    }
+    done = rushes_sft.main(rushes_sft.Config.model_validate(settings))
+    steps = [line for line in read_metrics(folder / "out") if "tokens" in line][SETTLED:]
+    shutil.rmtree(folder / "out")
+    seconds = [step["tokens"] / step["tokens_per_second"] for step in steps]
+    spread = {"seconds": statistics.median(seconds), "seconds_low": min(seconds), "seconds_high": max(seconds)}
+    medians = {name: statistics.median(step[name] for step in steps) for name in ("clips", "tokens", "tokens_per_second")}
+    known = {"mfu": statistics.median(step["mfu"] for step in steps)} if peak_of(s.device) else {}
+    return {**spread, **medians, **known, "held_out_loss": done["held_out_loss"]}
+
+
+FPS = 16.0
+
+
+def captioned_clips(folder: Path, clips: Sequence[ClipShape]) -> Path:
+    """One colour running into another, once over each clip, each with its caption."""
+    from base_model.video.files import write_mp4
+
+    if (folder / f"{len(clips) - 1}.txt").exists():
+        return folder
+    folder.mkdir(exist_ok=True)
+    for k, clip in enumerate(clips):
+        time, row, column = (torch.linspace(0, 1, side) for side in (clip.frames, clip.height, clip.width))
+        level = (time[:, None, None] + row[:, None] / 2 + (1 + k) * column) % 1  # [T,H,W]
+        write_mp4(folder / f"{k}.mp4", torch.stack((level, level.flip(1), level.flip(2)), 1), FPS, upscale=False)
+        (folder / f"{k}.txt").write_text("a ball rolls to the left")
+    return folder
+
+
 # The whole
 
 TITLES: dict[Part, str] = {
@@ -573,6 +642,7 @@ TITLES: dict[Part, str] = {
     "sft": "A step of SFT",
     "rl": "An update of GRPO",
     "packing": "Clips of mixed sizes in one sequence",
+    "recipe": "rushes sft from a folder of clips to what it saves",
     "variants": "A step of SFT in other ways",
 }
 
@@ -597,6 +667,7 @@ def measure(cfg: Config, s: Sizes) -> Notebook:
         "sft": partial(sft, part="sft", ways=MAIN),
         "rl": rl,
         "packing": packing,
+        "recipe": recipe,
         "variants": partial(sft, part="variants", ways=FURTHER),
     }
     for part in cfg.parts:

@@ -465,3 +465,24 @@ def test_impossible_noise_is_refused() -> None:
             kernel(level)
     with pytest.raises(ValueError, match="unknown"):
         step_weight("kappa", ODE(), RectifiedFlow(), torch.ones(1), torch.zeros(1))  # type: ignore[arg-type]
+
+
+# What a CPU cannot say
+
+
+@pytest.mark.gpu
+@every_path
+@every_kernel
+def test_a_gpu_in_single_precision_says_what_a_cpu_says_in_double(kernel: Kernel, rule: Rule, path: Path) -> None:
+    """Mean, std, log-probability and KL of a step; times are on the device too, as the loop of sampling has them."""
+    g = torch.Generator().manual_seed(0)
+    x, u, v, z = (torch.randn(4, 2, 3, 4, 5, generator=g) for _ in range(4))
+    t, s = torch.tensor([0.9, 0.7, 0.5, 0.2]), torch.tensor([0.8, 0.5, 0.3, 0.1])
+    found = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        x_t, one, other, noise, at, to = (tensor.to(device, dtype) for tensor in (x, u, v, z, t, s))
+        p, q = (kernel(path, x_t, velocity, at, to) for velocity in (one, other))
+        scores = [] if isinstance(kernel, ODE) else [p.log_prob(p.sample(noise)), p.kl(q)]
+        found.append([tensor.double().cpu() for tensor in (p.mean, p.std, *scores)])
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, rtol=2e-5, atol=2e-5)

@@ -154,3 +154,38 @@ def test_weights_in_bfloat16_and_float32_go_on_from_a_saved_state_to_the_bit() -
     train(resumed, again, later, 4, 8)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpus_fused_step_is_a_cpus(dtype: torch.dtype) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        network = Small().to(device, dtype)
+        optimizer = build_optimizer(network, "adamw", lr=1e-4, fused=True)
+        for step in range(40):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in network.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device, dtype)
+            optimizer.step()
+        stepped = [copy for _, copy in optimizer.copied] if dtype != torch.float32 else list(network.parameters())
+        found.append([w.detach().cpu() for w in stepped])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_8_bit_states_step_weights_in_half_precision_about_as_whole_ones_do() -> None:
+    moved = {}
+    for name in ("adamw", "adamw8bit"):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(128, 64).cuda().bfloat16()  # 8,192 weights: from 4,096 on states have 8 bits
+        optimizer = build_optimizer(network, name, lr=1e-4, weight_decay=0.0)
+        before = [copy.detach().clone() for _, copy in optimizer.copied]
+        for step in range(40):
+            torch.manual_seed(step)
+            network(torch.randn(16, 128).cuda().bfloat16()).float().square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved[name] = (optimizer.copied[0][1] - before[0]).detach()
+    assert 0 < float((moved["adamw8bit"] - moved["adamw"]).norm()) < 0.15 * float(moved["adamw"].norm())

@@ -210,6 +210,33 @@ def test_packs_of_any_sizes_share_the_graphs_of_compiled_blocks(folder: Path) ->
     assert graphs[0] > 0 and len(set(graphs[2:])) == 1, graphs  # the second pack says that lengths vary, the third that the number of clips does
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_packs_of_any_sizes_share_inductors_graphs_and_say_the_same(folder: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    plain, compiled = (load_model(folder / "wan", device=torch.device("cuda")) for _ in range(2))
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(compiled.network)
+    for model in (plain, compiled):
+        model.network.requires_grad_(True)
+    packed, eager = PackedWan(compiled.network), PackedWan(plain.network)
+    graphs = []
+    for n in range(6):
+        generator = torch.Generator().manual_seed(n)
+        sizes = [(1 + (n + k) % 4, 4 + 2 * (k % 2), 4 + 2 * ((n + k) % 3)) for k in range(2 + n % 3)]
+        x, t = [torch.randn(16, *size, generator=generator).cuda() for size in sizes], torch.rand(len(sizes), generator=generator).cuda()
+        conds = [plain.encode_text(["a red ball"])] * len(sizes)
+        ours, expected = packed_velocity(packed, compiled, x, t, conds), packed_velocity(eager, plain, x, t, conds)
+        for velocities in (ours, expected):
+            torch.stack([u.float().square().sum() for u in velocities]).sum().backward()
+        assert all((a - b).norm() < 0.02 * b.norm() for a, b in zip(ours, expected, strict=True))
+        graphs.append(counters["stats"]["unique_graphs"])
+    for (name, a), b in zip(compiled.network.named_parameters(), plain.network.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None and (a.grad - b.grad).norm() < 0.05 * b.grad.norm() + 1e-3, name
+    assert graphs[0] > 0 and len(set(graphs[3:])) == 1, graphs
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
