@@ -45,6 +45,11 @@ def recompute_blocks(network: Any, share: float = 1.0) -> int:
     return len(chosen)
 
 
+WITHOUT = {"triton.mix_order_reduction": False}
+"""On a GPU torch 2.10 to 2.13 fuses the sums behind a block's modulation in a way that fails, or in silence gives wrong gradients of Wan's `scale_shift_table`
+(pytorch/pytorch issues 178080 and 193061)."""
+
+
 def compile_blocks(network: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
     """From now on the repeated blocks run compiled, one compilation a kind and a second for any length; names of weights stay. Returns how many they are.
 
@@ -55,5 +60,5 @@ def compile_blocks(network: nn.Module, backend: str | Callable[..., Any] = "indu
         raise UserError(f"{type(network).__name__} has no blocks to compile. Train it without compiled")
     leave_out_of_graphs()
     for block in blocks:
-        block.compile(backend=backend)
+        block.compile(backend=backend, options=WITHOUT if backend == "inductor" else None)
     return len(blocks)

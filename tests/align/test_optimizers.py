@@ -163,7 +163,7 @@ def test_a_gpus_fused_step_is_a_cpus(dtype: torch.dtype) -> None:
     for device in ("cpu", "cuda"):
         network = Small().to(device, dtype)
         optimizer = build_optimizer(network, "adamw", lr=1e-4, fused=True)
-        for step in range(40):
+        for step in range(4):
             generator = torch.Generator().manual_seed(step)
             for parameter in network.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=generator).to(device, dtype)
@@ -171,7 +171,7 @@ def test_a_gpus_fused_step_is_a_cpus(dtype: torch.dtype) -> None:
         stepped = [copy for _, copy in optimizer.copied] if dtype != torch.float32 else list(network.parameters())
         found.append([w.detach().cpu() for w in stepped])
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)  # four digits of what four steps moved
 
 
 @pytest.mark.gpu

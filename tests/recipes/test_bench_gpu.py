@@ -80,7 +80,7 @@ def test_the_recipe_runs_from_a_folder_of_clips_to_what_it_saves_in_every_way() 
     rows = gpu.main(gpu.Config(parts=("recipe",), quick=True))["rows"]
     assert isinstance(rows, list) and [(row["train"], row["clip"]) for row in rows] == [(way.name, "mixed" if way.mixed else "5x32x48") for way in gpu.RECIPES]
     assert all(row["note"] is None and 0 < row["seconds_low"] <= row["seconds"] <= row["seconds_high"] < row["wall_seconds"] for row in rows)
-    assert [row["tokens"] for row in rows[:3]] == [12, 12, 12] and all(row["clips"] > 1 for row in rows[3:])
+    assert [(row["clip"] == "mixed", row["tokens"] == 12, row["clips"] > 1) for row in rows] == [(way.mixed, not way.mixed, way.mixed) for way in gpu.RECIPES]
     assert all(0 < row["held_out_loss"] < 3 for row in rows)
 
 
