@@ -182,6 +182,11 @@ class Multipliers:
     def __getitem__(self, policy: str) -> Multiplier:
         return self._by_policy[policy]
 
+    @property
+    def total(self) -> float:
+        """The sum of all lambda: what every constraint together weighs beside the reward."""
+        return sum(multiplier.value for multiplier in self)
+
     def update(self, costs: Mapping[str, Tensor]) -> None:
         """One dual step of each from its own costs [B]. Raises ValueError where the policies differ."""
         _check_policies(costs, self._by_policy)

@@ -156,8 +156,8 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     idle = partial(feedback.idle_pass, policy, *feedback.idle_clip(run, model, cfg.sampler, pool))
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     schedule = warmup_cosine(optimizer, p.iterations * p.updates, warmup=2)
-    multiplier, watch = feedback.limits_of(cfg, assess)
-    feedback.register(run, model, optimizer, multiplier, watch)
+    multipliers, watch = feedback.limits_of(cfg, assess)
+    feedback.register(run, model, optimizer, multipliers, watch)
     run.register("schedule", schedule)
     statistics = PromptStatistics(buffer_size=p.statistics_buffer, min_count=min(p.group_size, p.statistics_buffer))
     if not p.same_noise:
@@ -188,9 +188,9 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
             advantage = group_advantage(seen.reward, p.group_size, divide_by="max_group_std")
         else:
             advantage = statistics.advantage([prompt_ids[k] for k in chosen.tolist()], seen.reward)
-        if multiplier is not None:
-            feedback.dual_step(multiplier, seen)
-        limited = feedback.apply_limits(advantage, seen, multiplier, cfg.safety, p.group_size)
+        if multipliers is not None:
+            feedback.dual_step(multipliers, seen)
+        limited = feedback.apply_limits(advantage, seen, multipliers, cfg.safety, p.group_size)
         if i == 0:
             in_threads(partial(feedback.check_first_step, policy, kernel, reward=seen.reward, group_size=p.group_size), rollouts[:1], run.device)
 
@@ -211,7 +211,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
 
         # 5. Tell.
         run.log(
-            **feedback.rollout_stats(seen, p.group_size, multiplier),
+            **feedback.rollout_stats(seen, p.group_size, multipliers),
             **looked,
             **feedback.policy_stats([loss.stats for loss in losses], kl, noise[0].numel(), sum(norms) / len(norms)),
             zero_std_share=advantage.stats["advantage/zero_std_share"],

@@ -200,9 +200,9 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     blank = feedback.idle_clip(run, model, cfg.sampler, pool)
     idle = partial(feedback.idle_pass, model, *blank)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
-    multiplier, watch = feedback.limits_of(cfg, assess)
-    multiplier = None if ranked.train else multiplier
-    feedback.register(run, model, optimizer, multiplier, watch)
+    multipliers, watch = feedback.limits_of(cfg, assess)
+    multipliers = None if ranked.train else multipliers
+    feedback.register(run, model, optimizer, multipliers, watch)
     tested = HeldOutPairs(p, model, ranked.val, run)
     prompts = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
     mine = [] if ranked.train else run.share(torch.arange(clips).split(p.micro_batch), "policy.micro_batch")
@@ -226,13 +226,13 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
             if i == 0:
                 selfcheck.known_rewards(seen.reward)
                 selfcheck.reward_spread(seen.reward, p.group_size)
-            if multiplier is not None:
-                feedback.dual_step(multiplier, seen)
-            pairs = fresh_pairs(seen, None if multiplier is None else multiplier.value, p.group_size, p.which, margin=p.margin)
+            if multipliers is not None:
+                feedback.dual_step(multipliers, seen)
+            pairs = fresh_pairs(seen, multipliers, p.group_size, p.which, margin=p.margin)
             made = Takes(torch.cat(run.gather(each.x0.cpu() for each in taken)), cond, pairs)
             steps = [numbered([made], range(len(pairs.win)), p.micro_batch)] * p.updates
-            stats = feedback.rollout_stats(seen, p.group_size, multiplier)
-            looked |= {name: stats[name] for name in (*OF_FRESH_CLIPS, *(f"reward_{dim}" for dim in seen.parts))}
+            stats = feedback.rollout_stats(seen, p.group_size, multipliers)
+            looked |= {name: stats[name] for name in (*OF_FRESH_CLIPS, *(name for name in stats if name not in feedback.METRICS))}
 
         # 2. Noise both clips of a pair alike, once a step, and ask the SFT policy.
         generator = run.generator("noise", i)

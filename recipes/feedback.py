@@ -22,7 +22,7 @@ from align import selfcheck
 from align.advantage import Advantage
 from align.config import Config as BaseConfig
 from align.config import Count, NonNegative, Positive, Seed, Share
-from align.constraints import Multiplier, all_violating, constrained_advantage, gate
+from align.constraints import Multiplier, Multipliers, all_violating, constrained_advantage, gate
 from align.kernels import ODE, Gaussian, Kernel
 from align.objectives import Loss
 from align.run import Run, derived_seed
@@ -81,8 +81,8 @@ METRICS = {
 }
 
 
-class SafetyLimit(BaseConfig):
-    """The limit on flashing that reviewers set, and how RL is held to it."""
+class PolicyLimit(BaseConfig):
+    """A limit that reviewers set on what a policy forbids, and how RL is held to it."""
 
     limit: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Largest share of violating clips that may be reported."""
@@ -90,10 +90,6 @@ class SafetyLimit(BaseConfig):
     """Share that the multiplier aims at; none means a quarter of the limit."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] | None = None
     """Compare an upper bound of this confidence with the target, in place of the rate; none means the rate itself."""
-    audit: Path | None = None
-    """Folder of an audit of this policy's clips (`rushes audit`), read when a run begins or resumes: the rate that people would find is compared, not what the filters say."""
-    error_rates: tuple[Count, Count, Count, Count] | None = None
-    """The same by what is known of the filters from before: hits of so many violating clips, rejections of so many harmless ones. Not together with `audit`."""
     rate: Positive = 0.15
     """Step of the multiplier, in log space."""
     proportional: NonNegative = 0.0
@@ -101,20 +97,47 @@ class SafetyLimit(BaseConfig):
     initial: Annotated[float, Field(ge=1e-3)] = 1.0
     """First multiplier."""
     cap: Positive = 3.0
-    """Largest multiplier: with more, the reward counts for nothing while a few prompts always flash. What is blocked is never learned from as good at any."""
-    gate: Annotated[float, Field(lt=0)] = -1.0
-    """A blocked clip's advantage is at most this, before the division by 1 + multiplier, where another clip of its prompt is not blocked."""
+    """Largest multiplier: with more, the reward counts for nothing while a few prompts always violate. What is blocked is never learned from as good at any."""
 
     @model_validator(mode="after")
-    def _initial_is_below_the_cap(self) -> SafetyLimit:
+    def _initial_is_below_the_cap(self) -> PolicyLimit:
         if self.initial > self.cap:
             raise ValueError(f"initial is {self.initial:g}, above the cap of {self.cap:g}. Raise cap or lower initial")
         return self
 
     @model_validator(mode="after")
-    def _aims_within_the_limit(self) -> SafetyLimit:
+    def _aims_within_the_limit(self) -> PolicyLimit:
         if self.target is not None and self.target > self.limit:
             raise ValueError(f"target is {self.target:g}, above the limit of {self.limit:g}. Lower target")
+        return self
+
+    def multiplier(self, policy: str, correct: Correction | None = None) -> Multiplier:
+        """correct: what takes the place of the rate, and of its bound."""
+        return Multiplier(
+            policy,
+            limit=self.limit,
+            target=self.target,
+            rate=self.rate,
+            proportional=self.proportional,
+            initial=self.initial,
+            cap=self.cap,
+            confidence=None if correct else self.confidence,
+            correct=correct,
+        )
+
+
+class SafetyLimit(PolicyLimit):
+    """The limit on flashing and on whatever is blocked, and how RL is held to it."""
+
+    audit: Path | None = None
+    """Folder of an audit of this policy's clips (`rushes audit`), read when a run begins or resumes: the rate that people would find is compared, not what the filters say."""
+    error_rates: tuple[Count, Count, Count, Count] | None = None
+    """The same by what is known of the filters from before: hits of so many violating clips, rejections of so many harmless ones. Not together with `audit`."""
+    gate: Annotated[float, Field(lt=0)] = -1.0
+    """A blocked clip's advantage is at most this, before the division by 1 + multiplier, where another clip of its prompt is not blocked."""
+
+    @model_validator(mode="after")
+    def _is_corrected_once(self) -> SafetyLimit:
         if self.audit is not None and self.error_rates is not None:
             raise ValueError("audit and error_rates: both correct the rate. Give one of them")
         if self.error_rates is not None and (self.error_rates[0] > self.error_rates[1] or self.error_rates[2] > self.error_rates[3]):
@@ -154,6 +177,8 @@ class Setting(BaseConfig):
     """Whether the safety limit holds; false is for the comparison only. With a latent reward the filters then see the held-out clips alone."""
     safety: SafetyLimit = SafetyLimit()
     """The limit."""
+    limits: dict[str, PolicyLimit] = Field(default_factory=dict)
+    """Limits on further policies by their codes, '{P14: {limit: 0.01}}': each has a multiplier of its own, whose cost is what the filters say of that policy."""
     filters: Filters = Filters()
     """Safety filters beside those that need no weights; the larger score of a policy is its cost."""
     pessimism: NonNegative = 0.5
@@ -173,12 +198,25 @@ class Setting(BaseConfig):
             raise ValueError("dimensions: none weighs anything. Give one a weight, or leave dimensions out")
         return self
 
+    @model_validator(mode="after")
+    def _one_limit_a_policy(self) -> Setting:
+        if FLASHING in self.limits:
+            raise ValueError(f"limits: that on {FLASHING} is `safety`. Set it there")
+        return self
+
 
 class Feedback(Setting):
     """The same for a recipe that goes after a reward model's score."""
 
     reward: Path = Path("runs/reward-model")
     """Folder of a reward model, or of a latent reward, which decodes nothing: under the limit clips are decoded for the filters all the same."""
+
+
+class Limited(NamedTuple):
+    """What the filters say of B clips under one policy."""
+
+    cost: Tensor  # [B] in [0,1], graded; nan where they failed
+    violates: Tensor  # [B] 1 where one blocks, or leaves to people, else 0; nan where they failed
 
 
 @dataclass(frozen=True)
@@ -193,6 +231,7 @@ class Assessment:
     left: Tensor  # [B] 1 where what violates is left to people, for no filter blocks it, else 0; nan as `violates`
     looked_at: bool = True  # by the filters
     parts: Mapping[str, Tensor] = field(default_factory=dict)  # by dimension [B], before its weight, where several make the reward
+    further: Mapping[str, Limited] = field(default_factory=dict)  # by policy, beside flashing, that has a limit
 
     @property
     def violation_rate(self) -> float:
@@ -202,7 +241,17 @@ class Assessment:
     @property
     def unknown(self) -> Tensor:
         """Clips without a reward, and those the filters looked at in vain [B] bool."""
-        return self.reward.isnan() | (self.cost.isnan() & self.looked_at)
+        costs = torch.stack([self.cost, *(each.cost for each in self.further.values())])  # [1+k,B]
+        return self.reward.isnan() | (costs.isnan().any(0) & self.looked_at)
+
+    @property
+    def withheld(self) -> Tensor:
+        """Clips that violate any policy that has a limit, or are blocked for another [B] bool."""
+        return torch.stack([self.violates == 1, *(each.violates == 1 for each in self.further.values())]).any(0)
+
+    def rates(self, prefix: str = "") -> dict[str, float]:
+        """Share of the judged clips that violate each further policy, as metrics; nan where none was judged."""
+        return {f"{prefix}violation_rate_{policy}": float(each.violates.nanmean()) for policy, each in self.further.items()}
 
 
 @dataclass
@@ -219,6 +268,7 @@ class Assessor:
     max_error_share: float = 0.05
     looks: bool = True
     dimensions: Sequence[str] = ()  # of the reward that are told apart
+    limited: Sequence[str] = ()  # policies, beside flashing, that have a limit
 
     @torch.no_grad()
     def finished(self, model: TrainableModel, x0: Sequence[Tensor], cond: Conditioning, video: Tensor | None = None, *, gather: Gather = list) -> Assessment:
@@ -252,7 +302,9 @@ class Assessor:
         counts = torch.tensor([float(withheld(d)) for d in decisions])
         left = torch.tensor([float(withheld(d) and d.verdict != Verdict.BLOCK) for d in decisions])
         may = torch.tensor([allowed(d) for d in decisions])
-        return Assessment(scores.reward, costs(decisions, FLASHING), counts.where(known, torch.nan), may, left.where(known, torch.nan), parts=self.apart(scores))
+        further = {policy: Limited(costs(decisions, policy), torch.tensor([float(breaks(d, policy)) for d in decisions]).where(known, torch.nan)) for policy in self.limited}
+        told = scores.reward, costs(decisions, FLASHING), counts.where(known, torch.nan), may, left.where(known, torch.nan)
+        return Assessment(*told, parts=self.apart(scores), further=further)
 
     def apart(self, scores: Mixed) -> dict[str, Tensor]:
         named = {name.partition(".")[2]: part for name, part in scores.parts.items()}
@@ -267,7 +319,12 @@ def joined(parts: Sequence[Mixed]) -> Mixed:
 
 def withheld(decision: Decision) -> bool:
     """Whether a clip counts against the limit: it is blocked, or a filter that is not sure leaves it to people under the policy that is limited."""
-    return decision.verdict == Verdict.BLOCK or any(ruling.policy == FLASHING and ruling.verdict == Verdict.REVIEW for ruling in decision.rulings)
+    return decision.verdict == Verdict.BLOCK or breaks(decision, FLASHING)
+
+
+def breaks(decision: Decision, policy: str) -> bool:
+    """Whether a filter blocks a clip under this policy, or leaves it to people."""
+    return any(ruling.policy == policy and ruling.verdict in (Verdict.BLOCK, Verdict.REVIEW) for ruling in decision.rulings)
 
 
 def check_known(reward: Tensor, limit: float) -> None:
@@ -277,47 +334,63 @@ def check_known(reward: Tensor, limit: float) -> None:
         raise GuardStop(f"no reward for {failed} of {len(reward)} clips (limit {limit:.1%}): their latents are not finite. Lower policy.lr, then begin again in another --out")
 
 
-def apply_limits(advantage: Advantage, seen: Assessment, multiplier: Multiplier | None, limit: SafetyLimit, group_size: int) -> Advantage:
-    """The advantage under the constraint: cost weighed by the multiplier, then the hard gate, and nothing that is not allowed learned from as good.
+def apply_limits(advantage: Advantage, seen: Assessment, multipliers: Multipliers | None, limit: SafetyLimit, group_size: int) -> Advantage:
+    """The advantage under the constraints: costs weighed by their multipliers, then the hard gate, and nothing that is not allowed learned from as good.
 
-    Without a multiplier only unknown costs are masked. Raises ValueError where a limit is to be kept and nobody looked at the clips.
+    Without multipliers only unknown costs are masked. Raises ValueError where a limit is to be kept and nobody looked at the clips.
     """
-    if multiplier is None:
+    if multipliers is None:
         valid = advantage.valid & ~seen.unknown
         return advantage._replace(advantage=advantage.advantage.where(valid, 0), valid=valid)
     if not seen.looked_at:
         raise ValueError("a limit is to be kept, and the filters were not asked about these clips")
-    bounded = constrained_advantage(advantage.advantage, {FLASHING: seen.cost}, [multiplier], group_size, valid=advantage.valid)
-    gated = gate(bounded.advantage, (seen.violates == 1) & bounded.valid, group_size, limit.gate / (1 + multiplier.value))
+    bounded = constrained_advantage(advantage.advantage, costs_of(seen), multipliers, group_size, valid=advantage.valid)
+    gated = gate(bounded.advantage, seen.withheld & bounded.valid, group_size, limit.gate / (1 + multipliers.total))
     return bounded._replace(advantage=torch.where(seen.allowed, gated, gated.clamp_max(0)))
 
 
-def dual_step(multiplier: Multiplier, seen: Assessment) -> None:
-    """One step of the multiplier from a rollout, all ranks'."""
-    if isinstance(multiplier.correct, Correction):
-        multiplier.correct.update(seen.left, multiplier.decay)
-    multiplier.update(seen.violates)
+def costs_of(seen: Assessment) -> dict[str, Tensor]:
+    """The graded costs [B] of every policy that has a limit."""
+    return {FLASHING: seen.cost, **{policy: each.cost for policy, each in seen.further.items()}}
 
 
-def rollout_stats(seen: Assessment, group_size: int, multiplier: Multiplier | None) -> dict[str, float]:
+def dual_step(multipliers: Multipliers, seen: Assessment) -> None:
+    """One step of the multipliers from a rollout, all ranks'."""
+    flashing = multipliers[FLASHING]
+    if isinstance(flashing.correct, Correction):
+        flashing.correct.update(seen.left, flashing.decay)
+    multipliers.update({FLASHING: seen.violates, **{policy: each.violates for policy, each in seen.further.items()}})
+
+
+def rollout_stats(seen: Assessment, group_size: int, multipliers: Multipliers | None) -> dict[str, float]:
     """The metrics of one rollout."""
+    flashing = None if multipliers is None else multipliers[FLASHING]
     return {
         "reward": float(seen.reward.nanmean()),
         "violation_rate": seen.violation_rate,
         "cost": float(seen.cost.nanmean()),
-        "limited_rate": math.nan if multiplier is None else multiplier.bound,
-        "goodhart": float(gamed(multiplier)) if multiplier is not None else math.nan,
-        "multiplier": 0.0 if multiplier is None else multiplier.value,
+        "limited_rate": math.nan if flashing is None else flashing.bound,
+        "goodhart": float(gamed(flashing)) if flashing is not None else math.nan,
+        "multiplier": 0.0 if flashing is None else flashing.value,
         "all_violating": all_violating(seen.violates == 1, group_size) if seen.looked_at else float("nan"),
         "error_share": float(seen.unknown.float().mean()),
         "looked_at": float(seen.looked_at),
         **{f"reward_{name}": float(part.nanmean()) for name, part in seen.parts.items()},
+        **seen.rates(),
+        **{f"cost_{policy}": float(each.cost.nanmean()) for policy, each in seen.further.items()},
+        **{f"multiplier_{policy}": 0.0 if multipliers is None else multipliers[policy].value for policy in seen.further},
     }
 
 
 def metrics_of(cfg: Setting, metrics: Mapping[str, str]) -> dict[str, str]:
-    """A recipe's metrics, with one for every dimension of the reward where there are several."""
-    return {**metrics, **{f"reward_{name}": f"Mean of the reward's dimension {name}, before its weight: pessimistic, standardised." for name in told_apart(cfg)}}
+    """A recipe's metrics, with one for every dimension of the reward where there are several, and those of further limits."""
+    found = {**metrics, **{f"reward_{name}": f"Mean of the reward's dimension {name}, before its weight: pessimistic, standardised." for name in told_apart(cfg)}}
+    for policy in cfg.limits:
+        found[f"violation_rate_{policy}"] = f"Share of the rollout's clips that a filter blocks under {policy}, or leaves to people; clips no filter could judge left out."
+        found[f"held_out_violation_rate_{policy}"] = "The same of the held-out clips."
+        found[f"cost_{policy}"] = f"Mean graded cost of the rollout's clips under {policy}, in [0, 1]."
+        found[f"multiplier_{policy}"] = f"Weight lambda of that cost in the advantage; its multiplier compares the violation rate with the limit on {policy}."
+    return found
 
 
 def told_apart(cfg: Setting) -> tuple[str, ...]:
@@ -368,6 +441,7 @@ class HeldOut:
             "held_out_reward": float(seen.reward.nanmean()),
             "held_out_guard": float("nan") if guard is None else float(guard.nanmean()),
             "held_out_violation_rate": seen.violation_rate,
+            **seen.rates("held_out_"),
         }
         return Look(told, video, guard)
 
@@ -438,24 +512,22 @@ def check_velocity(model: TrainableModel, x_t: Tensor, t: Tensor, cond: Conditio
     check_first_velocity(model, x_t, t, cond, u_old, prior)
 
 
-def limits_of(cfg: Setting, assess: Assessor) -> tuple[Multiplier | None, GuardWatch]:
-    """The multiplier (none in an unconstrained run) and the watch over what must not change."""
-    safety, watch = cfg.safety, GuardWatch(cfg.guards, drop=cfg.guard_drop, limit=cfg.safety.limit if cfg.constrained else 1.0)
+def limits_of(cfg: Setting, assess: Assessor) -> tuple[Multipliers | None, GuardWatch]:
+    """The multipliers (none in an unconstrained run) and the watch over what must not change. Raises UserError for a limit on what no filter judges in a clip."""
+    safety, limits = cfg.safety, cfg.limits if cfg.constrained else {}
+    watch = GuardWatch(cfg.guards, drop=cfg.guard_drop, limit=safety.limit if cfg.constrained else 1.0, further={policy: each.limit for policy, each in limits.items()})
     if not cfg.constrained:
         return None, watch
     correct = correction_of(safety, assess.runner.clip_filters)
-    multiplier = Multiplier(
-        FLASHING,
-        limit=safety.limit,
-        target=safety.target,
-        rate=safety.rate,
-        proportional=safety.proportional,
-        initial=safety.initial,
-        cap=safety.cap,
-        confidence=None if correct else safety.confidence,
-        correct=correct,
-    )
-    return multiplier, watch
+    return Multipliers([safety.multiplier(FLASHING, correct), *(each.multiplier(policy) for policy, each in limits.items())]), watch
+
+
+def check_judged(limits: Iterable[str], runner: SafetyRunner) -> None:
+    """Raises UserError where no filter rules on clips under a policy that has a limit."""
+    judged = runner.clip_policies
+    for policy in limits:
+        if policy not in judged:
+            raise UserError(f"no filter judges clips under {policy}, limits. There are filters for {', '.join(sorted(judged))}. Add one with --filters, or leave the limit out")
 
 
 @dataclass
@@ -518,13 +590,13 @@ class Remembered:
             self.multiplier.correct.left = state.get("left")
 
 
-def register(run: Run, model: TrainableModel, optimizer: Any, multiplier: Multiplier | None, watch: GuardWatch) -> None:
+def register(run: Run, model: TrainableModel, optimizer: Any, multipliers: Multipliers | None, watch: GuardWatch) -> None:
     """Everything an RL run must find again when it resumes, and the forward-pass counter."""
     run.register("network", model.network, trainable_only=True)
     run.register("optimizer", optimizer)
     run.register("guard_watch", watch)
-    if multiplier is not None:
-        run.register("multiplier", Remembered(multiplier))
+    for multiplier in multipliers or ():
+        run.register("multiplier" if multiplier.policy == FLASHING else f"multiplier_{multiplier.policy.lower()}", Remembered(multiplier))
     run.count_forwards(model.network)
 
 
@@ -574,7 +646,8 @@ def watch_over(run: Run, watch: GuardWatch, held_out: HeldOut, model: TrainableM
         told, values = run.on_main(looked)
     if not watch.guards.watch:
         return told
-    reading = watch.take(values, told["held_out_violation_rate"], iteration, adapter_state(model.network))
+    further = {policy: told[f"held_out_violation_rate_{policy}"] for policy in watch.further}
+    reading = watch.take(values, told["held_out_violation_rate"], iteration, adapter_state(model.network), further=further)
     if run.is_main:
         guards.write_history(run.out, watch)
     return told | reading.metrics
@@ -728,7 +801,8 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, encode_prompts(model, texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
     scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps, encode, cfg.dimensions) if reward else None
-    assess = Assessor(scorer, safety_runner(cfg.filters), cfg.sampler.fps, looks=cfg.constrained, dimensions=told_apart(cfg))
+    assess = Assessor(scorer, safety_runner(cfg.filters), cfg.sampler.fps, looks=cfg.constrained, dimensions=told_apart(cfg), limited=tuple(cfg.limits))
+    check_judged(cfg.limits, assess.runner)
     run.note("safety", assess.runner.lineage())
     if isinstance(scorer, LatentMixture) and not cfg.constrained and run.is_main:
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)

@@ -206,8 +206,8 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     policy = feedback.guided(model, cfg.sampler, train_empty=p.train_empty)
     idle = partial(feedback.idle_pass, policy, *feedback.idle_clip(run, model, cfg.sampler, states))
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
-    multiplier, watch = feedback.limits_of(cfg, assess)
-    feedback.register(run, model, optimizer, multiplier, watch)
+    multipliers, watch = feedback.limits_of(cfg, assess)
+    feedback.register(run, model, optimizer, multipliers, watch)
     batch = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
     G, clips = p.group_size, p.prompts * p.group_size
     starts = 1 if p.same_noise else G  # rows of first noise a prompt; G / starts clips branch off each
@@ -242,9 +242,9 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         # Compare every clip with its own group.
         seen = assess.finished(model, [made.x0 for made in taken], cond[torch.cat(mine)].repeat(G), gather=run.gather)
         relative = compared(cfg, seen)
-        if multiplier is not None:
-            feedback.dual_step(multiplier, seen)
-        limited = feedback.apply_limits(relative, seen, multiplier, cfg.safety, G)
+        if multipliers is not None:
+            feedback.dual_step(multipliers, seen)
+        limited = feedback.apply_limits(relative, seen, multipliers, cfg.safety, G)
         telling = limited.valid & varied(limited.advantage, G) if p.drop_flat else limited.valid  # [B]
         kept = best_and_worst(limited.advantage, G, p.keep or G, valid=telling)  # [B]
         if i == 0:
@@ -264,7 +264,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         # Tell.
         means = {name: sum(float(loss.stats[name]) for loss in losses) if losses else math.nan for name in ("charged", "kl", "velocity_distance")}
         run.log(
-            **feedback.rollout_stats(seen, G, multiplier),
+            **feedback.rollout_stats(seen, G, multipliers),
             **looked,
             **feedback.policy_stats([loss.stats for loss in losses], means["kl"], x[0, 0].numel(), norm),
             zero_std_share=relative.stats["advantage/zero_std_share"],

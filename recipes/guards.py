@@ -243,11 +243,12 @@ class Reading(NamedTuple):
 class GuardWatch:
     """Compares looks, and remembers the best adapter within the safety limit: by the guard's mean score, where its light was not red; without a guard the last with a green light.
 
-    drop: how far the guard's score may fall, in standard deviations. limit: largest violation rate of a checkpoint that may be returned to.
+    drop: how far the guard's score may fall, in standard deviations. limit: largest violation rate of a checkpoint that may be returned to. further: the same by policy, of those
+    that have a limit of their own.
     """
 
-    def __init__(self, guards: Guards, *, drop: float, limit: float) -> None:
-        self.guards, self.limit, self.rules = guards, limit, rules(guards, drop)
+    def __init__(self, guards: Guards, *, drop: float, limit: float, further: Mapping[str, float] | None = None) -> None:
+        self.guards, self.limit, self.further, self.rules = guards, limit, further or {}, rules(guards, drop)
         self.before: dict[str, Tensor] = {}  # what looks are compared with: the first one; of the guard the best one
         self.best_guard = self.best_safe_guard = -math.inf
         self.best: dict[str, Tensor] = {}
@@ -255,25 +256,28 @@ class GuardWatch:
         self.said = ""
         self.history: list[dict[str, Any]] = []
 
-    def take(self, values: Mapping[str, Tensor], violation_rate: float, iteration: int, adapter: Mapping[str, Tensor]) -> Reading:
-        """One look before `iteration`: measure -> values [p] of the first p prompts. violation_rate: nan, as unknown, keeps no limit. `fallen` then tells whether the run is
-        to end, and why."""
+    def take(
+        self, values: Mapping[str, Tensor], violation_rate: float, iteration: int, adapter: Mapping[str, Tensor], *, further: Mapping[str, float] | None = None
+    ) -> Reading:
+        """One look before `iteration`: measure -> values [p] of the first p prompts. violation_rate, and of further policies: nan, as unknown, keeps no limit. `fallen` then tells
+        whether the run is to end, and why."""
+        kept = violation_rate <= self.limit and all((further or {}).get(policy, math.nan) <= limit for policy, limit in self.further.items())
         values = {name: value.detach().double().cpu() for name, value in values.items()}
         self.before = self.before or values
         before = {name: value[: len(values[name])] if name in values else value for name, value in self.before.items()}  # fewer prompts than a run of before looked at
         found = changes(values, before, self.rules, LEVEL)
         reading = Reading(overall(found), in_words(found, self.rules), found)
-        self._remember(values.get("guard"), reading.light, violation_rate, adapter)
+        self._remember(values.get("guard"), reading.light, kept, adapter)
         if reading.light == Light.RED and self.guards.stop == "red":
             self.fallen = self.fallen or reading.said
         self.said = reading.said
         self.history.append(_entry(iteration, reading))
         return reading
 
-    def _remember(self, guard: Tensor | None, light: Light, violation_rate: float, adapter: Mapping[str, Tensor]) -> None:
+    def _remember(self, guard: Tensor | None, light: Light, kept: bool, adapter: Mapping[str, Tensor]) -> None:
         score = math.nan if guard is None else float(guard.nanmean())
         better = light == Light.GREEN if guard is None else light != Light.RED and score > self.best_safe_guard
-        if better and violation_rate <= self.limit:
+        if better and kept:
             self.best_safe_guard, self.best = score, {name: tensor.detach().clone() for name, tensor in adapter.items()}
         if guard is not None and score > self.best_guard:
             self.best_guard, self.before = score, {**self.before, "guard": guard}

@@ -171,8 +171,8 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     if cfg.shard:
         feedback.spread(run, model)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
-    multiplier, watch = feedback.limits_of(cfg, assess)
-    feedback.register(run, model, optimizer, multiplier, watch)
+    multipliers, watch = feedback.limits_of(cfg, assess)
+    feedback.register(run, model, optimizer, multipliers, watch)
     old = ShadowAdapter(model.network, "old") if p.old_rate else None
     if old is not None:
         run.register("old", old)
@@ -196,9 +196,9 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         if i == 0:
             selfcheck.known_rewards(seen.reward)
             selfcheck.reward_spread(seen.reward, p.group_size)
-        if multiplier is not None:
-            feedback.dual_step(multiplier, seen)
-        limited = feedback.apply_limits(advantage, seen, multiplier, cfg.safety, p.group_size)
+        if multipliers is not None:
+            feedback.dual_step(multipliers, seen)
+        limited = feedback.apply_limits(advantage, seen, multipliers, cfg.safety, p.group_size)
         good = limited.valid & seen.allowed if cfg.constrained else limited.valid  # [B] what may be imitated
         imitated = rwr_weight(limited.advantage.where(good, torch.nan), p.temperature)  # [B]
         lessons = Lessons(implicit_split(limited.advantage, p.largest_advantage), imitated, limited.valid)
@@ -239,7 +239,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
 
         # 4. Tell.
         run.log(
-            **feedback.rollout_stats(seen, p.group_size, multiplier),
+            **feedback.rollout_stats(seen, p.group_size, multipliers),
             **looked,
             toward_good=torch.stack([loss.stats["forward/toward_good"] for loss in losses]).mean(),
             drift=torch.stack([loss.stats["forward/drift"] for loss in losses]).mean(),

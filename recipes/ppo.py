@@ -174,8 +174,8 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     critic = Critic(model.latents.channels, pool.text.shape[-1], width=p.critic_width, seed=cfg.seed).to(run.device)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
     critic_optimizer = build_optimizer(critic, "adamw", lr=p.critic_lr, weight_decay=0.0)
-    multiplier, watch = feedback.limits_of(cfg, assess)
-    feedback.register(run, model, optimizer, multiplier, watch)
+    multipliers, watch = feedback.limits_of(cfg, assess)
+    feedback.register(run, model, optimizer, multipliers, watch)
     run.register("critic", critic)
     run.register("critic_optimizer", critic_optimizer)
     sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
@@ -208,9 +208,9 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         estimate = gae(rewards, values, gamma=p.gamma, lam=p.gae_lambda)
         known_steps = estimate.valid.expand_as(values)  # [w,B]
         advantage = batch_normalise(estimate.advantage, known_steps).clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE)  # [w,B]
-        if multiplier is not None:
-            feedback.dual_step(multiplier, seen)
-        limited = [feedback.apply_limits(Advantage(each, estimate.valid, {}), seen, multiplier, cfg.safety, p.group_size) for each in advantage]
+        if multipliers is not None:
+            feedback.dual_step(multipliers, seen)
+        limited = [feedback.apply_limits(Advantage(each, estimate.valid, {}), seen, multipliers, cfg.safety, p.group_size) for each in advantage]
 
         # 3. Move the policy and the critic: epochs of minibatches, in another order each time.
         losses, value_losses, norms = [], [], []
@@ -230,7 +230,7 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
         # 4. Tell.
         kl = float(log_ratio.mean())
         run.log(
-            **feedback.rollout_stats(seen, p.group_size, multiplier),
+            **feedback.rollout_stats(seen, p.group_size, multipliers),
             **looked,
             **feedback.policy_stats([loss.stats for loss in losses], kl, noise[0].numel(), sum(norms) / len(norms)),
             kl_penalty=feedback.mean_stat([loss.stats for loss in losses], "kl_penalty") if p.kl_in == "loss" else p.kl_coef * kl,

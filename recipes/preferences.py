@@ -16,11 +16,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from align.constraints import Multipliers
 from align.objectives.preference import Pairs, preference_pairs
 from base_model.errors import UserError
 from base_model.types import ClipShape, Conditioning, TrainableModel
 from base_model.video.store import ClipStore
-from recipes.feedback import Assessment, Assessor
+from recipes.feedback import Assessment, Assessor, costs_of
 from recipes.generate import latent_shape
 from recipes.models import encode_prompts
 from recipes.reward_model import Answers, Rankings, events_hash, load_answers, load_rankings
@@ -48,15 +49,16 @@ def lawful_pairs(score: Tensor, permitted: Tensor, judged: Tensor, group_size: i
     return preference_pairs(table.flatten(), group_size, which=which, margin=margin)
 
 
-def fresh_pairs(seen: Assessment, price: float | None, group_size: int, which: Which, *, margin: float) -> Pairs:
-    """Of clips that were just scored, the clips of a prompt side by side; a clip is worth its reward less `price` times its graded cost.
+def fresh_pairs(seen: Assessment, multipliers: Multipliers | None, group_size: int, which: Which, *, margin: float) -> Pairs:
+    """Of clips that were just scored, the clips of a prompt side by side; a clip is worth its reward less its graded costs, each at its multiplier's price.
 
-    price: None where no limit is kept; then only clips the filters could not judge are left out.
+    multipliers: None where no limit is kept; then only clips the filters could not judge are left out.
     """
     judged = ~seen.unknown  # [B]
-    if price is None:
+    if multipliers is None:
         return lawful_pairs(seen.reward, judged, judged, group_size, which, margin=margin)
-    return lawful_pairs(seen.reward - price * seen.cost, seen.allowed, judged, group_size, which, margin=margin)
+    worth = seen.reward - sum(multipliers[policy].value * cost for policy, cost in costs_of(seen).items())  # [B]
+    return lawful_pairs(worth, seen.allowed, judged, group_size, which, margin=margin)
 
 
 class Ranked(NamedTuple):

@@ -172,8 +172,8 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
     if cfg.shard:
         feedback.spread(run, model)
     optimizer = build_optimizer(model.network, "adamw", lr=p.lr, weight_decay=0.0)
-    multiplier, watch = feedback.limits_of(cfg, assess)
-    feedback.register(run, model, optimizer, multiplier, watch)
+    multipliers, watch = feedback.limits_of(cfg, assess)
+    feedback.register(run, model, optimizer, multipliers, watch)
     sampler = PromptSampler(len(texts), p.prompts, seed=cfg.seed)
     clips = p.prompts * p.group_size
     batches = torch.arange(clips).split(p.micro_batch)
@@ -195,10 +195,10 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
 
         # 2. Which clips may be made better, and which cost more than others of their prompt: the limit's advantages, of clips whose reward is alike.
         learned = seen.allowed & ~seen.unknown if cfg.constrained else ~seen.unknown  # [B]
-        if multiplier is not None:
-            feedback.dual_step(multiplier, seen)
+        if multipliers is not None:
+            feedback.dual_step(multipliers, seen)
         alike = Advantage(torch.zeros(clips), torch.ones(clips, dtype=torch.bool), {})
-        limited = feedback.apply_limits(alike, seen, multiplier, cfg.safety, p.group_size)
+        limited = feedback.apply_limits(alike, seen, multipliers, cfg.safety, p.group_size)
 
         # 3. Noise every clip once, and ask the SFT policy.
         parts = [
@@ -211,14 +211,14 @@ def train(cfg: Config, run: Run, model: TrainableModel, assess: Assessor, held_o
             feedback.check_velocity(model, parts[0].x_t, parts[0].t, parts[0].cond)
 
         # 4. Move the policy.
-        price = 1.0 if multiplier is None else 1 + multiplier.value
+        price = 1.0 if multipliers is None else 1 + multipliers.total
         losses = run.backward_each(optimizer, partial(losses_of, p, run, model, score, learned, limited, price), list(zip(parts, priors, strict=True)))
         norm = run.step(optimizer, p.max_grad_norm)
 
         # 5. Tell.
         share = float(learned.float().mean())
         run.log(
-            **feedback.rollout_stats(seen, p.group_size, multiplier),
+            **feedback.rollout_stats(seen, p.group_size, multipliers),
             **looked,
             optimised_reward=sum(float(loss.stats.get("optimised_reward", 0.0)) for loss in losses) / share if share else math.nan,
             learned_share=share,

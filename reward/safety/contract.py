@@ -212,6 +212,11 @@ class SafetyRunner:
         return ", ".join(sorted(f"{each.filter.id} {each.filter.version}" for each in self._video_filters))
 
     @property
+    def clip_policies(self) -> set[str]:
+        """Policies that some filter rules on in clips."""
+        return {policy for each in self._video_filters for policy in each.filter.policies}
+
+    @property
     def clip_rulers(self) -> set[tuple[str, str]]:
         """What looks at clips as a stored decision names it (`to_json`): ("flash 2", the policy's version)."""
         return {(f"{each.filter.id} {each.filter.version}", self._policy.version) for each in self._video_filters}

@@ -132,7 +132,8 @@ def run_small(
     model.network.requires_grad_(False)
     run = Run(out, cfg, seed=cfg.seed, resume=resume, metrics=metrics_of(cfg, recipe.METRICS), quiet=True)
     (model.to if isinstance(model, LatentVideoModel) else model.network.to)(run.device)
-    recipe.train(cfg, run, model, Assessor(reward, runner or safety_runner(), 12.0, max_error_share=1.0, dimensions=told_apart(cfg)), held_out or no_look())
+    assess = Assessor(reward, runner or safety_runner(), 12.0, max_error_share=1.0, dimensions=told_apart(cfg), limited=tuple(cfg.limits))
+    recipe.train(cfg, run, model, assess, held_out or no_look())
     return read_metrics(out, wall_clock=False)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from align.constraints import Multiplier
+from align.constraints import Multiplier, Multipliers
 from align.run import read_metrics
 from base_model.errors import UserError
 from base_model.video.store import ClipStore, NewClip
@@ -141,9 +141,9 @@ def test_what_is_left_to_people_is_counted_apart_from_what_is_blocked_and_found_
 
     correct = feedback.Correction(found, bound=False, audited=True)
     multiplier = Multiplier("P17", limit=0.9, target=0.3, decay=0.5, correct=correct)
-    feedback.dual_step(multiplier, seen(2, 5))
+    feedback.dual_step(Multipliers([multiplier]), seen(2, 5))
     assert multiplier.bound == pytest.approx(2 / 9) and told[-1] == pytest.approx((2 / 9, 5 / 9, 9))
-    feedback.dual_step(multiplier, seen(1, 0))
+    feedback.dual_step(Multipliers([multiplier]), seen(1, 0))
     assert multiplier.bound == pytest.approx(1.5 / 9) and told[-1][1] == pytest.approx(2.5 / 9)
     again = feedback.Correction(found, bound=False, audited=True)
     feedback.Remembered(Multiplier("P17", limit=0.9, correct=again)).load_state_dict(feedback.Remembered(multiplier).state_dict())

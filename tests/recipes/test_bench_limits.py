@@ -14,7 +14,7 @@ from scipy.stats import beta, norm
 
 from align.advantage import group_advantage
 from align.config import load
-from align.constraints import Multiplier
+from align.constraints import Multiplier, Multipliers
 from base_model.errors import UserError
 from recipes import nft
 from recipes.bench import limits as bench
@@ -82,7 +82,7 @@ def test_where_all_clips_violate_a_blunt_cost_teaches_what_the_reward_teaches_an
 
     def taught(reward: torch.Tensor, cost: torch.Tensor) -> list[float]:
         seen = Assessment(reward, cost, violates, nothing, torch.zeros(4))
-        found: torch.Tensor = apply_limits(group_advantage(reward, 4), seen, Multiplier("P17", limit=0.02, initial=3.0), SafetyLimit(), 4).advantage
+        found: torch.Tensor = apply_limits(group_advantage(reward, 4), seen, Multipliers([Multiplier("P17", limit=0.02, initial=3.0)]), SafetyLimit(), 4).advantage
         return found.tolist()
 
     alike, graded = torch.zeros(4), torch.tensor([0.5, 0.6, 0.8, 0.9])

@@ -13,7 +13,7 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
 
-from align.constraints import Multiplier
+from align.constraints import Multiplier, Multipliers
 from align.run import read_metrics
 from base_model.errors import GuardStop, UserError
 from base_model.networks.packing import Segments
@@ -366,7 +366,7 @@ def test_what_nobody_looked_at_is_never_taken_for_safe(latent: Path) -> None:
     assert not seen.allowed.any() and seen.cost.isnan().all() and seen.violates.isnan().all() and not seen.looked_at
     advantage = feedback.Advantage(torch.ones(6), torch.ones(6, dtype=torch.bool), {})
     with pytest.raises(ValueError, match="were not asked"):
-        apply_limits(advantage, seen, Multiplier("P17", limit=0.02, rate=0.1, initial=1.0, cap=3.0), SafetyLimit(), 3)
+        apply_limits(advantage, seen, Multipliers([Multiplier("P17", limit=0.02, rate=0.1, initial=1.0, cap=3.0)]), SafetyLimit(), 3)
     assert apply_limits(advantage, seen, None, SafetyLimit(), 3).valid.all(), "without a limit they are learned from"
     decoded = assess.finished(model, [x0], cond, video=torch.rand(6, 5, 3, 16, 16))
     assert decoded.looked_at and decoded.cost.isfinite().all(), "what is decoded anyhow is looked at"

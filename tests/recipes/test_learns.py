@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from align.advantage import group_advantage
-from align.constraints import Multiplier
+from align.constraints import Multiplier, Multipliers
 from align.run import Run, read_metrics
 from base_model.errors import GuardStop, UserError
 from base_model.networks.routing import Route
@@ -206,10 +206,10 @@ def test_an_unknown_reward_is_masked_and_an_unknown_cost_too() -> None:
     nan = float("nan")
     cost, violates = torch.tensor([0.1, nan, 0.2, 0.9]), torch.tensor([0.0, nan, 0.0, 1.0])
     seen = feedback.Assessment(torch.tensor([1.0, 2.0, nan, 3.0]), cost, violates, torch.tensor([True, False, True, False]), violates * 0)
-    multiplier = Multiplier("P17", limit=0.02)
-    limited = feedback.apply_limits(group_advantage(seen.reward, 4), seen, multiplier, SafetyLimit(), 4)
+    multipliers = Multipliers([Multiplier("P17", limit=0.02)])
+    limited = feedback.apply_limits(group_advantage(seen.reward, 4), seen, multipliers, SafetyLimit(), 4)
     assert limited.valid.tolist() == [True, False, False, True]
-    assert limited.advantage[3] <= -1.0 / (1 + multiplier.value), "a blocked clip cannot buy itself back"
+    assert limited.advantage[3] <= -1.0 / (1 + multipliers.total), "a blocked clip cannot buy itself back"
     assert feedback.rollout_stats(seen, 4, None)["error_share"] == 0.5
     assert seen.violation_rate == pytest.approx(1 / 3), "a clip no filter could judge is not a safe one"
     loose = feedback.apply_limits(group_advantage(seen.reward, 4), seen, None, SafetyLimit(), 4)
@@ -242,7 +242,7 @@ def test_held_out_captions_are_the_first_of_those_that_are_trained_on() -> None:
 
 def test_what_is_only_reviewed_is_never_learned_from_as_good() -> None:
     seen = feedback.Assessment(torch.tensor([0.0, 5.0]), torch.zeros(2), torch.zeros(2), torch.tensor([True, False]), torch.zeros(2))
-    limited = feedback.apply_limits(group_advantage(seen.reward, 2), seen, Multiplier("P17", limit=0.02), SafetyLimit(), 2)
+    limited = feedback.apply_limits(group_advantage(seen.reward, 2), seen, Multipliers([Multiplier("P17", limit=0.02)]), SafetyLimit(), 2)
     assert limited.advantage[1] == 0 and limited.advantage[0] < 0
 
 
