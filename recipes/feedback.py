@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from align import selfcheck
 from align.advantage import Advantage
 from align.config import Config as BaseConfig
-from align.config import Count, NonNegative, Positive, Seed, Share
+from align.config import Count, NonNegative, Positive, Seed, Share, Whole
 from align.constraints import Multiplier, Multipliers, all_violating, constrained_advantage, gate
 from align.kernels import ODE, Gaussian, Kernel
 from align.objectives import Loss
@@ -92,8 +92,14 @@ class PolicyLimit(BaseConfig):
     """Compare an upper bound of this confidence with the target, in place of the rate; none means the rate itself."""
     rate: Positive = 0.15
     """Step of the multiplier, in log space."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    """What the running mean, which is compared, keeps of itself from rollout to rollout: the more, the more clips it rests on."""
+    warm_up: Whole = 0
+    """So many first rollouts are only measured, while the multiplier stays where it begins."""
     proportional: NonNegative = 0.0
     """Damps the swings of the multiplier, in log space: this times how far the rate is off its target, relative to the larger of both, on top of what `rate` adds up."""
+    derivative: NonNegative = 0.0
+    """The same of how much farther off it is than a rollout ago."""
     initial: Annotated[float, Field(ge=1e-3)] = 1.0
     """First multiplier."""
     cap: Positive = 3.0
@@ -118,7 +124,10 @@ class PolicyLimit(BaseConfig):
             limit=self.limit,
             target=self.target,
             rate=self.rate,
+            decay=self.decay,
+            warm_up=self.warm_up,
             proportional=self.proportional,
+            derivative=self.derivative,
             initial=self.initial,
             cap=self.cap,
             confidence=None if correct else self.confidence,
@@ -127,14 +136,14 @@ class PolicyLimit(BaseConfig):
 
 
 class SafetyLimit(PolicyLimit):
-    """The limit on flashing and on whatever is blocked, and how RL is held to it."""
+    """The limit on flashing and on whatever is blocked under policies without limits of their own, and how RL is held to it."""
 
     audit: Path | None = None
     """Folder of an audit of this policy's clips (`rushes audit`), read when a run begins or resumes: the rate that people would find is compared, not what the filters say."""
     error_rates: tuple[Count, Count, Count, Count] | None = None
     """The same by what is known of the filters from before: hits of so many violating clips, rejections of so many harmless ones. Not together with `audit`."""
     gate: Annotated[float, Field(lt=0)] = -1.0
-    """A blocked clip's advantage is at most this, before the division by 1 + multiplier, where another clip of its prompt is not blocked."""
+    """The advantage of a clip that violates is at most this, before the division by 1 + all multipliers, where another clip of its prompt does not."""
 
     @model_validator(mode="after")
     def _is_corrected_once(self) -> SafetyLimit:
@@ -178,7 +187,8 @@ class Setting(BaseConfig):
     safety: SafetyLimit = SafetyLimit()
     """The limit."""
     limits: dict[str, PolicyLimit] = Field(default_factory=dict)
-    """Limits on further policies by their codes, '{P14: {limit: 0.01}}': each has a multiplier of its own, whose cost is what the filters say of that policy."""
+    """Limits on further policies by their codes, '{P14: {limit: 0.01}}', with the keys of `safety` but audit, error_rates and gate: each has a multiplier of its own, whose cost is
+    what the filters say of that policy."""
     filters: Filters = Filters()
     """Safety filters beside those that need no weights; the larger score of a policy is its cost."""
     pessimism: NonNegative = 0.5
@@ -212,7 +222,7 @@ class Feedback(Setting):
     """Folder of a reward model, or of a latent reward, which decodes nothing: under the limit clips are decoded for the filters all the same."""
 
 
-class Limited(NamedTuple):
+class UnderPolicy(NamedTuple):
     """What the filters say of B clips under one policy."""
 
     cost: Tensor  # [B] in [0,1], graded; nan where they failed
@@ -226,12 +236,12 @@ class Assessment:
 
     reward: Tensor  # [B]; nan where unknown
     cost: Tensor  # [B] in [0,1], graded; nan where the filters failed, or saw nothing
-    violates: Tensor  # [B] 1 where a filter blocks or withholds for flashing, else 0; nan where the filters failed, or saw nothing
+    violates: Tensor  # [B] 1 where a filter blocks (under no policy of `further`) or withholds for flashing, else 0; nan where the filters failed, or saw nothing
     allowed: Tensor  # [B] bool; only these may be learned from as good
     left: Tensor  # [B] 1 where what violates is left to people, for no filter blocks it, else 0; nan as `violates`
     looked_at: bool = True  # by the filters
     parts: Mapping[str, Tensor] = field(default_factory=dict)  # by dimension [B], before its weight, where several make the reward
-    further: Mapping[str, Limited] = field(default_factory=dict)  # by policy, beside flashing, that has a limit
+    further: Mapping[str, UnderPolicy] = field(default_factory=dict)  # by policy, beside flashing, that has a limit
 
     @property
     def violation_rate(self) -> float:
@@ -245,7 +255,7 @@ class Assessment:
         return self.reward.isnan() | (costs.isnan().any(0) & self.looked_at)
 
     @property
-    def withheld(self) -> Tensor:
+    def violating(self) -> Tensor:
         """Clips that violate any policy that has a limit, or are blocked for another [B] bool."""
         return torch.stack([self.violates == 1, *(each.violates == 1 for each in self.further.values())]).any(0)
 
@@ -298,11 +308,12 @@ class Assessor:
         decisions = gather(self.runner.check_videos(video, prompts, self.fps))
         scores = joined(gather([scores]))
         check_error_rate(decisions, self.max_error_share)
-        known = torch.tensor([d.verdict != Verdict.ERROR for d in decisions])
-        counts = torch.tensor([float(withheld(d)) for d in decisions])
-        left = torch.tensor([float(withheld(d) and d.verdict != Verdict.BLOCK) for d in decisions])
+        others = [without(d, self.limited) for d in decisions]
+        known = torch.tensor([Verdict.ERROR not in (d.verdict, other.verdict) for d, other in zip(decisions, others, strict=True)])
+        counts = torch.tensor([float(withheld(d)) for d in others])
+        left = torch.tensor([float(withheld(d) and d.verdict != Verdict.BLOCK) for d in others])
         may = torch.tensor([allowed(d) for d in decisions])
-        further = {policy: Limited(costs(decisions, policy), torch.tensor([float(breaks(d, policy)) for d in decisions]).where(known, torch.nan)) for policy in self.limited}
+        further = {policy: UnderPolicy(costs(decisions, policy), torch.tensor([violation(d, policy) for d in decisions])) for policy in self.limited}
         told = scores.reward, costs(decisions, FLASHING), counts.where(known, torch.nan), may, left.where(known, torch.nan)
         return Assessment(*told, parts=self.apart(scores), further=further)
 
@@ -318,13 +329,21 @@ def joined(parts: Sequence[Mixed]) -> Mixed:
 
 
 def withheld(decision: Decision) -> bool:
-    """Whether a clip counts against the limit: it is blocked, or a filter that is not sure leaves it to people under the policy that is limited."""
-    return decision.verdict == Verdict.BLOCK or breaks(decision, FLASHING)
+    """Whether a clip counts against the limit on flashing: it is blocked, or a filter that is not sure leaves it to people under that policy."""
+    return decision.verdict == Verdict.BLOCK or violation(decision, FLASHING) == 1
 
 
-def breaks(decision: Decision, policy: str) -> bool:
-    """Whether a filter blocks a clip under this policy, or leaves it to people."""
-    return any(ruling.policy == policy and ruling.verdict in (Verdict.BLOCK, Verdict.REVIEW) for ruling in decision.rulings)
+def without(decision: Decision, policies: Sequence[str]) -> Decision:
+    """What is left of a decision without the rulings under these policies."""
+    return Decision(tuple(ruling for ruling in decision.rulings if ruling.policy not in policies)) if policies else decision
+
+
+def violation(decision: Decision, policy: str) -> float:
+    """1 where a filter blocks a clip under this policy, or leaves it to people, else 0; nan where the decision is an error, or a filter of this policy failed and none objects."""
+    verdicts = {ruling.verdict for ruling in decision.rulings if ruling.policy == policy}
+    if verdicts & {Verdict.BLOCK, Verdict.REVIEW}:
+        return 1.0
+    return math.nan if Verdict.ERROR in (*verdicts, decision.verdict) else 0.0
 
 
 def check_known(reward: Tensor, limit: float) -> None:
@@ -345,7 +364,7 @@ def apply_limits(advantage: Advantage, seen: Assessment, multipliers: Multiplier
     if not seen.looked_at:
         raise ValueError("a limit is to be kept, and the filters were not asked about these clips")
     bounded = constrained_advantage(advantage.advantage, costs_of(seen), multipliers, group_size, valid=advantage.valid)
-    gated = gate(bounded.advantage, seen.withheld & bounded.valid, group_size, limit.gate / (1 + multipliers.total))
+    gated = gate(bounded.advantage, seen.violating & bounded.valid, group_size, limit.gate / (1 + multipliers.total))
     return bounded._replace(advantage=torch.where(seen.allowed, gated, gated.clamp_max(0)))
 
 
@@ -377,8 +396,18 @@ def rollout_stats(seen: Assessment, group_size: int, multipliers: Multipliers | 
         "looked_at": float(seen.looked_at),
         **{f"reward_{name}": float(part.nanmean()) for name, part in seen.parts.items()},
         **seen.rates(),
-        **{f"cost_{policy}": float(each.cost.nanmean()) for policy, each in seen.further.items()},
-        **{f"multiplier_{policy}": 0.0 if multipliers is None else multipliers[policy].value for policy in seen.further},
+        **{name: value for policy, each in seen.further.items() for name, value in policy_told(policy, each, group_size, multipliers).items()},
+    }
+
+
+def policy_told(policy: str, seen: UnderPolicy, group_size: int, multipliers: Multipliers | None) -> dict[str, float]:
+    """The metrics of a further policy in one rollout, beside its rate."""
+    multiplier = None if multipliers is None else multipliers[policy]
+    return {
+        f"limited_rate_{policy}": math.nan if multiplier is None else multiplier.bound,
+        f"cost_{policy}": float(seen.cost.nanmean()),
+        f"multiplier_{policy}": 0.0 if multiplier is None else multiplier.value,
+        f"all_violating_{policy}": all_violating(seen.violates == 1, group_size),
     }
 
 
@@ -388,8 +417,10 @@ def metrics_of(cfg: Setting, metrics: Mapping[str, str]) -> dict[str, str]:
     for policy in cfg.limits:
         found[f"violation_rate_{policy}"] = f"Share of the rollout's clips that a filter blocks under {policy}, or leaves to people; clips no filter could judge left out."
         found[f"held_out_violation_rate_{policy}"] = "The same of the held-out clips."
+        found[f"limited_rate_{policy}"] = f"What the multiplier of {policy} compares with its target: the running mean of that rate, or its upper bound."
         found[f"cost_{policy}"] = f"Mean graded cost of the rollout's clips under {policy}, in [0, 1]."
-        found[f"multiplier_{policy}"] = f"Weight lambda of that cost in the advantage; its multiplier compares the violation rate with the limit on {policy}."
+        found[f"multiplier_{policy}"] = "Weight lambda of that cost in the advantage."
+        found[f"all_violating_{policy}"] = f"Share of prompts whose clips all violate {policy}."
     return found
 
 
@@ -513,7 +544,7 @@ def check_velocity(model: TrainableModel, x_t: Tensor, t: Tensor, cond: Conditio
 
 
 def limits_of(cfg: Setting, assess: Assessor) -> tuple[Multipliers | None, GuardWatch]:
-    """The multipliers (none in an unconstrained run) and the watch over what must not change. Raises UserError for a limit on what no filter judges in a clip."""
+    """The multipliers (none in an unconstrained run) and the watch over what must not change."""
     safety, limits = cfg.safety, cfg.limits if cfg.constrained else {}
     watch = GuardWatch(cfg.guards, drop=cfg.guard_drop, limit=safety.limit if cfg.constrained else 1.0, further={policy: each.limit for policy, each in limits.items()})
     if not cfg.constrained:
@@ -523,11 +554,12 @@ def limits_of(cfg: Setting, assess: Assessor) -> tuple[Multipliers | None, Guard
 
 
 def check_judged(limits: Iterable[str], runner: SafetyRunner) -> None:
-    """Raises UserError where no filter rules on clips under a policy that has a limit."""
+    """Raises UserError where no filter can object to a clip under a policy that has a limit."""
     judged = runner.clip_policies
     for policy in limits:
         if policy not in judged:
-            raise UserError(f"no filter judges clips under {policy}, limits. There are filters for {', '.join(sorted(judged))}. Add one with --filters, or leave the limit out")
+            told = f"no filter blocks clips under {policy}, or leaves them to people, limits"
+            raise UserError(f"{told}. Limits can be set on {', '.join(sorted(judged - {FLASHING}))}. Add a filter with --filters, or leave the limit out")
 
 
 @dataclass
@@ -789,6 +821,8 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
 
     Several processes share the clips of a rollout; the first one looks at the held-out prompts and saves. Raises StoppedByGuard, after saving, where the guard ended the run.
     """
+    runner = safety_runner(cfg.filters)
+    check_judged(cfg.limits, runner)
     model = load_model(cfg.model, device=run.device, nf4=cfg.nf4, recompute=cfg.recompute, fps=cfg.sampler.fps)
     check_sampler(model, cfg.sampler)
     encode = reward_text(model)
@@ -801,8 +835,7 @@ def align(cfg: C, run: Run, train: Train[C], *, recipe: str, reward: Path | None
     texts = held_out_texts(cfg)
     held_out = HeldOut(texts, encode_prompts(model, texts), cfg.sampler, guard, cfg.seed, run.out / "held_out")
     scorer = load_reward(reward, model, cfg.pessimism, cfg.sampler.fps, encode, cfg.dimensions) if reward else None
-    assess = Assessor(scorer, safety_runner(cfg.filters), cfg.sampler.fps, looks=cfg.constrained, dimensions=told_apart(cfg), limited=tuple(cfg.limits))
-    check_judged(cfg.limits, assess.runner)
+    assess = Assessor(scorer, runner, cfg.sampler.fps, looks=cfg.constrained, dimensions=told_apart(cfg), limited=tuple(cfg.limits))
     run.note("safety", assess.runner.lineage())
     if isinstance(scorer, LatentMixture) and not cfg.constrained and run.is_main:
         print(f"{recipe}: no limit is kept and the reward needs no pixels: the safety filters see the held-out clips alone", file=sys.stderr, flush=True)

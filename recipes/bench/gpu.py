@@ -58,7 +58,7 @@ from recipes.bench._wan_flops import step_flops
 from recipes.bench.packing import Inputs, Networks, Work, draw_inputs
 from recipes.grpo import Policy, lessons_of, losses_of
 
-Part = Literal["ceiling", "sft", "rl", "packing", "recipe", "variants"]
+Part = Literal["ceiling", "sft", "rl", "packing", "variants", "recipe"]
 PARTS: tuple[Part, ...] = get_args(Part)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -582,25 +582,24 @@ SETTLED = 2  # steps before those that are reported
 def recipe(cfg: Config, s: Sizes, notebook: Notebook) -> None:
     """The recipe from a folder of clips to what it saves: read, encoded by the VAE, learned from, looked at, exported."""
     with tempfile.TemporaryDirectory(prefix="rushes-bench-") as name:
-        folder = Path(name)
-        for way in RECIPES:
+        checkpoint = Path(name) / "wan"
+        save_random(checkpoint, s.wan, s.vae, device=s.device, dtype=s.dtype)
+        for number, way in enumerate(RECIPES):
             changes = {**way.changes, "compiled": not cfg.quick and way.changes.get("compiled", False)}
             told = {"train": way.name, "clip": "mixed" if way.mixed else str(s.sft), "checkpointing": changes["recompute"], "compiled": changes["compiled"]}
-            notebook.row("recipe", "rushes sft", partial(recipe_run, s, folder, way._replace(changes=changes)), **told)
+            notebook.row("recipe", "rushes sft", partial(recipe_run, s, checkpoint, Path(name) / str(number), way._replace(changes=changes)), **told)
+            shutil.rmtree(Path(name) / str(number), ignore_errors=True)
 
 
-def recipe_run(s: Sizes, folder: Path, way: Recipe) -> Row:
+def recipe_run(s: Sizes, checkpoint: Path, folder: Path, way: Recipe) -> Row:
     """Medians over its steps but the first ones, as it logs them, and what it took as a whole."""
     from recipes import sft as rushes_sft  # which reads videos: a package that a rented machine may lack
 
-    data = captioned_clips(folder / "mixed", 2 * s.mixed) if way.mixed else captioned_clips(folder / "clips", 4 * (s.sft,))
-    if not (folder / "wan").exists():
-        save_random(folder / "wan", s.wan, s.vae, device=s.device, dtype=s.dtype)
     torch._dynamo.reset()
     settings: dict[str, Any] = {
         "out": folder / "out",
-        "model": folder / "wan",
-        "data": data,
+        "model": checkpoint,
+        "data": captioned_clips(folder / "clips", 2 * s.mixed if way.mixed else 4 * (s.sft,)),
         "cache": folder / "latents",
         "windows": {"frames": s.sft.frames, "area": s.sft.height * s.sft.width, "fps": FPS},
         "samples": {"steps": 2, "prompts": ("a ball",)},
@@ -609,7 +608,6 @@ def recipe_run(s: Sizes, folder: Path, way: Recipe) -> Row:
     }
     done = rushes_sft.main(rushes_sft.Config.model_validate(settings))
     steps = [line for line in read_metrics(folder / "out") if "tokens" in line][SETTLED:]
-    shutil.rmtree(folder / "out")
     seconds = [step["tokens"] / step["tokens_per_second"] for step in steps]
     spread = {"seconds": statistics.median(seconds), "seconds_low": min(seconds), "seconds_high": max(seconds)}
     medians = {name: statistics.median(step[name] for step in steps) for name in ("clips", "tokens", "tokens_per_second")}
@@ -624,9 +622,7 @@ def captioned_clips(folder: Path, clips: Sequence[ClipShape]) -> Path:
     """One colour running into another, once over each clip, each with its caption."""
     from base_model.video.files import write_mp4
 
-    if (folder / f"{len(clips) - 1}.txt").exists():
-        return folder
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True)
     for k, clip in enumerate(clips):
         time, row, column = (torch.linspace(0, 1, side) for side in (clip.frames, clip.height, clip.width))
         level = (time[:, None, None] + row[:, None] / 2 + (1 + k) * column) % 1  # [T,H,W]
@@ -642,8 +638,8 @@ TITLES: dict[Part, str] = {
     "sft": "A step of SFT",
     "rl": "An update of GRPO",
     "packing": "Clips of mixed sizes in one sequence",
-    "recipe": "rushes sft from a folder of clips to what it saves",
     "variants": "A step of SFT in other ways",
+    "recipe": "rushes sft from a folder of clips to what it saves",
 }
 
 
@@ -667,8 +663,8 @@ def measure(cfg: Config, s: Sizes) -> Notebook:
         "sft": partial(sft, part="sft", ways=MAIN),
         "rl": rl,
         "packing": packing,
-        "recipe": recipe,
         "variants": partial(sft, part="variants", ways=FURTHER),
+        "recipe": recipe,
     }
     for part in cfg.parts:
         work[part](cfg, s, notebook)

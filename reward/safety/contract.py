@@ -213,8 +213,8 @@ class SafetyRunner:
 
     @property
     def clip_policies(self) -> set[str]:
-        """Policies that some filter rules on in clips."""
-        return {policy for each in self._video_filters for policy in each.filter.policies}
+        """Policies that some filter rules on in clips, and under which a hit is not simply allowed."""
+        return {code for each in self._video_filters for code in each.filter.policies if code in self._policy and self._policy.action(code) != "allow"}
 
     @property
     def clip_rulers(self) -> set[tuple[str, str]]:

@@ -123,6 +123,7 @@ def test_weights_in_bfloat16_move_by_steps_that_are_smaller_than_their_last_digi
         for (parameter, copy), w in zip(optimizer.copied, expected, strict=True):
             torch.testing.assert_close(copy.double(), w, rtol=4e-6, atol=1e-7)  # 40 steps of float32
             assert torch.equal(parameter, copy.bfloat16()), "weights are the copies, rounded"
+    assert all(parameter.grad is None and copy.grad is None for parameter, copy in optimizer.copied), "a gradient that was taken is not kept"
 
 
 def test_weights_in_bfloat16_and_float32_go_on_from_a_saved_state_to_the_bit() -> None:

@@ -20,7 +20,7 @@ from base_model.families.wan import WanVideoModel
 from base_model.families.wan_random import T2V_1_3B, random_transformer
 from base_model.lora import add_lora
 from base_model.recompute import recompute_blocks
-from recipes import cli
+from recipes import cli, sft
 from recipes.bench import gpu
 from recipes.bench._wan_flops import step_flops
 from recipes.bench.packing import WAN_FLOPS
@@ -54,9 +54,9 @@ def test_every_part_has_rows_and_every_row_is_told_as_it_is_measured(said: tuple
     assert_flat(rows)
     assert list(dict.fromkeys(row["part"] for row in rows)) == list(gpu.PARTS) and len(told) == len(rows)
     assert all((row["seconds"] is None) == (row["note"] is not None) for row in rows)
-    noted = {row.get("attention"): row["note"] for row in rows if row["note"]}
-    assert set(noted) == {"cudnn", "efficient", "varlen", None} and noted.pop(None) == "not installed here: av", "None: rows of the recipe"
-    assert all(note.startswith("not supported here") for note in noted.values())
+    noted = {row["attention"]: row["note"] for row in rows if row["note"] and row["part"] != "recipe"}
+    assert set(noted) == {"cudnn", "efficient", "varlen"} and all(note.startswith("not supported here") for note in noted.values())
+    assert [row["note"] for row in rows if row["part"] == "recipe"] == len(gpu.RECIPES) * ["not installed here: av"]
     steps = [row for row in rows if row["what"] == "SFT step" and row["seconds"]]
     assert {row["train"] for row in steps} == {"lora", "full"} and {row["checkpointing"] for row in steps} == {0.0, 0.5, 1.0}
 
@@ -82,6 +82,23 @@ def test_the_recipe_runs_from_a_folder_of_clips_to_what_it_saves_in_every_way() 
     assert all(row["note"] is None and 0 < row["seconds_low"] <= row["seconds"] <= row["seconds_high"] < row["wall_seconds"] for row in rows)
     assert [(row["clip"] == "mixed", row["tokens"] == 12, row["clips"] > 1) for row in rows] == [(way.mixed, not way.mixed, way.mixed) for way in gpu.RECIPES]
     assert all(0 < row["held_out_loss"] < 3 for row in rows)
+
+
+def test_a_run_of_the_recipe_that_has_no_room_loses_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Path] = []
+    run = sft.main
+
+    def cramped(cfg: sft.Config) -> dict[str, object]:
+        begun.append(cfg.out)
+        if len(begun) == 1:
+            cfg.out.mkdir(parents=True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(cfg)
+
+    monkeypatch.setattr(sft, "main", cramped)
+    monkeypatch.setattr(gpu, "RECIPES", gpu.RECIPES[1:3])
+    rows = gpu.main(gpu.Config(parts=("recipe",), quick=True))["rows"]
+    assert isinstance(rows, list) and [row["note"] for row in rows] == ["out of memory", None] and not begun[0].exists()
 
 
 @pytest.mark.parametrize("rank", [0, 4])

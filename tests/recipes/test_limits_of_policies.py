@@ -15,7 +15,7 @@ from align.advantage import group_advantage
 from align.constraints import Multiplier, Multipliers
 from base_model.errors import UserError
 from recipes import cli, ddpo, dpo, feedback, grpo, nft, ppo, reward_gradient
-from recipes.feedback import Assessment, Assessor, Limited, PolicyLimit, SafetyLimit
+from recipes.feedback import Assessment, Assessor, PolicyLimit, SafetyLimit, UnderPolicy
 from recipes.guards import Guards, GuardWatch
 from recipes.preferences import fresh_pairs
 from reward.mixture import Mixture, Term
@@ -52,7 +52,7 @@ def runner(redness: float, *, verdict: Verdict = Verdict.BLOCK) -> SafetyRunner:
 
 def seen() -> Assessment:
     """Two prompts of two clips: the second clip flashes, the third is left to people under P14, of the fourth nobody knows whether it is."""
-    further = {"P14": Limited(torch.tensor([0.1, 0.3, 0.7, NAN]), torch.tensor([0.0, 0.0, 1.0, NAN]))}
+    further = {"P14": UnderPolicy(torch.tensor([0.1, 0.3, 0.7, NAN]), torch.tensor([0.0, 0.0, 1.0, NAN]))}
     cost, violates = torch.tensor([0.2, 0.8, 0.1, 0.1]), torch.tensor([0.0, 1.0, 0.0, 0.0])
     return Assessment(torch.tensor([1.0, 3.0, 2.0, 0.5]), cost, violates, torch.tensor([True, False, False, True]), torch.zeros(4), further=further)
 
@@ -63,7 +63,7 @@ def both(first: float = 2.0, second: float = 0.5) -> Multipliers:
 
 def test_every_cost_is_weighed_by_its_own_multiplier_and_what_violates_any_policy_is_gated() -> None:
     now = seen()
-    assert now.withheld.tolist() == [False, True, True, False] and now.unknown.tolist() == [False, False, False, True]
+    assert now.violating.tolist() == [False, True, True, False] and now.unknown.tolist() == [False, False, False, True]
     limited = feedback.apply_limits(group_advantage(now.reward, 2), now, both(), SafetyLimit(), 2)
     advantage = group_advantage(now.reward, 2).advantage
     first = (advantage[0] - 2.0 * (0.2 - 0.8) - 0.5 * (0.1 - 0.3)) / 3.5
@@ -73,7 +73,7 @@ def test_every_cost_is_weighed_by_its_own_multiplier_and_what_violates_any_polic
 
 
 def test_pairs_of_fresh_clips_pay_every_price() -> None:
-    further = {"P14": Limited(torch.tensor([0.0, 1.0]), torch.zeros(2))}
+    further = {"P14": UnderPolicy(torch.tensor([0.0, 1.0]), torch.zeros(2))}
     alone = Assessment(torch.tensor([1.0, 3.0]), torch.tensor([0.2, 0.8]), torch.zeros(2), torch.ones(2, dtype=torch.bool), torch.zeros(2), further=further)
     for price, winner in ((0.5, 1), (2.0, 0)):  # 3 - 0.8 - price against 1 - 0.2
         multipliers = Multipliers([Multiplier("P17", limit=0.02, initial=1.0), Multiplier("P14", limit=0.1, initial=price)])
@@ -100,7 +100,49 @@ def test_a_ruling_counts_under_its_own_policy_whether_it_blocks_or_leaves_to_peo
     for verdict in (Verdict.BLOCK, Verdict.REVIEW):
         now = Assessor(BRIGHT, runner(0.5, verdict=verdict), 12.0, limited=("P14",))(video, ["a"] * 3)
         assert now.further["P14"].violates.tolist() == [0, 1, 0] and now.further["P14"].cost[1] > 0.9 and now.further["P14"].cost[0] < 0.01
-        assert now.violates.tolist() == [0, float(verdict == Verdict.BLOCK), 0] and now.withheld.tolist() == [False, True, False]
+        assert now.violates.tolist() == [0, 0, 0], "the limit on flashing is about other things"
+        assert now.violating.tolist() == [False, True, False] and now.allowed.tolist() == [True, False, True]
+        many = Assessor(BRIGHT, runner(0.5, verdict=verdict), 12.0, limited=("P14",))(video, ["a"] * 3, gather=lambda mine: [*mine, *mine])
+        assert many.further["P14"].violates.tolist() == 2 * [0, 1, 0], "all processes' clips"
+
+
+class Broken(Redness):
+    def check_videos(self, video: Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
+        raise RuntimeError("boom")
+
+
+def test_where_a_filter_of_a_policy_failed_nobody_knows_whether_it_is_violated() -> None:
+    video = torch.full((2, 5, 3, 16, 16), 0.9)
+    video[1] = 0.1
+    failing = SafetyRunner([Dazzle(0.5), Broken(0.5)], load_policy())
+    now = Assessor(BRIGHT, failing, 12.0, max_error_share=1.0, limited=("P14",))(video, ["a"] * 2)
+    assert now.further["P14"].violates.isnan().all() and now.further["P14"].cost.isnan().all() and now.unknown.all()
+    assert now.violates[0] == 1 and now.violates[1].isnan(), "the first flashes, whatever else it is"
+    multipliers = both(1.0, 1.0)
+    feedback.dual_step(multipliers, now)
+    assert multipliers["P14"].value == 1.0 and multipliers["P14"].cost is None
+    other = SafetyRunner([BrokenFlash(), Redness(0.2)], load_policy())
+    now = Assessor(BRIGHT, other, 12.0, max_error_share=1.0, limited=("P14",))(video, ["a"] * 2)
+    assert now.violates.isnan().all() and now.further["P14"].violates.tolist() == [1, 1]
+
+
+class BrokenFlash(Dazzle):
+    def __init__(self) -> None:
+        super().__init__(0.5)
+
+    def check_videos(self, video: Tensor, prompts: Sequence[str], fps: float) -> list[list[Ruling]]:
+        raise RuntimeError("boom")
+
+
+def test_every_knob_of_a_limit_reaches_its_multiplier_and_every_limit_the_guards() -> None:
+    knobs = {"limit": 0.4, "target": 0.3, "rate": 0.2, "decay": 0.5, "warm_up": 3, "proportional": 0.6, "derivative": 0.7, "initial": 2.0, "cap": 9.0}
+    for confidence in (None, 0.9):
+        made, asked = PolicyLimit(**knobs, confidence=confidence).multiplier("P14"), Multiplier("P14", **knobs, confidence=confidence)
+        assert vars(made) == vars(asked)
+    setting = feedback.Setting(limits={"P14": PolicyLimit(limit=0.4)}, safety=SafetyLimit(limit=0.3))
+    multipliers, watch = feedback.limits_of(setting, Assessor(BRIGHT, runner(0.3), 12.0, limited=("P14",)))
+    assert multipliers is not None and [each.policy for each in multipliers] == ["P17", "P14"] and (watch.limit, watch.further) == (0.3, {"P14": 0.4})
+    assert feedback.limits_of(setting.model_copy(update={"constrained": False}), Assessor(BRIGHT, runner(0.3), 12.0))[0] is None
 
 
 SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -113,32 +155,41 @@ SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_recipe_logs_and_pays_for_a_further_policy(name: str, tmp_path: Path) -> None:
-    recipe, policy = SETTINGS[name]
-    limits = {"P14": PolicyLimit(limit=0.1, initial=2.0)}
-    (row,) = run_small(recipe, tmp_path, {"prompts": 3, "group_size": 4, "micro_batch": 6, **policy}, runner=runner(0.3), constrained=True, limits=limits)
-    assert row["violation_rate_P14"] == 1.0 and row["multiplier_P14"] > 2.0 and 0 < row["cost_P14"] <= 1 and row["multiplier"] != row["multiplier_P14"]
-
-
 class PaidForRed:
     """A scorer with a known answer: the share of red in all light."""
 
     dims = ("overall",)
+    differentiable = True
 
     def __call__(self, video: Tensor, prompts: Sequence[str]) -> Scores:
         red = redness(video)[:, None]  # [B,1]
         return Scores(red, torch.zeros_like(red))
 
 
+RED = Mixture({"signal": PaidForRed()}, (Term("signal", "overall", scale=0.01),))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_recipe_logs_and_pays_for_a_further_policy(name: str, tmp_path: Path) -> None:
+    recipe, policy = SETTINGS[name]
+    rows = []
+    for price in (0.01, 20.0):
+        limits = {"P14": PolicyLimit(limit=0.1, initial=price, cap=30.0)}
+        settings: dict[str, Any] = {"runner": runner(0.355, verdict=Verdict.REVIEW), "constrained": True, "limits": limits}
+        rows += run_small(recipe, tmp_path / f"{price:g}", {"prompts": 3, "group_size": 4, "micro_batch": 6, **policy}, reward=RED, **settings)
+    for row, price in zip(rows, (0.01, 20.0), strict=True):
+        assert price < row["multiplier_P14"] < 1.2 * price and 0 < row["cost_P14"] < 1
+        assert row["limited_rate_P14"] == pytest.approx(row["violation_rate_P14"]) and row["violation_rate_P14"] > 0
+    assert abs(rows[1]["grad_norm"] / rows[0]["grad_norm"] - 1) > 0.01, "the price moves what is learned"
+
+
 def test_a_limit_on_red_holds_red_down_although_it_is_what_pays(tmp_path: Path) -> None:
-    reward = Mixture({"signal": PaidForRed()}, (Term("signal", "overall", scale=0.01),))
     policy = {"iterations": 14, "prompts": 3, "group_size": 8, "first_steps": 3}
-    (first,) = run_small(grpo, tmp_path / "first", {**policy, "iterations": 1}, reward=reward)
+    (first,) = run_small(grpo, tmp_path / "first", {**policy, "iterations": 1}, reward=RED)
     middle, found = 0.01 * first["reward"], {}  # the share of red that the model begins with
     for name, constrained in (("held", True), ("loose", False)):
         limits = {"P14": PolicyLimit(limit=0.2, initial=5.0, cap=20.0)}
-        rows = run_small(grpo, tmp_path / name, policy, reward=reward, runner=runner(middle), constrained=constrained, limits=limits)
+        rows = run_small(grpo, tmp_path / name, policy, reward=RED, runner=runner(middle), constrained=constrained, limits=limits)
         found[name] = mean_over(rows, "violation_rate_P14")
     print(found)
     assert found["loose"][1] > found["loose"][0] + 0.2
@@ -167,12 +218,16 @@ def test_what_cannot_be_kept_is_refused_in_one_line(tmp_path: Path, capsys: pyte
         feedback.Setting(limits={"P17": PolicyLimit()})
     with pytest.raises(ValidationError, match="Lower target"):
         PolicyLimit(limit=0.1, target=0.2)
-    with pytest.raises(UserError, match=r"no filter judges clips under P09, limits. There are filters for P14, P17"):
+    with pytest.raises(UserError, match=r"no filter blocks clips under P09, or leaves them to people, limits. Limits can be set on P14\."):
         feedback.check_judged(["P14", "P09"], runner(0.3))
+    allowing = Redness(0.3)
+    allowing.policies = ("P16",)  # type: ignore[misc]
+    with pytest.raises(UserError, match="no filter blocks clips under P16"):
+        feedback.check_judged(["P16"], SafetyRunner([allowing], load_policy()))
     network, reward = save_small_network(tmp_path / "base.safetensors"), save_small_reward_model(tmp_path / "reward")
     words = ["grpo", "--out", str(tmp_path / "run"), "--model", str(network), "--reward", str(reward), "--limits", "{P09: {limit: 0.05}}", "--sampler.steps", "4"]
     assert cli.main([*words, "--prompt-pool", "2", "--held-out-prompts", "2"]) == 2
-    assert "no filter judges clips under P09" in capsys.readouterr().err
+    assert "no filter blocks clips under P09" in capsys.readouterr().err
 
 
 def test_the_held_out_clips_say_how_many_violate_each_policy(tmp_path: Path) -> None:
@@ -182,4 +237,4 @@ def test_the_held_out_clips_say_how_many_violate_each_policy(tmp_path: Path) -> 
     policy = {"prompts": 3, "group_size": 4, "first_steps": 3, "evaluate_every": 1}
     watched = held_out(tmp_path / "held_out", ["a red circle moves left", "a blue bar grows"])
     (row,) = run_small(grpo, tmp_path / "run", policy, runner=runner(0.3), constrained=True, limits=limits, held_out=watched, sampler=SAMPLER, guards=Guards())
-    assert row["held_out_violation_rate_P14"] == 1.0 and row["held_out_violation_rate"] == 1.0
+    assert row["held_out_violation_rate_P14"] == 1.0 and row["held_out_violation_rate"] == 0.0 and row["all_violating_P14"] == 1.0
