@@ -488,7 +488,7 @@ def picture(found: Mapping[Name, Finished]) -> str:
         for name, one in found.items()
         for x, y in [mean_curve(one)]
     ]
-    chart = line_chart(lines, name="Held-out clips that are right", x_label="forward-equivalents of training (the start stands at 1,000)", percent=True, logarithmic=True)
+    chart = line_chart(lines, name="Held-out clips that are right", x_label="forward-equivalents (the start stands at 1,000)", percent=True, logarithmic=True)
     ends = [Whisker(name, name, end.mean, end.low, end.high) for name, one in found.items() for end in [bootstrap_crossed(ends_of(one))]]
     panels = [("Held-out clips that are right", "by forward-equivalents; colours as at the right", chart)]
     return page([*panels, ("At the end", "95 % intervals over prompts and seeds", interval_chart(ends, name="Held-out clips that are right at the end", percent=True))], COLOURS)
