@@ -516,7 +516,7 @@ class Run:
     def _check_same_config(self, before: dict[str, Any]) -> None:
         free = path_keys(type(self.cfg))
         then, now = ({"seed": seed, **leaves(config)} for seed, config in ((before.get("seed"), before.get("config")), (self.seed, self._resolved["config"])))
-        then |= _came_since(type(self.cfg), then, now)
+        then |= came_since(leaves(dump(type(self.cfg).model_construct())), then, now)
         differ = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key not in free and key.rpartition(".")[2] not in self.cfg.may_change]
         changed = [f"{key} ({json.dumps(then.get(key))} -> {json.dumps(now.get(key))})" for key in differ]
         if changed:
@@ -762,9 +762,8 @@ def lock_folder(out: Path) -> None:
     _LOCKS[about.st_dev, about.st_ino] = file
 
 
-def _came_since(cls: type[Config], then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of keys that were not there yet when a run was begun: it went as they say."""
-    defaults = leaves(dump(cls.model_construct()))
+def came_since(defaults: Mapping[str, Any], then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of keys that were not there yet when a run was begun: it went as they say. Keys of all are those of `align.config.leaves`."""
     return {key: defaults[key] for key in now if key in defaults and not any(key == old or key.startswith(f"{old}.") for old in then)}
 
 

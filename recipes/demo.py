@@ -305,7 +305,7 @@ def world_sampler(cfg: Config) -> Sampler:
 
 def stages_of(cfg: Config) -> Stages:
     settings = {key: value for key, value in leaves(dump(cfg)).items() if key not in ("out", "stage", "port")}
-    return Stages(cfg.out, "demo", settings if cfg.human else {key: value for key, value in settings.items() if key != "human"})
+    return Stages(cfg.out, "demo", settings if cfg.human else {key: value for key, value in settings.items() if key != "human"}, leaves(dump(Config())))
 
 
 def command_line(cfg: Config) -> str:

@@ -532,7 +532,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     pairs = pairs_of(cfg)
     settings = settings_of(cfg, pairs)
     on_main(partial(claim, cfg.out))
-    stages = {name: Stages(cfg.out, name, settings[name]) for name in ("sft", *(["grpo"] if cfg.reward else []))}
+    stages = {name: Stages(cfg.out, name, settings[name], leaves(dump(Config.model_construct()))) for name in ("sft", *(["grpo"] if cfg.reward else []))}
     for each in stages.values():
         each.check_same()
     on_main(partial(begin, stages["sft"]))

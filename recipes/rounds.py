@@ -322,7 +322,8 @@ def stages_of(cfg: Config) -> Stages:
     own = {key: value for key, value in leaves(dump(cfg)).items() if key not in free and key.partition(".")[0] != "rl"}
     rl = {f"{cfg.recipe}.{key}": value for key, value in leaves(dump(setting)).items() if key not in {*OWN, *path_keys(type(setting))}}
     given = {"network": network_lineage(start_of(cfg, 1)), "guard_card": card_hash(cfg.guard)}
-    return Stages(cfg.out, "rounds", own | rl | given)
+    defaults = leaves(dump(Config())) | {f"{cfg.recipe}.{key}": value for key, value in leaves(dump(type(setting).model_construct())).items()}
+    return Stages(cfg.out, "rounds", own | rl | given, defaults)
 
 
 def check(cfg: Config) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.processes import alone, on_main
+from align.run import came_since
 from base_model.checkpoint import check_can_write, disk_errors, read_json
 from base_model.errors import UserError
 from base_model.video.files import write_atomic
@@ -22,11 +23,12 @@ from recipes.memory import PeakMemory
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages in the folder `out` of the command `name`. settings: what all of them depend on, plain values."""
+    """The stages in the folder `out` of the command `name`. settings: what all of them depend on, plain values. defaults: of settings that have one, for stages made before they did."""
 
     out: Path
     name: str
     settings: Mapping[str, Any]
+    defaults: Mapping[str, Any]
 
     @property
     def file(self) -> Path:
@@ -38,6 +40,7 @@ class Stages:
         if not self.file.exists():
             return
         before, now = read_json(self.file, f"the settings of the {self.name}"), self.settings
+        before |= came_since(self.defaults, before, now)
         changed = [f"{key} ({before.get(key)} -> {now.get(key)})" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if changed:
             raise UserError(f"{self.out} was begun with other settings: {', '.join(changed)}. Give the same ones, or another --out")

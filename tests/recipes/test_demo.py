@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from align.config import load
+from base_model.errors import UserError
 from recipes import demo
 from recipes.cli import main
+from recipes.feedback import SafetyLimit
 from recipes.pairs import read_clip_folder, save_pairs
 from recipes.shapes.dataset import ClipSet
 from recipes.weights import file_hash
@@ -101,3 +103,13 @@ def test_a_few_real_captions_are_all_learned_from_and_more_are_split(real_data: 
 def test_the_stages_of_the_configuration_are_those_of_the_contract() -> None:
     assert demo.STAGES == ("data", "sft", "candidates", "rankings", "reward", "rl", "report")
     assert load(demo.Config, TOY, ["--stage", "rl"]).stage == "rl"
+
+
+def test_stages_from_before_a_key_was_there_go_on_at_its_default(tmp_path: Path) -> None:
+    stages = demo.stages_of(demo.Config(out=tmp_path))
+    stages.do("data", lambda out, memory: {})
+    before = {key: value for key, value in json.loads(stages.file.read_text()).items() if key != "safety.decay"}
+    stages.file.write_text(json.dumps(before))
+    stages.check_same()
+    with pytest.raises(UserError, match=r"begun with other settings: safety\.decay \(0\.8 -> 0\.5\)"):
+        demo.stages_of(demo.Config(out=tmp_path, safety=SafetyLimit(decay=0.5))).check_same()
