@@ -23,7 +23,7 @@ from recipes.memory import PeakMemory
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages in the folder `out` of the command `name`. settings: what all of them depend on, plain values. defaults: of settings that have one, for stages made before they did."""
+    """The stages in the folder `out` of the command `name`. settings: what all of them depend on, plain values. defaults: of settings that came later than some stages."""
 
     out: Path
     name: str
