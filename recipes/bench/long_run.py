@@ -26,7 +26,7 @@ from recipes.cli import plain
 
 POLICY = {"prompts": 2, "group_size": 2, "updates": 1, "micro_batch": 4, "lr": 1e-4, "lora_rank": 2}
 SAMPLER = {"steps": 2, "frames": 5, "height": 16, "width": 16}
-LOOK_SECONDS = 0.5
+LOOK_SECONDS, QUICK_LOOK_SECONDS = 0.5, 0.1
 MEMORY_SHARE = 0.02
 """By how much memory may grow from the beginning to the end; at least `MEMORY_BYTES`."""
 MEMORY_BYTES = 8 << 20
@@ -37,11 +37,11 @@ class Config(Bench):
     out: Path = Path("runs/bench-long-run")
     """Folder of the run; one that was killed goes on, and is measured from there. `quick` keeps nothing."""
     iterations: Count = 2000
-    """Iterations of RL. `quick` takes 40."""
+    """Iterations of RL. `quick` takes 120."""
     evaluate_every: Count = 200
-    """Iterations between looks at held-out prompts. `quick` takes 10."""
+    """Iterations between looks at held-out prompts. `quick` takes 30."""
     save_every: Count = 20
-    """Iterations between checkpoints. `quick` takes 2."""
+    """Iterations between checkpoints. `quick` takes 6."""
 
 
 # The run, and what is seen of it
@@ -85,7 +85,7 @@ def run_watched(cfg: Config, folder: Path) -> list[dict[str, float]]:
     try:
         with Progress("long run", total=cfg.iterations) as progress:
             while process.poll() is None:
-                time.sleep(LOOK_SECONDS)
+                time.sleep(QUICK_LOOK_SECONDS if cfg.quick else LOOK_SECONDS)
                 done = iterations_of(run / "metrics.jsonl")
                 if progress.done < min(done, cfg.iterations):
                     progress.advance(steps=min(done, cfg.iterations) - progress.done)
@@ -163,7 +163,7 @@ def _slope(looks: Sequence[dict[str, float]], name: str, unit: float) -> dict[st
 def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     """`resume` changes nothing: a run that was killed goes on."""
     check_can_end(cfg, out=None if cfg.quick else cfg.out)
-    small = cfg.model_copy(update={"iterations": min(40, cfg.iterations), "evaluate_every": 10, "save_every": 2}) if cfg.quick else cfg
+    small = cfg.model_copy(update={"iterations": min(120, cfg.iterations), "evaluate_every": 30, "save_every": 6}) if cfg.quick else cfg
     with place(cfg, cfg.out) as out:
         out.mkdir(parents=True, exist_ok=True)
         lock_folder(out)

@@ -62,15 +62,15 @@ def test_a_run_too_fast_to_be_looked_at_is_one_line() -> None:
 
 
 def test_a_short_run_stays_as_it_began_and_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_run, "LOOK_SECONDS", 0.1)
-    cfg = long_run.Config(out=tmp_path / "out", iterations=24, evaluate_every=12, save_every=2, write=True, results=tmp_path / "results", date="2026-11")
+    monkeypatch.setattr(long_run, "LOOK_SECONDS", 0.02)
+    cfg = long_run.Config(out=tmp_path / "out", iterations=60, evaluate_every=30, save_every=5, write=True, results=tmp_path / "results", date="2026-11")
     rows = {row["what"]: row for row in long_run.main(cfg)["rows"]}
     print(rows)
     assert all(rows[what]["holds"] for what in ("memory, MiB", "file handles", "threads", "checkpoint folders at once, most", "lines of metrics, each iteration once"))
     monkeypatch.setattr(long_run, "run_watched", None)
     assert {row["what"]: row for row in long_run.main(cfg)["rows"]} == rows
     for name in ("save_every", "evaluate_every"):
-        with pytest.raises(UserError, match=f"rows-24.json was made with another {name}\\."):
+        with pytest.raises(UserError, match=f"rows-60.json was made with another {name}\\."):
             long_run.main(cfg.model_copy(update={name: 1}))
     (file,) = (tmp_path / "results").glob("2026-11_*_long-run.md")
-    assert "--iterations 24" in file.read_text()
+    assert "--iterations 60" in file.read_text()
