@@ -559,7 +559,7 @@ def check_judged(limits: Iterable[str], runner: SafetyRunner) -> None:
     for policy in limits:
         if policy not in judged:
             told = f"no filter blocks clips under {policy}, or leaves them to people, limits"
-            raise UserError(f"{told}. Limits can be set on {', '.join(sorted(judged - {FLASHING}))}. Add a filter with --filters, or leave the limit out")
+            raise UserError(f"{told}. Limits can be set on {', '.join(sorted(judged - {FLASHING})) or 'nothing'}. Add a filter with --filters, or leave the limit out")
 
 
 @dataclass

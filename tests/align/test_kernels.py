@@ -484,5 +484,6 @@ def test_a_gpu_in_single_precision_says_what_a_cpu_says_in_double(kernel: Kernel
         p, q = (kernel(path, x_t, velocity, at, to) for velocity in (one, other))
         scores = [] if isinstance(kernel, ODE) else [p.log_prob(p.sample(noise)), p.kl(q)]
         found.append([tensor.double().cpu() for tensor in (p.mean, p.std, *scores)])
+    assert len(found[0]) == (2 if isinstance(kernel, ODE) else 4) and found[0][0].abs().max() > 0.1
     for ours, theirs in zip(*found, strict=True):
         assert_close(ours, theirs, rtol=2e-5, atol=2e-5)

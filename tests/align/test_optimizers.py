@@ -171,6 +171,8 @@ def test_a_gpus_fused_step_is_a_cpus(dtype: torch.dtype) -> None:
             optimizer.step()
         stepped = [copy for _, copy in optimizer.copied] if dtype != torch.float32 else list(network.parameters())
         found.append([w.detach().cpu() for w in stepped])
+    start = [w.to(dtype).float() for w in Small().parameters()]
+    assert len(found[0]) == len(start) and all((w - before).abs().max() > 1e-4 for w, before in zip(found[0], start, strict=True)), "four steps of 1e-4"
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)  # four digits of what four steps moved
 

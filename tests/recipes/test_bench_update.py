@@ -10,6 +10,7 @@ import pytest
 
 from align.config import load
 from base_model.errors import UserError
+from recipes import grpo
 from recipes.bench import update as bench
 from recipes.bench.update import ALGORITHMS, Climbed, Finished
 from tests.recipes.small import save_small_start
@@ -99,3 +100,10 @@ def test_a_claim_holds_where_the_end_is_no_lower_in_a_tenth(given: list[str]) ->
     assert bench.best_rate({1e-3: climbed([0.9], [1], guard=0.1), 1e-2: climbed([0.1], [1], guard=0.2)}) == 1e-2, "the guard chooses, not the judge"
     rows = bench.algorithm_rows(config(given, "--algorithms", "[default, flow-grpo]"), {"default": fast, "flow-grpo": peer})
     assert [row["reached"] for row in rows] == [pytest.approx(40, abs=1e-3), pytest.approx(500, abs=500)] and rows[0]["gain"] == 0
+
+
+def test_the_default_that_is_compared_is_what_rushes_grpo_does_by_itself() -> None:
+    cfg = load(grpo.Config, Path(grpo.__file__).parent / "configs" / "tiny" / "grpo.yaml", [])
+    policy, sampler = bench.settings_of(bench.Config(), "default", 1e-3, bench.ALGORITHMS["default"].budget)
+    own = {"micro_batch", "evaluate_every", "save_every"}  # how often it is looked at and saved, and in what portions it is computed
+    assert cfg.sampler == sampler and cfg.policy.model_dump(exclude=own) == policy.model_dump(exclude=own)
