@@ -191,7 +191,7 @@ def test_a_start_that_failed_leaves_no_run_in_the_way_of_the_corrected_command(c
         fails(capfd, [*words, *reward, "--policy.window", "random", "--policy.width", "9"], "policy.window", "policy.width")
         fails(capfd, [*words, *reward, "--policy.kernel", "ancestral", "--policy.noise-level", "2"], "policy.kernel", "eta must be in [0, 1]")
         fails(capfd, [*words, *reward, "--policy.keep", "1"], "policy.keep")
-        fails(capfd, [*words, *reward, "--policy.window", "sliding", "--policy.width", "4", "--policy.first-steps", "3"], "does not fit the first 3 of 6 steps")
+        fails(capfd, [*words, *reward, "--policy.window", "sliding", "--policy.width", "4", "--policy.first-steps", "3"], "does not fit the first 3 of 4 steps")
     assert not (tmp_path / "out").exists()
 
 
