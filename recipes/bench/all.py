@@ -1,7 +1,8 @@
 """What is fast here, and beside what: the benchmarks of speed, each in a process of its own, one after another, and one table of their ratios (`rushes bench all`).
 
 Every ratio is the benchmark's own, a median of paired repeats with the smallest and the largest one, turned so that above 1 ours is faster or needs less. What fails has a row with
-the reason, and the others go on. What each said lies in `out`: `--resume` asks only what is missing there, of this commit, these settings and as many threads.
+the reason, and the others go on. What each said lies in `out`: `--resume` asks only what is missing there, of this commit, these settings and as many threads. With `--against` a
+table that was written before, every ratio says whether it holds.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from align.progress import Progress
 from base_model.errors import UserError
 from base_model.video.files import disk_errors, write_atomic
 from recipes.bench import _profile
-from recipes.bench._results import Bench, Row, check_can_end, flat, here, maker, write
+from recipes.bench._results import Bench, Row, Spread, check_can_end, flat, here, maker, write
 from recipes.charts import Whisker, alone, ratio_chart
 
 Name = Literal["sampler", "sft", "ddpo-trl", "phases", "packing", "packing-wan", "score", "loader", "app"]
+NOISE = 1.1
+"""Of one run beside another: ratios whose ranges are at most this factor apart are the same."""
 COLUMNS = ("bench", "what", "ours", "peer", "ratio", "low", "high", "error")
 COLOURS = {"faster": "#2f6fb3", "slower": "#c2410c", "even": "#8a6a3d"}
 
@@ -34,6 +37,8 @@ class Config(Bench):
     """Benchmarks to run; none means all."""
     profile: bool = False
     """Also names the three largest costs of a repeat of ours, for each."""
+    against: Path | None = None
+    """Table of an earlier run, as `--write` makes it: does each of its ratios hold?"""
     trl: Path | None = None
     """Python of an environment that has trl 0.23; none means the one that `rushes bench ddpo-trl` makes."""
     readers: Path | None = None
@@ -146,6 +151,37 @@ PARTS: dict[Name, Part] = {
 }
 
 
+# Beside an earlier run
+
+
+def ratios_of(table: Path) -> dict[tuple[str, str], Spread]:
+    """(bench, what) -> the ratio that stands in a file that `write` made, and its ends. Raises UserError where none does."""
+    try:
+        lines = table.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {table}: {error}. Give --against FILE, a table that rushes bench all --write made") from None
+    cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines if line.startswith("|")]
+    heads = [number for number, row in enumerate(cells) if tuple(row[:7]) == COLUMNS[:7]]
+    rows = [row for row in cells[heads[0] + 2 :] if len(row) >= 7] if heads else []
+    found = {}
+    for bench, what, _, _, *ratio in (row[:7] for row in rows):
+        numbers = [float(cell.replace(",", "")) for cell in ratio if cell]
+        if numbers:
+            found[bench, what] = Spread(*numbers) if len(numbers) == 3 else Spread(*numbers[:1] * 3)
+    if not found:
+        raise UserError(f"{table} has no ratios. Give --against FILE, a table that rushes bench all --write made")
+    return found
+
+
+def held(row: Row, then: Mapping[tuple[str, str], Spread]) -> Row:
+    """`then`: the earlier ratio. `holds`: whether both ranges touch, or are at most `NOISE` apart; null where one run has no such ratio."""
+    earlier, ratio = then.get((row["bench"], row["what"])), row["ratio"]
+    if earlier is None or ratio is None:
+        return {**row, "then": earlier and earlier.median, "holds": None}
+    low, high = row["low"] or ratio, row["high"] or ratio
+    return {**row, "then": earlier.median, "holds": max(low, earlier.low) <= NOISE * min(high, earlier.high)}
+
+
 # Processes
 
 
@@ -193,6 +229,7 @@ def kept(file: Path, settings: Mapping[str, object], make: Callable[[], list[Row
 def measure(cfg: Config, *, resume: bool) -> dict[str, list[Row]]:
     """`beside`: one row a comparison, or a failure. `costs`: the largest of each, where they are asked for."""
     names = [name for name in PARTS if not cfg.only or name in cfg.only]
+    then = ratios_of(cfg.against) if cfg.against else {}
     found: dict[str, list[Row]] = {"beside": [], **({"costs": []} if cfg.profile else {})}
     with Progress("all", total=len(names) * len(found)) as progress:
         for name in names:
@@ -207,7 +244,8 @@ def measure(cfg: Config, *, resume: bool) -> dict[str, list[Row]]:
                 except UserError as error:
                     empty = _row("failed", None) if kind == "beside" else {"cost": "failed", "share": None}
                     told = [{**empty, "error": str(error)}]
-                found[kind] += [{"bench": name, **row} for row in told]
+                named = [{"bench": name, **row} for row in told]
+                found[kind] += [held(row, then) for row in named] if then and kind == "beside" else named
                 progress.advance(f"{name} {'' if kind == 'beside' else kind}".strip())
     return found
 
@@ -232,10 +270,13 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     slower = [f"{row['bench']}: {row['what']} ({row['ratio']:.2f})" for row in ratios if (row["high"] or row["ratio"]) < 1]
     failed = [f"{row['bench']}: {row['error']}" for row in rows if row["error"]]
     faster = sum(row["low"] > 1 for row in sure)
+    again = [row for row in rows if row.get("holds") is not None]
+    moved = [f"{row['bench']}: {row['what']} ({row['ratio']:.2f}, then {row['then']:.2f})" for row in again if not row["holds"]]
     return [
         *([f"Slower, or needs more: {'; '.join(slower)}."] if slower else []),
         *([f"Not measured: {'; '.join(failed)}."] if failed else []),
         f"Of {len(sure)} ratios with an interval ours is surely ahead in {faster}, surely behind in {sum(row['high'] < 1 for row in sure)}. Above 1: ours is faster or needs less.",
+        *([f"Of {len(again)} ratios that an earlier run has too {len(again) - len(moved)} hold{': all but ' + '; '.join(moved) if moved else ''}."] if again else []),
     ]
 
 

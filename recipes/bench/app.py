@@ -71,7 +71,7 @@ class Config(Bench):
     saturation: bool = True
     """Whether labelers who do not think are measured, too."""
     peer: bool = True
-    """Whether Label Studio is measured beside it. `quick` leaves it out."""
+    """Whether Label Studio is measured beside it. `quick` leaves it out without `python`."""
     python: Path | None = None
     """Python of an environment that has Label Studio; none means that one is made in `out`."""
     peer_tasks: Count = 100
@@ -383,7 +383,7 @@ def main(cfg: Config, *, resume: bool = False) -> dict[str, Any]:
     if cfg.saturation:
         rows += [measure_store(kind, labelers[-1], 0.0, min(seconds, 20.0)) for kind in stores]
     parts = {"labelers": rows}
-    if cfg.peer and not cfg.quick:
+    if cfg.peer and (cfg.python or not cfg.quick):
         parts["beside Label Studio"] = beside(cfg)
     if cfg.write:
         write(cfg, "app", here("app", cfg), "The app under load", {name.capitalize(): rows for name, rows in parts.items()}, remarks=REMARKS)

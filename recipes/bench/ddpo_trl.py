@@ -60,9 +60,9 @@ class Config(Bench):
     steps_a_pass: tuple[Count, ...] = (1, 3)
     """Denoising steps of a sample in one forward and backward of our update, an arm each. trl takes them one by one."""
     clips: Count = 16
-    """Samples an epoch. `quick` takes 2."""
+    """Samples an epoch. `quick` takes at most 4."""
     steps: Several = 10
-    """Denoising steps of a sample. `quick` takes at most 3."""
+    """Denoising steps of a sample."""
     rollout_batch: Count = 4
     """Samples that are denoised together."""
     micro_batch: Count = 2
@@ -230,9 +230,10 @@ def in_file(rows: Sequence[Row]) -> list[Row]:
 
 
 def shrunk(cfg: Config) -> Config:
-    """The quick form: one setting, one round, small samples."""
-    less = {"train": cfg.train[:1], "guidance": cfg.guidance[:1], "rounds": 1, "steps": min(cfg.steps, 3), "clips": min(cfg.clips, 2)}
-    return cfg.model_copy(update={**less, "rollout_batch": min(cfg.rollout_batch, 2), "micro_batch": min(cfg.micro_batch, 2)})
+    """The quick form: one setting, one short epoch of batches of full size."""
+    clips = min(cfg.clips, 4)
+    less = {"train": cfg.train[:1], "guidance": cfg.guidance[:1], "rounds": 1, "clips": clips}
+    return cfg.model_copy(update={**less, "rollout_batch": min(cfg.rollout_batch, clips), "micro_batch": min(cfg.micro_batch, clips)})
 
 
 def check(cfg: Config) -> None:

@@ -38,6 +38,7 @@ from recipes.shards import Shards, entry_key
 Peer = Literal["imageio", "torchcodec"]
 PINS: dict[Peer, tuple[str, ...]] = {"imageio": ("imageio==2.38.1", "imageio-ffmpeg==0.8.1"), "torchcodec": ("torchcodec==0.13.0",)}
 MODULES: dict[Peer, str] = {"imageio": "imageio_ffmpeg, imageio.v3", "torchcodec": "torchcodec.decoders"}
+NEEDS: dict[Peer, str] = {"torchcodec": ". It needs FFmpeg's libraries, too: apt-get install ffmpeg"}
 LATENTS = (16, 21, 60, 104)
 """Of a clip of 81x480x832 in Wan."""
 
@@ -188,18 +189,20 @@ def environment(cfg: Config, name: Peer) -> Path:
     """A Python that can import the peer. Raises UserError where there is none."""
     if cfg.python is not None:
         return importable(cfg.python, name, MODULES[name])
-    return installed(cfg.out / "environment", name, MODULES[name], PINS[name], quick=cfg.quick, beside=site.getsitepackages())
+    try:
+        return installed(cfg.out / "environment", name, MODULES[name], PINS[name], quick=cfg.quick, beside=site.getsitepackages())
+    except UserError as error:
+        raise UserError(f"{error}{NEEDS.get(name, '')}") from error
 
 
 # Reading what is kept
 
 
 def read_rows(cfg: Config, folder: Path) -> list[Row]:
-    shape = (LATENTS[0], 3, 30, 52) if cfg.quick else LATENTS
     kept, keys = Shards(folder / "shards", {"bench": "loader"}), [entry_key({"entry": k}) for k in range(cfg.entries)]
     (folder / "files").mkdir()
     for k, key in enumerate(keys):
-        latents = torch.randn(shape, generator=torch.Generator().manual_seed(k))
+        latents = torch.randn(LATENTS, generator=torch.Generator().manual_seed(k))
         kept.put(key, {"latents": latents})
         torch.save(latents, folder / "files" / f"{key}.pt")
     kept.flush()
@@ -215,7 +218,7 @@ def read_rows(cfg: Config, folder: Path) -> list[Row]:
         assert len({tuple(found) for found, _ in sums.values()}) == 1
         for name, (_, taken) in sums.items():
             seconds[name].append(taken)
-    megabytes = 4 * torch.Size(shape).numel() / 1e6
+    megabytes = 4 * torch.Size(LATENTS).numel() / 1e6
     return [{**_row(name, taken[1:], seconds["shards"][1:], cfg.entries), "megabytes": megabytes} for name, taken in seconds.items()]
 
 

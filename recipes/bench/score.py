@@ -43,7 +43,7 @@ class Config(Bench):
     encoder: Path | None = None
     """Folder of a CLIP or SigLIP checkpoint; none means a small CLIP with fresh weights, which costs what a trained one costs."""
     clips: Count = 64
-    """Clips of one repeat. `quick` takes at most 16."""
+    """Clips of one repeat."""
     group_size: Count = 8
     """Clips of one prompt, as RL makes them."""
     frames: Count = 13
@@ -201,7 +201,7 @@ def _row(way: Way, ours: Way, task: Task) -> Row:
 def main(cfg: Config, *, resume: bool = False) -> dict[str, object]:
     """`resume` changes nothing: a benchmark is measured anew."""
     check_can_end(cfg)
-    small = cfg.model_copy(update={"clips": min(cfg.clips, 16), "repeats": min(cfg.repeats, 3)}) if cfg.quick else cfg
+    small = cfg.model_copy(update={"repeats": min(cfg.repeats, 3)}) if cfg.quick else cfg
     task = draw_task(small)
     with tempfile.TemporaryDirectory(prefix="rushes-bench-") as folder:
         ways = [*encoder_ways(cfg.encoder or save_small_clip(Path(folder) / "clip", task.prompts)), *reward_ways()]

@@ -12,7 +12,7 @@ import torch
 from align.config import load
 from base_model.errors import UserError
 from recipes.bench import _profile, all, app, loader, packing, sampler, score
-from recipes.bench._results import Maker
+from recipes.bench._results import RESULTS, Maker
 from recipes.charts import Whisker, ratio_chart
 from recipes.cli import benchmarks
 from tests.recipes.small import save_small_network
@@ -65,6 +65,38 @@ def test_what_fails_is_a_row_and_the_others_go_on(tmp_path: Path, monkeypatch: p
     assert "Not measured: score: there is no score." in written and "surely ahead in 1, surely behind in 0" in written and "![Ratios](all.svg)" in written
     assert ET.parse(tmp_path / "results" / "all.svg").getroot().tag.endswith("svg")
     assert len(bench.asked) == 4
+
+
+def test_each_ratio_says_whether_it_is_there_in_an_earlier_table_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Bench(monkeypatch, {"sampler": [*SAID, {**SAID[1], "name": "other"}], "score": UserError("there is no score")})
+    words = ["--only", "[score, sampler]", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "then"), "--date", "2026-11"]
+    all.main(load(all.Config, None, [*words, "--write"]))
+    table = next((tmp_path / "then").glob("*_all.md"))
+    assert all.ratios_of(table) == {("sampler", f"both, seconds, beside {name}"): (3.0, 2.5, 3.5) for name in ("slow", "other")}
+
+    for ratio, low, high, holds in ((3.9, 3.8, 4.0, True), (3.9, 3.9, 3.9, False), (2.0, 1.9, 2.1, False), (2.4, 2.3, 9.0, True)):
+        now = {**SAID[1], "times_slower_than_ours": ratio, "times_slower_low": low, "times_slower_high": high}
+        Bench(monkeypatch, {"sampler": [SAID[0], now], "score": UserError("there is no score")})
+        rows: Any = all.main(load(all.Config, None, [*words, "--against", str(table), "--write", "--results", str(tmp_path / "now")]))["rows"]
+        assert [(row["then"], row["holds"]) for row in rows] == [(3.0, holds), (None, None)]
+        written = next((tmp_path / "now").glob("*_all.md")).read_text()
+        told = f"both, seconds, beside slow ({ratio:.2f}, then 3.00)"
+        assert ("Of 1 ratios that an earlier run has too 1 hold." in written) == holds == (told not in written)
+
+    for content in ("", "| bench | what | ours | peer | ratio | low | high |\n| --- | --- | --- | --- | --- | --- | --- |\n| a | b | 1 |  |  |  |  |\n"):
+        (tmp_path / "none.md").write_text(content)
+        with pytest.raises(UserError, match=r"none.md has no ratios. Give --against FILE"):
+            all.ratios_of(tmp_path / "none.md")
+    with pytest.raises(UserError, match=r"cannot read .*missing.md"):
+        all.ratios_of(tmp_path / "missing.md")
+
+
+def test_the_published_table_can_be_measured_against() -> None:
+    (table,) = RESULTS.glob("*_all.md")
+    then = all.ratios_of(table)
+    assert {bench for bench, _ in then} == set(all.PARTS) - {"phases"}
+    assert ("sft", "full, mixed sizes: peak memory, MiB, beside padded") in then, "ratios without an interval, too"
+    assert {ratio.low <= ratio.median <= ratio.high for ratio in then.values()} == {True}
 
 
 def test_with_resume_only_what_is_missing_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,18 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from align.run import Run, latest_checkpoint, read_metrics
 from base_model.checkpoint import load_weights
 from recipes import ddpo, dpo, grpo, nft, ppo, reward_gradient
+from recipes.feedback import PolicyLimit
 from recipes.weights import file_hash
+from reward.safety.contract import SafetyRunner
+from reward.safety.head import Head, load_filter, load_look, save_filter
+from reward.safety.policy import load_policy
 from tests.recipes.killed import MOMENTS, Ended, Server
-from tests.recipes.small import dazzled, run_small, save_small_network, save_small_reward_model
+from tests.recipes.small import Dazzle, run_small, save_small_network, save_small_reward_model
 
 POLICY = {"iterations": 6, "prompts": 2, "group_size": 4, "micro_batch": 4, "evaluate_every": 3, "save_every": 2, "lora_rank": 4}
 OWN: dict[str, dict[str, object]] = {
@@ -33,7 +38,7 @@ OWN: dict[str, dict[str, object]] = {
 }
 """Keys of each recipe's policy beside those that all have: with every state it can have, and at least two micro-batches."""
 
-ALWAYS = {"network", "optimizer", "guard_watch", "multiplier"}
+ALWAYS = {"network", "optimizer", "guard_watch", "multiplier", "multiplier_p05"}
 KEPT = {
     "sft": {"network", "optimizer", "schedule", "average"},
     "ddpo": {*ALWAYS, "schedule", "statistics"},
@@ -52,7 +57,17 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_small_network(folder / "network.safetensors")
     save_small_reward_model(folder / "reward", seed=1)
     save_small_reward_model(folder / "guard", seed=2)
+    save_choosy_head(folder / "head")
     return folder
+
+
+def save_choosy_head(folder: Path) -> None:
+    """A trained filter that has learned nothing and blocks about a quarter of the small network's clips under each of two policies, hardly ever the same ones."""
+    torch.manual_seed(0)
+    head = Head(("P05", "P17"), 8, 4)
+    for limits in (head.low, head.high):
+        limits.copy_(torch.tensor([0.596, 0.483]))
+    save_filter(folder, head, load_look("", fps=12.0, seconds=1.0), fps=12.0, seconds=1.0, facts={})
 
 
 def command(recipe: str, out: Path, weights: Path) -> list[str]:
@@ -63,6 +78,7 @@ def command(recipe: str, out: Path, weights: Path) -> list[str]:
     sampler = {"steps": 5, "frames": 5, "height": 16, "width": 16}
     words = [recipe, *common, "--model", str(weights / "network.safetensors"), "--reward", str(weights / "reward"), "--guard", str(weights / "guard")]
     words += ["--prompt-pool", "6", "--held-out-prompts", "4", "--guard-drop", "1000"]
+    words += ["--filters.trained", json.dumps([str(weights / "head")]), "--limits", json.dumps({"P05": {"limit": 0.2}})]
     words += [x for key, value in {**POLICY, **OWN[recipe]}.items() for x in (f"--policy.{key}", str(value))]
     return words + [x for key, value in sampler.items() for x in (f"--sampler.{key}", str(value))]
 
@@ -149,6 +165,7 @@ def compared(server: Server, weights: Path, folder: Path, recipe: str) -> None:
         finished(server.run(command(recipe, folder / str(processes), weights), processes=processes))
     one, two = (read_metrics(folder / name, wall_clock=False) for name in ("1", "2"))
     assert close(one[:1], two[:1], 1e-4) and close(one, two, 1e-3)
+    assert all(0 < max(row.get(rate) or 0.0 for row in one) < 1 for rate in ("violation_rate", "violation_rate_P05"))
     adapters = [load_weights(folder / name / "adapter.safetensors")[0] for name in ("1", "2")]
     apart = sum(float((adapters[0][name] - adapters[1][name]).square().sum()) for name in adapters[0])
     moved = sum(float(tensor.square().sum()) for name, tensor in adapters[0].items() if "lora_B" in name)  # which was 0
@@ -248,9 +265,12 @@ def test_every_state_is_needed_so_that_one_forgotten_would_be_noticed(recipe: Mo
     name = recipe.__name__.removeprefix("recipes.").replace("_", "-")
     own = {key: value == "true" if value in ("true", "false") else value for key, value in OWN[name].items()}
     policy = {**POLICY, **own, "iterations": 4, "evaluate_every": 100}
+    save_choosy_head(tmp_path / "head")
+    limits = {"P05": PolicyLimit(limit=0.2)}
 
     def run(out: Path, *, resume: bool = False) -> Any:
-        run_small(recipe, out, policy, runner=dazzled(0.45), constrained=True, strobe=0.5, resume=resume)
+        filters = [Dazzle(0.45), load_filter(tmp_path / "head", load_policy())]
+        run_small(recipe, out, policy, runner=SafetyRunner(filters, load_policy()), constrained=True, limits=limits, strobe=0.5, resume=resume)
         checkpoint = latest_checkpoint(out)
         assert checkpoint is not None
         return read_metrics(out, wall_clock=False), {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")}
