@@ -232,8 +232,9 @@ def _bench(rest: list[str], flags: set[str]) -> dict[str, Any] | str:
         return _command_help(f"bench {rest[0]}", (module.__doc__ or "").partition("\n")[0], module, takes_file=False)
     from recipes.doctor import hardware
 
+    measured_by = commit()  # now: files may change while it measures
     rows: list[dict[str, Any]] = module.main(load(module.Config, None, rest[1:]), resume="--resume" in flags)["rows"]
-    return {"command": " ".join(["rushes bench", *rest]), "commit": commit(), "versions": versions(), "hardware": hardware(), "rows": rows}
+    return {"command": " ".join(["rushes bench", *rest]), "commit": measured_by, "versions": versions(), "hardware": hardware(), "rows": rows}
 
 
 def benchmarks() -> list[str]:

@@ -254,12 +254,10 @@ class GuardWatch:
         self.best: dict[str, Tensor] = {}
         self.fallen = ""  # what the light said when it ended the run
         self.said = ""
-        self.history: list[dict[str, Any]] = []
+        self.looks = 0  # so far
 
-    def take(
-        self, values: Mapping[str, Tensor], violation_rate: float, iteration: int, adapter: Mapping[str, Tensor], *, further: Mapping[str, float] | None = None
-    ) -> Reading:
-        """One look before `iteration`: measure -> values [p] of the first p prompts. violation_rate, and of further policies: nan, as unknown, keeps no limit. `fallen` then tells
+    def take(self, values: Mapping[str, Tensor], violation_rate: float, adapter: Mapping[str, Tensor], *, further: Mapping[str, float] | None = None) -> Reading:
+        """One look: measure -> values [p] of the first p prompts. violation_rate, and of further policies: nan, as unknown, keeps no limit. `fallen` then tells
         whether the run is to end, and why."""
         kept = violation_rate <= self.limit and all((further or {}).get(policy, math.nan) <= limit for policy, limit in self.further.items())
         values = {name: value.detach().double().cpu() for name, value in values.items()}
@@ -270,8 +268,7 @@ class GuardWatch:
         self._remember(values.get("guard"), reading.light, kept, adapter)
         if reading.light == Light.RED and self.guards.stop == "red":
             self.fallen = self.fallen or reading.said
-        self.said = reading.said
-        self.history.append(_entry(iteration, reading))
+        self.said, self.looks = reading.said, self.looks + 1
         return reading
 
     def _remember(self, guard: Tensor | None, light: Light, kept: bool, adapter: Mapping[str, Tensor]) -> None:
@@ -287,31 +284,29 @@ class GuardWatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError for what an earlier version remembered."""
+        if "history" in state:  # until it was in `guards.json` alone
+            state = {**{name: value for name, value in state.items() if name != "history"}, "looks": len(state["history"])}
         if set(state) != set(_REMEMBERED):
             raise UserError("the checkpoint was made by an earlier version, whose guards remembered less. Begin again in another --out")
         for name in _REMEMBERED:
             setattr(self, name, state[name])
 
 
-_REMEMBERED = ("before", "best_guard", "best_safe_guard", "best", "fallen", "said", "history")
-
-
-def _entry(iteration: int, reading: Reading) -> dict[str, Any]:
-    return {
-        "iteration": iteration,
-        "light": reading.light.name.lower(),
-        "said": reading.said,
-        "changes": {name: {"size": _finite(one.size), "p": _finite(one.p), "light": one.light.name.lower()} for name, one in reading.changes.items()},
-    }
+_REMEMBERED = ("before", "best_guard", "best_safe_guard", "best", "fallen", "said", "looks")
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_history(out: Path, watch: GuardWatch) -> None:
-    """Every look of a run so far, as `guards.json` in its folder."""
-    atomic_write(out / FILE, (json.dumps({"looks": watch.history}, indent=1) + "\n").encode())
+def write_history(out: Path, looks: int, iteration: int, reading: Reading) -> None:
+    """Adds what the last of so many looks said, before `iteration`, to `guards.json` of a run's folder, in place of what a run that was cut off had said from there on.
+
+    Raises UserError for a damaged file."""
+    changes = {name: {"size": _finite(one.size), "p": _finite(one.p), "light": one.light.name.lower()} for name, one in reading.changes.items()}
+    said = {"iteration": iteration, "light": reading.light.name.lower(), "said": reading.said, "changes": changes}
+    before = read_history(out)[: looks - 1] if looks > 1 else []
+    atomic_write(out / FILE, (json.dumps({"looks": [*before, said]}, indent=1) + "\n").encode())
 
 
 def read_history(out: Path) -> list[dict[str, Any]]:

@@ -113,8 +113,9 @@ def flat(parts: dict[str, list[Row]]) -> list[Row]:
 def check_can_end(cfg: Bench, *, out: Path | None = None, sheet: Path | None = None) -> None:
     """Raises UserError where what is found could not be written into `results`, the folder `out` or the picture `sheet`: before the work, not after it.
 
-    A measurement begins here: what an earlier one read is forgotten."""
+    A measurement begins here: what an earlier one read is forgotten, and the commit is that of now."""
     _read.clear()
+    _commit()
     if cfg.write:
         _check_date(cfg.date or _today())
         _check_place(cfg)

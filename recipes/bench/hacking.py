@@ -193,7 +193,7 @@ def climb(cfg: Config, out: Path, start: Start, flaw: Flaw, seed: int, watched: 
     feedback.last_look(run, held_out, policy, assess, watch)
     told = {int(line["iteration"]): line for line in read_metrics(out) if line.get("held_out_reward") is not None}
     looks = [look_of(out, start.prompts, int(file.stem), told[int(file.stem)]) for file in sorted((out / "held_out").glob("*.safetensors"))]
-    return {"looks": looks, "stopped": run.iteration if watch.fallen else None, "said": watch.fallen or watch.said, "history": watch.history}
+    return {"looks": looks, "stopped": run.iteration if watch.fallen else None, "said": watch.fallen or watch.said, "history": guards.read_history(out)}
 
 
 def look_of(out: Path, prompts: Sequence[ShapesPrompt], iteration: int, line: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def seconds_of_guards(cfg: Config, out: Path, start: Start, quick: bool) -> Row:
 
     def look() -> None:
         values = guards.measure(cfg.guards, video, None, policy, held_out.cond, cfg.sampler, 0)
-        watch.take(values, 0.0, 0, adapter_state(policy.network))
+        watch.take(values, 0.0, adapter_state(policy.network))
 
     look()
     added = min(timed(look)[1] for _ in range(3))

@@ -91,7 +91,7 @@ def test_rows_compare_rounds_and_say_what_holds() -> None:
 
 def test_the_bench_runs_both_sides_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sft, "cases", lambda cfg: [Case("mixed sizes", MIXED, ("one by one",), "one by one")])
-    words = ["--quick", "--threads", "1", "--out", str(tmp_path / "out"), "--write", "--results", str(tmp_path), "--date", "2026-11"]
+    words = ["--quick", "--batch", "4", "--steps", "1", "--threads", "1", "--out", str(tmp_path / "out"), "--write", "--results", str(tmp_path), "--date", "2026-11"]
     rows = sft.main(load(Config, None, words))["rows"]
     assert isinstance(rows, list)
     assert_flat(rows)

@@ -245,13 +245,20 @@ def test_bench_lists_its_names_and_wraps_the_rows(trifle: SimpleNamespace, monke
         quick: bool = False
         """Do less."""
 
-    module = SimpleNamespace(Config=BenchConfig, main=lambda cfg, resume: {"rows": [{"quick": cfg.quick, "seconds": 0.1, "peer": None}]}, __doc__="Time a toy.\n\nMore.")
+    commits = ["began"]
+
+    def measure(cfg: BenchConfig, *, resume: bool) -> dict[str, object]:
+        commits.append("changed meanwhile")
+        return {"rows": [{"quick": cfg.quick, "seconds": 0.1, "peer": None}]}
+
+    module = SimpleNamespace(Config=BenchConfig, main=measure, __doc__="Time a toy.\n\nMore.")
+    monkeypatch.setattr("align.config.commit", lambda: commits[-1])
     monkeypatch.setitem(sys.modules, "recipes.bench.toy_speed", module)
     monkeypatch.setattr(cli, "benchmarks", lambda: ["toy-speed"])
     assert main(["bench", "toy-speed", "--quick", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["command"] == "rushes bench toy-speed --quick" and found["rows"] == [{"quick": True, "seconds": 0.1, "peer": None}]
-    assert {"commit", "hardware", "versions"} <= set(found) and found["hardware"]["cores"] == os.cpu_count()
+    assert {"commit", "hardware", "versions"} <= set(found) and found["commit"] == "began" and found["hardware"]["cores"] == os.cpu_count()
     assert main(["bench", "toy-sped"]) == 2
     assert "did you mean toy-speed?" in capsys.readouterr().err
     assert main(["bench", "toy-speed", "--help"]) == 0

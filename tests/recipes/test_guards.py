@@ -229,37 +229,36 @@ def new_watch(**changed: Any) -> GuardWatch:
 
 def test_the_guard_stops_a_run_it_sees_falling_from_its_best_and_remembers_the_best_safe_checkpoint() -> None:
     watch = new_watch()
-    assert watch.take(look(1.0), 0.01, 0, adapter(0)).said == "green"
-    watch.take(look(1.4), 0.30, 1, adapter(1))
+    assert watch.take(look(1.0), 0.01, adapter(0)).said == "green"
+    watch.take(look(1.4), 0.30, adapter(1))
     assert watch.best["a"].item() == 0.0, "better, but it violates the limit"
-    assert watch.take(look(1.2), 0.00, 2, adapter(2)).light == Light.GREEN and not watch.fallen
-    assert watch.take(look(1.1), 0.00, 3, adapter(3)).said == "amber: guard -0.3 sd"
-    assert watch.take(look(0.8), 0.00, 4, adapter(4)).said == "red: guard -0.6 sd" == watch.fallen
+    assert watch.take(look(1.2), 0.00, adapter(2)).light == Light.GREEN and not watch.fallen
+    assert watch.take(look(1.1), 0.00, adapter(3)).said == "amber: guard -0.3 sd"
+    assert watch.take(look(0.8), 0.00, adapter(4)).said == "red: guard -0.6 sd" == watch.fallen
     assert watch.best["a"].item() == 2.0
-    assert watch.take(look(2.0), 0.0, 5, adapter(5)).light == Light.GREEN and watch.fallen == "red: guard -0.6 sd", "what fell once stays fallen"
+    assert watch.take(look(2.0), 0.0, adapter(5)).light == Light.GREEN and watch.fallen == "red: guard -0.6 sd", "what fell once stays fallen"
 
 
 def test_the_best_checkpoint_is_the_guards_and_never_one_whose_light_was_red() -> None:
     watch = new_watch()
-    watch.take(look(1.0), 0.0, 0, adapter(0))
-    assert watch.take(look(3.0, sharpness=-2.0), 0.0, 1, adapter(1)).said == "red: sharpness -86%"
+    watch.take(look(1.0), 0.0, adapter(0))
+    assert watch.take(look(3.0, sharpness=-2.0), 0.0, adapter(1)).said == "red: sharpness -86%"
     assert watch.fallen and watch.best["a"].item() == 0.0
 
 
 def test_without_a_guard_the_way_back_is_to_the_last_green_light() -> None:
     watch = new_watch()
-    for number, shift in enumerate((0.0, -0.1, -0.4, -2.0)):
-        watch.take(look(sharpness=shift), 0.0, number, adapter(number))
-    assert [entry["light"] for entry in watch.history] == ["green", "green", "amber", "red"]
+    taken = [watch.take(look(sharpness=shift), 0.0, adapter(number)) for number, shift in enumerate((0.0, -0.1, -0.4, -2.0))]
+    assert [reading.light for reading in taken] == [Light.GREEN, Light.GREEN, Light.AMBER, Light.RED]
     assert watch.fallen and watch.best["a"].item() == 1.0
 
 
 def test_an_unknown_score_is_a_fall_and_an_unknown_violation_rate_keeps_no_limit() -> None:
     for rate in (0.0, NAN):
         watch = new_watch()
-        watch.take(look(1.0), rate, 0, adapter(1))
+        watch.take(look(1.0), rate, adapter(1))
         assert bool(watch.best) == (rate == 0.0)
-        assert watch.take(look(NAN), 0.0, 1, adapter(2)).said == "red: guard cannot be told"
+        assert watch.take(look(NAN), 0.0, adapter(2)).said == "red: guard cannot be told"
         assert watch.fallen and watch.best_guard == 1.0
 
 
@@ -267,39 +266,54 @@ def test_a_watch_that_never_stops_still_tells_and_ignored_measures_are_not_told(
     watch = new_watch(stop="never")
     ignoring = new_watch(ignore=("noise",))
     for each_watch in (watch, ignoring):
-        each_watch.take(look(1.0), 0.0, 0, adapter(0))
-    assert watch.take(look(1.0, noise=2.5), 0.0, 1, adapter(1)).light == Light.RED and not watch.fallen
-    assert ignoring.take(look(1.0, noise=2.5), 0.0, 1, adapter(1)).light == Light.GREEN
+        each_watch.take(look(1.0), 0.0, adapter(0))
+    assert watch.take(look(1.0, noise=2.5), 0.0, adapter(1)).light == Light.RED and not watch.fallen
+    assert ignoring.take(look(1.0, noise=2.5), 0.0, adapter(1)).light == Light.GREEN
     tolerant = new_watch(tolerance=4.0)
-    tolerant.take(look(1.0), 0.0, 0, adapter(0))
-    assert tolerant.take(look(1.0, noise=5.0), 0.0, 1, adapter(1)).light == Light.AMBER
+    tolerant.take(look(1.0), 0.0, adapter(0))
+    assert tolerant.take(look(1.0, noise=5.0), 0.0, adapter(1)).light == Light.AMBER
 
 
 def test_a_watch_resumes_with_everything_it_knew(tmp_path: Path) -> None:
     whole, parts = new_watch(), new_watch()
     looks = [(look(1.0), 0.0), (look(1.5, noise=1.5), 0.01), (look(1.2), NAN), (look(NAN), 0.0)]
     for number, (values, rate) in enumerate(looks):
-        whole.take(values, rate, number, adapter(number))
+        whole.take(values, rate, adapter(number))
         again = new_watch()
         again.load_state_dict(unflatten(*flatten(parts.state_dict())))
         parts = again
-        parts.take(values, rate, number, adapter(number))
+        guards.write_history(tmp_path, number + 1, 5 * number, parts.take(values, rate, adapter(number)))
     assert flatten(whole.state_dict())[0] == flatten(parts.state_dict())[0]
     assert (parts.fallen, parts.said, parts.best["a"].item(), parts.best_guard) == ("red: guard cannot be told", "red: guard cannot be told", 1.0, 1.5)
     with pytest.raises(UserError, match="earlier version"):
         new_watch().load_state_dict({"best_guard": 1.0, "best": {}, "fallen": False})
+    earlier = {**{name: value for name, value in parts.state_dict().items() if name != "looks"}, "history": [{}, {}, {}]}
+    parts.load_state_dict(earlier)
+    assert parts.looks == 3, "what looks said stood in the checkpoint, too"
+
+
+def test_what_every_look_said_is_in_one_file_whose_end_a_run_that_was_cut_off_writes_anew(tmp_path: Path) -> None:
     assert guards.read_history(tmp_path) == []
-    guards.write_history(tmp_path, parts)
+    watch = new_watch()
+    readings = [watch.take(values, 0.0, adapter(0)) for values in (look(1.0), look(1.5, noise=1.5), look(NAN))]
+    for number in (0, 1, 2, 1):
+        guards.write_history(tmp_path, number + 1, 5 * number, readings[number])
     told = guards.read_history(tmp_path)
-    assert [entry["iteration"] for entry in told] == [0, 1, 2, 3] and told[3]["changes"]["guard"]["size"] is None
+    assert [(entry["iteration"], entry["said"]) for entry in told] == [(0, "green"), (5, "amber: noise +1.5 levels")], "the third came behind where it goes on"
+    guards.write_history(tmp_path, 3, 10, readings[2])
+    assert guards.read_history(tmp_path)[2]["changes"]["guard"]["size"] is None
+    guards.write_history(tmp_path, 1, 0, readings[0])
+    assert len(guards.read_history(tmp_path)) == 1, "another run begins"
     for damage in ("", "[]", "{}", '{"looks": [{}]}'):
         (tmp_path / guards.FILE).write_text(damage)
         with pytest.raises(UserError, match=guards.FILE):
             guards.read_history(tmp_path)
+        with pytest.raises(UserError, match=guards.FILE):
+            guards.write_history(tmp_path, 2, 5, readings[1])
 
 
 def test_the_numbers_of_a_reading_are_metrics() -> None:
     watch = new_watch()
-    watch.take(look(1.0), 0.0, 0, adapter(0))
-    found = watch.take(look(1.0, noise=1.4), 0.0, 1, adapter(1)).metrics
+    watch.take(look(1.0), 0.0, adapter(0))
+    found = watch.take(look(1.0, noise=1.4), 0.0, adapter(1)).metrics
     assert found == pytest.approx({"light": 1, "change_guard": 0, "change_sharpness": 0, "change_noise": 1.4}) and set(found) <= set(guards.METRICS)

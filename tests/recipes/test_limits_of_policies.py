@@ -209,7 +209,7 @@ def test_every_multiplier_goes_on_where_it_stood(tmp_path: Path) -> None:
 def test_a_checkpoint_that_breaks_any_limit_is_never_gone_back_to() -> None:
     watch = GuardWatch(Guards(), drop=0.5, limit=0.1, further={"P14": 0.05})
     for number, further in enumerate(({"P14": 0.06}, {"P14": NAN}, {}, {"P14": 0.05})):
-        watch.take({"guard": torch.tensor([1.0 + number, 1.0 + number])}, 0.0, number, {"x": torch.tensor(float(number))}, further=further)
+        watch.take({"guard": torch.tensor([1.0 + number, 1.0 + number])}, 0.0, {"x": torch.tensor(float(number))}, further=further)
         assert bool(watch.best) == (number == 3)
 
 
