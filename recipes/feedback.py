@@ -681,7 +681,7 @@ def watch_over(run: Run, watch: GuardWatch, held_out: HeldOut, model: TrainableM
     further = {policy: told[f"held_out_violation_rate_{policy}"] for policy in watch.further}
     reading = watch.take(values, told["held_out_violation_rate"], adapter_state(model.network), further=further)
     if run.is_main:
-        guards.write_history(run.out, watch.looks, iteration, reading)
+        guards.write_history(run.out, iteration, reading)
     return told | reading.metrics
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -254,7 +255,6 @@ class GuardWatch:
         self.best: dict[str, Tensor] = {}
         self.fallen = ""  # what the light said when it ended the run
         self.said = ""
-        self.looks = 0  # so far
 
     def take(self, values: Mapping[str, Tensor], violation_rate: float, adapter: Mapping[str, Tensor], *, further: Mapping[str, float] | None = None) -> Reading:
         """One look: measure -> values [p] of the first p prompts. violation_rate, and of further policies: nan, as unknown, keeps no limit. `fallen` then tells
@@ -268,7 +268,7 @@ class GuardWatch:
         self._remember(values.get("guard"), reading.light, kept, adapter)
         if reading.light == Light.RED and self.guards.stop == "red":
             self.fallen = self.fallen or reading.said
-        self.said, self.looks = reading.said, self.looks + 1
+        self.said = reading.said
         return reading
 
     def _remember(self, guard: Tensor | None, light: Light, kept: bool, adapter: Mapping[str, Tensor]) -> None:
@@ -284,28 +284,30 @@ class GuardWatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError for what an earlier version remembered."""
-        if "history" in state:  # until it was in `guards.json` alone
-            state = {**{name: value for name, value in state.items() if name != "history"}, "looks": len(state["history"])}
-        if set(state) != set(_REMEMBERED):
+        if set(state) - {"history"} != set(_REMEMBERED):  # which stands in `guards.json` alone since
             raise UserError("the checkpoint was made by an earlier version, whose guards remembered less. Begin again in another --out")
         for name in _REMEMBERED:
             setattr(self, name, state[name])
 
 
-_REMEMBERED = ("before", "best_guard", "best_safe_guard", "best", "fallen", "said", "looks")
+_REMEMBERED = ("before", "best_guard", "best_safe_guard", "best", "fallen", "said")
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_history(out: Path, looks: int, iteration: int, reading: Reading) -> None:
-    """Adds what the last of so many looks said, before `iteration`, to `guards.json` of a run's folder, in place of what a run that was cut off had said from there on.
-
-    Raises UserError for a damaged file."""
+def write_history(out: Path, iteration: int, reading: Reading) -> None:
+    """Adds what a look before `iteration` said to `guards.json` of a run's folder. What a run that was cut off had said from there on goes; a damaged file is
+    kept under another name, and looks begin anew."""
     changes = {name: {"size": _finite(one.size), "p": _finite(one.p), "light": one.light.name.lower()} for name, one in reading.changes.items()}
     said = {"iteration": iteration, "light": reading.light.name.lower(), "said": reading.said, "changes": changes}
-    before = read_history(out)[: looks - 1] if looks > 1 else []
+    try:
+        before = [look for look in read_history(out) if look["iteration"] < iteration]
+    except UserError as error:
+        before, aside = [], out / f"{FILE}.damaged"
+        print(f"{error} It is kept as {aside.name}, and what guards say begins anew", file=sys.stderr, flush=True)
+        (out / FILE).replace(aside)
     atomic_write(out / FILE, (json.dumps({"looks": [*before, said]}, indent=1) + "\n").encode())
 
 
@@ -315,6 +317,6 @@ def read_history(out: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     looks = read_json(file, "what the guards of a run said").get("looks")
-    if not isinstance(looks, list) or not all(isinstance(look, dict) and {"iteration", "light", "said"} <= set(look) for look in looks):
+    if not isinstance(looks, list) or not all(isinstance(look, dict) and {"light", "said"} <= set(look) and isinstance(look.get("iteration"), int) for look in looks):
         raise UserError(f"not what the guards of a run said, {file}. Delete the file, or give the folder of another run")
     return looks

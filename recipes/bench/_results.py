@@ -32,7 +32,7 @@ class Bench(Config):
     """What every benchmark is told. A benchmark adds its own keys."""
 
     quick: bool = False
-    """Less of everything: ends within 60 seconds on two cores."""
+    """Less of everything: about a minute on two cores."""
     write: bool = False
     """Also writes the table into `results`, as <date>_<hardware>_<name>.md."""
     results: Path = RESULTS
@@ -113,7 +113,7 @@ def flat(parts: dict[str, list[Row]]) -> list[Row]:
 def check_can_end(cfg: Bench, *, out: Path | None = None, sheet: Path | None = None) -> None:
     """Raises UserError where what is found could not be written into `results`, the folder `out` or the picture `sheet`: before the work, not after it.
 
-    A measurement begins here: what an earlier one read is forgotten, and the commit is that of now."""
+    A measurement begins here: what an earlier one read is forgotten, and the commit of this process is noted."""
     _read.clear()
     _commit()
     if cfg.write:

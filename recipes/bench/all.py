@@ -8,6 +8,7 @@ table that was written before, every ratio says whether it holds.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,12 +21,13 @@ from align.progress import Progress
 from base_model.errors import UserError
 from base_model.video.files import disk_errors, write_atomic
 from recipes.bench import _profile
-from recipes.bench._results import Bench, Row, Spread, check_can_end, flat, here, maker, write
+from recipes.bench._results import Bench, Maker, Row, Spread, check_can_end, flat, here, maker, note_read, write
 from recipes.charts import Whisker, alone, ratio_chart
 
 Name = Literal["sampler", "sft", "ddpo-trl", "phases", "packing", "packing-wan", "score", "loader", "app"]
 NOISE = 1.1
 """Of one run beside another: ratios whose ranges are at most this factor apart are the same."""
+ENDS = ("ratio", "low", "high")
 COLUMNS = ("bench", "what", "ours", "peer", "ratio", "low", "high", "error")
 COLOURS = {"faster": "#2f6fb3", "slower": "#c2410c", "even": "#8a6a3d"}
 
@@ -155,31 +157,40 @@ PARTS: dict[Name, Part] = {
 
 
 def ratios_of(table: Path) -> dict[tuple[str, str], Spread]:
-    """(bench, what) -> the ratio that stands in a file that `write` made, and its ends. Raises UserError where none does."""
+    """(bench, what) -> the ratio that stands in a file that `write` made, and its ends; twice more the ratio where it has none. Raises UserError where there is none."""
+    advice = "Give --against FILE, a table that rushes bench all --write made"
     try:
         lines = table.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {table}: {error}. Give --against FILE, a table that rushes bench all --write made") from None
-    cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines if line.startswith("|")]
-    heads = [number for number, row in enumerate(cells) if tuple(row[:7]) == COLUMNS[:7]]
-    rows = [row for row in cells[heads[0] + 2 :] if len(row) >= 7] if heads else []
-    found = {}
-    for bench, what, _, _, *ratio in (row[:7] for row in rows):
-        numbers = [float(cell.replace(",", "")) for cell in ratio if cell]
-        if numbers:
-            found[bench, what] = Spread(*numbers) if len(numbers) == 3 else Spread(*numbers[:1] * 3)
-    if not found:
-        raise UserError(f"{table} has no ratios. Give --against FILE, a table that rushes bench all --write made")
-    return found
+        raise UserError(f"cannot read {table}: {error}. {advice}") from None
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]] for line in lines if line.startswith("|")]
+    heads = [number for number, row in enumerate(cells) if {"bench", "what", "ratio"} <= set(row)]
+    if not heads:
+        raise UserError(f"{table} has no ratios. {advice}")
+    head = cells[heads[0]]
+    rows = [row for each in cells[heads[0] + 2 :] if len(each) == len(head) and (row := dict(zip(head, each, strict=True)))["ratio"]]
+    try:
+        found = {(row["bench"], row["what"].replace("\\|", "|")): [float((row.get(name) or row["ratio"]).replace(",", "")) for name in ENDS] for row in rows}
+    except ValueError as error:
+        raise UserError(f"{table} has a ratio that is no number: {error}. {advice}") from None
+    return {key: Spread(*ratio) for key, ratio in found.items()}
+
+
+def verdict(ratio: Spread) -> str | None:
+    """What an interval tells; one repeat has none."""
+    if ratio.low == ratio.high:
+        return None
+    return "ahead" if ratio.low > 1 else "behind" if ratio.high < 1 else "cannot be told"
 
 
 def held(row: Row, then: Mapping[tuple[str, str], Spread]) -> Row:
-    """`then`: the earlier ratio. `holds`: whether both ranges touch, or are at most `NOISE` apart; null where one run has no such ratio."""
+    """`then`: the earlier ratio. `holds`: whether both ranges touch, or are at most `NOISE` apart. `verdict_then`, `verdict`: what both tell. Null where there is none."""
     earlier, ratio = then.get((row["bench"], row["what"])), row["ratio"]
     if earlier is None or ratio is None:
-        return {**row, "then": earlier and earlier.median, "holds": None}
-    low, high = row["low"] or ratio, row["high"] or ratio
-    return {**row, "then": earlier.median, "holds": max(low, earlier.low) <= NOISE * min(high, earlier.high)}
+        return {**row, "then": earlier and earlier.median, "holds": None, "verdict_then": None, "verdict": None}
+    now = Spread(ratio, row["low"] or ratio, row["high"] or ratio)
+    near = max(now.low, earlier.low) <= NOISE * min(now.high, earlier.high)
+    return {**row, "then": earlier.median, "holds": near, "verdict_then": verdict(earlier), "verdict": verdict(now)}
 
 
 # Processes
@@ -208,6 +219,8 @@ def asked(words: Sequence[str], log: Path) -> list[Row]:
         said = [line for line in log.read_text().splitlines() if line.strip()] or ["it said nothing"]
         reason = found["error"]["message"] if "error" in found else f"it ended with {process.returncode}: {said[-1].strip()}"
         raise UserError(f"{' '.join(reason.split())} ({log})")
+    if "commit" in found:
+        note_read(Maker(found["commit"], maker().threads))
     return list(found["rows"])
 
 
@@ -263,6 +276,10 @@ def chart(rows: Sequence[Row]) -> str:
     return alone(ratio_chart(list(groups.items()), name="Peer over ours: right of the line ours is faster or needs less"), COLOURS)
 
 
+def _beside_then(row: Row) -> str:
+    return f"{row['bench']}: {row['what']} ({row['ratio']:.2f}, then {row['then']:.2f})"
+
+
 def remarks(rows: Sequence[Row]) -> list[str]:
     """What does not hold first."""
     ratios = [row for row in rows if row["ratio"]]
@@ -271,12 +288,14 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     failed = [f"{row['bench']}: {row['error']}" for row in rows if row["error"]]
     faster = sum(row["low"] > 1 for row in sure)
     again = [row for row in rows if row.get("holds") is not None]
-    moved = [f"{row['bench']}: {row['what']} ({row['ratio']:.2f}, then {row['then']:.2f})" for row in again if not row["holds"]]
+    moved = [_beside_then(row) for row in again if not row["holds"]]
+    turned = [f"{_beside_then(row)}: {row['verdict']}, then {row['verdict_then']}" for row in again if None is not row["verdict"] != row["verdict_then"] is not None]
     return [
         *([f"Slower, or needs more: {'; '.join(slower)}."] if slower else []),
         *([f"Not measured: {'; '.join(failed)}."] if failed else []),
         f"Of {len(sure)} ratios with an interval ours is surely ahead in {faster}, surely behind in {sum(row['high'] < 1 for row in sure)}. Above 1: ours is faster or needs less.",
-        *([f"Of {len(again)} ratios that an earlier run has too {len(again) - len(moved)} hold{': all but ' + '; '.join(moved) if moved else ''}."] if again else []),
+        *([f"Beside an earlier run {len(again) - len(moved)} of {len(again)} ratios hold{': all but ' + '; '.join(moved) if moved else ''}."] if again else []),
+        *([f"What can be told is another in {len(turned)}: {'; '.join(turned)}."] if turned else []),
     ]
 
 

@@ -187,9 +187,9 @@ def peer_of(cfg: Config, name: Peer, stack: ExitStack) -> Worker | str:
 
 def environment(cfg: Config, name: Peer) -> Path:
     """A Python that can import the peer. Raises UserError where there is none."""
-    if cfg.python is not None:
-        return importable(cfg.python, name, MODULES[name])
     try:
+        if cfg.python is not None:
+            return importable(cfg.python, name, MODULES[name])
         return installed(cfg.out / "environment", name, MODULES[name], PINS[name], quick=cfg.quick, beside=site.getsitepackages())
     except UserError as error:
         raise UserError(f"{error}{NEEDS.get(name, '')}") from error

@@ -74,26 +74,31 @@ def test_each_ratio_says_whether_it_is_there_in_an_earlier_table_too(tmp_path: P
     table = next((tmp_path / "then").glob("*_all.md"))
     assert all.ratios_of(table) == {("sampler", f"both, seconds, beside {name}"): (3.0, 2.5, 3.5) for name in ("slow", "other")}
 
-    for ratio, low, high, holds in ((3.9, 3.8, 4.0, True), (3.9, 3.9, 3.9, False), (2.0, 1.9, 2.1, False), (2.4, 2.3, 9.0, True)):
+    told = "both, seconds, beside slow ({:.2f}, then 3.00)"
+    cases = ((3.9, 3.8, 4.0, True, "ahead"), (3.9, 3.9, 3.9, False, None), (2.0, 1.9, 2.1, False, "ahead"), (2.4, 0.9, 9.0, True, "cannot be told"))
+    for ratio, low, high, holds, verdict in cases:
         now = {**SAID[1], "times_slower_than_ours": ratio, "times_slower_low": low, "times_slower_high": high}
         Bench(monkeypatch, {"sampler": [SAID[0], now], "score": UserError("there is no score")})
         rows: Any = all.main(load(all.Config, None, [*words, "--against", str(table), "--write", "--results", str(tmp_path / "now")]))["rows"]
-        assert [(row["then"], row["holds"]) for row in rows] == [(3.0, holds), (None, None)]
+        assert [(row["then"], row["holds"], row["verdict_then"], row["verdict"]) for row in rows] == [(3.0, holds, "ahead", verdict), (None,) * 4]
         written = next((tmp_path / "now").glob("*_all.md")).read_text()
-        told = f"both, seconds, beside slow ({ratio:.2f}, then 3.00)"
-        assert ("Of 1 ratios that an earlier run has too 1 hold." in written) == holds == (told not in written)
+        assert ("Beside an earlier run 1 of 1 ratios hold." in written) == holds and (f"all but sampler: {told.format(ratio)}" in written) != holds
+        assert (f"What can be told is another in 1: sampler: {told.format(ratio)}: cannot be told, then ahead." in written) == (verdict == "cannot be told")
+        assert all.ratios_of(next((tmp_path / "now").glob("*_all.md")))["sampler", "both, seconds, beside slow"] == (ratio, low, high)
 
-    for content in ("", "| bench | what | ours | peer | ratio | low | high |\n| --- | --- | --- | --- | --- | --- | --- |\n| a | b | 1 |  |  |  |  |\n"):
-        (tmp_path / "none.md").write_text(content)
-        with pytest.raises(UserError, match=r"none.md has no ratios. Give --against FILE"):
-            all.ratios_of(tmp_path / "none.md")
+    one_round = "| bench | what | ours | peer | ratio |\n| --- | --- | --- | --- | --- |\n| a | b \\| c | 1 | 2 | 1,002.5 |\n"
+    (tmp_path / "other.md").write_text(one_round)
+    assert all.ratios_of(tmp_path / "other.md") == {("a", "b | c"): (1002.5, 1002.5, 1002.5)}, "a table without intervals, an escaped bar"
+    for content, message in (("", "has no ratios"), ("| a | b |\n| --- | --- |\n| 1 | 2 |\n", "has no ratios"), (one_round.replace("1,002.5", "2.0x"), "'2.0x'")):
+        (tmp_path / "other.md").write_text(content)
+        with pytest.raises(UserError, match=rf"other.md .*{message}.*Give --against FILE"):
+            all.ratios_of(tmp_path / "other.md")
     with pytest.raises(UserError, match=r"cannot read .*missing.md"):
         all.ratios_of(tmp_path / "missing.md")
 
 
 def test_the_published_table_can_be_measured_against() -> None:
-    (table,) = RESULTS.glob("*_all.md")
-    then = all.ratios_of(table)
+    then = all.ratios_of(RESULTS / "2026-11_2-core-cpu_all.md")
     assert {bench for bench, _ in then} == set(all.PARTS) - {"phases"}
     assert ("sft", "full, mixed sizes: peak memory, MiB, beside padded") in then, "ratios without an interval, too"
     assert {ratio.low <= ratio.median <= ratio.high for ratio in then.values()} == {True}

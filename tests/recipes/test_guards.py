@@ -282,14 +282,12 @@ def test_a_watch_resumes_with_everything_it_knew(tmp_path: Path) -> None:
         again = new_watch()
         again.load_state_dict(unflatten(*flatten(parts.state_dict())))
         parts = again
-        guards.write_history(tmp_path, number + 1, 5 * number, parts.take(values, rate, adapter(number)))
+        parts.take(values, rate, adapter(number))
     assert flatten(whole.state_dict())[0] == flatten(parts.state_dict())[0]
     assert (parts.fallen, parts.said, parts.best["a"].item(), parts.best_guard) == ("red: guard cannot be told", "red: guard cannot be told", 1.0, 1.5)
     with pytest.raises(UserError, match="earlier version"):
         new_watch().load_state_dict({"best_guard": 1.0, "best": {}, "fallen": False})
-    earlier = {**{name: value for name, value in parts.state_dict().items() if name != "looks"}, "history": [{}, {}, {}]}
-    parts.load_state_dict(earlier)
-    assert parts.looks == 3, "what looks said stood in the checkpoint, too"
+    new_watch().load_state_dict({**parts.state_dict(), "history": [{}, {}, {}]})  # what looks said stood in the checkpoint, too
 
 
 def test_what_every_look_said_is_in_one_file_whose_end_a_run_that_was_cut_off_writes_anew(tmp_path: Path) -> None:
@@ -297,19 +295,29 @@ def test_what_every_look_said_is_in_one_file_whose_end_a_run_that_was_cut_off_wr
     watch = new_watch()
     readings = [watch.take(values, 0.0, adapter(0)) for values in (look(1.0), look(1.5, noise=1.5), look(NAN))]
     for number in (0, 1, 2, 1):
-        guards.write_history(tmp_path, number + 1, 5 * number, readings[number])
+        guards.write_history(tmp_path, 5 * number, readings[number])
     told = guards.read_history(tmp_path)
     assert [(entry["iteration"], entry["said"]) for entry in told] == [(0, "green"), (5, "amber: noise +1.5 levels")], "the third came behind where it goes on"
-    guards.write_history(tmp_path, 3, 10, readings[2])
+    guards.write_history(tmp_path, 10, readings[2])
     assert guards.read_history(tmp_path)[2]["changes"]["guard"]["size"] is None
-    guards.write_history(tmp_path, 1, 0, readings[0])
+    (tmp_path / guards.FILE).unlink()
+    for iteration in (15, 20, 20, 15):
+        guards.write_history(tmp_path, iteration, readings[1])
+    assert [entry["iteration"] for entry in guards.read_history(tmp_path)] == [15], "a file that was lost has a gap, and no look twice"
+    guards.write_history(tmp_path, 0, readings[0])
     assert len(guards.read_history(tmp_path)) == 1, "another run begins"
-    for damage in ("", "[]", "{}", '{"looks": [{}]}'):
+
+
+def test_a_damaged_file_of_looks_ends_no_run_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reading = new_watch().take(look(1.0), 0.0, adapter(0))
+    for damage in ("", "[]", "{}", '{"looks": [{}]}', '{"looks": [{"iteration": "1", "light": "green", "said": "green"}]}'):
         (tmp_path / guards.FILE).write_text(damage)
         with pytest.raises(UserError, match=guards.FILE):
             guards.read_history(tmp_path)
-        with pytest.raises(UserError, match=guards.FILE):
-            guards.write_history(tmp_path, 2, 5, readings[1])
+        guards.write_history(tmp_path, 5, reading)
+        assert [entry["iteration"] for entry in guards.read_history(tmp_path)] == [5]
+        assert (tmp_path / f"{guards.FILE}.damaged").read_text() == damage
+        assert "It is kept as guards.json.damaged, and what guards say begins anew" in capsys.readouterr().err
 
 
 def test_the_numbers_of_a_reading_are_metrics() -> None:

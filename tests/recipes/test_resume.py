@@ -62,7 +62,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_choosy_head(folder: Path) -> None:
-    """A trained filter that has learned nothing and blocks about a quarter of the small network's clips under each of two policies, hardly ever the same ones."""
+    """A trained filter that has learned nothing and blocks some of the small network's clips under each of two policies, mostly others."""
     torch.manual_seed(0)
     head = Head(("P05", "P17"), 8, 4)
     for limits in (head.low, head.high):
@@ -110,7 +110,14 @@ def result(out: Path, recipe: str) -> dict[str, Any]:
     files = [*checkpoint.glob("*.safetensors"), *out.glob("*.safetensors"), *out.glob("held_out/*"), *out.glob("guards.json")]
     assert set(state["states"]) == KEPT[recipe] == {file.stem for file in checkpoint.glob("*.safetensors")}
     assert recipe == "sft" or len(files) == len(KEPT[recipe]) + 2 + 3 + 1  # adapter and network, three looks, what the guards said
-    return {"metrics": read_metrics(out, wall_clock=False), "state": state, **{str(file.relative_to(out)): file_hash(file) for file in files}}
+    rows = read_metrics(out, wall_clock=False)
+    assert recipe == "sft" or limits_matter(rows)
+    return {"metrics": rows, "state": state, **{str(file.relative_to(out)): file_hash(file) for file in files}}
+
+
+def limits_matter(rows: list[dict[str, Any]]) -> bool:
+    """Whether some clips of a run violated both of its limits, and some did not."""
+    return all(0 < max(row.get(rate) or 0.0 for row in rows) < 1 for rate in ("violation_rate", "violation_rate_P05"))
 
 
 COUNTED = ("forward_passes", "forward_equivalents")
@@ -164,8 +171,7 @@ def compared(server: Server, weights: Path, folder: Path, recipe: str) -> None:
     for processes in (1, 2):
         finished(server.run(command(recipe, folder / str(processes), weights), processes=processes))
     one, two = (read_metrics(folder / name, wall_clock=False) for name in ("1", "2"))
-    assert close(one[:1], two[:1], 1e-4) and close(one, two, 1e-3)
-    assert all(0 < max(row.get(rate) or 0.0 for row in one) < 1 for rate in ("violation_rate", "violation_rate_P05"))
+    assert close(one[:1], two[:1], 1e-4) and close(one, two, 1e-3) and limits_matter(one)
     adapters = [load_weights(folder / name / "adapter.safetensors")[0] for name in ("1", "2")]
     apart = sum(float((adapters[0][name] - adapters[1][name]).square().sum()) for name in adapters[0])
     moved = sum(float(tensor.square().sum()) for name, tensor in adapters[0].items() if "lora_B" in name)  # which was 0
