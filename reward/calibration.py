@@ -10,6 +10,7 @@ often as was said, do they tie as often, is the other one better as often? Excha
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,31 +74,31 @@ def fit_calibration(answer: Signs, difference: Array, *, careless: bool = True) 
     scorer that is wrong more often than right gets an infinite temperature, never a negative one. Without careless answers the likelihood is concave in 1 / temperature and ln v;
     from there and from steeper slopes the share, at most `MOST_CARELESS`, is climbed along with both. careless=False: it is 0. Raises ValueError without answers.
     """
-    from scipy.optimize import minimize
-
     if len(answer) == 0:
         raise ValueError("no answers to calibrate on")
     largest = float(np.abs(difference).max()) or 1.0
     typical = largest * float(np.sqrt(np.mean((difference / largest) ** 2))) or 1.0
     x = np.append(difference / typical, 1.0)  # in units of the typical difference
-    told = np.concatenate([_one_hot(answer), ADDED[None]])  # [N+1,3]
+    told = np.ascontiguousarray(np.concatenate([_one_hot(answer), ADDED[None]]).T)  # [3,N+1]
+    coin = COIN[:, None]  # [3,1]
 
     def loss(parameters: Array) -> tuple[float, Array]:
         slope, log_tie, share = parameters
-        log_p = davidson(torch.from_numpy(slope * x), torch.tensor(log_tie, dtype=torch.float64)).numpy()  # [N+1,3]
-        p = np.exp(log_p)
-        mixed = np.maximum((1 - share) * p + share * COIN, np.finfo(np.float64).tiny)  # [N+1,3]
-        looked = told * (1 - share) * p / mixed  # [N+1,3] answers that were looked at
-        number, gain = looked.sum(1), looked[:, 0] - looked[:, 2]
+        half = slope * x / 2
+        logit = np.stack([half, np.full_like(half, log_tie), -half])  # [3,N+1]
+        p = np.exp(logit - logit.max(0))
+        p /= p.sum(0)  # as `davidson`, whose threads begin too slowly for a few thousand answers at a time
+        mixed = np.maximum((1 - share) * p + share * coin, np.finfo(np.float64).tiny)  # [3,N+1]
+        looked = told * (1 - share) * p / mixed  # [3,N+1] answers that were looked at
+        number, gain = looked.sum(0), looked[0] - looked[2]
         value = -(told * np.log(mixed)).sum() - CAREFUL * np.log1p(-share)
-        of_slope = ((number * (p[:, 0] - p[:, 2]) - gain) * x).sum() / 2
-        of_tie = (number * p[:, 1] - looked[:, 1]).sum()
-        of_share = (told * (p - COIN) / mixed).sum() + CAREFUL / (1 - share)
+        of_slope = ((number * (p[0] - p[2]) - gain) * x).sum() / 2
+        of_tie = (number * p[1] - looked[1]).sum()
+        of_share = (told * (p - coin) / mixed).sum() + CAREFUL / (1 - share)
         return float(value) / len(x), np.array([of_slope, of_tie, of_share]) / len(x)
 
     def climbed(*start: float, most: float = MOST_CARELESS) -> Any:
-        bounds = [(0, None), (None, None), (0, most)]
-        return minimize(loss, np.array(start), jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-14, "gtol": 1e-9})
+        return _least(loss, start, [(0, None), (None, None), (0, most)], gtol=1e-9)
 
     best = climbed(1.0, 0.0, 0.0, most=0.0)
     slope, log_tie, _ = best.x.tolist()
@@ -105,6 +106,15 @@ def fit_calibration(answer: Signs, difference: Array, *, careless: bool = True) 
         best = min((best, *(climbed(steeper * slope, log_tie, share) for steeper, share in STARTS)), key=lambda found: float(found.fun))
     slope, log_tie, share = best.x.tolist()
     return Calibration(typical / slope if slope > 0 else float("inf"), log_tie, share)
+
+
+def _least(loss: Callable[[Array], tuple[float, Array]], start: Sequence[float], bounds: Sequence[tuple[float | None, float | None]], *, gtol: float) -> Any:
+    """Where a loss, given with its gradient, is least. On one thread: those of OpenBLAS, in matrices of a few numbers, wait for each other longer than all else takes."""
+    from scipy.optimize import minimize
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        return minimize(loss, np.array(start), jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-14, "gtol": gtol})
 
 
 class Platt(NamedTuple):
@@ -121,8 +131,6 @@ def fit_platt(score: Array, happened: Array, weight: Array) -> Platt:
     n is what the weights are worth, (sum w)^2 / sum w^2 (Kish 1965), shared as they are. Scores that are wrong more often than right get a slope of 0, never a negative one. Raises
     ValueError without clips of both kinds.
     """
-    from scipy.optimize import minimize
-
     positive, negative = float((weight * happened).sum()), float((weight * (1 - happened)).sum())
     if not (positive > 0 and negative > 0):
         raise ValueError("clips of both kinds are needed to calibrate on")
@@ -138,8 +146,7 @@ def fit_platt(score: Array, happened: Array, weight: Array) -> Platt:
         away = share * (np.exp(-np.logaddexp(0, -logit)) - target)
         return value, np.array([(away * x).sum(), away.sum()])
 
-    found: Any = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(0, None), (None, None)], options={"ftol": 1e-14, "gtol": 1e-10})
-    slope, offset = found.x.tolist()
+    slope, offset = _least(loss, (1.0, 0.0), [(0, None), (None, None)], gtol=1e-10).x.tolist()
     return Platt(slope / spread, offset - slope * middle / spread)
 
 

@@ -51,10 +51,12 @@ class Config(Bench):
     """Measured updates of each recipe a round."""
     ddpo: DDPOPolicy = DDPOPolicy()
     """DDPO's settings. `quick` takes at most 4 prompts."""
-    grpo: GRPOPolicy = GRPOPolicy()
+    ddpo_sampler: Sampler = Sampler()
+    """DDPO's size of the clips and number of steps."""
+    grpo: GRPOPolicy = GRPOPolicy(prompts=6, group_size=8, same_noise=True, first_steps=3, kl_coef=0.1)
     """GRPO's settings. `quick` takes at most 4 prompts."""
-    sampler: Sampler = Sampler()
-    """Size of the clips and number of steps."""
+    grpo_sampler: Sampler = Sampler(steps=4, guidance=1.1)
+    """GRPO's size of the clips and number of steps."""
 
 
 # Measuring
@@ -68,22 +70,26 @@ class Measured:
     peak_bytes: int
 
 
+def sampler_of(cfg: Config, recipe: Recipe) -> Sampler:
+    return {"ddpo": cfg.ddpo_sampler, "grpo": cfg.grpo_sampler}[recipe]
+
+
 def run_updates(cfg: Config, recipe: Recipe, reward: Mixture, out: Path) -> Measured:
     """One unmeasured and `cfg.updates` measured updates, in the empty folder `out`."""
-    laps = Laps()
+    laps, sampler = Laps(), sampler_of(cfg, recipe)
     loaded = load_tiny(cfg.model)
     loaded.network.requires_grad_(False)
     model = TimedModel(**{part.name: getattr(loaded, part.name) for part in fields(loaded)}, laps=laps)
-    assess = TimedAssessor(reward, safety_runner(), cfg.sampler.fps, laps=laps)
-    held_out = NoLook((), model.encode_text(["nothing"]), cfg.sampler, None, 0, out)
+    assess = TimedAssessor(reward, safety_runner(), sampler.fps, laps=laps)
+    held_out = NoLook((), model.encode_text(["nothing"]), sampler, None, 0, out)
     once = {"iterations": 1 + cfg.updates, "save_every": 2 + cfg.updates, "evaluate_every": 2 + cfg.updates}
 
     def train() -> None:
         if recipe == "ddpo":
-            alone = ddpo.Config(out=out, sampler=cfg.sampler, guards=Guards(watch=False), prompt_pool=cfg.ddpo.prompts, policy=cfg.ddpo.model_copy(update=once))
+            alone = ddpo.Config(out=out, sampler=sampler, guards=Guards(watch=False), prompt_pool=cfg.ddpo.prompts, policy=cfg.ddpo.model_copy(update=once))
             ddpo.train(alone, TimedRun(out, alone, laps, ddpo.METRICS), model, assess, held_out)
         else:
-            grouped = grpo.Config(out=out, sampler=cfg.sampler, guards=Guards(watch=False), prompt_pool=cfg.grpo.prompts, policy=cfg.grpo.model_copy(update=once))
+            grouped = grpo.Config(out=out, sampler=sampler, guards=Guards(watch=False), prompt_pool=cfg.grpo.prompts, policy=cfg.grpo.model_copy(update=once))
             grpo.train(grouped, TimedRun(out, grouped, laps, grpo.METRICS), model, assess, held_out)
 
     laps.begin()
@@ -111,7 +117,7 @@ def measure(cfg: Config) -> list[Row]:
 
 
 def _row(cfg: Config, recipe: Recipe, rounds: Sequence[Measured]) -> Row:
-    policy = getattr(cfg, recipe)
+    policy, sampler = getattr(cfg, recipe), sampler_of(cfg, recipe)
     clips = policy.prompts * policy.group_size
     updates = [update for each in rounds for update in each.updates]
     seconds = spread([sum(update[phase] for phase in PHASES) for update in updates])
@@ -120,11 +126,11 @@ def _row(cfg: Config, recipe: Recipe, rounds: Sequence[Measured]) -> Row:
     equivalents = passes["rolled"] + passes["reference"] + 3 * passes["trained"]
     return {
         "recipe": recipe,
-        "clip": str(cfg.sampler.clip),
+        "clip": str(sampler.clip),
         "prompts": policy.prompts,
         "group_size": policy.group_size,
         "clips": clips,
-        "steps": cfg.sampler.steps,
+        "steps": sampler.steps,
         "updates": len(updates),
         **columns("seconds", seconds),
         **{f"{phase}_seconds": value for phase, value in parts.items()},

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy.stats import binomtest
 from align.config import load
 from base_model.errors import UserError
 from base_model.networks.packing import Segments
-from recipes import cli
+from recipes import cli, ddpo, grpo
 from recipes.bench import _clock, _results, native, networks, phases, proof, sampler, scaling, visual
 from recipes.bench._results import Provenance
 from recipes.generate import Sampler, sample, seeded_noise
@@ -96,19 +97,27 @@ def test_the_diffusers_peer_takes_our_grid_of_times_to_the_end(monkeypatch: pyte
 
 def test_the_phases_bench_counts_the_passes_of_each_recipe_and_splits_the_time(network: Path) -> None:
     small = [word for recipe in ("ddpo", "grpo") for word in (f"--{recipe}.prompts", "2", f"--{recipe}.group_size", "2", f"--{recipe}.lora_rank", "2")]
-    cfg = load(phases.Config, None, ["--quick", "--model", str(network), "--updates", "1", "--sampler", TOY, "--ddpo.window", "2", *small])
+    small += ["--ddpo_sampler", TOY, "--ddpo.window", "2", "--grpo_sampler", TOY, "--grpo_sampler.guidance", "1", "--grpo.first_steps", "1"]
+    cfg = load(phases.Config, None, ["--quick", "--model", str(network), "--updates", "1", *small])
     rows = phases.main(cfg)["rows"]
     assert isinstance(rows, list)
     assert_flat(rows)
     ddpo, grpo = rows
     passes = ("rollout_forwards_per_clip", "reference_forwards_per_clip", "trained_forwards_per_clip", "forward_equivalents_per_clip")
     assert [ddpo[key] for key in passes] == [3.5, 0.25, 1.5, 3.5 + 0.25 + 3 * 1.5], "two clips share their first noisy step, and an eighth asks the reference"
-    assert [grpo[key] for key in passes] == [4, 1, 1, 4 + 1 + 3]
+    assert [grpo[key] for key in passes] == [3.5, 0.5, 0.5, 3.5 + 0.5 + 3 * 0.5], "two clips share their only noisy step, and what is learned from it"
     for row in rows:
         assert row["clips"] == 4 and row["updates"] == 1
         assert sum(row[f"{phase}_seconds"] for phase in _clock.PHASES) == pytest.approx(row["seconds"])
         assert all(row[f"{phase}_seconds"] > 0 for phase in _clock.PHASES)
         assert row["peak_memory_bytes"] > 50 * 2**20
+
+
+@pytest.mark.parametrize("recipe", [ddpo, grpo])
+def test_an_update_that_is_measured_is_one_that_the_recipe_makes_by_itself(recipe: ModuleType) -> None:
+    name = recipe.__name__.removeprefix("recipes.")
+    shipped, cfg = load(recipe.Config, Path(recipe.__file__ or "").parent / "configs" / "tiny" / f"{name}.yaml", []), phases.Config()
+    assert getattr(cfg, name).model_copy(update={"iterations": shipped.policy.iterations}) == shipped.policy and phases.sampler_of(cfg, name) == shipped.sampler
 
 
 def test_quick_shrinks_the_demo_and_leaves_smaller_requests_alone() -> None:

@@ -223,7 +223,7 @@ def test_functions_are_told_without_what_they_call() -> None:
         ("score", ["--clips", "2", "--frames", "3"]),
         ("loader", ["--quick"]),
         ("app", ["--quick"]),
-        ("phases", ["--quick", "--recipes", "[grpo]", "--model", "NETWORK", "--sampler", TOY, "--grpo.prompts", "2", "--grpo.group_size", "2"]),
+        ("phases", ["--quick", "--recipes", "[grpo]", "--model", "NETWORK", "--grpo_sampler", TOY, "--grpo.prompts", "2", "--grpo.group_size", "2"]),
     ],
 )
 def test_every_bench_names_its_three_largest_costs(name: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
