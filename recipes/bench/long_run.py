@@ -7,6 +7,7 @@ means of three tenths of the run: from 10 %, after everything has been used once
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import time
@@ -60,7 +61,8 @@ def look(process: psutil.Process, run: Path) -> dict[str, float]:
     with process.oneshot():
         found = {"memory": process.memory_info().rss, "handles": process.num_fds(), "threads": process.num_threads()}
     checkpoints = run / "checkpoints"
-    sizes = {file: size_of(file) for file in run.rglob("*")}
+    there = [Path(folder) / name for folder, folders, files in os.walk(run) for name in (*folders, *files)]  # a folder that goes away meanwhile ends no walk
+    sizes = {file: size_of(file) for file in there}
     kept = sum(size for file, size in sizes.items() if checkpoints in file.parents)
     return {**found, "checkpoints": kept, "folders": sum(file.parent == checkpoints for file in sizes), "other": sum(sizes.values()) - kept}
 

@@ -57,7 +57,7 @@ def test_frames_alone_are_what_diffusers_itself_gives_and_temporal_parts_begin_a
     alone = (image.image.decode(posterior.mean).sample + 1) / 2  # [B T,3,H,W]
     assert torch.allclose(image.reconstruct(video).flatten(0, 1), alone.clamp(0, 1), atol=1e-6)
     for model in (image.blended(), image.tuned()):
-        assert torch.allclose(model.reconstruct(video), image.reconstruct(video), atol=1e-6)
+        assert torch.allclose(model.reconstruct(video), image.reconstruct(video), atol=1e-5), "but for the rounding of one more convolution"
     one_frame = image.reconstruct(video[:, 2:3])
     assert torch.allclose(one_frame, image.reconstruct(video)[:, 2:3], atol=1e-5)
 

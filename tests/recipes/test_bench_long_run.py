@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from base_model.errors import UserError
@@ -54,6 +56,22 @@ def test_an_iteration_without_its_one_line_is_seen(tmp_path: Path, lines: Any) -
     assert rows_of(tmp_path, looks_at(), told)["lines of metrics, each iteration once"] is False
     told = [{"iteration": i, "toward_good": 0.0, "reward": None if i == 7 else 1.0} for i in range(100)]
     assert rows_of(tmp_path, looks_at(), told)["lines of metrics, each iteration once"] is False
+
+
+def test_a_checkpoint_that_moves_into_place_while_it_is_looked_at_ends_no_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("00000005", ".partial-00000010"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "weights").write_bytes(b"12345")
+    scandir = os.scandir
+
+    def gone(folder: Any) -> Any:
+        if ".partial" in str(folder):
+            raise FileNotFoundError(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    found = long_run.look(psutil.Process(), tmp_path)
+    assert (found["checkpoints"], found["folders"], found["other"]) == (5, 2, 0)
 
 
 def test_a_run_too_fast_to_be_looked_at_is_one_line() -> None:
