@@ -52,12 +52,12 @@ def test_frames_get_no_fewer_numbers_than_the_video_autoencoder_and_not_many_mor
 
 @torch.no_grad()
 def test_frames_alone_are_what_diffusers_itself_gives_and_temporal_parts_begin_as_nothing() -> None:
-    image, video = bench.FrameCodec(3).eval(), torch.rand(2, 5, 3, 16, 24)
+    image, video = bench.FrameCodec(3).eval().requires_grad_(False), torch.rand(2, 5, 3, 16, 24)  # some processors' kernels, and their rounding, are chosen by what trains
     posterior = image.image.encode(2 * video.flatten(0, 1) - 1).latent_dist
     alone = (image.image.decode(posterior.mean).sample + 1) / 2  # [B T,3,H,W]
     assert torch.allclose(image.reconstruct(video).flatten(0, 1), alone.clamp(0, 1), atol=1e-6)
-    for model in (image.blended(), image.tuned()):
-        assert torch.allclose(model.reconstruct(video), image.reconstruct(video), atol=1e-5), "but for the rounding of one more convolution"
+    for model in (image.blended().requires_grad_(False), image.tuned().requires_grad_(False)):
+        assert torch.allclose(model.reconstruct(video), image.reconstruct(video), atol=1e-6)
     one_frame = image.reconstruct(video[:, 2:3])
     assert torch.allclose(one_frame, image.reconstruct(video)[:, 2:3], atol=1e-5)
 

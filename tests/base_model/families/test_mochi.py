@@ -197,7 +197,8 @@ def test_a_saved_pipeline_is_read_and_gives_the_same_velocities(model: MochiVide
     theirs = again(x, SOME_TIMES, again.encode_text([PROMPTS[0], ""]))
     assert torch.equal(theirs, model(x, SOME_TIMES, model.encode_text([PROMPTS[0], ""]))) and theirs.dtype is torch.float32
     assert torch.equal(again.times(5, LONG), model.times(5, LONG))
-    assert torch.allclose(again.decode(x), model.decode(x), atol=1e-6), "but for where in memory the same weights lie, by which some processors' convolutions are rounded"
+    model.vae.requires_grad_(False)  # as in what is read: by that some processors' kernels, and their rounding, are chosen
+    assert torch.equal(again.decode(x), model.decode(x))
     assert not any(p.requires_grad for part in (again.network, again.vae, again.text_encoder) for p in part.parameters())
 
 
