@@ -26,6 +26,7 @@ NEEDED = {
     "pillow": "pictures in reports",
     "datasets": "reading datasets",
     "scipy": "intervals",
+    "threadpoolctl": "calibration",
     "tensorboard": "curves while training",
     "trl": "the prompt expander and the captioner",
     "bitsandbytes": "4-bit base weights and 8-bit optimisers",

@@ -157,7 +157,7 @@ PARTS: dict[Name, Part] = {
 
 
 def ratios_of(table: Path) -> dict[tuple[str, str], Spread]:
-    """(bench, what) -> the ratio that stands in a file that `write` made, and its ends; twice more the ratio where it has none. Raises UserError where there is none."""
+    """(bench, what) -> the ratio in a file that `write` made, and its ends, which are the ratio itself where one repeat has none. Raises UserError for a file without ratios."""
     advice = "Give --against FILE, a table that rushes bench all --write made"
     try:
         lines = table.read_text(encoding="utf-8").splitlines()
